@@ -1,0 +1,73 @@
+"""However a program fails, its user reads one line."""
+
+import errno
+
+import pytest
+import torch
+
+from ubmoe import command
+from ubmoe.config import UserError
+
+
+def outcome(monkeypatch, capsys, error=None, arguments=()):
+    """Exit status, stdout and stderr of a program whose body raises `error`, or returns a path."""
+    monkeypatch.setattr("sys.argv", ["program", *arguments])
+
+    def main(config):
+        if error is not None:
+            raise error
+        return f"{config.output_dir}/x.json"
+
+    status = 0
+    try:
+        command.run("program", "Purpose.", main)
+    except SystemExit as stop:
+        status = stop.code
+    return status, *capsys.readouterr()
+
+
+def test_the_last_line_is_the_path_of_the_result(monkeypatch, capsys):
+    found = outcome(monkeypatch, capsys, arguments=["output_dir=a"])
+    assert found == (0, "a/x.json\n", "")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "expected"),
+    [
+        (UserError("what:\n where"), 2, "what: where"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "a/b"),
+            2,
+            "a/b: No space left on device",
+        ),
+        (KeyboardInterrupt(), 130, "interrupted; what was complete is kept"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), 2, "lower dependence.batch_tokens"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9"), 2, "out of memory: lower"),
+        (MemoryError(), 2, "out of memory: lower"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line(monkeypatch, capsys, error, status, expected):
+    code, output, errors = outcome(monkeypatch, capsys, error)
+    assert (code, output) == (status, "")
+    assert errors.startswith("error: ") and errors.count("\n") == 1 and expected in errors
+
+
+def test_a_mistake_of_ours_is_not_hidden(monkeypatch, capsys):
+    with pytest.raises(RuntimeError, match="shapes"):
+        outcome(monkeypatch, capsys, RuntimeError("shapes do not match"))
+
+
+def test_real_memory_errors_are_recognised(monkeypatch, capsys):
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    code, _, errors = outcome(monkeypatch, capsys, caught.value)
+    assert code == 2 and "out of memory" in errors
+
+
+def test_help_and_bad_arguments(monkeypatch, capsys):
+    code, output, errors = outcome(monkeypatch, capsys, arguments=["seed=1", "--help"])
+    assert (code, errors) == (0, "") and output.startswith(
+        "usage: program [CONFIG] [key=value ...]"
+    )
+    code, _, errors = outcome(monkeypatch, capsys, arguments=["sed=1"])
+    assert code == 2 and "did you mean seed?" in errors

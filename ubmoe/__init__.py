@@ -1,0 +1,2 @@
+"""Attention dependence, bidirectional fine-tuning and the uni-/bi-directional mixture of experts "
+"(UBMoE, ICML 2025)."""

@@ -1,0 +1,65 @@
+"""The command line of every program, `program [CONFIG] [key=value ...]`, and its way to fail."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from ubmoe.config import Config, UserError, help_text, load_config
+
+# How Python, CUDA and torch's CPU allocator say it.
+NO_MEMORY = ("MemoryError", "OutOfMemoryError", "out of memory", "can't allocate memory")
+OUT_OF_MEMORY = (
+    "out of memory: lower dependence.batch_tokens or dependence.max_tokens, "
+    "or take a smaller dtype or model"
+)
+
+
+def run(program: str, purpose: str, main: Callable[[Config], Path | str | None]) -> None:
+    """Parse sys.argv, run `main`, print what it returns as the last line, and exit.
+
+    Exit status 0; 2 with one line on stderr for a UserError, a full disk or missing memory; 130
+    after Ctrl-C.
+    """
+    logging.basicConfig(stream=sys.stderr, format="%(message)s")
+    logging.getLogger("ubmoe").setLevel(logging.INFO)
+    try:
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            print(help_text(program, purpose))
+        elif (last_line := main(parse(sys.argv[1:]))) is not None:
+            print(last_line)
+        sys.stdout.flush()
+    except UserError as error:
+        fail(str(error))
+    except BrokenPipeError:
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # the reader (head, less) has gone
+    except OSError as error:
+        fail(f"{error.filename or 'system'}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        fail("interrupted; what was complete is kept, and resume=auto goes on from it", status=130)
+    except (MemoryError, RuntimeError) as error:
+        if not any(words in f"{type(error).__name__} {error}" for words in NO_MEMORY):
+            raise
+        fail(OUT_OF_MEMORY)
+
+
+def parse(arguments: list[str]) -> Config:
+    """[CONFIG] [key=value ...] -> Config. Raises UserError."""
+    paths = [text for text in arguments if "=" not in text and not text.startswith("-")]
+    if len(paths) > 1:
+        raise UserError(
+            f"command line: got {len(paths)} config files ({', '.join(paths)}), expected one"
+        )
+    return load_config(
+        paths[0] if paths else None, [text for text in arguments if text not in paths]
+    )
+
+
+def fail(message: str, status: int = 2) -> None:
+    """One line on stderr, then exit."""
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    sys.stderr.flush()
+    sys.exit(status)

@@ -1,0 +1,299 @@
+"""The whole configuration: one strict tree, read from YAML and `key=value`, printed by --help.
+
+Nothing heavy is imported here, so that --help and every complaint about a key come before torch is
+loaded.
+"""
+
+import re
+from collections.abc import Iterator
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic.fields import FieldInfo
+
+DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "tiny.yaml"
+
+
+class UserError(ValueError):
+    """Something the user can mend, said in one line: what, where, and what would be right."""
+
+
+def _exponent_float(value: object) -> object:
+    """YAML 1.1 reads `1e-4` as text; everybody means the number."""
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+        return float(value)
+    return value
+
+
+Float = Annotated[float, BeforeValidator(_exponent_float)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+def key(default: Any, meaning: str, unit: str = "") -> Any:
+    """A key of the schema: its default, its meaning, and its unit where it has one."""
+    if isinstance(default, list | dict):
+        return Field(
+            default_factory=lambda: type(default)(default),
+            description=meaning,
+            json_schema_extra={"unit": unit},
+        )
+    return Field(default, description=meaning, json_schema_extra={"unit": unit})
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelSection(Section):
+    """Which model, and how it is loaded."""
+
+    name: str = key("tiny", "hub id, local directory, or the word tiny (the embedded model)")
+    revision: str | None = key(None, "branch, tag or commit of a hub model")
+    dtype: Literal["float32", "bfloat16", "float16"] = key("float32", "dtype of the loaded weights")
+    device: str | None = key(None, "cpu, cuda, cuda:1, mps, ...; null: the best there is")
+    attn_implementation: (
+        Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"] | None
+    ) = key(None, "attention backend; null: the model's own default")
+    adapter: str | None = key(None, "directory of a LoRA adapter, merged on load")
+    cache: str | None = key(
+        None, "folder for the embedded model; null: UBMOE_CACHE or the user's cache folder"
+    )
+
+
+class DependenceSection(Section):
+    """Attention dependence DP (calculate_dp.py)."""
+
+    dataset: str = key(
+        "tiny",
+        "chats or texts: hub id[:config[:split]], local .json/.jsonl/.csv/.tsv/.txt, or tiny",
+    )
+    chat_template: str | None = key(
+        None, "Jinja file or string for a tokenizer that has no chat template"
+    )
+    max_texts: Positive | None = key(
+        1000, "measure at most this many, spaced evenly over the data; null: all", "texts"
+    )
+    max_tokens: Positive = key(
+        2048, "cut longer texts here (or at the model's context), and count them", "tokens"
+    )
+    buckets: list[int] = key(
+        [0, 256, 512, 1024, 2048], "edges; a text of length T is in (low, high]", "tokens"
+    )
+    flow: Literal["causal", "bidirectional"] = key(
+        "causal", "mask of the states; the observation is always unmasked"
+    )
+    batch_tokens: Positive = key(
+        8192, "padded tokens of one forward; a longer text goes alone", "tokens"
+    )
+
+    @field_validator("buckets")
+    @classmethod
+    def _ascend(cls, edges: list[int]) -> list[int]:
+        if (
+            len(edges) < 2
+            or edges[0] < 0
+            or any(a >= b for a, b in zip(edges, edges[1:], strict=False))
+        ):
+            raise ValueError("expected at least two ascending edges from 0 up, as [0, 256, 512]")
+        return edges
+
+
+class ResultsSection(Section):
+    """Recorded runs (python -m ubmoe.results)."""
+
+    action: Literal["table", "record", "readme"] = key(
+        "table", "print the run's table, copy its results to results/, or renew README.md's tables"
+    )
+    directory: str = key("results", "folder of the recorded runs")
+
+
+class Config(Section):
+    """Every key of every program."""
+
+    output_dir: str = key("", "where a run writes; default runs/<name of the config file>")
+    seed: int = key(42, "seed of whatever a run draws")
+    resume: Literal["never", "auto"] = key(
+        "never", "auto: go on from what an interrupted run left in output_dir"
+    )
+    model: ModelSection = key(ModelSection(), "")
+    dependence: DependenceSection = key(DependenceSection(), "")
+    results: ResultsSection = key(ResultsSection(), "")
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader keeps the last of two equal keys without a word; this one refuses."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            name = self.construct_object(key_node, deep=True)
+            if isinstance(name, str) and name in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {name!r} twice", key_node.start_mark
+                )
+            seen.add(name if isinstance(name, str) else id(key_node))
+        return super().construct_mapping(node, deep)
+
+
+def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file and `key=value` overrides into one frozen, resolved configuration.
+
+    Raises UserError, in one line, with every problem of the file (or else of the command line).
+    """
+    path = Path(path or DEFAULT_CONFIG)
+    config = _validated(_read_yaml(path), str(path))
+    if not config.output_dir:
+        config = config.model_copy(update={"output_dir": f"runs/{path.stem}"})
+    tree = config.model_dump()
+    problems = [problem for text in overrides or [] if (problem := _override(tree, text))]
+    if problems:
+        raise UserError("command line: " + "; ".join(problems))
+    return _validated(tree, "command line")
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML that `load_config` reads back equal."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); expected a YAML file such as "
+            f"{DEFAULT_CONFIG.name}"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 (byte {error.start}); expected a YAML file") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line}: not YAML ({getattr(error, 'problem', error)})") from error
+    if not isinstance(tree, dict | None):
+        raise UserError(
+            f"{path}: got {type(tree).__name__}, expected sections such as model: and dependence:"
+        )
+    sections = {name for name, field in Config.model_fields.items() if _section(field)}
+    # A section whose keys are all commented out reads as null and means: the defaults.
+    return {
+        name: {} if value is None and name in sections else value
+        for name, value in (tree or {}).items()
+    }
+
+
+def _override(tree: dict[str, Any], text: str) -> str | None:
+    """Set one dotted `key=value` in the full tree; return what is wrong with it, if anything."""
+    name, equals, raw = text.partition("=")
+    if not equals or name.startswith("-"):
+        return f"{text!r} is not key=value, such as dependence.max_texts=100"
+    try:
+        value = yaml.load(raw, Loader=_StrictLoader)
+    except yaml.YAMLError:
+        value = raw  # a Jinja template is no YAML
+    *parents, last = name.split(".")
+    node: Any = tree
+    for part in parents:
+        node = _child(node, part)
+    if isinstance(node, list) and last.isdigit() and int(last) < len(node):
+        node[int(last)] = value
+    elif isinstance(node, dict) and last in node:
+        node[last] = value
+    else:
+        return f"{name}: unknown key; {_nearest(name)}"
+    return None
+
+
+def _child(node: Any, part: str) -> Any:
+    if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+        return node[int(part)]
+    return node.get(part) if isinstance(node, dict) else None
+
+
+def _validated(tree: dict[str, Any], source: str) -> Config:
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(
+            f"{source}: " + "; ".join(_problem(dict(each)) for each in error.errors())
+        ) from None
+
+
+def _problem(error: dict[str, Any]) -> str:
+    name = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"{name}: unknown key; {_nearest(name)}"
+    expected = error["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+    if error["type"] == "model_type":
+        expected = "expected a section of keys"
+    return f"{name}: got {error['input']!r}, {expected}"
+
+
+def _nearest(name: str) -> str:
+    known = [dotted for dotted, _ in keys()]
+    by_last = {dotted.rpartition(".")[2]: dotted for dotted in known}
+    last = name.rpartition(".")[2]
+    close = get_close_matches(name, known, 1, 0.75) or [
+        by_last[m] for m in get_close_matches(last, by_last, 1, 0.6)
+    ]
+    return f"did you mean {close[0]}?" if close else "see --help for all keys"
+
+
+# --- help -----------------------------------------------------------------------------------------
+
+
+def _section(field: FieldInfo) -> type[Section] | None:
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+
+
+def keys(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every key of the schema with its dotted name, in the order of the tree."""
+    for name, field in section.model_fields.items():
+        if inner := _section(field):
+            yield from keys(inner, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field
+
+
+def _kind(annotation: Any) -> str:
+    if annotation is type(None):
+        return "null"
+    if args := get_args(annotation):
+        if getattr(annotation, "__origin__", None) is list:
+            return f"list of {_kind(args[0])}"
+        if getattr(annotation, "__metadata__", None):
+            return _kind(args[0])
+        return " | ".join(arg if isinstance(arg, str) else _kind(arg) for arg in args)
+    return "text" if annotation is str else annotation.__name__
+
+
+def help_text(program: str, purpose: str) -> str:
+    """Usage, then every key with its type, default, unit and meaning."""
+    lines = [f"usage: {program} [CONFIG] [key=value ...]", "", purpose, ""]
+    lines += [
+        f"CONFIG is a YAML file (default configs/{DEFAULT_CONFIG.name}); keys, with defaults:",
+        "",
+    ]
+    for name, field in keys():
+        default = field.get_default(call_default_factory=True)
+        shown = "null" if default is None else default if default != "" else "''"
+        unit = (field.json_schema_extra or {}).get("unit", "")  # type: ignore[union-attr]
+        measured = f" [{unit}]" if unit else ""
+        lines += [
+            f"  {name}: {_kind(field.annotation)} = {shown}{measured}",
+            f"      {field.description}",
+        ]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "Exit status: 0, 2 with one line on stderr for what you can mend, 130 after Ctrl-C.",
+        ]
+    )
