@@ -1,0 +1,130 @@
+"""Every reader gives the rows that are there, and names file and line of one that is wrong."""
+
+import json
+
+import pytest
+
+from ubmoe.config import UserError
+from ubmoe.data import Row, read_rows, read_texts, spaced
+
+CHAT = {
+    "messages": [
+        {"role": "user", "content": "Hi\u2028there"},
+        {"role": "assistant", "content": "Yo"},
+    ]
+}
+
+
+def write(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+def test_chats_from_json_jsonl_and_a_table(tmp_path):
+    line = json.dumps(CHAT, ensure_ascii=False)
+    quoted = '"' + json.dumps(CHAT["messages"]).replace('"', '""') + '"'
+    for name, content in (
+        ("a.json", f"[{line},\n {line}]"),
+        ("a.jsonl", f"{line}\n\n{line}"),
+        ("a.csv", f"messages,source\n{quoted},x\n{quoted},y\n"),
+    ):
+        texts = read_texts(write(tmp_path, name, content))
+        assert [text.content for text in texts] == [CHAT["messages"]] * 2
+        assert all(text.is_chat for text in texts)
+
+
+def test_plain_text_lines_skip_blank_ones_and_keep_their_numbers(tmp_path):
+    path = write(tmp_path, "a.txt", "\ufeffone\n\n  \n two \r\n")
+    assert [(text.where, text.content) for text in read_texts(path)] == [
+        (f"{path}:1", "one"),
+        (f"{path}:4", "two"),
+    ]
+
+
+def test_a_tsv_knows_no_quoting(tmp_path):
+    path = write(tmp_path, "a.tsv", 'score\ttext\n5\t"Hello\n4\tthere" he said\n')
+    assert [row.fields["text"] for row in read_rows(path)] == ['"Hello', 'there" he said']
+
+
+def test_a_sample_is_spaced_evenly_over_the_data():
+    rows = [Row(str(number), {}) for number in range(10)]
+    assert [row.where for row in spaced(rows, 4)] == ["0", "2", "5", "7"]
+    assert spaced(rows, None) == spaced(rows, 10) == spaced(rows, 99) == rows
+
+
+def test_the_embedded_chats_are_the_same_every_time():
+    assert read_texts("tiny", 5) == read_texts("tiny", 5)
+    assert len(read_texts("tiny")) > 100
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.jsonl", "", "empty; expected rows"),
+        ("a.txt", "\n \n", "empty; expected rows"),
+        ("a.json", "[]", "empty; expected rows"),
+        ("a.jsonl", '{"text": "a"}\n{"text": ', ":2: malformed JSON"),
+        ("a.json", '[\n{"text": "a"},\n{"text" 3}]', ":3: malformed JSON"),
+        ("a.json", '{"text": "a"}', "got dict, expected a list"),
+        ("a.jsonl", '{"text": "a"}\n["b"]', ":2: got list, expected an object"),
+        (
+            "a.jsonl",
+            '{"text": "a"}\n{"txt": "b"}',
+            ":2: has no messages and no text (its fields: txt)",
+        ),
+        ("a.jsonl", '{"messages": []}', ":1: messages must be a list"),
+        ("a.jsonl", '{"messages": [{"role": "user"}]}', ":1: messages must be a list"),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": " "}]}', ":1: empty text"),
+        ("a.jsonl", '{"text": "a"}\n{"text": ""}', ":2: empty text"),
+        ("a.txt", b"good\nbad \xff\n", ":2: not UTF-8"),
+        ("a.csv", 'text,b\n"open,1\n', "malformed row"),
+        ("a.csv", "a,text\n1\n", ":2: got 1 columns, expected 2 (a, text)"),
+    ],
+)
+def test_a_bad_row_is_named_in_one_line(tmp_path, name, content, expected):
+    path = write(tmp_path, name, content)
+    with pytest.raises(UserError) as caught:
+        read_texts(path)
+    assert str(caught.value).startswith(path) and "\n" not in str(caught.value)
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["none.jsonl", "folder.json"])
+def test_a_file_that_is_not_there(tmp_path, name):
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(UserError, match="cannot be read"):
+        read_texts(str(tmp_path / name))
+
+
+def test_a_name_that_is_neither_file_nor_hub_id(tmp_path):
+    for name in (str(tmp_path), "data.parquet/x/y", "what is this"):
+        with pytest.raises(UserError, match="expected a hub id, or a file ending in .json"):
+            read_texts(name)
+
+
+def test_a_hub_data_set_that_cannot_be_had_is_one_line():
+    with pytest.raises(UserError) as caught:
+        read_texts("nobody/nothing:default:train")
+    assert "nobody/nothing:default:train: cannot be had" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_hub_rows_come_from_the_named_config_and_split(monkeypatch):
+    import datasets
+
+    calls = []
+
+    def load_dataset(name, config, split):
+        calls.append((name, config, split))
+        return [{"text": "a"}, {"text": "b"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert [text.content for text in read_texts("org/set")] == ["a", "b"]
+    assert read_texts("org/set:small:test")[1].where == "org/set:small:test: row 1"
+    read_texts("org/set::test")
+    assert calls == [
+        ("org/set", None, "train"),
+        ("org/set", "small", "test"),
+        ("org/set", None, "test"),
+    ]
