@@ -1,0 +1,95 @@
+"""Bidirectional attention takes effect on every family, backend and padding, or is refused."""
+
+import pytest
+import torch
+from conftest import FAMILIES, random_model
+from transformers import AutoModelForCausalLM
+
+from ubmoe.bidirectional import PADDINGS, leak, make_bidirectional, prove_attention, set_attention
+from ubmoe.config import UserError
+
+BACKENDS = {
+    family: ["eager"] if family == "gemma2" else ["eager", "sdpa"] for family in FAMILIES
+}  # gemma2's softcap is beyond sdpa
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_backend_and_padding_reads_as_asked(family):
+    for backend in BACKENDS[family]:
+        model = random_model(family)
+        model.set_attn_implementation(backend)
+        assert [leak(model, padding) for padding in PADDINGS] == [0.0, 0.0, 0.0]
+        assert "causal, verified" in prove_attention(model, bidirectional=False)
+        make_bidirectional(model)
+        assert all(leak(model, padding) > 1e-3 for padding in PADDINGS)
+
+
+def test_flex_attention_reads_as_asked():
+    model = random_model("qwen2", head_dim=16, hidden_size=64)
+    model.set_attn_implementation("flex_attention")
+    prove_attention(model, bidirectional=False)
+    make_bidirectional(model)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3_text"])
+def test_the_mode_is_saved_with_the_model(family, tmp_path):
+    make_bidirectional(random_model(family)).save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert again.config.is_causal is False
+    prove_attention(again, bidirectional=True)
+    as_language_model = AutoModelForCausalLM.from_pretrained(tmp_path, is_causal=True).eval()
+    prove_attention(as_language_model, bidirectional=False)
+
+
+def test_padding_does_not_change_what_a_bidirectional_model_says():
+    model = make_bidirectional(random_model("qwen2"))
+    ids = torch.arange(5, 15)[None]
+    padded = torch.cat((ids, torch.zeros(1, 4, dtype=torch.long)), 1)
+    mask = (torch.arange(14) < 10).long()[None]
+    with torch.no_grad():
+        alone = model(ids).logits
+        together = model(padded, attention_mask=mask).logits[:, :10]
+    torch.testing.assert_close(alone, together, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["stablelm", "gpt_neo", "mamba"])
+def test_families_that_stay_causal_are_refused_by_name(family):
+    sizes = {
+        "stablelm": {"head_dim": 8},
+        "gpt_neo": {"num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]},
+        "mamba": {"state_size": 4},
+    }[family]
+    model = random_model(family, **sizes)
+    with pytest.raises(UserError, match=type(model).__name__ + ".*cannot be bidirectional"):
+        make_bidirectional(model)
+
+
+def test_a_causal_layer_flag_alone_is_found_out():
+    """What the paper's code does: the flag of the layers, not of the config."""
+    model = random_model("qwen2")
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    with pytest.raises(UserError, match="with left padding"):
+        model.config.is_causal = True
+        del model.config.is_causal
+        prove_attention(model, bidirectional=True)
+
+
+def test_a_bidirectional_model_is_no_decoder():
+    model = set_attention(random_model("qwen2"), bidirectional=True)
+    with pytest.raises(UserError, match="sees later tokens.*expected a causal language model"):
+        prove_attention(model, bidirectional=False)
+
+
+@pytest.mark.parametrize("window", [3, 16])
+def test_a_window_is_proved_within_its_reach(window):
+    model = random_model("mistral", sliding_window=window)
+    prove_attention(model, bidirectional=False)
+    make_bidirectional(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_proved_too(dtype):
+    model = random_model("qwen2").to(dtype)
+    prove_attention(model, bidirectional=False)
+    make_bidirectional(model)

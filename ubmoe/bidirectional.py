@@ -1,0 +1,100 @@
+"""Make a causal language model bidirectional, and prove that it took effect.
+
+Bidirectional is `config.is_causal = False` and nothing else: transformers >= 5.2 reads it in its
+mask functions and saves it in config.json. Setting `self_attn.is_causal` on the layers, as the
+paper's code does, is silently causal under eager and flex and in padded sdpa batches. So nothing is
+believed: the last token is changed, and the first token's states are looked at.
+"""
+
+import torch
+from transformers import PreTrainedModel
+
+from ubmoe.config import UserError
+
+PROOF_TOKENS = 8
+PADDINGS = ("none", "left", "right")
+# Layers that read left to right whatever the mask says.
+RECURRENT = ("linear_attention", "mamba", "mamba2", "recurrent", "conv")
+
+
+def make_bidirectional(model: PreTrainedModel) -> PreTrainedModel:
+    """Let every token see every other one; UserError names a family where that has no effect."""
+    set_attention(model, bidirectional=True)
+    prove_attention(model, bidirectional=True)
+    return model
+
+
+def set_attention(model: PreTrainedModel, bidirectional: bool) -> PreTrainedModel:
+    """Write `is_causal` into the config (a composite model's text config too): it is saved."""
+    for config in {
+        id(each): each for each in (model.config, model.config.get_text_config())
+    }.values():
+        config.is_causal = not bidirectional
+    return model
+
+
+def prove_attention(model: PreTrainedModel, bidirectional: bool) -> str:
+    """Check that a changed last token moves the first token's states exactly when it should.
+
+    Returns a line for the log; raises UserError where the model reads otherwise.
+    """
+    family = f"{type(model).__name__} ({model.config._attn_implementation})"
+    recurrent = sorted(
+        set(getattr(model.config.get_text_config(), "layer_types", None) or ()) & set(RECURRENT)
+    )
+    if bidirectional and recurrent:
+        raise UserError(
+            f"{family} has {', '.join(recurrent)} layers, which read left to right; it cannot be "
+            "bidirectional"
+        )
+    for padding in PADDINGS:
+        moved = leak(model, padding)
+        if bidirectional and moved <= tolerance(model):
+            raise UserError(
+                f"{family} stays causal with {padding} padding although is_causal is false; it "
+                "cannot be bidirectional"
+            )
+        if not bidirectional and moved > tolerance(model):
+            raise UserError(
+                f"{family} sees later tokens with {padding} padding; expected a causal language "
+                "model (a decoder)"
+            )
+    mode = "bidirectional" if bidirectional else "causal"
+    return f"attention {mode}, verified on {family} with no, left and right padding"
+
+
+def tolerance(model: PreTrainedModel) -> float:
+    """Relative change that is rounding; equal shapes are bit-equal, save where experts regroup."""
+    return max(1e-5, 2 * torch.finfo(model.dtype).eps)
+
+
+@torch.no_grad()
+def leak(model: PreTrainedModel, padding: str = "none") -> float:
+    """How far the first token's states move when the last token changes.
+
+    The most of any layer, relative to its largest value, on no more tokens than a sliding window
+    shows.
+    """
+    first, second = (_first_states(model, padding, last) for last in (0, 1))
+    scale = first.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return ((first - second).abs().amax(-1) / scale).max().item()
+
+
+def _first_states(model: PreTrainedModel, padding: str, last: int) -> torch.Tensor:
+    """(layers + 1, D) in fp32: the first real token's states, for one of two last tokens."""
+    config = model.config.get_text_config()
+    length = min(PROOF_TOKENS, getattr(config, "sliding_window", None) or PROOF_TOKENS)
+    ids = torch.arange(3, 3 + length) % config.vocab_size
+    ids[-1] = (ids[-1] + last) % config.vocab_size
+    real = torch.ones(length, dtype=torch.long)
+    pad = torch.zeros(3 if padding != "none" else 0, dtype=torch.long)
+    order = (pad, real) if padding == "left" else (real, pad)
+    tokens = (pad, ids) if padding == "left" else (ids, pad)
+    output = model.base_model(
+        input_ids=torch.cat(tokens)[None].to(model.device),
+        attention_mask=torch.cat(order)[None].to(model.device),
+        use_cache=False,
+        output_hidden_states=True,
+    )
+    first = len(pad) if padding == "left" else 0
+    return torch.stack([state[0, first].float() for state in output.hidden_states])
