@@ -1,0 +1,232 @@
+"""Attention with a probe: a model's own flow, and where each token's attention would go, unmasked.
+
+For every query row i of the unmasked, scaled scores s of one layer and head (UBMoE, ICML 2025,
+section 3, as in its released `caculate_dp.py`, heiyonghua/ubmoe_llm 2f41795): main = exp(s_ii),
+before = sum_{j<i} exp(s_ij), after = sum_{j>i} exp(s_ij), each over their sum. The T x T scores
+never exist: one attention function, registered through transformers' AttentionInterface, walks over
+blocks of rows, and sees each text without its padding, so that any decoder is measured and no model
+code is copied.
+
+Shapes: B texts, T tokens, L layers, H heads, K key-value heads, R rows of a block, d and e sizes of
+a head's keys and values.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import flash_attention_mask
+
+from ubmoe.config import UserError
+
+NAME = "dependence"
+ROWS = 64  # of a block: its scores, H x 64 x T in fp32, should stay in the processor's cache
+
+
+def row_shares(query: Tensor, key: Tensor, scaling: float, softcap: float | None = None) -> Tensor:
+    """(main, before, after) of every head, as a mean over rows: (H, T, d), (K, T, d) -> (H, 3).
+
+    Three independent sums in fp32 over all T keys; a sliding window or a sink of the flow does not
+    limit what is observed, a softcap of the scores belongs to them.
+    """
+    heads, tokens, _ = query.shape
+    keys = key.float().transpose(1, 2)  # (K, d, T)
+    blocks = []
+    buffer = torch.empty(heads * min(ROWS, tokens) * tokens, device=query.device)
+    for low in range(0, tokens, ROWS):
+        high = min(low + ROWS, tokens)
+        weights = _exponentials(query[:, low:high], keys, scaling, softcap, buffer)  # (H, R, T)
+        square = weights[:, :, low:high]  # (H, R, R), the block on the diagonal
+        main = square.diagonal(dim1=1, dim2=2)
+        before = weights[:, :, :low].sum(-1) + square.tril(-1).sum(-1)
+        after = weights[:, :, high:].sum(-1) + square.triu(1).sum(-1)
+        sums = torch.stack((main, before, after), dim=-1)  # (H, R, 3)
+        blocks.append((sums / sums.sum(-1, keepdim=True)).sum(1))  # (H, 3)
+    return torch.stack(blocks).cpu().double().sum(0) / tokens
+
+
+def _exponentials(
+    query: Tensor, keys: Tensor, scaling: float, softcap: float | None, buffer: Tensor
+) -> Tensor:
+    """exp(score - row maximum) against all keys, in `buffer`: (H, R, d), (K, d, T) -> (H, R, T)."""
+    heads, rows, size = query.shape
+    groups, _, tokens = keys.shape
+    scores = buffer[: heads * rows * tokens].view(groups, -1, tokens)
+    torch.bmm(query.float().mul(scaling).reshape(groups, -1, size), keys, out=scores)
+    if softcap is not None:
+        scores.div_(softcap).tanh_().mul_(softcap)
+    return scores.sub_(scores.amax(-1, keepdim=True)).exp_().view(heads, rows, tokens)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a layer's own attention is, beside its queries, keys and values."""
+
+    scaling: float
+    causal: bool
+    window: int | None = None
+    softcap: float | None = None
+    sink: Tensor | None = None  # (H,), a score that takes weight and gives no value
+
+    def visible(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """(R, C) which columns a row may see; a window ends as transformers' masks end it."""
+        if self.causal:
+            return (columns <= rows) & (columns > rows - self.window if self.window else True)
+        return (columns - rows).abs() <= (self.window or len(columns) + len(rows))
+
+
+def flow(query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
+    """A text's own attention, never T x T: (H, T, d), (K, T, d), (K, T, e) -> (H, T, e)."""
+    tokens = query.shape[1]
+    windowed = rule.window is not None and rule.window < tokens
+    # Unequal head sizes make sdpa fall back to its materialising kernel.
+    if windowed or rule.softcap or rule.sink is not None or key.shape[-1] != value.shape[-1]:
+        blocks = [_flow_rows(query, key, value, low, rule) for low in range(0, tokens, ROWS)]
+        return torch.cat(blocks, dim=1).to(value.dtype)
+    repeats = query.shape[0] // key.shape[0]
+    key, value = (each.repeat_interleave(repeats, 0)[None] for each in (key, value))
+    causal = rule.causal and tokens > 1
+    return scaled_dot_product_attention(
+        query[None], key, value, is_causal=causal, scale=rule.scaling
+    )[0]
+
+
+def _flow_rows(query: Tensor, key: Tensor, value: Tensor, low: int, rule: Rule) -> Tensor:
+    """(H, R, e) in fp32: the rows from `low` on, over no more keys than they may see."""
+    heads, tokens, size = query.shape
+    groups = len(key)
+    high = min(low + ROWS, tokens)
+    reach = rule.window or tokens
+    left, right = max(0, low - reach), high if rule.causal else min(tokens, high + reach)
+    keys = key[:, left:right].float().transpose(1, 2)  # (K, d, C)
+    scores = (query[:, low:high].float() * rule.scaling).reshape(groups, -1, size) @ keys
+    if rule.softcap:
+        scores = rule.softcap * torch.tanh(scores / rule.softcap)
+    rows = torch.arange(low, high, device=query.device)[:, None]
+    visible = rule.visible(rows, torch.arange(left, right, device=query.device))
+    scores = scores.view(heads, high - low, -1).masked_fill(~visible, float("-inf"))
+    if rule.sink is not None:
+        sinks = rule.sink.float().view(heads, 1, 1).expand(-1, high - low, 1)
+        scores = torch.cat((scores, sinks), dim=-1)
+    weights = scores.softmax(-1)[..., : right - left]  # (H, R, C)
+    mixed = weights.reshape(groups, -1, right - left) @ value[:, left:right].float()
+    return mixed.view(heads, high - low, -1)
+
+
+def unmasked_attention(
+    query: Tensor, key: Tensor, scaling: float, softcap: float | None = None
+) -> Tensor:
+    """The map that the shares come from, for a short text: (H, T, d), (K, T, d) -> (H, T, T)."""
+    heads, tokens, _ = query.shape
+    buffer = torch.empty(heads * tokens * tokens, device=query.device)
+    weights = _exponentials(query, key.float().transpose(1, 2), scaling, softcap, buffer)
+    return weights / weights.sum(-1, keepdim=True)
+
+
+class Probe:
+    """The attention function: computes the flow, keeps every text's, layer's and head's shares."""
+
+    def __init__(self, keep_maps: bool = False) -> None:
+        self.shares: list[Tensor] = []  # one (B, H, 3) an attention layer, in order of the calls
+        self.maps: list[Tensor] = []  # one (H, T, T) per layer and text, where asked
+        self.keep_maps = keep_maps
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        is_causal: bool | None = None,
+        **_: object,
+    ) -> tuple[Tensor, None]:
+        """(B, H, T, d), (B, K, T, d), (B, K, T, e), a (B, T) padding mask -> (B, T, H, e)."""
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        rule = Rule(scaling, causal, sliding_window, softcap, s_aux)
+        output = query.new_zeros(*query.shape[:3], value.shape[-1])
+        shares = []
+        for text, real in enumerate(_spans(attention_mask, len(query), query.shape[2])):
+            q, k, v = query[text, :, real], key[text, :, real], value[text, :, real]
+            output[text, :, real] = flow(q, k, v, rule)
+            shares.append(row_shares(q, k, scaling, softcap))
+            if self.keep_maps:
+                self.maps.append(unmasked_attention(q, k, scaling, softcap))
+        self.shares.append(torch.stack(shares))
+        return output.transpose(1, 2).contiguous(), None
+
+
+def _spans(mask: Tensor | None, texts: int, tokens: int) -> list[slice]:
+    """Where each text's real tokens stand."""
+    if mask is None:
+        return [slice(0, tokens)] * texts
+    places = [row.nonzero().flatten() for row in mask]
+    return [slice(int(place[0]), int(place[-1]) + 1) for place in places]
+
+
+@contextmanager
+def probing(model: PreTrainedModel, keep_maps: bool = False) -> Iterator[Probe]:
+    """Run `model` with a Probe as its attention; its own implementation is back afterwards.
+
+    Raises UserError for a class that does not go through transformers' attention interface.
+    """
+    family = type(model).__name__
+    if not model._supports_attention_backend or not model._can_set_attn_implementation():
+        raise UserError(
+            f"{family} does not use transformers' attention interface; its dependence cannot be "
+            "measured"
+        )
+    if getattr(model.config.get_text_config(), "attention_chunk_size", None):
+        raise UserError(f"{family} attends in chunks, which the dependence probe does not follow")
+    own = model.config._attn_implementation
+    probe = Probe(keep_maps)
+    AttentionInterface.register(NAME, probe)
+    # This mask is None or (B, T); without one of ours padding would be ignored in silence.
+    AttentionMaskInterface.register(NAME, flash_attention_mask)
+    model.set_attn_implementation(NAME)
+    try:
+        yield probe
+    finally:
+        model.set_attn_implementation(own)
+
+
+def attention_layers(model: PreTrainedModel) -> int:
+    """Layers that must call the probe once each in a forward."""
+    config = model.config.get_text_config()
+    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    return sum(kind in ("full_attention", "sliding_attention") for kind in types)
+
+
+@torch.no_grad()
+def dependence_of(
+    model: PreTrainedModel, probe: Probe, input_ids: Tensor, attention_mask: Tensor
+) -> Tensor:
+    """Shares of each text, layer and head: (B, T) ids, (B, T) mask -> (B, L, H, 3) in fp64."""
+    probe.shares.clear()
+    positions = (attention_mask.cumsum(-1) - 1).clamp_min(0)
+    model.base_model(
+        input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
+    )
+    if len(probe.shares) != attention_layers(model):
+        calls = f"{len(probe.shares)} times in {attention_layers(model)} layers"
+        raise UserError(
+            f"{type(model).__name__} called the dependence probe {calls}; it cannot be measured"
+        )
+    return torch.stack(probe.shares, dim=1)
+
+
+def mean_attention(model: PreTrainedModel, input_ids: list[int]) -> Tensor:
+    """(T, T) unmasked attention of one short text, the mean over layers and heads."""
+    ids = torch.tensor([input_ids], device=model.device)
+    with probing(model, keep_maps=True) as probe:
+        dependence_of(model, probe, ids, torch.ones_like(ids))
+    return torch.stack(probe.maps).mean((0, 1)).cpu()
