@@ -1,0 +1,189 @@
+"""A result is written whole or not at all, recorded without paths, and printed without torch."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, random_model
+
+from ubmoe import results, tables
+from ubmoe.config import UserError, load_config
+
+SECTION = {
+    "overall": {"main": 10.0, "before": 60.0, "after": 30.0},
+    "stderr": {"main": 1.0, "before": 2.0, "after": 3.0},
+    "uniform": {"main": 20.0, "before": 40.0, "after": 40.0},
+    "buckets": [
+        {
+            "range": [0, 256],
+            "texts": 7,
+            "main": 10.0,
+            "before": 60.0,
+            "after": 30.0,
+            "stderr": {"main": 1.0, "before": 2.0, "after": 3.0},
+            "uniform": {"main": 20.0, "before": 40.0, "after": 40.0},
+        },
+        {
+            "range": [256, 512],
+            "texts": 0,
+            "main": None,
+            "before": None,
+            "after": None,
+            "stderr": {"main": None, "before": None, "after": None},
+            "uniform": {"main": None, "before": None, "after": None},
+        },
+    ],
+    "layers": [],
+    "texts": 7,
+    "outside_buckets": 0,
+    "truncated": 2,
+    "tokens": 70,
+}
+
+
+def recorded(config, section=SECTION):
+    with results.recording("calculate_dp", "dependence", config) as run:
+        run.model = random_model("qwen2")
+        run.section = section
+    return run.path
+
+
+@pytest.fixture
+def config(tmp_path):
+    return load_config(None, [f"output_dir={tmp_path}/runs/some", "seed=5"])
+
+
+def test_a_result_says_what_its_numbers_depend_on(config):
+    result = json.loads(recorded(config).read_text())
+    assert set(result) == {"config", "environment", "seconds", "peak_memory_bytes", "dependence"}
+    assert result["dependence"] == SECTION
+    assert result["config"] == config.model_dump()
+    environment = result["environment"]
+    assert environment["packages"]["torch"] and environment["seeds"] == [5]
+    assert (environment["dtype"], environment["device"]) == ("float32", "cpu")
+    assert result["peak_memory_bytes"] > 50e6  # torch alone takes more
+    again = load_config(Path(config.output_dir) / "calculate_dp.config.yaml")
+    assert again == config
+
+
+def test_a_failed_run_leaves_an_earlier_result_as_it_was(config):
+    before = recorded(config).read_bytes()
+    with pytest.raises(KeyError), results.recording("calculate_dp", "dependence", config):
+        raise KeyError
+    with pytest.raises(ValueError, match="Out of range float"):
+        recorded(config, SECTION | {"texts": float("nan")})
+    folder = Path(config.output_dir)
+    assert (folder / "dependence.json").read_bytes() == before
+    assert {path.name for path in folder.iterdir()} == {
+        "dependence.json",
+        "calculate_dp.config.yaml",
+    }
+
+
+def test_a_failed_first_run_leaves_nothing(config, tmp_path):
+    with pytest.raises(KeyError), results.recording("calculate_dp", "dependence", config):
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.json"
+    results.write_json(path, {"a": 1})
+
+    def disk_full(temporary):
+        temporary.write_text("half")
+        raise OSError(28, "No space left on device", str(temporary))
+
+    with pytest.raises(OSError, match="No space"):
+        results.replace(path, disk_full)
+    assert [each.name for each in tmp_path.iterdir()] == ["a.json"]
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_an_output_directory_that_cannot_be_written_is_refused_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    config = load_config(None, [f"output_dir={tmp_path}/file/runs"])
+    with (
+        pytest.raises(UserError, match=r"output_dir: .*file/runs cannot be written \(Not a dir"),
+        results.recording("calculate_dp", "dependence", config),
+    ):
+        pass
+
+
+def test_a_record_keeps_seeds_apart_and_shows_no_path(tmp_path, config):
+    name = str(tmp_path / "models" / "mine")
+    for seed in (5, 6):
+        again = config.model_copy(
+            update={
+                "seed": seed,
+                "model": config.model.model_copy(update={"name": name}),
+                "results": config.results.model_copy(update={"directory": f"{tmp_path}/records"}),
+            }
+        )
+        recorded(again)
+        written = results.record(again)
+        assert written == f"{tmp_path}/records/some.dependence.seed{seed}.json"
+        text = Path(written).read_text()
+        assert str(tmp_path) not in text
+        assert json.loads(text)["config"]["model"]["name"] == "mine"
+    assert len(list((tmp_path / "records").iterdir())) == 2
+
+
+def test_a_hub_id_is_no_path():
+    assert results._without_paths({"name": ["Qwen/Qwen2.5-7B", "/a/b", "../c/d", "x/y:z"]}) == {
+        "name": ["Qwen/Qwen2.5-7B", "b", "d", "x/y:z"]
+    }
+
+
+def test_the_table_shows_errors_the_uniform_share_and_empty_buckets(config):
+    recorded(config)
+    lines = results.table(config).splitlines()
+    assert "Attention dependence of tiny, causal flow" in lines[0]
+    assert "70 tokens, 2 texts cut" in lines[0]
+    assert lines[2].split() == [
+        *("0-256", "7", "10.00", "±1.00", "(20.00)", "60.00", "±2.00", "(40.00)"),
+        *("30.00", "±3.00", "(40.00)"),
+    ]
+    assert lines[3].split() == ["256-512", "0"] + ["no", "texts"] * 3
+    assert lines[4].split()[:3] == ["all", "7", "10.00"]
+
+
+def test_generated_blocks_are_renewed_and_the_rest_is_left(config):
+    record = json.loads(recorded(config).read_text())
+    text = "a\n<!-- dependence: some -->\nold\nold\n<!-- end -->\nb"
+    after = tables.renewed(text, {"some.dependence.seed5": record})
+    assert after.startswith("a\n<!-- dependence: some -->\n| tokens | texts | main |")
+    assert "old" not in after and after.endswith("\n<!-- end -->\nb")
+    assert "| 0-256 | 7 | 10.00 ±1.00 (20.00) | 60.00" in after
+    assert tables.renewed(after, {"some.dependence.seed5": record}) == after
+
+
+def test_the_tables_of_the_readme_are_not_stale():
+    text = (ROOT / "README.md").read_text()
+    config = load_config(None, [f"results.directory={ROOT}/results"])
+    assert tables.renewed(text, results.recorded(config)) == text
+    assert text.count("| all |") >= 1 and text.count("ours/plain") >= 1
+
+
+def test_a_table_needs_a_result(config):
+    with pytest.raises(UserError, match="holds no result; run calculate_dp.py"):
+        results.table(config)
+
+
+def test_the_table_is_printed_without_torch(config):
+    recorded(config)
+    program = (
+        "import sys, runpy; sys.argv = ['results', sys.argv[1]];"
+        "runpy.run_module('ubmoe.results', run_name='__main__', alter_sys=True)"
+    )
+    check = "import atexit; atexit.register(lambda: print('torch' in sys.modules));"
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys;" + check + program, f"output_dir={config.output_dir}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip().endswith("False") and "Attention dependence" in done.stdout

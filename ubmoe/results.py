@@ -1,0 +1,253 @@
+"""A run as one JSON with its figures, whole or not at all; records; tables.
+
+Nothing heavy is imported at the top: tables come from the JSON alone.
+"""
+
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ubmoe import command, tables
+from ubmoe.config import Config, UserError, dump_config
+
+PACKAGES = (
+    "ubmoe",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "accelerate",
+    "datasets",
+    "peft",
+    "numpy",
+)
+RESULTS = ("dependence",)  # one JSON a program, so that none overwrites another's
+
+
+@dataclass
+class Run:
+    """What a script fills in while it runs; written when it ends well."""
+
+    program: str
+    name: str
+    config: Config
+    directory: Path
+    started: float = field(default_factory=time.monotonic)
+    model: Any = None
+    section: dict[str, Any] = field(default_factory=dict)
+    figures: dict[str, Any] = field(default_factory=dict)  # file name -> matplotlib figure
+
+    @property
+    def path(self) -> Path:
+        return self.directory / f"{self.name}.json"
+
+    def write(self) -> None:
+        """The resolved config, the figures, and last the result itself, each by rename."""
+        record = {
+            "config": self.config.model_dump(),
+            "environment": environment(self.model, self.config.seed),
+            "seconds": round(time.monotonic() - self.started, 3),
+            "peak_memory_bytes": peak_memory_bytes(),
+            self.name: self.section,
+        }
+        settings = dump_config(self.config)
+        replace(self.directory / f"{self.program}.config.yaml", partial(_write_text, text=settings))
+        for name, figure in self.figures.items():
+            replace(self.directory / name, partial(figure.savefig, format="png"))
+        write_json(self.path, record)
+
+
+@contextmanager
+def recording(program: str, name: str, config: Config) -> Iterator[Run]:
+    """A run that writes `<output_dir>/<name>.json` when its body ends well, on the main process.
+
+    Raises UserError at once for an output directory that cannot be written; a failed run leaves an
+    earlier result as it was.
+    """
+    directory = Path(config.output_dir)
+    made = _make_writable(directory)
+    run = Run(program, name, config, directory)
+    try:
+        yield run
+        from accelerate import PartialState
+
+        if PartialState().is_main_process:
+            run.write()
+    except BaseException:
+        for folder in made:  # deepest first; what holds the sums of an interrupted run stays
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        raise
+
+
+def _make_writable(directory: Path) -> list[Path]:
+    """Make the directory where it is missing; returns the folders made, deepest first."""
+    missing = [folder for folder in (directory, *directory.parents) if not folder.exists()]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"output_dir: {directory} cannot be written ({error.strerror}); expected a folder of "
+            "yours"
+        ) from error
+    return missing
+
+
+def replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file beside its place and rename it: nobody reads half. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Atomic; a NaN is an error, since it is no JSON and no result."""
+    text = json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False)
+    replace(path, partial(_write_text, text=text + "\n"))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def environment(model: Any, seed: int) -> dict[str, Any]:
+    """Versions, device, dtype, commit and seed: what a number depends on besides its config."""
+    from ubmoe.model import environment as of_model
+
+    return {
+        "python": platform.python_version(),
+        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        "platform": f"{platform.system()} {platform.machine()}",
+        "git_commit": git_commit(),
+        "seeds": [seed],
+        **of_model(model),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def git_commit() -> str | None:
+    """Commit of this package's checkout, `+changes` where edited; None outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+changes" if changed else "")
+
+
+def peak_memory_bytes() -> int:
+    """Most memory of this process: allocated on CUDA, resident set on CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# --- recorded runs and tables ---------------------------------------------------------------------
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """Raises UserError for a file that is not a result."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no result ({error}); run calculate_dp.py first") from error
+
+
+def existing(config: Config) -> list[Path]:
+    """The results in output_dir. Raises UserError where there is none."""
+    found = [
+        path for name in RESULTS if (path := Path(config.output_dir) / f"{name}.json").exists()
+    ]
+    if not found:
+        raise UserError(
+            f"output_dir: {config.output_dir} holds no result; run calculate_dp.py with the same "
+            "config first"
+        )
+    return found
+
+
+def record(config: Config) -> str:
+    """Copy the results of output_dir to the folder of records, one file a program and seed."""
+    written = []
+    for path in existing(config):
+        result = read_result(path)
+        name = f"{Path(config.output_dir).name}.{path.stem}.seed{result['config']['seed']}.json"
+        target = Path(config.results.directory) / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_json(target, _without_paths(result))
+        written.append(str(target))
+    return "\n".join(written)
+
+
+def _without_paths(value: Any) -> Any:
+    """Every string that is a path, reduced to its last part; hub ids and texts stay."""
+    if isinstance(value, dict):
+        return {key: _without_paths(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(each) for each in value]
+    if isinstance(value, str) and "/" in value and "\n" not in value:
+        path = Path(value)
+        return (
+            path.name
+            if path.is_absolute() or value.startswith((".", "~")) or path.exists()
+            else value
+        )
+    return value
+
+
+def table(config: Config) -> str:
+    """The results of output_dir as text, and the paths of their figures."""
+    parts = [tables.TEXT[path.stem](read_result(path)) for path in existing(config)]
+    figures = sorted(str(path) for path in Path(config.output_dir).glob("*.png"))
+    return "\n\n".join([*parts, "\n".join(["figures:", *(f"  {path}" for path in figures)])])
+
+
+def readme(config: Config) -> str:
+    """Renew the generated tables of README.md from the recorded results."""
+    path = Path("README.md")
+    replace(path, partial(_write_text, text=tables.renewed(path.read_text(), recorded(config))))
+    return str(path)
+
+
+def recorded(config: Config) -> dict[str, dict[str, Any]]:
+    """Every record by its file name without `.json`."""
+    return {path.stem: read_result(path) for path in Path(config.results.directory).glob("*.json")}
+
+
+def main(config: Config) -> str:
+    return {"record": record, "table": table, "readme": readme}[config.results.action](config)
+
+
+if __name__ == "__main__":
+    purpose = "Print the table of a run, record its results, or renew the tables of README.md."
+    command.run("python -m ubmoe.results", purpose, main)

@@ -1,0 +1,94 @@
+"""Tables of results, as text for a terminal and as Markdown for README.md, from the JSON alone."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+SHARES = ("main", "before", "after")
+NO_TEXTS = "no texts"
+
+
+def dependence_rows(result: dict[str, Any]) -> list[list[str]]:
+    """Header, a row a bucket, and all texts: share ± standard error (share if uniform)."""
+    section = result["dependence"]
+    whole = {**section, **section["overall"]}
+    rows = [[f"{low}-{high}", row] for row in section["buckets"] for low, high in [row["range"]]]
+    body = [
+        [label, str(row["texts"]), *(_cell(row, share) for share in SHARES)]
+        for label, row in [*rows, ["all", whole]]
+    ]
+    return [["tokens", "texts", *SHARES], *body]
+
+
+def _cell(row: dict[str, Any], share: str) -> str:
+    if row[share] is None:
+        return NO_TEXTS
+    error = row["stderr"][share]
+    spread = "" if error is None else f" ±{error:.2f}"
+    return f"{row[share]:.2f}{spread} ({row['uniform'][share]:.2f})"
+
+
+def dependence_caption(result: dict[str, Any]) -> str:
+    section, config = result["dependence"], result["config"]
+    return (
+        f"Attention dependence of {Path(config['model']['name']).name}, "
+        f"{config['dependence']['flow']} flow, percent ± standard error over texts (in brackets: "
+        f"attention without any preference); {section['tokens']} tokens, {section['truncated']} "
+        f"texts cut, {section['outside_buckets']} outside the buckets."
+    )
+
+
+def dependence_text(result: dict[str, Any]) -> str:
+    return f"{dependence_caption(result)}\n{aligned(dependence_rows(result))}"
+
+
+TEXT = {"dependence": dependence_text}
+
+
+def aligned(rows: list[list[str]]) -> str:
+    """Columns of a terminal, right-aligned."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (zip(row, widths, strict=True) for row in rows)
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in line) for line in lines)
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """A Markdown table, its first row the header."""
+    header, *body = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([header, "|" + "---:|" * len(rows[0]), *body])
+
+
+# --- README.md ---------------------------------------------------------------------------------
+
+
+def renewed(text: str, records: dict[str, dict[str, Any]]) -> str:
+    """The text with every block between `<!-- kind: name -->` and `<!-- end -->` made anew."""
+
+    def block(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{BLOCKS[match[2]](match[3], records)}\n<!-- end -->"
+
+    return re.sub(r"(<!-- (\w+): ([\w.-]+) -->)\n.*?<!-- end -->", block, text, flags=re.DOTALL)
+
+
+def _dependence_block(name: str, records: dict[str, dict[str, Any]]) -> str:
+    found = [record for key, record in records.items() if key.startswith(f"{name}.dependence.")]
+    return "\n\n".join(
+        f"{markdown(dependence_rows(record))}\n\n{dependence_caption(record)}" for record in found
+    )
+
+
+def _benchmark_block(name: str, records: dict[str, dict[str, Any]]) -> str:
+    parts = []
+    for key, record in sorted(records.items()):
+        if key.startswith(f"benchmark.{name}."):
+            rows = record["rows"]
+            cells = [list(rows[0]), *([_number(value) for value in row.values()] for row in rows)]
+            parts.append(f"On {record['device']}, torch {record['torch']}:\n\n{markdown(cells)}")
+    return "\n\n".join(parts)
+
+
+def _number(value: Any) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+BLOCKS = {"dependence": _dependence_block, "benchmark": _benchmark_block}
