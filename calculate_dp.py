@@ -1,0 +1,39 @@
+"""Measure the attention dependence of a model on chats or texts: dependence.json, its figures, and
+a table.
+
+python calculate_dp.py configs/tiny.yaml python calculate_dp.py configs/qwen2.5-0.5b.yaml
+dependence.max_texts=200 torchrun --nproc-per-node 8 calculate_dp.py configs/qwen2.5-7b.yaml
+"""
+
+from pathlib import Path
+
+from ubmoe import command
+from ubmoe.config import Config
+
+
+def main(config: Config) -> Path | None:
+    """Read the texts, load the model, measure, and record. Returns the path of the result."""
+    # torch is imported late, so that --help, a mistyped key and a bad row are answered at once.
+    from ubmoe.data import read_texts
+    from ubmoe.results import recording
+
+    with recording("calculate_dp", "dependence", config) as run:
+        texts = read_texts(config.dependence.dataset, config.dependence.max_texts)
+
+        from ubmoe import dependence, figures
+        from ubmoe.model import load_model, load_tokenizer
+
+        tokenizer = load_tokenizer(config.model)
+        ids = dependence.tokenize(tokenizer, texts, config.dependence.chat_template)
+        model = load_model(config.model, bidirectional=config.dependence.flow == "bidirectional")
+        ids, truncated = dependence.cut(model, ids, config.dependence.max_tokens)
+        resume = config.resume == "auto"
+        section = dependence.measure(model, ids, config.dependence, run.directory, resume)
+        run.model = model
+        run.section = section | {"truncated": truncated}
+        run.figures = figures.dependence(section) | figures.attention_map(model, tokenizer, ids)
+    return run.path
+
+
+if __name__ == "__main__":
+    command.run("calculate_dp.py", __doc__ or "", main)

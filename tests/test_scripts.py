@@ -1,0 +1,146 @@
+"""The scripts as their users run them: a result at the end, or one line and exit status 2."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, random_model
+
+from ubmoe import results
+from ubmoe.config import load_config
+
+FAST = ["dependence.max_texts=12", "model.device=cpu"]
+CHAT = {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]}
+
+
+def start(*arguments, **keys):
+    command = [sys.executable, "calculate_dp.py", *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes, **keys)
+
+
+def run(*arguments):
+    process = start(*arguments)
+    output, errors = process.communicate(timeout=300)
+    return process.returncode, output, errors
+
+
+def test_a_newcomer_gets_a_result_figures_and_a_table(tiny_path, tmp_path):
+    code, output, errors = run(*FAST, f"output_dir={tmp_path}/run")
+    assert code == 0, errors
+    path = output.splitlines()[-1]
+    assert path == f"{tmp_path}/run/dependence.json"
+    result = json.loads((tmp_path / "run" / "dependence.json").read_text())
+    overall = result["dependence"]["overall"]
+    assert sum(overall.values()) == pytest.approx(100, abs=1e-4)
+    assert result["dependence"]["texts"] == 12
+    assert len(result["dependence"]["layers"]) == 4
+    assert "attention causal, verified" in errors
+    assert {each.name for each in (tmp_path / "run").iterdir()} == {
+        "dependence.json",
+        "calculate_dp.config.yaml",
+        "dependence_buckets.png",
+        "dependence_heads.png",
+        "dependence_map.png",
+    }
+    table = results.table(load_config(None, [f"output_dir={tmp_path}/run"]))
+    assert f"{overall['after']:.2f}" in table and "dependence_map.png" in table
+
+
+def test_the_bidirectional_flow_says_so(tiny_path, tmp_path):
+    code, _, errors = run(*FAST, "dependence.flow=bidirectional", f"output_dir={tmp_path}/run")
+    assert code == 0, errors
+    assert "attention bidirectional, verified" in errors
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory, tiny_path):
+    """Everything that can be wrong, by name."""
+    folder = tmp_path_factory.mktemp("inputs")
+    files = {
+        "good.jsonl": json.dumps(CHAT),
+        "empty.jsonl": "",
+        "rows.jsonl": json.dumps(CHAT) + '\n{"prompt": "x"}',
+        "broken.jsonl": json.dumps(CHAT) + '\n{"messages": [',
+        "blank.jsonl": '{"text": "  "}',
+        "file": "",
+    }
+    for name, content in files.items():
+        (folder / name).write_text(content)
+    (folder / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    shutil.copytree(tiny_path, folder / "plain")
+    shutil.copytree(
+        tiny_path, folder / "weightless", ignore=shutil.ignore_patterns("*.safetensors")
+    )
+    for path in (folder / "plain").glob("chat_template*"):
+        path.unlink()
+    settings = json.loads((folder / "plain" / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (folder / "plain" / "tokenizer_config.json").write_text(json.dumps(settings))
+    shutil.copytree(folder / "weightless", folder / "encoder")
+    random_model("bert", vocab_size=1000).save_pretrained(folder / "encoder")
+    broken = random_model("qwen2", vocab_size=1000)
+    broken.lm_head.weight.data.fill_(float("nan"))
+    shutil.copytree(folder / "weightless", folder / "nan")
+    broken.save_pretrained(folder / "nan")
+    return folder
+
+
+CASES = {
+    "missing dataset": (["dependence.dataset={0}/none.jsonl"], "none.jsonl: cannot be read"),
+    "empty dataset": (["dependence.dataset={0}/empty.jsonl"], "empty.jsonl: empty; expected"),
+    "row without messages": (["dependence.dataset={0}/rows.jsonl"], "rows.jsonl:2: has no mess"),
+    "malformed JSON": (["dependence.dataset={0}/broken.jsonl"], "broken.jsonl:2: malformed JSON"),
+    "empty text": (["dependence.dataset={0}/blank.jsonl"], "blank.jsonl:1: empty text"),
+    "invalid UTF-8": (["dependence.dataset={0}/latin.txt"], "latin.txt:1: not UTF-8"),
+    "no chat template": (
+        ["model.name={0}/plain"],
+        "name a Jinja file or string as dependence.chat",
+    ),
+    "no weights": (["model.name={0}/weightless"], "weightless has no weights; expected model"),
+    "no decoder": (["model.name={0}/encoder"], "BertLMHeadModel (sdpa) sees later tokens"),
+    "NaN weights": (["model.name={0}/nan"], "has NaN or infinite weights in "),
+    "unknown key": (["dependence.bucket=[0, 5]"], "did you mean dependence.buckets?"),
+    "buckets": (["dependence.buckets=[256, 0]"], "expected at least two ascending edges"),
+    "unwritable": (["output_dir={0}/file/run"], "file/run cannot be written"),
+    "missing config": (["{0}/none.yaml"], "none.yaml: cannot be read"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_one_line_and_exit_2_and_nothing_is_written(inputs, tmp_path, case):
+    arguments, expected = CASES[case]
+    arguments = [f"output_dir={tmp_path}/run", *(each.format(inputs) for each in arguments)]
+    code, output, errors = run(*FAST, *arguments)
+    assert (code, output) == (2, "")
+    assert errors.count("\n") == 1 and errors.startswith("error: "), errors
+    assert expected in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_run_keeps_the_earlier_result(inputs, tmp_path):
+    good = f"dependence.dataset={inputs}/good.jsonl"
+    assert run(*FAST, good, f"output_dir={tmp_path}")[0] == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    bad = f"dependence.dataset={inputs}/rows.jsonl"
+    assert run(*FAST, bad, f"output_dir={tmp_path}")[0] == 2
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_ctrl_c_ends_in_one_line(tiny_path, tmp_path):
+    process = start("dependence.batch_tokens=1", "model.device=cpu", f"output_dir={tmp_path}/run")
+    seen = ""
+    while "verified" not in seen:
+        seen += process.stderr.readline()
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert errors.splitlines()[-1].startswith("error: interrupted")

@@ -1,0 +1,135 @@
+"""Pictures of results: what people would rather look at than read."""
+
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np
+from matplotlib.figure import Figure
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ubmoe.attention import mean_attention
+
+SHARES = {
+    "before": "#4c78a8",
+    "main": "#e6a532",
+    "after": "#c8553d",
+}  # from left to right, as in the text
+MAP_TOKENS = 20  # of the text whose attention map is drawn
+
+
+def dependence(section: dict[str, Any]) -> dict[str, Figure]:
+    """DP by length bucket, and DP-after by layer and head."""
+    return {"dependence_buckets.png": _buckets(section), "dependence_heads.png": _heads(section)}
+
+
+def _figure(width: float, height: float) -> Figure:
+    return Figure(figsize=(width, height), dpi=160, layout="constrained")
+
+
+def _buckets(section: dict[str, Any]) -> Figure:
+    """Stacked shares of every bucket that holds texts; a line marks where uniform after begins."""
+    filled = [bucket for bucket in section["buckets"] if bucket["texts"]]
+    figure = _figure(1.6 + 1.3 * len(filled), 3.8)
+    axes = figure.subplots()
+    places = np.arange(len(filled))
+    floor = np.zeros(len(filled))
+    for share, colour in SHARES.items():
+        heights = np.array([bucket[share] for bucket in filled])
+        axes.bar(places, heights, 0.62, floor, color=colour, label=f"DP-{share}")
+        for place, low, height in zip(places.tolist(), floor, heights, strict=True):
+            if height > 4:
+                axes.text(
+                    place,
+                    low + height / 2,
+                    f"{height:.1f}",
+                    ha="center",
+                    va="center",
+                    color="white",
+                    fontsize=9,
+                )
+        floor += heights
+    uniform = [100 - bucket["uniform"]["after"] for bucket in filled]
+    axes.hlines(
+        uniform, places - 0.38, places + 0.38, color="black", lw=1.5, label="uniform attention"
+    )
+    labels = [
+        f"{bucket['range'][0]}-{bucket['range'][1]}\n{bucket['texts']} texts" for bucket in filled
+    ]
+    axes.set(
+        ylim=(0, 100), ylabel="share of attention, percent", xlabel="length of the text, tokens"
+    )
+    axes.set_xticks(places, labels)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8)
+    return figure
+
+
+def _heads(section: dict[str, Any]) -> Figure:
+    """DP-after of every layer (down) and head (across)."""
+    after = np.array([[head["after"] for head in layer["heads"]] for layer in section["layers"]])
+    figure = _figure(2.2 + 0.28 * after.shape[1], 1.6 + 0.28 * after.shape[0])
+    axes = figure.subplots()
+    image = axes.imshow(after, cmap="magma", vmin=0, aspect="auto")
+    axes.set(xlabel="head", ylabel="layer", title="DP-after, percent")
+    for axis, count in ((axes.xaxis, after.shape[1]), (axes.yaxis, after.shape[0])):
+        axis.set_ticks(range(0, count, max(1, count // 12)))
+    figure.colorbar(image)
+    return figure
+
+
+def attention_map(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[list[int]]
+) -> dict[str, Figure]:
+    """The mean unmasked attention of the shortest text, its parts marked as in Figure 3."""
+    ids = min(texts, key=len)[:MAP_TOKENS]
+    attention = mean_attention(model, ids).numpy()
+    figure = _figure(5.6, 5.2)
+    axes = figure.subplots()
+    image = axes.imshow(attention, cmap="viridis", vmin=0, vmax=np.quantile(attention, 0.98))
+    tokens = [str(tokenizer.decode([token])) for token in ids]
+    words = [token.strip() or repr(token)[1:-1] for token in tokens]
+    axes.set_xticks(range(len(ids)), words, rotation=90, fontsize=7)
+    axes.set_yticks(range(len(ids)), words, fontsize=7)
+    axes.set(xlabel="attended token", ylabel="token")
+    edge = np.arange(len(ids) + 1) - 0.5
+    for way in ("pre", "post"):  # both sides of the diagonal
+        axes.step(edge, edge, where=way, color="white", lw=1.2)
+    _mark(axes, attention)
+    figure.colorbar(image, label="mean attention over layers and heads, unmasked", shrink=0.85)
+    return {"dependence_map.png": figure}
+
+
+def _mark(axes: Any, attention: np.ndarray) -> None:
+    """Name the three parts of the map, and what each sums to."""
+    count = len(attention)
+    shares = {
+        "before": np.tril(attention, -1).sum() / count * 100,
+        "main": attention.trace() / count * 100,
+        "after": np.triu(attention, 1).sum() / count * 100,
+    }
+    style = {
+        "ha": "center",
+        "va": "center",
+        "color": "white",
+        "fontsize": 9,
+        "xycoords": "axes fraction",
+    }
+    for share, place in {
+        "before": (0.24, 0.2),
+        "main": (0.42, 0.88),
+        "after": (0.76, 0.68),
+    }.items():
+        box = {"boxstyle": "round", "facecolor": SHARES[share], "edgecolor": "white"}
+        text = f"DP-{share}\n{shares[share]:.1f} %"
+        axes.annotate(text, place, xytext=place, textcoords="axes fraction", bbox=box, **style)
+    arrow = {"arrowstyle": "->", "color": "white", "shrinkA": 14}
+    axes.annotate(
+        "",
+        (0.28, 0.72),
+        xytext=(0.42, 0.88),
+        xycoords="axes fraction",
+        textcoords="axes fraction",
+        arrowprops=arrow,
+    )
