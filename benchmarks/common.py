@@ -1,0 +1,82 @@
+"""What every benchmark shares: interleaved medians, peak memory in a fresh process, one JSON in
+results/.
+"""
+
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ubmoe.results import git_commit, write_json
+
+RESULTS = Path(__file__).parent.parent / "results"
+
+
+def device_name() -> str:
+    """The accelerator's name, or the processor's kind."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU"
+
+
+def medians(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each run; they take turns, so that a noisy machine disturbs all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats + 1):
+        for name, run in runs.items():
+            _synchronize()
+            start = time.perf_counter()
+            run()
+            _synchronize()
+            if repeat:  # the first round warms up
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def peak_of_child(module: str, *arguments: object) -> int:
+    """Peak memory in bytes that `python -m module arguments...` prints as its last line."""
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    return int(lines[-1])
+
+
+def peak_bytes() -> int:
+    """Of this process so far: allocated on CUDA, resident set on CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def write(name: str, rows: list[dict[str, Any]]) -> None:
+    """results/benchmark.<name>.<device>.json, and the rows as a table on stdout."""
+    columns = list(rows[0])
+    widths = [max(len(column), *(len(_shown(row[column])) for row in rows)) for column in columns]
+    for cells in (columns, *([_shown(row[column]) for column in columns] for row in rows)):
+        print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)))
+    device = device_name()
+    record = {
+        "device": device,
+        "torch": torch.__version__,
+        "git_commit": git_commit(),
+        "rows": rows,
+    }
+    path = RESULTS / f"benchmark.{name}.{device.lower().replace(' ', '-')}.json"
+    write_json(path, record)
+    print(path.name)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

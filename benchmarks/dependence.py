@@ -1,0 +1,130 @@
+"""Time and memory of measuring dependence, against a plain forward and against the paper's way.
+
+python benchmarks/dependence.py
+
+Qwen2.5-0.5B's layer shape with random weights; `plain` is the causal sdpa forward, `paper`
+accumulates full T x T maps over the layers as the released code does, `ours` streams. Claims, at T
+= 2048 and one thread: ours / plain <= 1.30, paper / ours >= 1.25, memory of ours above plain <= 100
+MB and at most a tenth of the paper's, growing linearly to T = 8192.
+"""
+
+import sys
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, Qwen2Config, Qwen2ForCausalLM
+from transformers.masking_utils import eager_mask
+
+from benchmarks.common import medians, peak_bytes, peak_of_child, write
+from ubmoe.attention import dependence_of, probing
+
+LAYERS = 4
+REPEATS = 5
+PAPER_TOKENS = 4096  # beyond, the paper's maps of 14 x T x T x 4 bytes each do not fit everywhere
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+MEGABYTE = 1e6
+
+
+class Paper:
+    """The released code's way: the unmasked softmax of every layer, added up as one (H, T, T)
+    tensor.
+    """
+
+    def __init__(self) -> None:
+        self.total = torch.zeros((), device=DEVICE)
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor,
+        scaling: float,
+        **_: object,
+    ) -> tuple[Tensor, None]:
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        scores = query @ key.transpose(2, 3) * scaling
+        self.total = self.total + scores.softmax(-1, dtype=torch.float32)[0]
+        output = (scores + mask).softmax(-1, dtype=torch.float32).to(query.dtype) @ value
+        return output.transpose(1, 2).contiguous(), None
+
+
+def build() -> Qwen2ForCausalLM:
+    config = Qwen2Config(
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        vocab_size=1024,  # the embedding takes no part in the claim
+        max_position_embeddings=32768,
+    )
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+    model: Any = Qwen2ForCausalLM(config)
+    return model.to(DEVICE, dtype).eval()
+
+
+@torch.no_grad()
+def plain(model: Qwen2ForCausalLM, ids: Tensor) -> None:
+    model.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+
+
+def ours(model: Qwen2ForCausalLM, ids: Tensor) -> Tensor:
+    with probing(model) as probe:
+        return dependence_of(model, probe, ids, torch.ones_like(ids))[0].mean((0, 1))
+
+
+@torch.no_grad()
+def paper(model: Qwen2ForCausalLM, ids: Tensor) -> Tensor:
+    way = Paper()
+    AttentionInterface.register("paper", way)
+    AttentionMaskInterface.register("paper", eager_mask)
+    model.set_attn_implementation("paper")
+    plain(model, ids)
+    model.set_attn_implementation("sdpa")
+    mean = way.total.sum(0) / LAYERS / model.config.num_attention_heads  # (T, T)
+    return torch.stack((mean.trace(), mean.tril(-1).sum(), mean.triu(1).sum())).cpu() / len(mean)
+
+
+WAYS = {"plain": plain, "ours": ours, "paper": paper}
+
+
+def row(tokens: int, threads: int) -> dict[str, object]:
+    """One length: seconds, ratios, megabytes above the plain forward, and how far ours and the
+    paper's numbers lie apart.
+    """
+    torch.set_num_threads(threads)
+    model, ids = build(), torch.randint(1024, (1, tokens), device=DEVICE)
+    ways = {name: way for name, way in WAYS.items() if name != "paper" or tokens <= PAPER_TOKENS}
+    seconds = medians({name: partial(way, model, ids) for name, way in ways.items()}, REPEATS)
+    peaks = {name: peak_of_child("benchmarks.dependence", name, tokens, threads) for name in ways}
+    cells: dict[str, object] = {"tokens": tokens, "threads": threads, "plain_s": seconds["plain"]}
+    cells["ours/plain"] = seconds["ours"] / seconds["plain"]
+    cells["ours_above_MB"] = (peaks["ours"] - peaks["plain"]) / MEGABYTE
+    names = ("paper/plain", "paper/ours", "paper_above_MB", "difference")
+    if "paper" not in ways:
+        return cells | dict.fromkeys(names, "not run")
+    difference = (ours(model, ids) - paper(model, ids).double()).abs().max().item()
+    above = (peaks["paper"] - peaks["plain"]) / MEGABYTE
+    ratios = (seconds["paper"] / seconds["plain"], seconds["paper"] / seconds["ours"])
+    return cells | dict(zip(names, (*ratios, above, f"{difference:.0e}"), strict=True))
+
+
+def main() -> None:
+    if len(sys.argv) > 1:  # a child: one way, once, for its peak memory
+        name, tokens, threads = sys.argv[1], *map(int, sys.argv[2:])
+        torch.set_num_threads(threads)
+        WAYS[name](build(), torch.randint(1024, (1, tokens), device=DEVICE))
+        print(peak_bytes())
+        return
+    lengths = (2048, 8192, 32768) if DEVICE.type == "cuda" else (1024, 2048, 4096, 8192)
+    cases = [(tokens, 1) for tokens in lengths] + [(2048, 2)]
+    write("dependence", [row(tokens, threads) for tokens, threads in cases])
+
+
+if __name__ == "__main__":
+    main()
