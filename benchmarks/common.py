@@ -3,7 +3,6 @@ results/.
 """
 
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -45,14 +44,6 @@ def peak_of_child(module: str, *arguments: object) -> int:
     command = [sys.executable, "-m", module, *map(str, arguments)]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     return int(lines[-1])
-
-
-def peak_bytes() -> int:
-    """Of this process so far: allocated on CUDA, resident set on CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def write(name: str, rows: list[dict[str, Any]]) -> None:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Qwen2Config, Qwen2ForCausalLM
 from transformers.masking_utils import eager_mask
 
-from benchmarks.common import medians, peak_bytes, peak_of_child, write
+from benchmarks.common import medians, peak_of_child, write
 from ubmoe.attention import dependence_of, probing
+from ubmoe.results import peak_memory_bytes
 
 LAYERS = 4
 REPEATS = 5
@@ -99,8 +100,9 @@ def row(tokens: int, threads: int) -> dict[str, object]:
     """
     torch.set_num_threads(threads)
     model, ids = build(), torch.randint(1024, (1, tokens), device=DEVICE)
+    repeats = REPEATS if tokens <= PAPER_TOKENS else 3
     ways = {name: way for name, way in WAYS.items() if name != "paper" or tokens <= PAPER_TOKENS}
-    seconds = medians({name: partial(way, model, ids) for name, way in ways.items()}, REPEATS)
+    seconds = medians({name: partial(way, model, ids) for name, way in ways.items()}, repeats)
     peaks = {name: peak_of_child("benchmarks.dependence", name, tokens, threads) for name in ways}
     cells: dict[str, object] = {"tokens": tokens, "threads": threads, "plain_s": seconds["plain"]}
     cells["ours/plain"] = seconds["ours"] / seconds["plain"]
@@ -119,7 +121,7 @@ def main() -> None:
         name, tokens, threads = sys.argv[1], *map(int, sys.argv[2:])
         torch.set_num_threads(threads)
         WAYS[name](build(), torch.randint(1024, (1, tokens), device=DEVICE))
-        print(peak_bytes())
+        print(peak_memory_bytes())
         return
     lengths = (2048, 8192, 32768) if DEVICE.type == "cuda" else (1024, 2048, 4096, 8192)
     cases = [(tokens, 1) for tokens in lengths] + [(2048, 2)]

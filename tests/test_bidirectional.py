@@ -31,7 +31,7 @@ def test_flex_attention_reads_as_asked():
     make_bidirectional(model)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gemma3_text"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_mode_is_saved_with_the_model(family, tmp_path):
     make_bidirectional(random_model(family)).save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()

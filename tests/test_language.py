@@ -74,9 +74,10 @@ def test_every_list_is_a_function_of_count_and_seed_alone() -> None:
         assert make(40, 1) != make(40, 2)
 
 
-def test_sentences_are_distinct() -> None:
-    found = language.sentences(5000, 1)
-    assert len(set(found)) == 5000
+def test_sentences_are_distinct(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(set(language.sentences(5000, 1))) == 5000
+    monkeypatch.setattr(language, "_sentence", lambda _, rng: str(rng.randrange(60)))
+    assert len(set(language.sentences(50, 1))) == 50  # though most draws repeat an earlier one
 
 
 def test_every_content_word_names_one_concept_and_every_concept_has_two_words() -> None:

@@ -24,7 +24,7 @@ from transformers.masking_utils import flash_attention_mask
 from ubmoe.config import UserError
 
 NAME = "dependence"
-ROWS = 64  # of a block: its scores, H x 64 x T in fp32, should stay in the processor's cache
+ROWS = 32  # of a block: its scores, H x 32 x T in fp32, should stay in the processor's cache
 
 
 def row_shares(query: Tensor, key: Tensor, scaling: float, softcap: float | None = None) -> Tensor:
