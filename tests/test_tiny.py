@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import (
     AutoModelForCausalLM,
@@ -137,13 +137,14 @@ def test_the_chat_template_is_chatml(tokenizer: PreTrainedTokenizerBase) -> None
 def test_the_reloaded_tokenizer_is_the_trained_one(tokenizer: PreTrainedTokenizerBase) -> None:
     trained = tiny.train_tokenizer()
     texts = [message["content"] for chat in language.chats(50, 1) for message in chat["messages"]]
-    texts.append("1234 doesn't  fit\n\n\u00e9\u4e2d\U0001f600<|im_end|>\n")
+    texts.append("1234 doesn't  fit\n\ne\u0301\u00e9\u4e2d\U0001f600<|im_end|>\n")
     assert trained(texts)["input_ids"] == tokenizer(texts)["input_ids"]
 
 
 def test_every_text_comes_back_from_its_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
     @settings(deadline=None, max_examples=300)
     @given(st.text())
+    @example(" .  , n't \r\n\0 <|im_end|> e\u0301")
     def check(text: str) -> None:
         text = unicodedata.normalize("NFC", text)  # Qwen2's tokenizer normalises, so does this
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text

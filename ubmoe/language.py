@@ -168,6 +168,7 @@ TIMES = tuple(
 
 WEIGHTS = (1, 2, 2, 1, 2, 1, 1)  # of the slots of a Meaning; they sum to 10
 SWAPPED = 0.15  # share of pairs that differ only in who does it to whom
+OTHER_WORD = 0.75  # of an equal slot, so that counting common words is not enough
 
 ORDERS = (
     "{agent} {verb} {patient} {place} {time}.",
@@ -244,11 +245,15 @@ def pairs(count: int, seed: int) -> list[Pair]:
     rng = random.Random(seed)
     found: list[Pair] = []
     while len(found) < count:
-        first = draw(rng)
+        first, wording = draw(rng), _wording(rng)
         second = _relative(first, rng)
-        pair = Pair(score(first, second), _sentence(first, rng), _sentence(second, rng))
-        if pair.sentence1 != pair.sentence2:
-            found.append(pair)
+        other = tuple(1 - word if rng.random() < OTHER_WORD else word for word in wording)
+        texts = [
+            express(meaning, rng.choice(ORDERS), words)
+            for meaning, words in ((first, wording), (second, other))
+        ]
+        if texts[0] != texts[1]:
+            found.append(Pair(score(first, second), *texts))
     return found
 
 
