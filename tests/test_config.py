@@ -61,7 +61,9 @@ def test_a_jinja_string_needs_no_quotes(tmp_path):
     ("override", "nearest"),
     [
         ("dependence.max_text=3", "dependence.max_texts"),
-        ("max_tokens=3", "dependence.max_tokens"),
+        ("max_texts=3", "dependence.max_texts"),
+        ("train=[ffn]", "bi.stages.N.train"),
+        ("max_tokens=3", "dependence.max_tokens or bi.max_tokens or bi.stages.N.max_tokens"),
         ("model.attention_implementation=sdpa", "model.attn_implementation"),
         ("outputdir=x", "output_dir"),
     ],

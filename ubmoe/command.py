@@ -59,7 +59,10 @@ def parse(arguments: list[str]) -> Config:
 
 
 def fail(message: str, status: int = 2) -> None:
-    """One line on stderr, then exit."""
+    """One line on stderr, below any progress bar, then exit."""
+    if tqdm := sys.modules.get("tqdm"):
+        for bar in list(getattr(tqdm.tqdm, "_instances", ())):
+            bar.close()
     print("error: " + " ".join(message.split()), file=sys.stderr)
     sys.stderr.flush()
     sys.exit(status)

@@ -101,6 +101,92 @@ class DependenceSection(Section):
         return edges
 
 
+Share = Annotated[Float, Field(ge=0, lt=1)]
+Above = Annotated[Float, Field(gt=0)]
+Module = Literal["ffn", "attention", "embedding", "all", "ffn_up_down"]
+PROMPT = 'The representative word for sentence {text} is:"'  # the paper's, its quote included
+
+
+class TrainingSection(Section):
+    """Arguments of transformers' Trainer, under its names."""
+
+    max_steps: int = key(-1, "stop after this many; -1: num_train_epochs decides", "steps")
+    num_train_epochs: Above = key(1.0, "passes over the data", "epochs")
+    per_device_train_batch_size: Positive = key(64, "rows of a step on one device", "rows")
+    learning_rate: Above = key(3e-5, "peak learning rate")
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = key(
+        "linear", "shape of the learning rate after warm-up"
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] = key(0, "linear warm-up", "steps")
+    weight_decay: Annotated[Float, Field(ge=0)] = key(0.0, "of AdamW")
+    adam_beta1: Share = key(0.9, "of AdamW")
+    adam_beta2: Share = key(0.999, "of AdamW")
+    adam_epsilon: Above = key(1e-8, "of AdamW (the paper's code has 1e-3)")
+    max_grad_norm: Above = key(1.0, "gradients are clipped at this norm")
+    bf16: bool = key(False, "autocast to bfloat16 over float32 master weights")
+    activation_checkpointing: bool = key(
+        False, "recompute activations: less memory, a third slower"
+    )
+    logging_steps: Positive = key(10, "between two rows of the log", "steps")
+    save_steps: Positive = key(200, "between two checkpoints", "steps")
+    save_total_limit: Positive = key(2, "checkpoints kept")
+    report_to: str = key("none", "none, wandb, tensorboard, ...")
+
+
+class StageSection(TrainingSection):
+    """One stage of bidirectional fine-tuning."""
+
+    objective: Literal["simcse", "supervised"] = key("simcse", "what the stage learns")
+    train: list[Module] = key(["ffn"], "modules that train; everything else is frozen")
+    dataset: str = key(
+        "tiny", "sentences, or (anchor, positive[, negative]) rows: hub id, local file, or tiny"
+    )
+    max_rows: Positive | None = key(None, "use at most this many, evenly spaced; null: all", "rows")
+    loss: Literal["nt_xent", "simcse"] = key(
+        "nt_xent", "nt_xent: all 2N views are candidates; simcse: anchors against positives"
+    )
+    temperature: Above = key(0.05, "of the cosines")
+    dropout: Share = key(0.3, "attention dropout that makes the two views of simcse")
+    max_tokens: Positive = key(128, "longer texts are cut, and counted", "tokens")
+    mini_batch_tokens: Positive = key(
+        8192, "padded tokens of one forward; the batch is sorted by length into such", "tokens"
+    )
+    cached: bool = key(False, "GradCache: memory of one mini-batch, for one more forward")
+
+
+class BiSection(Section):
+    """Bidirectional fine-tuning (train_bi.py)."""
+
+    attention: Literal["bidirectional", "causal"] = key("bidirectional", "mask of the encoder")
+    prompt: str | None = key(PROMPT, "every text stands in it, at {text}; null: the text alone")
+    pooling: Literal["mean", "last"] = key("mean", "of the last states: all tokens, or the last")
+    max_tokens: Positive = key(512, "the saved encoder cuts longer texts here", "tokens")
+    stages: list[StageSection] = key([], "run in order; none: the untouched base is scored")
+
+    @field_validator("prompt")
+    @classmethod
+    def _holds_the_text(cls, prompt: str | None) -> str | None:
+        if prompt is not None and prompt.count("{text}") != 1:
+            raise ValueError("expected {text} once, as in " + PROMPT)
+        return prompt
+
+
+# BIOSSES ... STSBenchmark: the ten of the paper's Table 2, in mteb's first versions.
+TABLE2 = [
+    *("BIOSSES", "SICK-R", "STS12", "STS13", "STS14", "STS15", "STS16", "STS17", "STS22"),
+    "STSBenchmark",
+]
+
+
+class EvaluationSection(Section):
+    """Scoring (inside the training scripts, and python -m ubmoe.evaluate)."""
+
+    sts: list[str] = key(
+        TABLE2, "mteb task names, local STS files (.tsv: score sentence1 sentence2), or tiny"
+    )
+    batch_size: Positive = key(64, "texts of one forward", "texts")
+
+
 class ResultsSection(Section):
     """Recorded runs (python -m ubmoe.results)."""
 
@@ -120,6 +206,8 @@ class Config(Section):
     )
     model: ModelSection = key(ModelSection(), "")
     dependence: DependenceSection = key(DependenceSection(), "")
+    bi: BiSection = key(BiSection(), "")
+    evaluation: EvaluationSection = key(EvaluationSection(), "")
     results: ResultsSection = key(ResultsSection(), "")
 
 
@@ -237,12 +325,12 @@ def _problem(error: dict[str, Any]) -> str:
 
 def _nearest(name: str) -> str:
     known = [dotted for dotted, _ in keys()]
-    by_last = {dotted.rpartition(".")[2]: dotted for dotted in known}
-    last = name.rpartition(".")[2]
-    close = get_close_matches(name, known, 1, 0.75) or [
-        by_last[m] for m in get_close_matches(last, by_last, 1, 0.6)
-    ]
-    return f"did you mean {close[0]}?" if close else "see --help for all keys"
+    close = get_close_matches(name, known, 1, 0.75) if "." in name else []
+    if not close:
+        lasts = {dotted.rpartition(".")[2] for dotted in known}
+        found = get_close_matches(name.rpartition(".")[2], sorted(lasts), 1, 0.6)
+        close = [dotted for dotted in known if dotted.rpartition(".")[2] in found]
+    return f"did you mean {' or '.join(close)}?" if close else "see --help for all keys"
 
 
 # --- help -----------------------------------------------------------------------------------------
@@ -254,17 +342,23 @@ def _section(field: FieldInfo) -> type[Section] | None:
 
 
 def keys(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every key of the schema with its dotted name, in the order of the tree."""
+    """Every key of the schema with its dotted name, in the order of the tree; N numbers an item."""
     for name, field in section.model_fields.items():
-        if inner := _section(field):
-            yield from keys(inner, f"{prefix}{name}.")
-        else:
+        inner = _section(field)
+        if inner is None:
             yield prefix + name, field
+            [item] = get_args(field.annotation)[:1] or [None]
+            if isinstance(item, type) and issubclass(item, Section):
+                yield from keys(item, f"{prefix}{name}.N.")
+        else:
+            yield from keys(inner, f"{prefix}{name}.")
 
 
 def _kind(annotation: Any) -> str:
     if annotation is type(None):
         return "null"
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return "sections"
     if args := get_args(annotation):
         if getattr(annotation, "__origin__", None) is list:
             return f"list of {_kind(args[0])}"
