@@ -4,9 +4,12 @@ Nothing heavy is imported at the top: tables come from the JSON alone.
 """
 
 import json
+import logging
 import os
 import platform
+import re
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,6 +25,7 @@ from typing import Any
 from ubmoe import command, tables
 from ubmoe.config import Config, UserError, dump_config
 
+log = logging.getLogger(__name__)
 PACKAGES = (
     "ubmoe",
     "torch",
@@ -32,7 +36,11 @@ PACKAGES = (
     "peft",
     "numpy",
 )
-RESULTS = ("dependence",)  # one JSON a program, so that none overwrites another's
+RESULTS = (
+    "dependence",
+    "sts",
+    "evaluation",
+)  # one JSON a program, so that none overwrites another's
 
 
 @dataclass
@@ -51,6 +59,17 @@ class Run:
     @property
     def path(self) -> Path:
         return self.directory / f"{self.name}.json"
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes and scores; under torchrun only the first one does."""
+        from accelerate import PartialState
+
+        return PartialState().is_main_process
+
+    def log(self, message: str, *values: object) -> None:
+        """A line for the people who watch the run."""
+        log.info(message, *values)
 
     def write(self) -> None:
         """The resolved config, the figures, and last the result itself, each by rename."""
@@ -80,9 +99,7 @@ def recording(program: str, name: str, config: Config) -> Iterator[Run]:
     run = Run(program, name, config, directory)
     try:
         yield run
-        from accelerate import PartialState
-
-        if PartialState().is_main_process:
+        if run.is_main:
             run.write()
     except BaseException:
         for folder in made:  # deepest first; what holds the sums of an interrupted run stays
@@ -114,6 +131,22 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def replace_directory(path: Path, write: Callable[[Path], object]) -> None:
+    """Like `replace`, for a folder: the old one gives way only to a whole new one."""
+    temporary, old = (path.with_name(f".{path.name}.{word}") for word in ("new", "old"))
+    for remains in (temporary, old):
+        shutil.rmtree(remains, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        write(temporary)
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+    finally:
+        for remains in (temporary, old):
+            shutil.rmtree(remains, ignore_errors=True)
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
@@ -168,8 +201,12 @@ def peak_memory_bytes() -> int:
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    try:  # ru_maxrss of a child begins at what its parent had; VmHWM is the process's own
+        status = Path("/proc/self/status").read_text()
+        return int(re.findall(r"VmHWM:\s*(\d+) kB", status)[0]) * 1024
+    except (OSError, IndexError):
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 # --- recorded runs and tables ---------------------------------------------------------------------

@@ -42,7 +42,28 @@ def dependence_text(result: dict[str, Any]) -> str:
     return f"{dependence_caption(result)}\n{aligned(dependence_rows(result))}"
 
 
-TEXT = {"dependence": dependence_text}
+def sts_rows(result: dict[str, Any], name: str) -> list[list[str]]:
+    """Header and one row: Spearman x 100 by task, and the average."""
+    section = result[name]
+    average = "not run" if section["average"] is None else f"{section['average']:.2f}"
+    return [
+        ["trained", *section["tasks"], "average"],
+        [_trained(result), *(f"{score:.2f}" for score in section["tasks"].values()), average],
+    ]
+
+
+def _trained(result: dict[str, Any]) -> str:
+    stages = result["config"]["bi"]["stages"]
+    return " then ".join("+".join(stage["train"]) for stage in stages) or "base"
+
+
+def sts_text(result: dict[str, Any]) -> str:
+    name = "sts" if "sts" in result else "evaluation"
+    model = Path(result["config"]["model"]["name"]).name
+    return f"STS of {model}, Spearman x 100.\n{aligned(sts_rows(result, name))}"
+
+
+TEXT = {"dependence": dependence_text, "sts": sts_text, "evaluation": sts_text}
 
 
 def aligned(rows: list[list[str]]) -> str:

@@ -1,0 +1,310 @@
+"""Contrastive stages: SimCSE on sentences (two dropout views) and supervised (anchor, positive).
+
+Trainer, sampler, gathering and the softmax over cosines are sentence-transformers'. Ours: which
+modules train, the views, the batch sorted by length into mini-batches (the padding is the waste;
+the loss is the same), and NT-Xent. Shapes: N anchors of a batch, D numbers of a vector.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.base.losses.gradcache import CachedLossMixin
+from sentence_transformers.base.losses.merged_forward import merge_feature_batches
+from sentence_transformers.base.sampler import BatchSamplers
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from transformers import PreTrainedModel
+
+from ubmoe import language
+from ubmoe.config import StageSection, UserError
+from ubmoe.data import Row, read_rows, spaced
+from ubmoe.training import StopOnBadLoss, arguments, newest_checkpoint, train_only
+
+log = logging.getLogger(__name__)
+COLUMNS = {  # of a supervised data set, by what they are often called
+    "anchor": ("anchor", "query", "sent0", "sentence1"),
+    "positive": ("positive", "pos", "sent1", "sentence2"),
+    "negative": ("negative", "neg", "hard_neg"),
+}
+TINY_ROWS, TINY_SEED = 8000, 3  # sentences of the embedded language
+
+
+# --- data ----------------------------------------------------------------------------------------
+
+
+def read_dataset(stage: StageSection) -> Dataset:
+    """Columns anchor, positive and perhaps negative. Raises UserError for rows that cannot train.
+
+    SimCSE's positive is the anchor itself: the views differ by dropout alone.
+    """
+    if stage.dataset == "tiny":
+        sentences = language.sentences(stage.max_rows or TINY_ROWS, TINY_SEED)
+        rows = [Row(f"tiny:{number}", {"text": text}) for number, text in enumerate(sentences, 1)]
+    else:
+        rows = spaced(list(read_rows(stage.dataset)), stage.max_rows)
+    if stage.objective == "simcse":
+        texts = list(dict.fromkeys(_cell(row, ("text", "sentence")) for row in rows))
+        columns = {"anchor": texts, "positive": texts}
+    else:
+        present = {
+            name: aliases
+            for name, aliases in COLUMNS.items()
+            if name != "negative" or (rows and any(alias in rows[0].fields for alias in aliases))
+        }
+        columns = {name: [_cell(row, aliases) for row in rows] for name, aliases in present.items()}
+    if stage.loss == "nt_xent" and "negative" in columns:
+        raise UserError("bi.stages.N.loss: nt_xent knows no hard negatives; expected simcse")
+    if len(set(columns["anchor"])) < 2:
+        raise UserError(f"{stage.dataset}: {len(rows)} rows; expected two different texts at least")
+    return Dataset.from_dict(columns)
+
+
+def _cell(row: Row, names: Iterable[str]) -> str:
+    found = next((row.fields[name] for name in names if name in row.fields), None)
+    if not isinstance(found, str):
+        has = ", ".join(row.fields) or "none"
+        raise UserError(f"{row.where}: lacks a column {' or '.join(names)} (it has {has})")
+    if not found.strip():
+        raise UserError(f"{row.where}: empty {next(iter(names))}; remove the row")
+    return found.strip()
+
+
+DIRECTIONS: dict[str, Any] = {
+    "simcse": ("query_to_doc",),
+    "nt_xent": ("query_to_doc", "query_to_query"),
+}
+
+
+# --- loss ----------------------------------------------------------------------------------------
+
+
+class ContrastiveLoss(nn.Module):
+    """Cross-entropy of each anchor's cosine with its positive, over temperature.
+
+    form: `simcse`, against all positives (and hard negatives) of the batch; or `nt_xent`, each of
+    the 2N views against all others, the mean of both directions. `metrics` holds the last batch's
+    alignment and uniformity (Wang and Isola, 2020) and mean positive and negative cosine.
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        form: str,
+        temperature: float,
+        mini_batch_tokens: int,
+        views_must_differ: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.form, self.mini_batch_tokens = form, mini_batch_tokens
+        criterion: Any = MultipleNegativesRankingLoss(
+            model,
+            1 / temperature,
+            directions=DIRECTIONS[form],
+            gather_across_devices=PartialState().num_processes > 1,
+        )
+        criterion.model = None  # it is given vectors, and must not hold the model twice
+        self.criterion = criterion
+        self.views_must_differ = views_must_differ
+        self.metrics: dict[str, float] = {}
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Any = None) -> Tensor:
+        """Columns of token features -> the scalar loss."""
+        columns = list(sentence_features)
+        merged, order = by_length(columns)
+        ranges = within_budget(merged["attention_mask"].sum(1).tolist(), self.mini_batch_tokens)
+        vectors = [
+            self.model(cropped(merged, low, high))["sentence_embedding"] for low, high in ranges
+        ]
+        return self.of_vectors(in_columns(torch.cat(vectors), order, len(columns)))
+
+    def of_vectors(self, columns: list[Tensor]) -> Tensor:
+        """[(N, D) anchors, positives, ...] -> the scalar loss."""
+        if self.views_must_differ and torch.equal(columns[0], columns[1]):
+            raise UserError(
+                "the two views of every sentence are identical: dropout has no effect on this "
+                "model; raise bi.stages.N.dropout above 0"
+            )
+        self.views_must_differ = False  # it holds for the whole run once it holds for a batch
+        self.metrics = geometry(columns[0].detach(), columns[1].detach())
+        loss = self.criterion.compute_loss_from_embeddings(columns, None)
+        if self.form == "nt_xent":
+            swapped = self.criterion.compute_loss_from_embeddings(columns[::-1], None)
+            loss = (loss + swapped) / 2
+        return loss
+
+
+class CachedContrastiveLoss(CachedLossMixin, ContrastiveLoss):
+    """The same loss by GradCache: one mini-batch's activations at a time, one more forward."""
+
+    mini_batch_size = 1 << 30  # the token budget alone decides
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Any = None) -> Tensor:
+        columns = list(sentence_features)
+        merged, self.order = by_length(columns)
+        self.columns = len(columns)
+        self.mini_batch_num_tokens = self.mini_batch_tokens
+        return self.forward_cached([merged], labels)
+
+    def calculate_loss(
+        self, reps: list[list[Tensor]], labels: Any = None, *, with_backward: bool = False
+    ) -> Tensor:
+        loss = self.of_vectors(in_columns(torch.cat(reps[0]), self.order, self.columns))
+        if with_backward:
+            loss.backward()
+            loss = loss.detach()
+        return loss
+
+
+def by_length(columns: list[dict[str, Tensor]]) -> tuple[dict[str, Any], Tensor]:
+    """All columns as one batch of M rows, the shortest first, and the (M,) order that sorts it."""
+    merged = merge_feature_batches(columns)
+    if merged is None:
+        raise ValueError("the columns of a batch have different features")
+    order = merged["attention_mask"].sum(1).argsort(stable=True)
+    sort = {key: value[order] for key, value in merged.items() if isinstance(value, Tensor)}
+    return {**merged, **sort}, order
+
+
+def within_budget(lengths: list[int], tokens: int) -> list[tuple[int, int]]:
+    """Row ranges of ascending lengths whose padded size is at most `tokens` (or one row each)."""
+    ranges, low = [], 0
+    for high in range(1, len(lengths) + 1):
+        if high == len(lengths) or lengths[high] * (high + 1 - low) > tokens:
+            ranges.append((low, high))
+            low = high
+    return ranges
+
+
+def cropped(features: dict[str, Any], low: int, high: int) -> dict[str, Any]:
+    """Rows low to high without the columns that are padding in all of them, left or right."""
+    real = features["attention_mask"][low:high].any(0).nonzero().flatten()
+    span = slice(int(real[0]), int(real[-1]) + 1)
+    return {
+        key: value[low:high, span] if isinstance(value, Tensor) else value
+        for key, value in features.items()
+    }
+
+
+def in_columns(vectors: Tensor, order: Tensor, columns: int) -> list[Tensor]:
+    """Sorted vectors (M, D) back into their columns, (N, D) each."""
+    restored = torch.empty_like(vectors).index_copy(0, order.to(vectors.device), vectors)
+    return list(restored.chunk(columns))
+
+
+def geometry(anchors: Tensor, positives: Tensor) -> dict[str, float]:
+    """Alignment, uniformity and mean cosines of (N, D) anchors and positives."""
+    a, b = normalize(anchors.float(), dim=-1), normalize(positives.float(), dim=-1)
+    cosines = a @ b.T
+    others = ~torch.eye(len(a), dtype=torch.bool, device=a.device)
+    return {
+        "alignment": (a - b).square().sum(-1).mean().item(),
+        "uniformity": (-4 * (1 - a @ a.T))[others].exp().mean().log().item(),
+        "positive_cosine": cosines.diagonal().mean().item(),
+        "negative_cosine": cosines[others].mean().item(),
+    }
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def attention_dropout(model: PreTrainedModel, share: float) -> Iterator[None]:
+    """Switch attention dropout on in every layer; the model's own is back afterwards.
+
+    `config.attention_dropout` changed after loading does nothing: the layers hold copies.
+    Raises UserError for a model whose attention has no dropout to set.
+    """
+    layers: list[Any] = [each for each in model.modules() if hasattr(each, "attention_dropout")]
+    own = [layer.attention_dropout for layer in layers]
+    if share and not layers:
+        raise UserError(f"{type(model).__name__} has no attention dropout, so no two views")
+    for layer in layers:
+        layer.attention_dropout = share
+    try:
+        yield
+    finally:
+        for layer, value in zip(layers, own, strict=True):
+            layer.attention_dropout = value
+
+
+class _Trainer(SentenceTransformerTrainer):
+    """Logs the geometry of the last batch beside the loss, and stops at one that is not finite."""
+
+    def compute_loss(self, *arguments: Any, **keys: Any) -> Any:
+        loss = super().compute_loss(*arguments, **keys)
+        value = loss[0] if isinstance(loss, tuple) else loss
+        if not torch.isfinite(value):
+            raise UserError(
+                f"step {self.state.global_step + 1}: the loss is {value.item()}; lower "
+                "learning_rate or raise temperature (the last checkpoint is kept)"
+            )
+        return loss
+
+    def log(self, logs: dict[str, float], *arguments: Any) -> None:
+        loss: Any = self.loss
+        super().log(logs | (loss.metrics if "loss" in logs else {}), *arguments)
+
+
+def train_stage(
+    encoder: SentenceTransformer,
+    model: PreTrainedModel,
+    stage: StageSection,
+    data: Dataset,
+    directory: Path,
+    seed: int,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Train the stage's modules of `model`, the encoder's inner model with its head, in place.
+
+    Returns what the record says of the stage: counts by module, negatives, truncated share, log.
+    """
+    encoder.max_seq_length, length = stage.max_tokens, encoder.max_seq_length
+    counts = train_only(model, stage.train)
+    views = stage.objective == "simcse"
+    kind = CachedContrastiveLoss if stage.cached else ContrastiveLoss
+    loss = kind(encoder, stage.loss, stage.temperature, stage.mini_batch_tokens, views)
+    keys = arguments(stage, directory, seed, model.device)
+    settings = SentenceTransformerTrainingArguments(
+        **keys, batch_sampler=BatchSamplers.NO_DUPLICATES
+    )
+    trainer = _Trainer(encoder, settings, data, loss=loss, callbacks=[StopOnBadLoss()])
+    report = {"trainable": counts, "rows": len(data), "truncated": truncated(encoder, data)}
+    report["negatives_per_anchor"] = negatives(stage, settings.world_size, data.column_names)
+    log.info("stage %s: %s", stage.objective, report)
+    checkpoint = newest_checkpoint(directory) if resume else None
+    with attention_dropout(model, stage.dropout if views else 0.0):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    encoder.max_seq_length = length
+    model.requires_grad_(False).eval()
+    return report | {"log": trainer.state.log_history}
+
+
+def truncated(encoder: SentenceTransformer, data: Dataset, most: int = 1000) -> float:
+    """Share of (at most `most`) anchors that are longer than the stage's limit, in percent."""
+    texts = data["anchor"][:most]
+    limit = encoder.max_seq_length or 10**6
+    encoder.max_seq_length = 10**6
+    lengths = encoder.preprocess(list(texts))["attention_mask"].sum(1)
+    encoder.max_seq_length = limit
+    return float((lengths > limit).float().mean() * 100)
+
+
+def negatives(stage: StageSection, processes: int, columns: list[str]) -> int:
+    """How many texts each anchor is told from."""
+    rows = stage.per_device_train_batch_size * processes
+    if stage.loss == "nt_xent":
+        return 2 * rows - 2
+    return rows * (len(columns) - 1) - 1
