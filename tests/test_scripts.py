@@ -18,15 +18,15 @@ FAST = ["dependence.max_texts=12", "model.device=cpu"]
 CHAT = {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]}
 
 
-def start(*arguments, **keys):
-    command = [sys.executable, "calculate_dp.py", *map(str, arguments)]
+def start(*arguments, script="calculate_dp.py", **keys):
+    command = [sys.executable, script, *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes, **keys)
 
 
-def run(*arguments):
-    process = start(*arguments)
+def run(*arguments, script="calculate_dp.py"):
+    process = start(*arguments, script=script)
     output, errors = process.communicate(timeout=300)
     return process.returncode, output, errors
 
@@ -144,3 +144,44 @@ def test_ctrl_c_ends_in_one_line(tiny_path, tmp_path):
     assert process.returncode == 130
     assert "Traceback" not in errors
     assert errors.splitlines()[-1].startswith("error: interrupted")
+
+
+STAGE = "bi.stages.0.max_steps=6"
+
+
+def test_an_encoder_is_trained_saved_and_scored(tiny_path, tmp_path):
+    common = ["model.device=cpu", f"output_dir={tmp_path}/run"]
+    code, output, errors = run(*common, STAGE, script="train_bi.py")
+    assert code == 0, errors
+    assert output.splitlines()[-1] == f"{tmp_path}/run/sts.json"
+    result = json.loads((tmp_path / "run" / "sts.json").read_text())
+    assert result["sts"]["stages"][0]["trainable"] == {"ffn": 4 * 3 * 128 * 384}
+    assert "attention bidirectional, verified" in errors
+    assert "one text, as the model reads it: A small example." in errors
+    table = results.table(load_config(None, [f"output_dir={tmp_path}/run"]))
+    assert f"{result['sts']['average']:.2f}" in table
+    code, output, errors = run(
+        f"model.name={tmp_path}/run/bi", f"output_dir={tmp_path}/again", script="ubmoe/evaluate.py"
+    )
+    assert code == 0, errors
+    again = json.loads((tmp_path / "again" / "evaluation.json").read_text())
+    assert again["evaluation"]["average"] == pytest.approx(result["sts"]["average"], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["bi.prompt=no place"], "expected {text} once"),
+        (["bi.stages.0.train=[fnn]"], "got 'fnn', expected 'ffn', 'attention'"),
+        (["bi.stages.0.dropout=0"], "the two views of every sentence are identical"),
+        (["bi.stages.0.dataset={0}/rows.jsonl"], "rows.jsonl:1: lacks a column text or sentence"),
+        (["evaluation.sts=[{0}/none.tsv]"], "none.tsv: cannot be read"),
+    ],
+)
+def test_bad_training_input_is_one_last_line_and_exit_2(inputs, tmp_path, arguments, expected):
+    arguments = [each.format(inputs) for each in arguments]
+    arguments += ["model.device=cpu", f"output_dir={tmp_path}/run", STAGE]
+    code, output, errors = run(*arguments, script="train_bi.py")
+    assert (code, output) == (2, ""), errors
+    assert "Traceback" not in errors and expected in errors.splitlines()[-1]
+    assert not (tmp_path / "run" / "sts.json").exists()

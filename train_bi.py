@@ -1,0 +1,51 @@
+"""Tune chosen modules of a causal language model into a sentence encoder, and score it.
+
+python train_bi.py configs/tiny.yaml
+python train_bi.py configs/qwen2.5-0.5b.yaml 'bi.stages.0.train=[attention]'
+torchrun --nproc-per-node 8 train_bi.py configs/qwen2.5-7b.yaml
+"""
+
+from pathlib import Path
+
+from ubmoe import command
+from ubmoe.config import Config
+
+
+def main(config: Config) -> Path | None:
+    """Load the model, train its stages, save the encoder, score it. Returns the result's path."""
+    # torch is imported late, so that --help and a mistyped key are answered at once.
+    from ubmoe.results import recording
+
+    with recording("train_bi", "sts", config) as run:
+        from ubmoe import contrastive, evaluate
+        from ubmoe.encoder import as_encoder, rendered, save_encoder
+        from ubmoe.model import load_model, load_tokenizer
+
+        data = [contrastive.read_dataset(stage) for stage in config.bi.stages]
+        tasks = [evaluate.sts_task(name) for name in config.evaluation.sts]
+        tokenizer = load_tokenizer(config.model)
+        model = load_model(config.model, bidirectional=config.bi.attention == "bidirectional")
+        encoder = as_encoder(model, tokenizer, config.bi)
+        run.log("one text, as the model reads it: %s", rendered(encoder, "A small example."))
+        reports = [
+            contrastive.train_stage(
+                encoder,
+                model,
+                stage,
+                data[number],
+                run.directory / "stages" / str(number),
+                config.seed,
+                config.resume == "auto",
+            )
+            for number, stage in enumerate(config.bi.stages)
+        ]
+        run.model = model
+        if run.is_main:
+            save_encoder(encoder, model, tokenizer, config.bi, run.directory / "bi")
+            scores = evaluate.sts_scores(encoder, tasks, config.evaluation.batch_size)
+            run.section = scores | {"stages": reports}
+    return run.path
+
+
+if __name__ == "__main__":
+    command.run("train_bi.py", __doc__ or "", main)
