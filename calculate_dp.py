@@ -1,8 +1,8 @@
-"""Measure the attention dependence of a model on chats or texts: dependence.json, its figures, and
-a table.
+"""Measure the attention dependence of a model on chats or texts: dependence.json, figures, a table.
 
-python calculate_dp.py configs/tiny.yaml python calculate_dp.py configs/qwen2.5-0.5b.yaml
-dependence.max_texts=200 torchrun --nproc-per-node 8 calculate_dp.py configs/qwen2.5-7b.yaml
+python calculate_dp.py configs/tiny.yaml
+python calculate_dp.py configs/qwen2.5-0.5b.yaml dependence.max_texts=200
+torchrun --nproc-per-node 8 calculate_dp.py configs/qwen2.5-7b.yaml
 """
 
 from pathlib import Path

@@ -99,7 +99,7 @@ def test_every_text_layer_and_head_equals_the_materialised_reference(family, tok
     torch.testing.assert_close(ours(model, ids), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("family", [*PLAIN, "gemma2", "gemma3_text", "gpt_oss"])
+@pytest.mark.parametrize("family", [*PLAIN, "gemma2", "gemma3_text", "gpt_oss", "nemotron"])
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_the_probe_leaves_the_models_logits_as_they_are(family, bidirectional):
     sizes = {"num_local_experts": 4, "sliding_window": 16} if family == "gpt_oss" else {}
@@ -264,4 +264,13 @@ def test_a_probe_that_is_not_called_once_a_layer_is_an_error():
     model = random_model("qwen2")
     model.config.layer_types = ["full_attention"] * 3
     with pytest.raises(UserError, match="called the dependence probe 2 times in 3 layers"):
+        ours(model, torch.tensor([[1, 2, 3]]))
+
+
+def test_overflow_in_half_precision_is_an_error_and_no_number():
+    model = random_model("qwen2").half()
+    model.model.embed_tokens.weight.data.fill_(6e4)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data.fill_(6e4)
+    with pytest.raises(UserError, match="overflows in torch.float16; expected model.dtype float32"):
         ours(model, torch.tensor([[1, 2, 3]]))

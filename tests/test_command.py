@@ -40,7 +40,7 @@ def test_the_last_line_is_the_path_of_the_result(monkeypatch, capsys):
             2,
             "a/b: No space left on device",
         ),
-        (KeyboardInterrupt(), 130, "interrupted; what was complete is kept"),
+        (KeyboardInterrupt(), 130, "interrupted; resume=auto goes on"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), 2, "lower dependence.batch_tokens"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9"), 2, "out of memory: lower"),
         (MemoryError(), 2, "out of memory: lower"),

@@ -29,6 +29,7 @@ def test_defaults_fill_what_a_file_leaves_out(tmp_path):
     assert config.model.name == "gpt2"
     assert config.dependence == Config().dependence
     assert config.output_dir == "runs/small"
+    assert load_config(written(tmp_path, ""), ["output_dir=''"]).output_dir == "runs/small"
 
 
 def test_an_empty_file_is_all_defaults(tmp_path):
@@ -48,7 +49,9 @@ def test_overrides_win_and_are_yaml(tmp_path):
 def test_list_items_go_by_number(tmp_path):
     config = load_config(written(tmp_path, ""), ["dependence.buckets.1=128"])
     assert config.dependence.buckets == [0, 128, 512, 1024, 2048]
-    assert "unknown key" in problem(written(tmp_path, ""), "dependence.buckets.9=128")
+    for item in ("9", "²", "-1"):
+        assert "unknown key" in problem(written(tmp_path, ""), f"dependence.buckets.{item}=128")
+    assert load_config(written(tmp_path, ""), ["model.name=2020-13-45"]).model.name == "2020-13-45"
 
 
 def test_a_jinja_string_needs_no_quotes(tmp_path):

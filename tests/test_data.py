@@ -55,7 +55,7 @@ def test_a_sample_is_spaced_evenly_over_the_data():
 
 def test_the_embedded_chats_are_the_same_every_time():
     assert read_texts("tiny", 5) == read_texts("tiny", 5)
-    assert len(read_texts("tiny")) > 100
+    assert len(read_texts("tiny")) == len(read_texts("tiny", 10**20)) > 100
 
 
 @pytest.mark.parametrize(
@@ -80,6 +80,9 @@ def test_the_embedded_chats_are_the_same_every_time():
         ("a.txt", b"good\nbad \xff\n", ":2: not UTF-8"),
         ("a.csv", 'text,b\n"open,1\n', "malformed row"),
         ("a.csv", "a,text\n1\n", ":2: got 1 columns, expected 2 (a, text)"),
+        ("a.csv", "text,a\none, two,1\n", ":2: got 3 columns, expected 2 (text, a)"),
+        ("a.jsonl", "[" * 200_000, ":1: malformed JSON"),
+        ("a.jsonl", '{"text": ' + "9" * 5000 + "}", ":1: malformed JSON"),
     ],
 )
 def test_a_bad_row_is_named_in_one_line(tmp_path, name, content, expected):

@@ -137,10 +137,13 @@ def test_templates_that_cannot_be_used(tiny_path, tmp_path):
         ("{% if %}", "a.jsonl:7: the chat template fails"),
         ("", "name|cannot be read"),
         (str(tmp_path / "none.jinja"), "dependence.chat_template: .* cannot be read"),
+        ("{{ 1 / 0 }}", "a.jsonl:7: the chat template fails"),
         ("{# nothing #}", "a.jsonl:7: empty text"),
     ):
         with pytest.raises(UserError, match=reason):
             dependence.tokenize(tokenizer, chats, template)
+    tokenizer.chat_template = {"default": "{{ messages[0]['content'] }}", "rag": "no"}
+    assert tokenizer.decode(dependence.tokenize(tokenizer, chats)[0]) == "Who?"
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="has no chat template; name a Jinja file"):
         dependence.tokenize(tokenizer, chats)
@@ -174,18 +177,40 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path, monkeypatch):
     assert dependence.measure(model, ids, SETTINGS, tmp_path, resume=True) == whole
     batches = len(dependence.batches_by_length(ids, SETTINGS.batch_tokens))
     assert len(calls) == 4 + batches - 3  # three batches were not measured again
-    assert not left.exists()
+    left.write_bytes(left.read_bytes()[:100])  # a file that cannot be read is no obstacle
+    assert dependence.measure(model, ids, SETTINGS, tmp_path, resume=True) == whole
+
+
+def test_ctrl_c_keeps_the_batches_that_are_complete(tmp_path, monkeypatch):
+    model, ids = random_model("qwen2"), texts()
+    whole = dependence.measure(model, ids, SETTINGS, tmp_path)
+    real, calls = dependence.dependence_of, []
+
+    def counted(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(dependence, "dependence_of", counted)
+    with pytest.raises(KeyboardInterrupt):
+        dependence.measure(model, ids, SETTINGS, tmp_path)
+    assert dependence.measure(model, ids, SETTINGS, tmp_path, resume=True) == whole
+    assert len(calls) == 4 + len(dependence.batches_by_length(ids, SETTINGS.batch_tokens)) - 3
 
 
 def test_sums_of_another_run_are_not_taken_up(tmp_path, monkeypatch):
     model, ids = random_model("qwen2"), texts()
     monkeypatch.setattr(dependence, "SAVE_EVERY", 0.0)
-    monkeypatch.setattr(dependence.Partial, "remove", lambda self: None)
     dependence.measure(model, ids, SETTINGS, tmp_path)
     other = texts(seed=1)
     (tmp_path / "fresh").mkdir()
     expected = dependence.measure(model, other, SETTINGS, tmp_path / "fresh")
     assert dependence.measure(model, other, SETTINGS, tmp_path, resume=True) == expected
+    dependence.measure(model, ids, SETTINGS, tmp_path)
+    changed = random_model("qwen2", rope_parameters={"rope_type": "default", "rope_theta": 50.0})
+    expected = dependence.measure(changed, ids, SETTINGS, tmp_path / "fresh")
+    assert dependence.measure(changed, ids, SETTINGS, tmp_path, resume=True) == expected
 
 
 def test_two_processes_give_the_numbers_of_one(tiny_path, tmp_path):

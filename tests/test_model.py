@@ -93,6 +93,27 @@ def test_tensors_that_the_checkpoint_lacks_are_an_error(saved):
     assert "lacks lm_head.weight; expected a whole causal language model" in refused(saved)
 
 
+def test_weights_of_more_layers_than_the_config_names_are_an_error(saved):
+    config = json.loads((saved / "config.json").read_text())
+    config |= {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
+    (saved / "config.json").write_text(json.dumps(config))
+    assert "has weights of more layers than the 1 that its config.json names" in refused(saved)
+
+
+def test_adapters_that_are_not_lora_or_know_other_modules_are_refused(saved, tmp_path):
+    path = tmp_path / "adapter"
+    model = load_model(section(saved))
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(path)
+    tensors = load_file(path / "adapter_model.safetensors")
+    name = next(iter(tensors))
+    tensors[name.replace("layers.0", "layers.9")] = tensors[name].clone()
+    save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
+    assert "tensors for modules that the model lacks" in refused(saved, adapter=str(path))
+    settings = json.loads((path / "adapter_config.json").read_text()) | {"peft_type": "IA3"}
+    (path / "adapter_config.json").write_text(json.dumps(settings))
+    assert "it is IA3, expected LORA" in refused(saved, adapter=str(path))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_named(saved, value):
     tensors = load_file(saved / "model.safetensors")
@@ -135,7 +156,7 @@ def test_a_tokenizer_that_is_not_there(tmp_path, family, reason):
         load_tokenizer(section(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda:77", "tpu9"])
+@pytest.mark.parametrize("name", ["gpu", "cuda:77", "tpu9", "meta", "cpu:3", "privateuseone"])
 def test_a_device_that_is_not_here(name):
-    with pytest.raises(UserError, match=f"model.device: got '{name}'"):
+    with pytest.raises(UserError, match="model.device: .*expected cpu, cuda, cuda:1, mps or xpu"):
         best_device(name)

@@ -55,6 +55,17 @@ def config(tmp_path):
     return load_config(None, [f"output_dir={tmp_path}/runs/some", "seed=5"])
 
 
+def test_what_an_interrupted_run_left_goes_when_the_result_is_there(config):
+    left = Path(config.output_dir) / "dependence.partial-0-of-1.npz"
+    left.parent.mkdir(parents=True)
+    left.write_text("")
+    with pytest.raises(KeyError), results.recording("calculate_dp", "dependence", config):
+        raise KeyError
+    assert left.exists()
+    recorded(config)
+    assert not left.exists()
+
+
 def test_a_result_says_what_its_numbers_depend_on(config):
     result = json.loads(recorded(config).read_text())
     assert set(result) == {"config", "environment", "seconds", "peak_memory_bytes", "dependence"}
@@ -72,10 +83,12 @@ def test_a_failed_run_leaves_an_earlier_result_as_it_was(config):
     before = recorded(config).read_bytes()
     with pytest.raises(KeyError), results.recording("calculate_dp", "dependence", config):
         raise KeyError
+    other = config.model_copy(update={"seed": 6})  # its resolved config would be another file
     with pytest.raises(ValueError, match="Out of range float"):
-        recorded(config, SECTION | {"texts": float("nan")})
+        recorded(other, SECTION | {"texts": float("nan")})
     folder = Path(config.output_dir)
     assert (folder / "dependence.json").read_bytes() == before
+    assert load_config(folder / "calculate_dp.config.yaml") == config
     assert {path.name for path in folder.iterdir()} == {
         "dependence.json",
         "calculate_dp.config.yaml",
@@ -100,6 +113,15 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
         results.replace(path, disk_full)
     assert [each.name for each in tmp_path.iterdir()] == ["a.json"]
     assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_files_that_belong_together_give_way_together(tmp_path):
+    first, second = tmp_path / "a", tmp_path / "b"
+    first.write_text("old")
+    second.mkdir()
+    with pytest.raises(IsADirectoryError):
+        results.replace_all({first: lambda p: p.write_text("new"), second: lambda p: None})
+    assert first.read_text() == "old" and len(list(tmp_path.iterdir())) == 2
 
 
 def test_an_output_directory_that_cannot_be_written_is_refused_at_once(tmp_path):

@@ -21,6 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import flash_attention_mask
 
+from ubmoe.bidirectional import prove_attention
 from ubmoe.config import UserError
 
 NAME = "dependence"
@@ -151,8 +152,10 @@ class Probe:
     ) -> tuple[Tensor, None]:
         """(B, H, T, d), (B, K, T, d), (B, K, T, e), a (B, T) padding mask -> (B, T, H, e)."""
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        rule = Rule(scaling, causal, sliding_window, softcap, s_aux)
+        if is_causal is None:  # some families do not pass it on; their masks follow the config
+            config = getattr(module, "config", None)
+            is_causal = getattr(config, "is_causal", getattr(module, "is_causal", True))
+        rule = Rule(scaling, is_causal, sliding_window, softcap, s_aux)
         output = query.new_zeros(*query.shape[:3], value.shape[-1])
         shares = []
         for text, real in enumerate(_spans(attention_mask, len(query), query.shape[2])):
@@ -194,6 +197,10 @@ def probing(model: PreTrainedModel, keep_maps: bool = False) -> Iterator[Probe]:
     AttentionMaskInterface.register(NAME, flash_attention_mask)
     model.set_attn_implementation(NAME)
     try:
+        # What was proved of the model's own attention must hold of the probe, which replaces it.
+        prove_attention(model, bidirectional=not getattr(model.config, "is_causal", True))
+        probe.shares.clear()
+        probe.maps.clear()
         yield probe
     finally:
         model.set_attn_implementation(own)
@@ -221,7 +228,13 @@ def dependence_of(
         raise UserError(
             f"{type(model).__name__} called the dependence probe {calls}; it cannot be measured"
         )
-    return torch.stack(probe.shares, dim=1)
+    shares = torch.stack(probe.shares, dim=1)
+    if not shares.isfinite().all():
+        raise UserError(
+            f"{type(model).__name__} overflows in {model.dtype}; expected model.dtype float32 or "
+            "bfloat16"
+        )
+    return shares
 
 
 def mean_attention(model: PreTrainedModel, input_ids: list[int]) -> Tensor:

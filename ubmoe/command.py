@@ -27,7 +27,7 @@ def run(program: str, purpose: str, main: Callable[[Config], Path | str | None])
     try:
         if {"-h", "--help"} & set(sys.argv[1:]):
             print(help_text(program, purpose))
-        elif (last_line := main(parse(sys.argv[1:]))) is not None:
+        elif (last_line := main(parse(sys.argv[1:]))) is not None and is_first_process():
             print(last_line)
         sys.stdout.flush()
     except UserError as error:
@@ -39,11 +39,16 @@ def run(program: str, purpose: str, main: Callable[[Config], Path | str | None])
     except OSError as error:
         fail(f"{error.filename or 'system'}: {error.strerror or error}")
     except KeyboardInterrupt:
-        fail("interrupted; what was complete is kept, and resume=auto goes on from it", status=130)
+        fail("interrupted; resume=auto goes on from what was complete", status=130)
     except (MemoryError, RuntimeError) as error:
         if not any(words in f"{type(error).__name__} {error}" for words in NO_MEMORY):
             raise
         fail(OUT_OF_MEMORY)
+
+
+def is_first_process() -> bool:
+    """Under torchrun only the first of the processes speaks."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def parse(arguments: list[str]) -> Config:
@@ -63,6 +68,7 @@ def fail(message: str, status: int = 2) -> None:
     if tqdm := sys.modules.get("tqdm"):
         for bar in list(getattr(tqdm.tqdm, "_instances", ())):
             bar.close()
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    if is_first_process():
+        print("error: " + " ".join(message.split()), file=sys.stderr)
     sys.stderr.flush()
     sys.exit(status)

@@ -236,13 +236,14 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
     """
     path = Path(path or DEFAULT_CONFIG)
     config = _validated(_read_yaml(path), str(path))
-    if not config.output_dir:
-        config = config.model_copy(update={"output_dir": f"runs/{path.stem}"})
     tree = config.model_dump()
     problems = [problem for text in overrides or [] if (problem := _override(tree, text))]
     if problems:
         raise UserError("command line: " + "; ".join(problems))
-    return _validated(tree, "command line")
+    config = _validated(tree, "command line")
+    if config.output_dir:
+        return config
+    return config.model_copy(update={"output_dir": f"runs/{path.stem}"})
 
 
 def dump_config(config: Config) -> str:
@@ -260,7 +261,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         ) from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 (byte {error.start}); expected a YAML file") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise UserError(f"{path}{line}: not YAML ({getattr(error, 'problem', error)})") from error
@@ -283,13 +284,13 @@ def _override(tree: dict[str, Any], text: str) -> str | None:
         return f"{text!r} is not key=value, such as dependence.max_texts=100"
     try:
         value = yaml.load(raw, Loader=_StrictLoader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         value = raw  # a Jinja template is no YAML
     *parents, last = name.split(".")
     node: Any = tree
     for part in parents:
         node = _child(node, part)
-    if isinstance(node, list) and last.isdigit() and int(last) < len(node):
+    if isinstance(node, list) and last.isdecimal() and last.isascii() and int(last) < len(node):
         node[int(last)] = value
     elif isinstance(node, dict) and last in node:
         node[last] = value
@@ -299,7 +300,7 @@ def _override(tree: dict[str, Any], text: str) -> str | None:
 
 
 def _child(node: Any, part: str) -> Any:
-    if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+    if isinstance(node, list) and part.isdecimal() and part.isascii() and int(part) < len(node):
         return node[int(part)]
     return node.get(part) if isinstance(node, dict) else None
 

@@ -50,7 +50,7 @@ def read_dataset(stage: StageSection) -> Dataset:
     SimCSE's positive is the anchor itself: the views differ by dropout alone.
     """
     if stage.dataset == "tiny":
-        sentences = language.sentences(stage.max_rows or TINY_ROWS, TINY_SEED)
+        sentences = language.sentences(min(stage.max_rows or TINY_ROWS, TINY_ROWS), TINY_SEED)
         rows = [Row(f"tiny:{number}", {"text": text}) for number, text in enumerate(sentences, 1)]
     else:
         rows = spaced(list(read_rows(stage.dataset)), stage.max_rows)

@@ -13,7 +13,7 @@ from ubmoe import language
 from ubmoe.config import UserError
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt")
-TINY_CHATS = 400  # of the embedded language, where a run names no number
+TINY_CHATS = 400  # held out of the embedded language
 TINY_HELD_OUT_SEED = 1  # unlike the seed that the embedded model was trained with
 
 
@@ -43,7 +43,7 @@ def read_texts(dataset: str, most: int | None = None) -> list[Text]:
     Raises UserError for a missing, empty or malformed data set, naming file and line.
     """
     if dataset == "tiny":
-        chats = language.chats(most or TINY_CHATS, seed=TINY_HELD_OUT_SEED)
+        chats = language.chats(min(most or TINY_CHATS, TINY_CHATS), seed=TINY_HELD_OUT_SEED)
         return [Text(f"tiny:{number}", chat["messages"]) for number, chat in enumerate(chats, 1)]
     rows = list(read_rows(dataset))
     if not rows:
@@ -65,11 +65,12 @@ def read_rows(dataset: str) -> Iterator[Row]:
     default would swallow rows).
     """
     path = Path(dataset)
-    if path.suffix not in SUFFIXES:
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
         yield from _hub_rows(dataset)
         return
     readers = {".json": _json, ".jsonl": _jsonl, ".txt": _lines}
-    yield from readers.get(path.suffix, _table)(path, _decoded(path))
+    yield from readers.get(suffix, _table)(path, _decoded(path))
 
 
 def _decoded(path: Path) -> str:
@@ -112,9 +113,10 @@ def _parsed(text: str, where: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         line = f":{error.lineno}" if "\n" in text else ""
-        raise UserError(
-            f"{where}{line}: malformed JSON ({error.msg}, column {error.colno})"
-        ) from error
+        reason = f"{error.msg}, column {error.colno}"
+        raise UserError(f"{where}{line}: malformed JSON ({reason})") from error
+    except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
+        raise UserError(f"{where}: malformed JSON ({error})") from error
 
 
 def _object(fields: Any, where: str) -> dict[str, Any]:
@@ -135,10 +137,11 @@ def _lines(path: Path, text: str) -> Iterator[Row]:
 def _table(path: Path, text: str) -> Iterator[Row]:
     dialect = (
         {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-        if path.suffix == ".tsv"
+        if path.suffix.lower() == ".tsv"
         else {"strict": True}
     )
     reader = csv.reader(io.StringIO(text, newline=""), **dialect)  # type: ignore[arg-type]
+    csv.field_size_limit(10**9)  # a chat may be longer than csv's 131,072 characters
     header = next(reader, [])
     while True:
         try:
@@ -147,7 +150,9 @@ def _table(path: Path, text: str) -> Iterator[Row]:
             return
         except csv.Error as error:
             raise UserError(f"{path}:{reader.line_num}: malformed row ({error})") from error
-        if len(cells) < len(header):
+        if not cells:
+            continue
+        if len(cells) != len(header):
             raise UserError(
                 f"{path}:{reader.line_num}: got {len(cells)} columns, expected {len(header)} "
                 f"({', '.join(header)})"

@@ -8,12 +8,16 @@ share stands beside every number.
 import hashlib
 import json
 import logging
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
+from zipfile import BadZipFile
 
-import jinja2
 import numpy as np
 import torch
 from accelerate import PartialState
@@ -34,15 +38,12 @@ SAVE_EVERY = 30.0  # seconds between two partial states
 
 @dataclass
 class Totals:
-    """Sums over the texts measured so far; small, so that it is saved, resumed and gathered "
-    "whole."""
+    """Sums over the texts measured so far: so small that they are saved and gathered whole."""
 
-    sums: dict[int, np.ndarray] = field(
-        default_factory=dict
-    )  # bucket -> (L, H, 3); -1: in no bucket
-    texts: dict[int, tuple[int, float, float, float]] = field(
-        default_factory=dict
-    )  # text -> tokens, main, before, after
+    # bucket (-1: none) -> (L, H, 3)
+    sums: dict[int, np.ndarray] = field(default_factory=dict)
+    # text -> tokens, main, before, after
+    texts: dict[int, tuple[int, float, float, float]] = field(default_factory=dict)
 
     def add(self, text: int, tokens: int, bucket: int, shares: np.ndarray) -> None:
         self.sums[bucket] = self.sums.get(bucket, 0) + shares
@@ -62,8 +63,8 @@ def tokenize(
     Raises UserError for chats without any template, one that fails on a chat, and a text without
     tokens.
     """
-    template = _template(chat_template) or tokenizer.chat_template
-    if template is None and any(text.is_chat for text in texts):
+    template = _template(chat_template)  # None: the tokenizer's own, which may be a named set
+    if template is None and tokenizer.chat_template is None and any(text.is_chat for text in texts):
         raise UserError(
             f"{tokenizer.name_or_path}: its tokenizer has no chat template; name a Jinja file or "
             "string as dependence.chat_template"
@@ -72,7 +73,7 @@ def tokenize(
     for text in texts:
         try:
             ids.append(_tokens(tokenizer, text, template))
-        except (jinja2.TemplateError, TypeError) as error:
+        except Exception as error:  # a template is a program, and may fail in any way
             raise UserError(f"{text.where}: the chat template fails ({error})") from error
         if not ids[-1]:
             raise UserError(f"{text.where}: empty text; it has no tokens")
@@ -87,11 +88,11 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: Text, template: Any) -> li
 
 
 def _template(named: str | None) -> str | None:
-    if named is None or "{" in named:
+    if named is None or ("{" in named and not os.path.isfile(named)):
         return named
     try:
         return Path(named).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(
             f"dependence.chat_template: {named} cannot be read ({error}); expected a Jinja file "
             "or string"
@@ -134,21 +135,20 @@ def measure(
         desc="dependence",
         disable=not state.is_main_process,
     )
-    with probing(model) as probe, bar:
+    with probing(model) as probe, bar, partial.kept_on_interrupt(totals, batches):
         for number, batch in enumerate(batches):
             if number >= done:
                 ids, mask = _padded([texts[text] for text in batch], model.device)
                 shares = dependence_of(model, probe, ids, mask).numpy()  # (B, L, H, 3)
                 for text, each in zip(batch, shares, strict=True):
-                    totals.add(
-                        text, len(texts[text]), bucket_of(len(texts[text]), settings.buckets), each
-                    )
-                partial.save(totals, number + 1)
+                    bucket = bucket_of(len(texts[text]), settings.buckets)
+                    totals.add(text, len(texts[text]), bucket, each)
+                if time.monotonic() - partial.saved > SAVE_EVERY:
+                    partial.save(totals, number + 1)
             bar.update(sum(len(texts[text]) for text in batch))
     gathered = Totals()
     for part in gather_object([totals]):
         gathered.merge(part)
-    partial.remove()
     return summary(gathered, settings.buckets)
 
 
@@ -256,9 +256,19 @@ class Partial:
         self.mark = mark
         self.saved = time.monotonic()
 
+    @contextmanager
+    def kept_on_interrupt(self, totals: Totals, batches: list[list[int]]) -> Iterator[None]:
+        """Save what is complete on Ctrl-C; a batch that was only half added is not."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            ends = accumulate(len(batch) for batch in batches)
+            done = next((n for n, end in enumerate(ends, 1) if end == len(totals.texts)), None)
+            if done is not None:
+                self.save(totals, done)
+            raise
+
     def save(self, totals: Totals, done: int) -> None:
-        if time.monotonic() - self.saved < SAVE_EVERY:
-            return
         arrays: dict[str, Any] = {"mark": self.mark, "done": done}
         arrays["texts"] = np.array([(text, *each) for text, each in totals.texts.items()])
         arrays |= {f"bucket {bucket}": shares for bucket, shares in totals.sums.items()}
@@ -274,24 +284,18 @@ class Partial:
         """The sums and the number of batches done; none where nothing of the same run is left."""
         if not self.path.exists():
             return Totals(), 0
-        with np.load(self.path, allow_pickle=False) as file:
-            if str(file["mark"]) != self.mark:
-                log.info("%s: of another model, data or setting; starting afresh", self.path)
-                return Totals(), 0
-            texts = {
-                int(text): (int(tokens), *shares)
-                for text, tokens, *shares in file["texts"].tolist()
-            }
-            sums = {
-                int(name.split()[1]): file[name]
-                for name in file.files
-                if name.startswith("bucket ")
-            }
-            log.info("resuming after %d texts", len(texts))
-            return Totals(sums, texts), int(file["done"])
-
-    def remove(self) -> None:
-        self.path.unlink(missing_ok=True)
+        try:
+            with np.load(self.path, allow_pickle=False) as file:
+                mark, done, rows = str(file["mark"]), int(file["done"]), file["texts"].tolist()
+                names = [name for name in file.files if name.startswith("bucket ")]
+                sums = {int(name.split()[1]): file[name] for name in names}
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+            mark, done, rows, sums = "", 0, [], {}
+        if mark != self.mark:
+            log.info("%s: of another model, data or setting; starting afresh", self.path)
+            return Totals(), 0
+        log.info("resuming after %d texts", len(rows))
+        return Totals(sums, {int(text): (int(tokens), *each) for text, tokens, *each in rows}), done
 
 
 def _fingerprint(
@@ -299,6 +303,5 @@ def _fingerprint(
 ) -> str:
     """Of all that the numbers depend on, the weights by their sums."""
     weights = [each.detach().sum(dtype=torch.float32).item() for each in model.parameters()]
-    return hashlib.sha256(
-        json.dumps([weights, texts, settings.model_dump(), str(model.dtype)]).encode()
-    ).hexdigest()
+    named = [model.config.to_dict(), settings.model_dump(), str(model.dtype)]
+    return hashlib.sha256(json.dumps([weights, texts, named], default=str).encode()).hexdigest()

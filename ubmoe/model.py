@@ -1,6 +1,8 @@
 """Load a decoder and its tokenizer: explicit dtype, no hub code, nothing missing or NaN."""
 
+import json
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,21 +36,20 @@ def best_device(name: str | None = None) -> torch.device:
     state = PartialState(cpu=name == "cpu")
     if name is None:
         return state.device
+    expected = "expected cpu, cuda, cuda:1, mps or xpu"
+    if not re.fullmatch(r"cpu|mps|(cuda|xpu)(:\d+)?", name, re.ASCII):
+        raise UserError(f"model.device: got {name!r}, {expected}")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(
-            f"model.device: got {name!r}, not to be had ({reason}); expected cpu, cuda, cuda:1 or "
-            "mps"
-        ) from error
+        raise UserError(f"model.device: {name} is not here ({reason}); {expected}") from error
     return device
 
 
 def source(config: ModelSection) -> str:
-    """The directory or hub id to load from; the embedded model is built when it is not there "
-    "yet."""
+    """The directory or hub id to load from; the embedded model is built where it is missing."""
     if config.name == "tiny":
         return str(tiny_directory(config.cache))
     path = Path(config.name).expanduser()
@@ -110,6 +111,15 @@ def load_model(config: ModelSection, bidirectional: bool = False) -> PreTrainedM
             f"model.name: {config.name} lacks {_listed(missing)}; expected a whole causal "
             "language model"
         )
+    layers = model.config.get_text_config().num_hidden_layers
+    numbers = (
+        re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", key) for key in report["unexpected_keys"]
+    )
+    if max((int(number[1]) + 1 for number in numbers if number), default=0) > layers:
+        raise UserError(
+            f"model.name: {config.name} has weights of more layers than the {layers} that its "
+            "config.json names"
+        )
     if config.adapter:
         model = _merged(model, config.adapter).to(dtype)
     _check_finite(model, config.name)
@@ -141,7 +151,7 @@ def _explained(config: ModelSection) -> Iterator[None]:
 
 def _merged(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
     """The model with a LoRA adapter merged in, be it of the whole LM or of its headless inside."""
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
 
     weights = Path(adapter) / "adapter_model.safetensors"
@@ -150,22 +160,28 @@ def _merged(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
             f"model.adapter: {adapter} has no adapter_model.safetensors; expected a LoRA "
             "directory as peft saves it"
         )
-    prefix = model.base_model_prefix
     try:
+        kind = json.loads((Path(adapter) / "adapter_config.json").read_text())["peft_type"]
+        if kind != "LORA":
+            raise ValueError(f"it is {kind}, expected LORA")
         with safe_open(weights, "pt") as file, warnings.catch_warnings():
+            names = list(file.keys())
+            warnings.simplefilter("ignore")
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            if any(name.startswith(f"base_model.model.{prefix}.") for name in file.keys()):  # noqa: SIM118
-                return PeftModel.from_pretrained(model, adapter).merge_and_unload()
-            setattr(
-                model,
-                prefix,
-                PeftModel.from_pretrained(model.base_model, adapter).merge_and_unload(),
-            )
+            inside = f"base_model.model.{model.base_model_prefix}."
+            headed = any(name.startswith((inside, "base_model.model.lm_head.")) for name in names)
+            wrapped = PeftModel.from_pretrained(model if headed else model.base_model, adapter)
+        if len(get_peft_model_state_dict(wrapped)) != len(names):
+            raise ValueError("it has tensors for modules that the model lacks")
+        merged = wrapped.merge_and_unload()
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"model.adapter: {adapter} does not fit {model.name_or_path}: {reason}"
         ) from error
+    if headed:
+        return merged
+    setattr(model, model.base_model_prefix, merged)
     model.tie_weights()
     return model
 

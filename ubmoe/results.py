@@ -3,6 +3,7 @@
 Nothing heavy is imported at the top: tables come from the JSON alone.
 """
 
+import errno
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -80,11 +82,17 @@ class Run:
             "peak_memory_bytes": peak_memory_bytes(),
             self.name: self.section,
         }
-        settings = dump_config(self.config)
-        replace(self.directory / f"{self.program}.config.yaml", partial(_write_text, text=settings))
+        text = json_text(record)  # fails before anything is written
+        writes: dict[Path, Callable[[Path], object]] = {
+            self.directory / f"{self.program}.config.yaml": partial(
+                _write_text, text=dump_config(self.config)
+            )
+        }
         for name, figure in self.figures.items():
-            replace(self.directory / name, partial(figure.savefig, format="png"))
-        write_json(self.path, record)
+            writes[self.directory / name] = partial(_draw, figure)
+        replace_all({**writes, self.path: partial(_write_text, text=text)})
+        for leftover in self.directory.glob(f"{self.name}.partial-*"):
+            leftover.unlink()
 
 
 @contextmanager
@@ -115,22 +123,32 @@ def _make_writable(directory: Path) -> list[Path]:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
             pass
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"output_dir: {directory} cannot be written ({error.strerror}); expected a folder of "
-            "yours"
+            f"output_dir: {directory} cannot be written ({reason}); expected a folder of yours"
         ) from error
     return missing
 
 
 def replace(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file beside its place and rename it: nobody reads half. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    replace_all({path: write})
+
+
+def replace_all(writes: dict[Path, Callable[[Path], object]]) -> None:
+    """Like `replace`, for files that belong together: none gives way before all are written."""
+    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in writes}
     try:
-        write(temporary)
-        temporary.replace(path)
+        for path, write in writes.items():
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+            write(temporary[path])
+        for path in writes:
+            temporary[path].replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        for remains in temporary.values():
+            remains.unlink(missing_ok=True)
 
 
 def replace_directory(path: Path, write: Callable[[Path], object]) -> None:
@@ -151,8 +169,17 @@ def replace_directory(path: Path, write: Callable[[Path], object]) -> None:
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Atomic; a NaN is an error, since it is no JSON and no result."""
-    text = json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False)
-    replace(path, partial(_write_text, text=text + "\n"))
+    replace(path, partial(_write_text, text=json_text(record)))
+
+
+def json_text(record: dict[str, Any]) -> str:
+    return json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def _draw(figure: Any, path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of glyphs that the font lacks
+        figure.savefig(path, format="png")
 
 
 def _write_text(path: Path, text: str) -> None:

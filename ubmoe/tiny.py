@@ -206,15 +206,20 @@ def _batches(tokenizer: transformers.Qwen2Tokenizer, steps: int) -> Iterator[tor
 
 @contextmanager
 def _own_random_state() -> Iterator[None]:
-    """Seed, dtype, device and gradient mode of our own; the caller's are back afterwards."""
-    dtype = torch.get_default_dtype()
+    """Seed, threads, dtype, device and gradient mode of our own; the caller's are back afterwards.
+
+    One thread: so small a model gains little from a second, and waits for it on a busy computer.
+    """
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.enable_grad():
         torch.default_generator.manual_seed(SEED)  # not manual_seed, which seeds accelerators too
         torch.set_default_dtype(torch.float32)
+        torch.set_num_threads(1)
         try:
             yield
         finally:
             torch.set_default_dtype(dtype)
+            torch.set_num_threads(threads)
 
 
 def _cache_root(cache: str | Path | None) -> Path:
