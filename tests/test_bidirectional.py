@@ -18,7 +18,8 @@ def test_every_backend_and_padding_reads_as_asked(family):
     for backend in BACKENDS[family]:
         model = random_model(family)
         model.set_attn_implementation(backend)
-        assert [leak(model, padding) for padding in PADDINGS] == [0.0, 0.0, 0.0]
+        # zero, but for experts: they regroup the tokens, and another shape rounds otherwise
+        assert all(leak(model, padding) < 1e-6 for padding in PADDINGS)
         assert "causal, verified" in prove_attention(model, bidirectional=False)
         make_bidirectional(model)
         assert all(leak(model, padding) > 1e-3 for padding in PADDINGS)
