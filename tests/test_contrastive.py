@@ -219,6 +219,22 @@ def test_a_killed_run_goes_on_to_the_same_weights(tokenizer, tmp_path, monkeypat
         assert torch.equal(value, resumed), name
 
 
+def test_checkpoints_of_another_run_are_not_taken_up(tokenizer, tmp_path):
+    directory = tmp_path / "stage"
+    encoder, model = build(tokenizer)
+    train(encoder, model, stage(tmp_path, save_steps=1), directory)
+    assert (directory / "checkpoint-3").exists()
+    fresh, expected = build(tokenizer)
+    train(fresh, expected, stage(tmp_path, save_steps=1, max_steps=2), tmp_path / "fresh")
+    encoder, model = build(tokenizer)
+    train(encoder, model, stage(tmp_path, save_steps=1, max_steps=2), directory, True)
+    assert not (directory / "checkpoint-3").exists()
+    for (name, value), (_, other) in zip(
+        model.state_dict().items(), expected.state_dict().items(), strict=True
+    ):
+        assert torch.equal(value, other), name
+
+
 def test_a_loss_that_is_not_finite_stops_at_that_step(tokenizer, tmp_path):
     encoder, model = build(tokenizer)
     with pytest.raises(UserError, match=r"step \d: the (loss is nan|gradient of .* is not finite)"):

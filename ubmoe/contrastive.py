@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 from ubmoe import language
 from ubmoe.config import StageSection, UserError
 from ubmoe.data import Row, read_rows, spaced
-from ubmoe.training import StopOnBadLoss, arguments, newest_checkpoint, train_only
+from ubmoe.training import StopOnBadLoss, arguments, begin, train_only
 
 log = logging.getLogger(__name__)
 COLUMNS = {  # of a supervised data set, by what they are often called
@@ -291,7 +291,8 @@ def train_stage(
     report = {"trainable": counts, "rows": len(data), "truncated": truncated(encoder, data)}
     report["negatives_per_anchor"] = negatives(stage, settings.world_size, data.column_names)
     log.info("stage %s: %s", stage.objective, report)
-    checkpoint = newest_checkpoint(directory) if resume else None
+    mark = {"stage": stage.model_dump(), "seed": seed, "rows": len(data)}
+    checkpoint = begin(directory, mark | {"model": model.name_or_path}, resume)
     # The trainer prints its log; stdout is for the path of the result.
     with attention_dropout(model, stage.dropout if views else 0.0), redirect_stdout(sys.stderr):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,25 @@ def arguments(
         "dataloader_drop_last": True,
         "disable_tqdm": not PartialState().is_main_process,
     }
+
+
+def begin(directory: Path, mark: dict[str, Any], resume: bool) -> Path | None:
+    """The checkpoint to go on from: of the same run, which `mark` tells, or none.
+
+    Checkpoints of another run are removed, so that nothing later can take them for this one's.
+    """
+    state, path, text = PartialState(), directory / "stage.json", json.dumps(mark, indent=1)
+    same = path.exists() and path.read_text() == text
+    state.wait_for_everyone()
+    if not (resume and same) and state.is_main_process:
+        for checkpoint in directory.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+        directory.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    state.wait_for_everyone()
+    if resume and not same:
+        log.info("%s: no checkpoint of this run; starting afresh", directory)
+    return newest_checkpoint(directory) if resume and same else None
 
 
 def newest_checkpoint(directory: Path) -> Path | None:
