@@ -111,15 +111,7 @@ def load_model(config: ModelSection, bidirectional: bool = False) -> PreTrainedM
             f"model.name: {config.name} lacks {_listed(missing)}; expected a whole causal "
             "language model"
         )
-    layers = model.config.get_text_config().num_hidden_layers
-    numbers = (
-        re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", key) for key in report["unexpected_keys"]
-    )
-    if max((int(number[1]) + 1 for number in numbers if number), default=0) > layers:
-        raise UserError(
-            f"model.name: {config.name} has weights of more layers than the {layers} that its "
-            "config.json names"
-        )
+    _check_layers(model, report["unexpected_keys"], config.name)
     if config.adapter:
         model = _merged(model, config.adapter).to(dtype)
     _check_finite(model, config.name)
@@ -184,6 +176,17 @@ def _merged(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
     setattr(model, model.base_model_prefix, merged)
     model.tie_weights()
     return model
+
+
+def _check_layers(model: PreTrainedModel, unexpected: list[str], name: str) -> None:
+    """A config that names fewer layers than the file holds would drop the rest in silence."""
+    layers = model.config.get_text_config().num_hidden_layers
+    numbers = (re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", key) for key in unexpected)
+    if max((int(number[1]) + 1 for number in numbers if number), default=0) > layers:
+        raise UserError(
+            f"model.name: {name} has weights of more layers than the {layers} that its "
+            "config.json names"
+        )
 
 
 def _check_finite(model: PreTrainedModel, name: str) -> None:
