@@ -158,19 +158,25 @@ class StopError(Exception):
     pass
 
 
-def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path, monkeypatch):
-    model, ids = random_model("qwen2"), texts()
-    whole = dependence.measure(model, ids, SETTINGS, tmp_path / "none")
-    monkeypatch.setattr(dependence, "SAVE_EVERY", 0.0)
+def failing_in_the_fourth_batch(monkeypatch, error):
+    """Makes `measure` fail once; returns the list that counts its batches from now on."""
     real, calls = dependence.dependence_of, []
 
     def counted(*arguments):
         calls.append(1)
         if len(calls) == 4:
-            raise StopError
+            raise error
         return real(*arguments)
 
     monkeypatch.setattr(dependence, "dependence_of", counted)
+    return calls
+
+
+def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path, monkeypatch):
+    model, ids = random_model("qwen2"), texts()
+    whole = dependence.measure(model, ids, SETTINGS, tmp_path / "none")
+    monkeypatch.setattr(dependence, "SAVE_EVERY", 0.0)
+    calls = failing_in_the_fourth_batch(monkeypatch, StopError)
     with pytest.raises(StopError):
         dependence.measure(model, ids, SETTINGS, tmp_path)
     [left] = tmp_path.glob("*.npz")
@@ -184,15 +190,7 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path, monkeypatch):
 def test_ctrl_c_keeps_the_batches_that_are_complete(tmp_path, monkeypatch):
     model, ids = random_model("qwen2"), texts()
     whole = dependence.measure(model, ids, SETTINGS, tmp_path)
-    real, calls = dependence.dependence_of, []
-
-    def counted(*arguments):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(dependence, "dependence_of", counted)
+    calls = failing_in_the_fourth_batch(monkeypatch, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         dependence.measure(model, ids, SETTINGS, tmp_path)
     assert dependence.measure(model, ids, SETTINGS, tmp_path, resume=True) == whole

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, cast
 from zipfile import BadZipFile
@@ -30,9 +30,9 @@ from ubmoe.config import DependenceSection, UserError
 from ubmoe.data import Text
 from ubmoe.model import context_length
 from ubmoe.results import replace
+from ubmoe.tables import SHARES
 
 log = logging.getLogger(__name__)
-SHARES = ("main", "before", "after")
 SAVE_EVERY = 30.0  # seconds between two partial states
 
 
@@ -40,18 +40,16 @@ SAVE_EVERY = 30.0  # seconds between two partial states
 class Totals:
     """Sums over the texts measured so far: so small that they are saved and gathered whole."""
 
-    # bucket (-1: none) -> (L, H, 3)
-    sums: dict[int, np.ndarray] = field(default_factory=dict)
+    shares: Any = 0.0  # (L, H, 3), once there is a text
     # text -> tokens, main, before, after
     texts: dict[int, tuple[int, float, float, float]] = field(default_factory=dict)
 
-    def add(self, text: int, tokens: int, bucket: int, shares: np.ndarray) -> None:
-        self.sums[bucket] = self.sums.get(bucket, 0) + shares
+    def add(self, text: int, tokens: int, shares: np.ndarray) -> None:
+        self.shares = self.shares + shares
         self.texts[text] = (tokens, *shares.mean((0, 1)))
 
     def merge(self, other: "Totals") -> None:
-        for bucket, shares in other.sums.items():
-            self.sums[bucket] = self.sums.get(bucket, 0) + shares
+        self.shares = self.shares + other.shares
         self.texts |= other.texts
 
 
@@ -141,8 +139,7 @@ def measure(
                 ids, mask = _padded([texts[text] for text in batch], model.device)
                 shares = dependence_of(model, probe, ids, mask).numpy()  # (B, L, H, 3)
                 for text, each in zip(batch, shares, strict=True):
-                    bucket = bucket_of(len(texts[text]), settings.buckets)
-                    totals.add(text, len(texts[text]), bucket, each)
+                    totals.add(text, len(texts[text]), each)
                 if time.monotonic() - partial.saved > SAVE_EVERY:
                     partial.save(totals, number + 1)
             bar.update(sum(len(texts[text]) for text in batch))
@@ -165,14 +162,8 @@ def batches_by_length(texts: list[list[int]], batch_tokens: int) -> list[list[in
 
 def bucket_of(tokens: int, edges: list[int]) -> int:
     """Index of the bucket (low, high] that a length belongs to, or -1."""
-    return next(
-        (
-            i
-            for i, (low, high) in enumerate(zip(edges, edges[1:], strict=False))
-            if low < tokens <= high
-        ),
-        -1,
-    )
+    inside = (number for number, (low, high) in enumerate(pairwise(edges)) if low < tokens <= high)
+    return next(inside, -1)
 
 
 def _padded(texts: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -202,10 +193,10 @@ def summary(totals: Totals, edges: list[int]) -> dict[str, Any]:
     """Means in percent: overall, by bucket, layer, head; errors over texts; the uniform share."""
     texts = [totals.texts[text] for text in sorted(totals.texts)]
     count = len(texts)
-    layers = np.sum(list(totals.sums.values()), 0) / count * 100  # (L, H, 3)
+    layers = totals.shares / count * 100  # (L, H, 3)
     buckets = []
-    for low, high in zip(edges, edges[1:], strict=False):
-        members = [each for each in texts if low < each[0] <= high]
+    for number, (low, high) in enumerate(pairwise(edges)):
+        members = [each for each in texts if bucket_of(each[0], edges) == number]
         buckets.append({"range": [low, high], **_means(members), "uniform": _uniform(members)})
     overall = _means(texts)
     return {
@@ -269,13 +260,11 @@ class Partial:
             raise
 
     def save(self, totals: Totals, done: int) -> None:
-        arrays: dict[str, Any] = {"mark": self.mark, "done": done}
-        arrays["texts"] = np.array([(text, *each) for text, each in totals.texts.items()])
-        arrays |= {f"bucket {bucket}": shares for bucket, shares in totals.sums.items()}
+        texts = np.array([(text, *each) for text, each in totals.texts.items()])
 
         def write(path: Path) -> None:
             with path.open("wb") as file:
-                np.savez(file, **arrays)
+                np.savez(file, mark=self.mark, done=done, texts=texts, shares=totals.shares)
 
         replace(self.path, write)
         self.saved = time.monotonic()
@@ -287,15 +276,16 @@ class Partial:
         try:
             with np.load(self.path, allow_pickle=False) as file:
                 mark, done, rows = str(file["mark"]), int(file["done"]), file["texts"].tolist()
-                names = [name for name in file.files if name.startswith("bucket ")]
-                sums = {int(name.split()[1]): file[name] for name in names}
+                shares = file["shares"]
         except (OSError, ValueError, KeyError, EOFError, BadZipFile):
-            mark, done, rows, sums = "", 0, [], {}
+            mark, done, rows, shares = "", 0, [], 0.0
         if mark != self.mark:
             log.info("%s: of another model, data or setting; starting afresh", self.path)
             return Totals(), 0
         log.info("resuming after %d texts", len(rows))
-        return Totals(sums, {int(text): (int(tokens), *each) for text, tokens, *each in rows}), done
+        return Totals(
+            shares, {int(text): (int(tokens), *each) for text, tokens, *each in rows}
+        ), done
 
 
 def _fingerprint(
