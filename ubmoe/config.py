@@ -7,6 +7,7 @@ loaded.
 import re
 from collections.abc import Iterator
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -92,11 +93,7 @@ class DependenceSection(Section):
     @field_validator("buckets")
     @classmethod
     def _ascend(cls, edges: list[int]) -> list[int]:
-        if (
-            len(edges) < 2
-            or edges[0] < 0
-            or any(a >= b for a, b in zip(edges, edges[1:], strict=False))
-        ):
+        if len(edges) < 2 or edges[0] < 0 or any(a >= b for a, b in pairwise(edges)):
             raise ValueError("expected at least two ascending edges from 0 up, as [0, 256, 512]")
         return edges
 
@@ -289,20 +286,20 @@ def _override(tree: dict[str, Any], text: str) -> str | None:
     *parents, last = name.split(".")
     node: Any = tree
     for part in parents:
-        node = _child(node, part)
-    if isinstance(node, list) and last.isdecimal() and last.isascii() and int(last) < len(node):
-        node[int(last)] = value
-    elif isinstance(node, dict) and last in node:
-        node[last] = value
-    else:
+        slot = _slot(node, part)
+        node = None if slot is None else node[slot]
+    slot = _slot(node, last)
+    if slot is None:
         return f"{name}: unknown key; {_nearest(name)}"
+    node[slot] = value
     return None
 
 
-def _child(node: Any, part: str) -> Any:
+def _slot(node: Any, part: str) -> str | int | None:
+    """Where `part` of a dotted name stands in a mapping or a list; None where there is no place."""
     if isinstance(node, list) and part.isdecimal() and part.isascii() and int(part) < len(node):
-        return node[int(part)]
-    return node.get(part) if isinstance(node, dict) else None
+        return int(part)
+    return part if isinstance(node, dict) and part in node else None
 
 
 def _validated(tree: dict[str, Any], source: str) -> Config:
