@@ -116,6 +116,9 @@ class StopOnBadLoss(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **keys: Any) -> None:
         model: nn.Module = keys["model"]
+        gradients = [value.grad for value in model.parameters() if value.grad is not None]
+        if nn.utils.get_total_norm(gradients).isfinite():  # one look at the device, not one each
+            return
         for name, value in model.named_parameters():
             if value.grad is not None and not torch.isfinite(value.grad).all():
                 raise UserError(
