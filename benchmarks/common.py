@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ubmoe.results import git_commit, write_json
+from ubmoe.tables import aligned
 
 RESULTS = Path(__file__).parent.parent / "results"
 
@@ -48,10 +49,7 @@ def peak_of_child(module: str, *arguments: object) -> int:
 
 def write(name: str, rows: list[dict[str, Any]]) -> None:
     """results/benchmark.<name>.<device>.json, and the rows as a table on stdout."""
-    columns = list(rows[0])
-    widths = [max(len(column), *(len(_shown(row[column])) for row in rows)) for column in columns]
-    for cells in (columns, *([_shown(row[column]) for column in columns] for row in rows)):
-        print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)))
+    print(aligned([list(rows[0]), *([_shown(cell) for cell in row.values()] for row in rows)]))
     device = device_name()
     record = {
         "device": device,

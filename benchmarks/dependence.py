@@ -1,6 +1,6 @@
 """Time and memory of measuring dependence, against a plain forward and against the paper's way.
 
-python benchmarks/dependence.py
+python -m benchmarks.dependence
 
 Qwen2.5-0.5B's layer shape with random weights; `plain` is the causal sdpa forward, `paper`
 accumulates full T x T maps over the layers as the released code does, `ours` streams. Claims, at T
