@@ -5,7 +5,6 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it, and for child processes too
 
 # ruff: noqa: E402
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +55,6 @@ def random_model(family: str, **changes: Any) -> PreTrainedModel:
             if "norm" not in name:
                 torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
-
-
-@pytest.fixture
-def make_model() -> Callable[..., PreTrainedModel]:
-    return random_model
 
 
 @pytest.fixture(scope="session")

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ubmoe import language
 from ubmoe.language import ORDERS, Meaning, Noun
 
-ROOT = Path(__file__).parent.parent
 BUCKETS = ((0, 64), (64, 128), (128, 256), (256, 512))
 
 

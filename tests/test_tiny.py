@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import (
@@ -25,7 +26,6 @@ from transformers import (
 from ubmoe import language, tiny
 from ubmoe.config import UserError
 
-ROOT = Path(__file__).parent.parent
 STEPS = 3  # the laws of building and caching do not depend on how well it is trained
 HELD_OUT_SEED = 4321
 

@@ -33,9 +33,8 @@ def run(program: str, purpose: str, main: Callable[[Config], Path | str | None])
     except UserError as error:
         fail(str(error))
     except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # the reader (head, less) has gone
+        # The reader (head, less) has gone.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         fail(f"{error.filename or 'system'}: {error.strerror or error}")
     except KeyboardInterrupt:

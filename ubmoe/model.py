@@ -99,9 +99,8 @@ def load_model(config: ModelSection, bidirectional: bool = False) -> PreTrainedM
             path,
             revision=config.revision,
             config=settings,
-            dtype=torch.float32
-            if config.adapter
-            else dtype,  # an adapter is merged in fp32, then cast
+            # an adapter is merged in fp32, then cast
+            dtype=torch.float32 if config.adapter else dtype,
             attn_implementation=config.attn_implementation,
             output_loading_info=True,
         )
@@ -127,13 +126,9 @@ def _explained(config: ModelSection) -> Iterator[None]:
     transformers.logging.disable_progress_bar()
     try:
         yield
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         raise
-    except torch.OutOfMemoryError:
-        raise
-    except (
-        Exception
-    ) as error:  # the libraries raise nearly every type here, from KeyError to SafetensorError
+    except Exception as error:  # the libraries raise nearly every type here
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         revision = f" (revision {config.revision})" if config.revision else ""
         raise UserError(

@@ -38,11 +38,8 @@ PACKAGES = (
     "peft",
     "numpy",
 )
-RESULTS = (
-    "dependence",
-    "sts",
-    "evaluation",
-)  # one JSON a program, so that none overwrites another's
+# One JSON a program, so that none overwrites another's.
+RESULTS = ("dependence", "sts", "evaluation")
 
 
 @dataclass
