@@ -149,3 +149,21 @@ def test_help_answers_without_importing_torch():
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "dependence.flow: causal | bidirectional = causal" in done.stdout
+
+
+def test_an_override_leaves_unsaid_keys_to_their_objective(tmp_path):
+    path = written(tmp_path, "bi: {stages: [{max_steps: 3}]}")
+    stage = load_config(path, ["bi.stages.0.objective=mntp", "bi.stages.0.lora.rank=2"]).bi.stages[
+        0
+    ]
+    assert (stage.max_steps, stage.max_tokens, stage.lora.rank) == (3, 512, 2)
+    assert load_config(path).bi.stages[0].max_tokens == 128
+    whole = load_config(path, ["bi.stages=[{}, {}]", "bi.stages.1.lora.rank=5"]).bi.stages
+    assert whole[0].lora is None and whole[1].lora.rank == 5
+    assert "bi.stages.2.lora.rank: unknown key" in problem(path, "bi.stages.2.lora.rank=1")
+
+
+@pytest.mark.parametrize("module", ["embedding", "all"])
+def test_lora_is_refused_with_what_it_cannot_train(tmp_path, module):
+    found = problem(written(tmp_path, f"bi: {{stages: [{{train: [{module}], lora: {{}}}}]}}"))
+    assert f"bi.stages.0: lora cannot train {module}; expected lora: null" in found

@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "tiny.yaml"
@@ -130,13 +138,28 @@ class TrainingSection(Section):
     report_to: str = key("none", "none, wandb, tensorboard, ...")
 
 
-class StageSection(TrainingSection):
-    """One stage of bidirectional fine-tuning."""
+class LoraSection(Section):
+    """Low-rank adapters in place of full fine-tuning; the defaults are the paper's code's."""
 
-    objective: Literal["simcse", "supervised"] = key("simcse", "what the stage learns")
+    rank: Positive = key(8, "rank of the adapters")
+    alpha: Above = key(16.0, "their scale is alpha / rank, or alpha / sqrt(rank) with rslora")
+    dropout: Share = key(0.05, "dropout in front of the adapters")
+    rslora: bool = key(True, "rank-stabilised scale")
+
+
+class StageSection(TrainingSection):
+    """One stage of bidirectional fine-tuning.
+
+    Keys of the contrastive objectives mean nothing to mntp, and the other way round.
+    """
+
+    objective: Literal["simcse", "supervised", "mntp"] = key("simcse", "what the stage learns")
     train: list[Module] = key(["ffn"], "modules that train; everything else is frozen")
+    lora: LoraSection | None = key(None, "null: the modules themselves train; else their adapters")
     dataset: str = key(
-        "tiny", "sentences, or (anchor, positive[, negative]) rows: hub id, local file, or tiny"
+        "tiny",
+        "sentences, (anchor, positive[, negative]) rows, or raw text (mntp): hub id, local file, "
+        "or tiny",
     )
     max_rows: Positive | None = key(None, "use at most this many, evenly spaced; null: all", "rows")
     loss: Literal["nt_xent", "simcse"] = key(
@@ -144,11 +167,46 @@ class StageSection(TrainingSection):
     )
     temperature: Above = key(0.05, "of the cosines")
     dropout: Share = key(0.3, "attention dropout that makes the two views of simcse")
-    max_tokens: Positive = key(128, "longer texts are cut, and counted", "tokens")
+    max_tokens: Positive = key(
+        128, "longer texts are cut, and counted; mntp's chunks have this length", "tokens"
+    )
     mini_batch_tokens: Positive = key(
         8192, "padded tokens of one forward; the batch is sorted by length into such", "tokens"
     )
     cached: bool = key(False, "GradCache: memory of one mini-batch, for one more forward")
+    mlm_probability: Annotated[Float, Field(gt=0, le=1)] = key(
+        0.2, "share of tokens that mntp chooses, anew in every epoch"
+    )
+    masking: Literal["bert", "all"] = key(
+        "bert", "bert: 80 % masked, 10 % random, 10 % as they were; all: every chosen one masked"
+    )
+    mask_token: str = key("_", "what stands for a masked token: one token of the vocabulary")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_objective(cls, said: Any) -> Any:
+        if isinstance(said, dict) and said.get("objective") == "mntp":
+            return MNTP | said
+        return said
+
+    @model_validator(mode="after")
+    def _lora_can_train_it(self) -> "StageSection":
+        if self.lora is not None and (wrong := {"embedding", "all"} & set(self.train)):
+            raise ValueError(
+                f"lora cannot train {' and '.join(sorted(wrong))}; expected lora: null, or train "
+                "of ffn, attention, ffn_up_down"
+            )
+        return self
+
+
+# LLM2Vec's defaults for masked next token prediction.
+MNTP = {
+    "train": ["ffn", "attention"],
+    "lora": {"rank": 16, "alpha": 32.0, "dropout": 0.05, "rslora": False},
+    "max_tokens": 512,
+    "per_device_train_batch_size": 32,
+    "learning_rate": 5e-5,
+}
 
 
 class BiSection(Section):
@@ -232,8 +290,8 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
     Raises UserError, in one line, with every problem of the file (or else of the command line).
     """
     path = Path(path or DEFAULT_CONFIG)
-    config = _validated(_read_yaml(path), str(path))
-    tree = config.model_dump()
+    tree = _read_yaml(path)
+    config = _validated(tree, str(path))
     problems = [problem for text in overrides or [] if (problem := _override(tree, text))]
     if problems:
         raise UserError("command line: " + "; ".join(problems))
@@ -275,7 +333,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _override(tree: dict[str, Any], text: str) -> str | None:
-    """Set one dotted `key=value` in the full tree; return what is wrong with it, if anything."""
+    """Set one dotted `key=value` in the file's tree; return what is wrong with it, if anything.
+
+    The tree holds only what was said, so that what was not keeps the default of its stage.
+    """
     name, equals, raw = text.partition("=")
     if not equals or name.startswith("-"):
         return f"{text!r} is not key=value, such as dependence.max_texts=100"
@@ -284,15 +345,27 @@ def _override(tree: dict[str, Any], text: str) -> str | None:
     except (yaml.YAMLError, ValueError):
         value = raw  # a Jinja template is no YAML
     *parents, last = name.split(".")
+    known = _names()
     node: Any = tree
+    default: Any = Config().model_dump()
+    shape = re.sub(r"\.\d+(?=\.|$)", ".N", name, flags=re.ASCII)
     for part in parents:
+        default = default.get(part) if isinstance(default, dict) else None
+        if isinstance(node, dict) and node.get(part) is None:
+            node[part] = default if isinstance(default, list) else {}
         slot = _slot(node, part)
         node = None if slot is None else node[slot]
-    slot = _slot(node, last)
-    if slot is None:
+    slot = _slot(node, last) if isinstance(node, list) else last
+    if slot is None or node is None or shape.removesuffix(".N") not in known:
         return f"{name}: unknown key; {_nearest(name)}"
     node[slot] = value
     return None
+
+
+def _names() -> set[str]:
+    """Every dotted name: of sections, of keys, and of the keys of a list's items."""
+    names = [dotted.split(".") for dotted, _ in keys()]
+    return {".".join(parts[:end]) for parts in names for end in range(1, len(parts) + 1)}
 
 
 def _slot(node: Any, part: str) -> str | int | None:
@@ -318,6 +391,8 @@ def _problem(error: dict[str, Any]) -> str:
     expected = error["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
     if error["type"] == "model_type":
         expected = "expected a section of keys"
+    if error["type"] == "value_error" and isinstance(error["input"], dict):
+        return f"{name}: {expected}"  # of keys that do not go together
     return f"{name}: got {error['input']!r}, {expected}"
 
 
@@ -339,15 +414,23 @@ def _section(field: FieldInfo) -> type[Section] | None:
     return kind if isinstance(kind, type) and issubclass(kind, Section) else None
 
 
+def _inner(field: FieldInfo) -> tuple[type[Section] | None, str]:
+    """The section inside a list of sections or an optional one, and how its keys are reached."""
+    for kind in get_args(field.annotation):
+        if isinstance(kind, type) and issubclass(kind, Section):
+            return kind, "" if type(None) in get_args(field.annotation) else "N."
+    return None, ""
+
+
 def keys(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Every key of the schema with its dotted name, in the order of the tree; N numbers an item."""
     for name, field in section.model_fields.items():
         inner = _section(field)
         if inner is None:
             yield prefix + name, field
-            [item] = get_args(field.annotation)[:1] or [None]
-            if isinstance(item, type) and issubclass(item, Section):
-                yield from keys(item, f"{prefix}{name}.N.")
+            item, step = _inner(field)
+            if item is not None:
+                yield from keys(item, f"{prefix}{name}.{step}")
         else:
             yield from keys(inner, f"{prefix}{name}.")
 
@@ -356,10 +439,10 @@ def _kind(annotation: Any) -> str:
     if annotation is type(None):
         return "null"
     if isinstance(annotation, type) and issubclass(annotation, Section):
-        return "sections"
+        return "section"
     if args := get_args(annotation):
         if getattr(annotation, "__origin__", None) is list:
-            return f"list of {_kind(args[0])}"
+            return f"list of {_kind(args[0])}".replace("section", "sections")
         if getattr(annotation, "__metadata__", None):
             return _kind(args[0])
         return " | ".join(arg if isinstance(arg, str) else _kind(arg) for arg in args)
