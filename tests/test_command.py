@@ -1,12 +1,14 @@
 """However a program fails, its user reads one line."""
 
 import errno
+import re
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from ubmoe import command
-from ubmoe.config import UserError
+from ubmoe.config import UserError, keys
 
 
 def outcome(monkeypatch, capsys, error=None, arguments=()):
@@ -41,7 +43,13 @@ def test_the_last_line_is_the_path_of_the_result(monkeypatch, capsys):
             "a/b: No space left on device",
         ),
         (KeyboardInterrupt(), 130, "interrupted; resume=auto goes on"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried"), 2, "lower dependence.batch_tokens"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), 2, "lower the batch size"),
+        (
+            RuntimeError("[enforce fail at inline_container.cc] . unexpected pos 3"),
+            2,
+            "no space",
+        ),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), 2, "no space left"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9"), 2, "out of memory: lower"),
         (MemoryError(), 2, "out of memory: lower"),
     ],
@@ -50,6 +58,13 @@ def test_what_the_user_can_mend_is_one_line(monkeypatch, capsys, error, status, 
     code, output, errors = outcome(monkeypatch, capsys, error)
     assert (code, output) == (status, "")
     assert errors.startswith("error: ") and errors.count("\n") == 1 and expected in errors
+
+
+def test_what_to_lower_is_the_programs_own():
+    names = [name for name, _ in keys()]
+    for program, advice in command.LOWER.items():
+        words = re.findall(r"[a-zA-Z_]+(?:\.[a-zA-Z_]+)+", advice)
+        assert words and all(word in names for word in words), (program, words)
 
 
 def test_a_mistake_of_ours_is_not_hidden(monkeypatch, capsys):

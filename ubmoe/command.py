@@ -10,10 +10,13 @@ from ubmoe.config import Config, UserError, help_text, load_config
 
 # How Python, CUDA and torch's CPU allocator say it.
 NO_MEMORY = ("MemoryError", "OutOfMemoryError", "out of memory", "can't allocate memory")
-OUT_OF_MEMORY = (
-    "out of memory: lower dependence.batch_tokens or dependence.max_tokens, "
-    "or take a smaller dtype or model"
-)
+# How Python, safetensors and torch's zip writer say it.
+NO_SPACE = ("No space left on device", "PytorchStreamWriter failed writing", "unexpected pos")
+LOWER = {  # what to lower when memory runs out, by program
+    "calculate_dp.py": "dependence.batch_tokens or dependence.max_tokens",
+    "train_bi.py": "bi.stages.N.mini_batch_tokens (with bi.stages.N.cached=true)",
+    "python -m ubmoe.evaluate": "evaluation.batch_size",
+}
 
 
 def run(program: str, purpose: str, main: Callable[[Config], Path | str | None]) -> None:
@@ -39,10 +42,22 @@ def run(program: str, purpose: str, main: Callable[[Config], Path | str | None])
         fail(f"{error.filename or 'system'}: {error.strerror or error}")
     except KeyboardInterrupt:
         fail("interrupted; resume=auto goes on from what was complete", status=130)
-    except (MemoryError, RuntimeError) as error:
-        if not any(words in f"{type(error).__name__} {error}" for words in NO_MEMORY):
-            raise
-        fail(OUT_OF_MEMORY)
+    except Exception as error:
+        if _says(error, NO_MEMORY):
+            lower = LOWER.get(program, "the batch size")
+            fail(f"out of memory: lower {lower}, or take a smaller dtype or model")
+        if _says(error, NO_SPACE):
+            fail("no space left for output_dir or the cache; make some and add resume=auto")
+        raise
+
+
+def _says(error: BaseException | None, words: tuple[str, ...]) -> bool:
+    """Whether an error, or one that it was raised over, says one of these."""
+    while error is not None:
+        if any(each in f"{type(error).__name__} {error}" for each in words):
+            return True
+        error = error.__context__
+    return False
 
 
 def is_first_process() -> bool:
