@@ -17,33 +17,24 @@ def main(config: Config) -> Path | None:
     from ubmoe.results import recording
 
     with recording("train_bi", "sts", config) as run:
-        from ubmoe import contrastive, evaluate
+        from ubmoe import evaluate, figures
         from ubmoe.encoder import as_encoder, rendered, save_encoder
         from ubmoe.model import load_model, load_tokenizer
+        from ubmoe.stages import read_data, train_stages
 
-        data = [contrastive.read_dataset(stage) for stage in config.bi.stages]
-        tasks = [evaluate.sts_task(name) for name in config.evaluation.sts]
         tokenizer = load_tokenizer(config.model)
+        data = [read_data(stage, tokenizer) for stage in config.bi.stages]
+        tasks = [evaluate.sts_task(name) for name in config.evaluation.sts]
         model = load_model(config.model, bidirectional=config.bi.attention == "bidirectional")
         encoder = as_encoder(model, tokenizer, config.bi)
         run.log("one text, as the model reads it: %s", rendered(encoder, "A small example."))
-        reports = [
-            contrastive.train_stage(
-                encoder,
-                model,
-                stage,
-                data[number],
-                run.directory / "stages" / str(number),
-                config.seed,
-                config.resume == "auto",
-            )
-            for number, stage in enumerate(config.bi.stages)
-        ]
+        reports = train_stages(config, data, encoder, model, tokenizer)
         run.model = model
         if run.is_main:
             save_encoder(encoder, model, tokenizer, config.bi, run.directory / "bi")
             scores = evaluate.sts_scores(encoder, tasks, config.evaluation.batch_size)
             run.section = scores | {"stages": reports}
+            run.figures = figures.training(reports)
     return run.path
 
 

@@ -8,10 +8,10 @@ from torch.nn.functional import cross_entropy, normalize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ubmoe import contrastive
-from ubmoe.config import BiSection, StageSection, UserError
+from ubmoe.config import BiSection, LoraSection, StageSection, UserError
 from ubmoe.contrastive import CachedContrastiveLoss, ContrastiveLoss, attention_dropout
 from ubmoe.encoder import as_encoder
-from ubmoe.training import named_by, train_only
+from ubmoe.training import Work, named_by, train_only
 
 SENTENCES = [
     f"The {noun} {verb} the {other}."
@@ -160,7 +160,8 @@ def stage(tmp_path, **keys):
 
 def train(encoder, model, settings, directory, resume=False):
     data = contrastive.read_dataset(settings)
-    return contrastive.train_stage(encoder, model, settings, data, directory, 0, resume)
+    work = Work(directory, 0, resume)
+    return contrastive.train_stage(encoder, model, settings, data, work)
 
 
 @pytest.mark.parametrize(
@@ -190,9 +191,11 @@ def test_training_tells_sentences_apart(tokenizer, tiny_path, tmp_path):
     assert cosines[-1] < cosines[0] / 2, cosines
 
 
-def test_a_killed_run_goes_on_to_the_same_weights(tokenizer, tmp_path, monkeypatch):
+@pytest.mark.parametrize("lora", [None, LoraSection(rank=2)])
+def test_a_killed_run_goes_on_to_the_same_weights(tokenizer, tmp_path, monkeypatch, lora):
     whole, model = build(tokenizer)
-    keys = {"max_steps": 6, "save_steps": 3}
+    # 48 sentences in batches of 8: the run is killed in its second epoch
+    keys = {"max_steps": 12, "save_steps": 3, "lora": lora}
     train(whole, model, stage(tmp_path, **keys), tmp_path / "whole")
     encoder, other = build(tokenizer)
 
@@ -203,7 +206,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tokenizer, tmp_path, monkeypat
 
     def step(self, *arguments, **named):
         steps.append(1)
-        if len(steps) == 5:
+        if len(steps) == 11:
             raise KilledError
         return real(self, *arguments, **named)
 
@@ -212,7 +215,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tokenizer, tmp_path, monkeypat
         train(encoder, other, stage(tmp_path, **keys), tmp_path / "half")
     encoder, other = build(tokenizer)
     train(encoder, other, stage(tmp_path, **keys), tmp_path / "half", True)
-    assert len(steps) == 5 + 3  # three steps were not taken again
+    assert len(steps) == 11 + 3  # nine steps were not taken again
     for (name, value), (_, resumed) in zip(
         model.state_dict().items(), other.state_dict().items(), strict=True
     ):

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 from conftest import random_model
-from transformers import AutoTokenizer
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ubmoe import evaluate, language
-from ubmoe.config import TABLE2, BiSection, UserError
+from ubmoe.config import TABLE2, BiSection, UserError, load_config
 from ubmoe.encoder import as_encoder
 
 
@@ -106,3 +107,15 @@ def test_the_ten_tasks_of_table_2_are_pinned_and_english():
         assert len(task.metadata.dataset["revision"]) == 40
         assert len(task.hf_subsets) == 1
     assert {task.metadata.name: task.hf_subsets for task in tasks}["STS22"] == ["en"]
+
+
+def test_an_adapter_is_scored_under_its_own_mask_only(tiny_path, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_path)
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    (tmp_path / "ubmoe.json").write_text('{"attention": "causal"}')
+    keys = ["model.device=cpu", f"model.adapter={tmp_path}"]
+    with pytest.raises(
+        UserError, match=r"trained causal, not bidirectional"
+    ):
+        evaluate.load_encoder(load_config(None, keys))
+    evaluate.load_encoder(load_config(None, [*keys, "bi.attention=causal"]))

@@ -5,9 +5,7 @@ import json
 import shutil
 
 import pytest
-import torch
 from conftest import random_model
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from ubmoe.config import ModelSection, UserError
@@ -52,33 +50,6 @@ def test_the_embedded_model_loads_like_any_other(tiny_path):
     assert load_tokenizer(config).chat_template
 
 
-@pytest.mark.parametrize("headless", [False, True])
-def test_an_adapter_is_merged_whether_it_was_trained_with_the_head_or_without(
-    saved, tmp_path, headless
-):
-    plain = load_model(section(saved))
-    expected = load_model(section(saved))
-    settings = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
-    wrapped = get_peft_model(expected.model if headless else expected, settings)
-    wrapped.save_pretrained(tmp_path / "adapter")
-    wrapped.eval()
-    ids = torch.arange(9)[None]
-    with torch.no_grad():
-        merged = load_model(section(saved, adapter=str(tmp_path / "adapter")))
-        if headless:
-            expected.model = wrapped
-        want = expected(ids).logits if headless else wrapped(ids).logits
-        torch.testing.assert_close(merged(ids).logits, want, atol=1e-4, rtol=1e-4)
-        assert (merged(ids).logits - plain(ids).logits).abs().max() > 1e-2
-
-
-def test_an_adapter_of_another_shape_or_without_weights_is_refused(saved, tmp_path):
-    other = random_model("qwen2", hidden_size=16)
-    get_peft_model(other, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "other")
-    assert "does not fit" in refused(saved, adapter=str(tmp_path / "other"))
-    assert "has no adapter_model.safetensors" in refused(saved, adapter=str(tmp_path))
-
-
 def test_a_directory_without_config_or_weights(saved, tmp_path):
     (saved / "model.safetensors").unlink()
     assert "has no weights; expected model.safetensors" in refused(saved)
@@ -98,20 +69,6 @@ def test_weights_of_more_layers_than_the_config_names_are_an_error(saved):
     config |= {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
     (saved / "config.json").write_text(json.dumps(config))
     assert "has weights of more layers than the 1 that its config.json names" in refused(saved)
-
-
-def test_adapters_that_are_not_lora_or_know_other_modules_are_refused(saved, tmp_path):
-    path = tmp_path / "adapter"
-    model = load_model(section(saved))
-    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(path)
-    tensors = load_file(path / "adapter_model.safetensors")
-    name = next(iter(tensors))
-    tensors[name.replace("layers.0", "layers.9")] = tensors[name].clone()
-    save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
-    assert "tensors for modules that the model lacks" in refused(saved, adapter=str(path))
-    settings = json.loads((path / "adapter_config.json").read_text()) | {"peft_type": "IA3"}
-    (path / "adapter_config.json").write_text(json.dumps(settings))
-    assert "it is IA3, expected LORA" in refused(saved, adapter=str(path))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

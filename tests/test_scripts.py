@@ -156,7 +156,10 @@ def test_an_encoder_is_trained_saved_and_scored(tiny_path, tmp_path):
     assert output == f"{tmp_path}/run/sts.json\n"
     result = json.loads((tmp_path / "run" / "sts.json").read_text())
     assert result["sts"]["stages"][0]["trainable"] == {"ffn": 4 * 3 * 128 * 384}
+    assert (tmp_path / "run" / "training.png").stat().st_size > 10_000
     assert "attention bidirectional, verified" in errors
+    assert "stage simcse (full): 12 tensors train, ffn 589,824 parameters, float32" in errors
+    assert "negatives per anchor: 63" in errors and "wrapped in SentenceTransformer" in errors
     assert "one text, as the model reads it: A small example." in errors
     table = results.table(load_config(None, [f"output_dir={tmp_path}/run"]))
     assert f"{result['sts']['average']:.2f}" in table
@@ -168,9 +171,25 @@ def test_an_encoder_is_trained_saved_and_scored(tiny_path, tmp_path):
     assert again["evaluation"]["average"] == pytest.approx(result["sts"]["average"], abs=1e-3)
 
 
+def test_the_chain_of_llm2vec_runs_with_adapters(tiny_path, tmp_path):
+    chain = (
+        "bi.stages=[{objective: mntp, max_tokens: 32, max_steps: 2, logging_steps: 1},"
+        "{objective: simcse, lora: {rank: 2}, max_steps: 2, logging_steps: 1}]"
+    )
+    common = ["model.device=cpu", "evaluation.sts=[]", f"output_dir={tmp_path}/run"]
+    code, _, errors = run(*common, chain, script="train_bi.py")
+    assert code == 0, errors
+    stages = json.loads((tmp_path / "run" / "sts.json").read_text())["sts"]["stages"]
+    assert [stage["objective"] for stage in stages] == ["mntp", "simcse"]
+    modes = [tmp_path / "run" / "stages" / str(n) / "adapter" / "ubmoe.json" for n in (0, 1)]
+    assert [json.loads(mode.read_text())["stages_before"] for mode in modes] == [0, 1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
+        (["bi.stages.0.lora={{}}", "bi.stages.0.train=[all]"], "lora cannot train all"),
+        (["bi.stages.0.objective=mntp", "bi.stages.0.mask_token=a mask"], "expected one"),
         (["bi.prompt=no place"], "expected {text} once"),
         (["bi.stages.0.train=[fnn]"], "got 'fnn', expected 'ffn', 'attention'"),
         (["bi.stages.0.dropout=0"], "the two views of every sentence are identical"),

@@ -9,7 +9,6 @@ import logging
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,10 +27,9 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import PreTrainedModel
 
-from ubmoe import language
 from ubmoe.config import StageSection, UserError
-from ubmoe.data import Row, read_rows, spaced
-from ubmoe.training import StopOnBadLoss, arguments, begin, train_only
+from ubmoe.data import SENTENCE, cell, training_rows
+from ubmoe.training import Careful, StopOnBadLoss, Work, announce, arguments, begin, tuning
 
 log = logging.getLogger(__name__)
 COLUMNS = {  # of a supervised data set, by what they are often called
@@ -39,7 +37,6 @@ COLUMNS = {  # of a supervised data set, by what they are often called
     "positive": ("positive", "pos", "sent1", "sentence2"),
     "negative": ("negative", "neg", "hard_neg"),
 }
-TINY_ROWS, TINY_SEED = 8000, 3  # sentences of the embedded language
 
 
 # --- data ----------------------------------------------------------------------------------------
@@ -50,13 +47,9 @@ def read_dataset(stage: StageSection) -> Dataset:
 
     SimCSE's positive is the anchor itself: the views differ by dropout alone.
     """
-    if stage.dataset == "tiny":
-        sentences = language.sentences(min(stage.max_rows or TINY_ROWS, TINY_ROWS), TINY_SEED)
-        rows = [Row(f"tiny:{number}", {"text": text}) for number, text in enumerate(sentences, 1)]
-    else:
-        rows = spaced(list(read_rows(stage.dataset)), stage.max_rows)
+    rows = training_rows(stage.dataset, stage.max_rows)
     if stage.objective == "simcse":
-        texts = list(dict.fromkeys(_cell(row, ("text", "sentence")) for row in rows))
+        texts = list(dict.fromkeys(cell(row, SENTENCE) for row in rows))
         columns = {"anchor": texts, "positive": texts}
     else:
         present = {
@@ -64,22 +57,12 @@ def read_dataset(stage: StageSection) -> Dataset:
             for name, aliases in COLUMNS.items()
             if name != "negative" or (rows and any(alias in rows[0].fields for alias in aliases))
         }
-        columns = {name: [_cell(row, aliases) for row in rows] for name, aliases in present.items()}
+        columns = {name: [cell(row, aliases) for row in rows] for name, aliases in present.items()}
     if stage.loss == "nt_xent" and "negative" in columns:
         raise UserError("bi.stages.N.loss: nt_xent knows no hard negatives; expected simcse")
     if len(set(columns["anchor"])) < 2:
         raise UserError(f"{stage.dataset}: {len(rows)} rows; expected two different texts at least")
     return Dataset.from_dict(columns)
-
-
-def _cell(row: Row, names: Iterable[str]) -> str:
-    found = next((row.fields[name] for name in names if name in row.fields), None)
-    if not isinstance(found, str):
-        has = ", ".join(row.fields) or "none"
-        raise UserError(f"{row.where}: lacks a column {' or '.join(names)} (it has {has})")
-    if not found.strip():
-        raise UserError(f"{row.where}: empty {next(iter(names))}; remove the row")
-    return found.strip()
 
 
 DIRECTIONS: dict[str, Any] = {
@@ -247,18 +230,8 @@ def attention_dropout(model: PreTrainedModel, share: float) -> Iterator[None]:
             layer.attention_dropout = value
 
 
-class _Trainer(SentenceTransformerTrainer):
-    """Logs the geometry of the last batch beside the loss, and stops at one that is not finite."""
-
-    def compute_loss(self, *arguments: Any, **keys: Any) -> Any:
-        loss = super().compute_loss(*arguments, **keys)
-        value = loss[0] if isinstance(loss, tuple) else loss
-        if not torch.isfinite(value):
-            raise UserError(
-                f"step {self.state.global_step + 1}: the loss is {value.item()}; lower "
-                "learning_rate or raise temperature (the last checkpoint is kept)"
-            )
-        return loss
+class _Trainer(Careful, SentenceTransformerTrainer):
+    """Logs the geometry of the last batch beside the loss."""
 
     def log(self, logs: dict[str, float], *arguments: Any) -> None:
         loss: Any = self.loss
@@ -270,34 +243,33 @@ def train_stage(
     model: PreTrainedModel,
     stage: StageSection,
     data: Dataset,
-    directory: Path,
-    seed: int,
-    resume: bool = False,
+    work: Work,
 ) -> dict[str, Any]:
     """Train the stage's modules of `model`, the encoder's inner model with its head, in place.
 
     Returns what the record says of the stage: counts by module, negatives, truncated share, log.
     """
     encoder.max_seq_length, length = stage.max_tokens, encoder.max_seq_length
-    counts = train_only(model, stage.train)
     views = stage.objective == "simcse"
     kind = CachedContrastiveLoss if stage.cached else ContrastiveLoss
-    loss = kind(encoder, stage.loss, stage.temperature, stage.mini_batch_tokens, views)
-    keys = arguments(stage, directory, seed, model.device)
-    settings = SentenceTransformerTrainingArguments(
-        **keys, batch_sampler=BatchSamplers.NO_DUPLICATES
-    )
-    trainer = _Trainer(encoder, settings, data, loss=loss, callbacks=[StopOnBadLoss()])
-    report = {"trainable": counts, "rows": len(data), "truncated": truncated(encoder, data)}
-    report["negatives_per_anchor"] = negatives(stage, settings.world_size, data.column_names)
-    log.info("stage %s: %s", stage.objective, report)
-    mark = {"stage": stage.model_dump(), "seed": seed, "rows": len(data)}
-    checkpoint = begin(directory, mark | {"model": model.name_or_path}, resume)
-    # The trainer prints its log; stdout is for the path of the result.
-    with attention_dropout(model, stage.dropout if views else 0.0), redirect_stdout(sys.stderr):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with tuning(model, stage, work) as counts:
+        loss = kind(encoder, stage.loss, stage.temperature, stage.mini_batch_tokens, views)
+        settings = SentenceTransformerTrainingArguments(
+            **arguments(stage, work, model.device), batch_sampler=BatchSamplers.NO_DUPLICATES
+        )
+        trainer = _Trainer(encoder, settings, data, loss=loss, callbacks=[StopOnBadLoss()])
+        report = {
+            "trainable": counts,
+            "rows": len(data),
+            "truncated_percent": truncated(encoder, data),
+            "negatives_per_anchor": negatives(stage, settings.world_size, data.column_names),
+        }
+        announce(stage, model, report)
+        checkpoint = begin(stage, work, model=model.name_or_path, rows=len(data))
+        # The trainer prints its log; stdout is for the path of the result.
+        with attention_dropout(model, stage.dropout if views else 0.0), redirect_stdout(sys.stderr):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     encoder.max_seq_length = length
-    model.requires_grad_(False).eval()
     return report | {"log": trainer.state.log_history}
 
 

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from ubmoe.config import UserError
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt")
 TINY_CHATS = 400  # held out of the embedded language
 TINY_HELD_OUT_SEED = 1  # unlike the seed that the embedded model was trained with
+TINY_SENTENCES, TINY_SENTENCES_SEED = 8000, 3
+SENTENCE = ("text", "sentence")  # what the column of sentences is called
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,27 @@ def read_texts(dataset: str, most: int | None = None) -> list[Text]:
     if not rows:
         raise UserError(f"{dataset}: empty; expected rows with messages or text")
     return [_text(row) for row in spaced(rows, most)]
+
+
+def training_rows(dataset: str, most: int | None = None) -> list[Row]:
+    """Rows to train on, at most `most` of them; for the word tiny, sentences of the language."""
+    if dataset != "tiny":
+        return spaced(list(read_rows(dataset)), most)
+    sentences = language.sentences(
+        min(most or TINY_SENTENCES, TINY_SENTENCES), seed=TINY_SENTENCES_SEED
+    )
+    return [Row(f"tiny:{number}", {"text": text}) for number, text in enumerate(sentences, 1)]
+
+
+def cell(row: Row, names: Iterable[str], blank: bool = False) -> str:
+    """The text of the first of the named columns that is there. Raises UserError naming the row."""
+    found = next((row.fields[name] for name in names if name in row.fields), None)
+    if not isinstance(found, str):
+        has = ", ".join(row.fields) or "none"
+        raise UserError(f"{row.where}: lacks a column {' or '.join(names)} (it has {has})")
+    if not found.strip() and not blank:
+        raise UserError(f"{row.where}: empty {next(iter(names))}; remove the row")
+    return found.strip()
 
 
 def spaced(rows: list[Row], most: int | None) -> list[Row]:

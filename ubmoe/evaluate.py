@@ -137,18 +137,30 @@ def load_encoder(config: Config) -> SentenceTransformer:
     from sentence_transformers.util import is_sentence_transformer_model
 
     from ubmoe.encoder import as_encoder
+    from ubmoe.lora import attention_of
     from ubmoe.model import best_device, load_model, load_tokenizer, source
 
     device, name = best_device(config.model.device), source(config.model)
+    wanted = config.bi.attention
     if is_sentence_transformer_model(name, revision=config.model.revision):
+        if config.model.adapter:
+            raise UserError(
+                f"model.adapter: {config.model.name} is an encoder of sentence-transformers; "
+                "expected null, or a causal language model as model.name"
+            )
         return SentenceTransformer(
             name,
             device=str(device),
             revision=config.model.revision,
             model_kwargs={"dtype": config.model.dtype},
         )
+    if config.model.adapter and (trained := attention_of(config.model.adapter)) != wanted:
+        raise UserError(
+            f"bi.attention: the adapter was trained {trained}, not {wanted}; expected "
+            f"bi.attention={trained}"
+        )
     tokenizer = load_tokenizer(config.model)
-    model = load_model(config.model, bidirectional=config.bi.attention == "bidirectional")
+    model = load_model(config.model, bidirectional=wanted == "bidirectional")
     return as_encoder(model, tokenizer, config.bi)
 
 

@@ -24,6 +24,50 @@ def dependence(section: dict[str, Any]) -> dict[str, Figure]:
     return {"dependence_buckets.png": _buckets(section), "dependence_heads.png": _heads(section)}
 
 
+CURVES = {  # of a stage's log: what stands in one panel, under the names of the log
+    "loss": ("loss",),
+    "cosine": ("positive_cosine", "negative_cosine"),
+    "alignment and uniformity": ("alignment", "uniformity"),
+    "accuracy": ("masked_accuracy",),
+}
+
+
+def training(stages: list[dict[str, Any]]) -> dict[str, Figure]:
+    """A row of panels for each stage: what it logged, over its steps; none where none trained."""
+    logs = [[row for row in stage["log"] if "loss" in row] for stage in stages]
+    if not any(logs):
+        return {}
+    shown = [
+        [c for c, keys in CURVES.items() if any(keys[0] in row for row in log)] for log in logs
+    ]
+    columns = max(map(len, shown))
+    figure = _figure(0.6 + 3.4 * columns, 0.5 + 2.5 * len(stages))
+    grid = figure.subplots(len(stages), columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set_visible(False)
+    for number, (stage, log, curves) in enumerate(zip(stages, logs, shown, strict=True)):
+        for axes, curve in zip(grid[number], curves, strict=False):
+            _curve(axes, log, curve)
+        grid[number, 0].set_title(f"stage {number}: {stage['objective']}", loc="left", fontsize=9)
+    return {"training.png": figure}
+
+
+def _curve(axes: Any, log: list[dict[str, float]], curve: str) -> None:
+    axes.set_visible(True)
+    for key in CURVES[curve]:
+        steps = [row["step"] for row in log]
+        label = key.replace("_", " ").removesuffix(" cosine")
+        axes.plot(steps, [row[key] for row in log], lw=1.4, marker=".", ms=4, label=label)
+    axes.set(xlabel="step", ylabel=curve)
+    losses = [row["loss"] for row in log]
+    if curve == "loss" and max(losses) > 10 * min(losses) > 0:
+        axes.set_yscale("log")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if len(CURVES[curve]) > 1:
+        axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=160, layout="constrained")
 

@@ -1,9 +1,7 @@
 """Load a decoder and its tokenizer: explicit dtype, no hub code, nothing missing or NaN."""
 
-import json
 import logging
 import re
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ubmoe import lora
 from ubmoe.bidirectional import prove_attention, set_attention
 from ubmoe.config import ModelSection, UserError
 from ubmoe.tiny import tiny_directory
@@ -112,7 +111,7 @@ def load_model(config: ModelSection, bidirectional: bool = False) -> PreTrainedM
         )
     _check_layers(model, report["unexpected_keys"], config.name)
     if config.adapter:
-        model = _merged(model, config.adapter).to(dtype)
+        model = lora.merged(model, config.adapter).to(dtype)
     _check_finite(model, config.name)
     model = set_attention(model.eval().to(best_device(config.device)), bidirectional)
     log.info("%s: %s", config.name, prove_attention(model, bidirectional))
@@ -134,43 +133,6 @@ def _explained(config: ModelSection) -> Iterator[None]:
         raise UserError(
             f"model.name: {config.name}{revision} cannot be loaded as a decoder: {reason}"
         ) from error
-
-
-def _merged(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
-    """The model with a LoRA adapter merged in, be it of the whole LM or of its headless inside."""
-    from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import safe_open
-
-    weights = Path(adapter) / "adapter_model.safetensors"
-    if not weights.is_file():
-        raise UserError(
-            f"model.adapter: {adapter} has no adapter_model.safetensors; expected a LoRA "
-            "directory as peft saves it"
-        )
-    try:
-        kind = json.loads((Path(adapter) / "adapter_config.json").read_text())["peft_type"]
-        if kind != "LORA":
-            raise ValueError(f"it is {kind}, expected LORA")
-        with safe_open(weights, "pt") as file, warnings.catch_warnings():
-            names = list(file.keys())
-            warnings.simplefilter("ignore")
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            inside = f"base_model.model.{model.base_model_prefix}."
-            headed = any(name.startswith((inside, "base_model.model.lm_head.")) for name in names)
-            wrapped = PeftModel.from_pretrained(model if headed else model.base_model, adapter)
-        if len(get_peft_model_state_dict(wrapped)) != len(names):
-            raise ValueError("it has tensors for modules that the model lacks")
-        merged = wrapped.merge_and_unload()
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"model.adapter: {adapter} does not fit {model.name_or_path}: {reason}"
-        ) from error
-    if headed:
-        return merged
-    setattr(model, model.base_model_prefix, merged)
-    model.tie_weights()
-    return model
 
 
 def _check_layers(model: PreTrainedModel, unexpected: list[str], name: str) -> None:

@@ -1,21 +1,30 @@
-"""What every training stage shares: which modules train, the trainer's arguments, checkpoints."""
+"""What every training stage shares: which modules train, the trainer's arguments, checkpoints.
+
+A checkpoint holds the weights that train, by name, and the optimizer's state: what is frozen is
+already on disk where it came from.
+"""
 
 import json
 import logging
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 
-from ubmoe.config import TrainingSection, UserError
+from ubmoe import lora
+from ubmoe.config import StageSection, TrainingSection, UserError
 
 log = logging.getLogger(__name__)
+WEIGHTS = "trainable.safetensors"
 
 # Parts of parameter names, by the words of the paper's Table 2 (ffn_up_down: FNN_GATE in its code).
 MODULES = {
@@ -61,41 +70,97 @@ def train_only(model: PreTrainedModel, modules: Sequence[str]) -> dict[str, int]
     return counts
 
 
-def arguments(
-    section: TrainingSection, directory: Path, seed: int, device: torch.device
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Work:
+    """Where a stage keeps its checkpoints, its seed, and the stages that it stands on."""
+
+    directory: Path
+    seed: int
+    resume: bool = False
+    before: Sequence[StageSection] = ()
+
+
+@contextmanager
+def tuning(model: PreTrainedModel, stage: StageSection, work: Work) -> Iterator[dict[str, int]]:
+    """Let the stage's modules train, or adapters on them; yields trainable parameters by module.
+
+    Adapters are saved to `<directory>/adapter` and merged when the body has ended well. Afterwards
+    everything is frozen, in eval mode.
+    """
+    counts = train_only(model, stage.train)
+    wrapped = None
+    if stage.lora is not None:
+        set_seed(work.seed)  # a resumed run draws the same first adapters
+        names = [name for module in stage.train for name in named_by(model, module)]
+        wrapped = lora.attach(model, names, stage.lora)
+        counts = {module: _trainable(model, MODULES[module]) for module in stage.train}
+    yield counts
+    if wrapped is not None:
+        if PartialState().is_main_process:
+            lora.save(wrapped, work.directory / "adapter", len(work.before))
+        lora.merge(wrapped)
+    model.requires_grad_(False).eval()
+
+
+def _trainable(model: nn.Module, parts: Sequence[str]) -> int:
+    return sum(
+        value.numel()
+        for name, value in model.named_parameters()
+        if value.requires_grad and any(part in name for part in parts)
+    )
+
+
+def announce(stage: StageSection, model: PreTrainedModel, report: dict[str, Any]) -> None:
+    """What a stage is about to do, once, for the people who watch it."""
+    kind = "full" if stage.lora is None else f"LoRA, rank {stage.lora.rank}"
+    tensors = [value for value in model.parameters() if value.requires_grad]
+    dtypes = {str(each.dtype).removeprefix("torch.") for each in tensors}
+    counts = ", ".join(f"{name} {count:,}" for name, count in report["trainable"].items())
+    log.info(
+        "stage %s (%s): %d tensors train, %s parameters, %s%s",
+        *(stage.objective, kind, len(tensors), counts, "/".join(sorted(dtypes))),
+        " under bfloat16 autocast" if stage.bf16 else "",
+    )
+    rest = {name: value for name, value in report.items() if name != "trainable"}
+    log.info("; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in rest.items()))
+
+
+def arguments(section: TrainingSection, work: Work, device: torch.device) -> dict[str, Any]:
     """Keyword arguments of transformers' TrainingArguments, the same for every trainer of ours."""
     flat = {name: getattr(section, name) for name in TrainingSection.model_fields}
     flat["activation_checkpointing_kwargs"] = {"use_reentrant": False}
     return flat | {
-        "output_dir": str(directory),
-        "seed": seed,
-        "data_seed": seed,
+        "output_dir": str(work.directory),
+        "seed": work.seed,
+        "data_seed": work.seed,
         "use_cpu": device.type == "cpu",
         "save_strategy": "steps",
+        "logging_first_step": True,  # a run shorter than logging_steps has a loss, too
         "logging_nan_inf_filter": False,  # a loss that is not finite must be seen
         "dataloader_drop_last": True,
         "disable_tqdm": not PartialState().is_main_process,
     }
 
 
-def begin(directory: Path, mark: dict[str, Any], resume: bool) -> Path | None:
-    """The checkpoint to go on from: of the same run, which `mark` tells, or none.
+def begin(stage: StageSection, work: Work, **mark: Any) -> Path | None:
+    """The checkpoint to go on from: of the same run, stage, data and earlier stages, or none.
 
     Checkpoints of another run are removed, so that nothing later can take them for this one's.
     """
-    state, path, text = PartialState(), directory / "stage.json", json.dumps(mark, indent=1)
+    directory, state = work.directory, PartialState()
+    mark |= {"stages": [each.model_dump() for each in (*work.before, stage)], "seed": work.seed}
+    path, text = directory / "stage.json", json.dumps(mark, indent=1)
     same = path.exists() and path.read_text() == text
     state.wait_for_everyone()
-    if not (resume and same) and state.is_main_process:
+    if not (work.resume and same) and state.is_main_process:
         for checkpoint in directory.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
         directory.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     state.wait_for_everyone()
-    if resume and not same:
+    if work.resume and not same:
         log.info("%s: no checkpoint of this run; starting afresh", directory)
-    return newest_checkpoint(directory) if resume and same else None
+    return newest_checkpoint(directory) if work.resume and same else None
 
 
 def newest_checkpoint(directory: Path) -> Path | None:
@@ -125,3 +190,42 @@ class StopOnBadLoss(TrainerCallback):
                     f"step {state.global_step + 1}: the gradient of {name} is not finite; "
                     "lower learning_rate or raise temperature (the last checkpoint is kept)"
                 )
+
+
+class Careful(Trainer):
+    """Saves and loads only what trains, and stops at a loss that is not finite.
+
+    Mixed into the trainers of the stages, in front of the library's own.
+    """
+
+    announced = False
+
+    def training_step(self, model: nn.Module, *arguments: Any, **keys: Any) -> torch.Tensor:
+        if not self.announced:
+            log.info("model wrapped in %s", type(model).__name__)
+            self.announced = True
+        loss = super().training_step(model, *arguments, **keys)
+        if not torch.isfinite(loss):
+            raise UserError(
+                f"step {self.state.global_step + 1}: the loss is {loss.item()}; lower "
+                "learning_rate or raise temperature (the last checkpoint is kept)"
+            )
+        return loss
+
+    def _trainable(self) -> dict[str, torch.Tensor]:
+        model: nn.Module = self.accelerator.unwrap_model(self.model)
+        return {name: value for name, value in model.named_parameters() if value.requires_grad}
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        values = {name: value.detach().contiguous() for name, value in self._trainable().items()}
+        save_file(values, folder / WEIGHTS, metadata={"format": "pt"})
+
+    @torch.no_grad()
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        own, saved = self._trainable(), load_file(Path(resume_from_checkpoint) / WEIGHTS)
+        if own.keys() != saved.keys():
+            raise UserError(f"{resume_from_checkpoint}: of other modules; remove it")
+        for name, value in own.items():
+            value.copy_(saved[name])

@@ -1,0 +1,143 @@
+"""Low-rank adapters: trained in place of the modules, saved with their attention mode, merged.
+
+An adapter does not say whether it was trained under the causal or the bidirectional mask, and read
+under the wrong one it is silently wrong (cosine 0.5 to 0.6): ubmoe.json beside it says so.
+"""
+
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel
+
+from ubmoe.config import LoraSection, UserError
+from ubmoe.results import replace_directory, write_json
+
+MODE = "ubmoe.json"
+ATTENTION = ("causal", "bidirectional")
+
+
+def attach(model: PreTrainedModel, parameters: Sequence[str], settings: LoraSection) -> PeftModel:
+    """Put adapters on the linear layers that own the named parameters, in place; only they train.
+
+    Raises UserError where none of the parameters is a linear layer's weight.
+    """
+    linear = {name for name, each in model.named_modules() if isinstance(each, nn.Linear)}
+    targets = {name.rpartition(".")[0] for name in parameters} & linear
+    if not targets:
+        raise UserError(
+            f"bi.stages.N.lora: {type(model).__name__} has no linear layers in these modules; "
+            "expected lora: null"
+        )
+    leaves = {name.rpartition(".")[2] for name in targets}
+    if {name for name in linear if name.rpartition(".")[2] in leaves} == targets:
+        targets = leaves  # short names, as people write them
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # any number works, and saves
+        lora_dropout=settings.dropout,
+        use_rslora=settings.rslora,
+        target_modules=sorted(targets),
+        task_type="CAUSAL_LM",
+    )
+    wrapped: Any = get_peft_model(model, config)
+    return wrapped
+
+
+def save(wrapped: PeftModel, directory: Path, stages_before: int) -> None:
+    """The adapter as peft saves it, and ubmoe.json: its mask, and how many stages it sits on."""
+    causal = getattr(wrapped.config, "is_causal", True)
+
+    def write(folder: Path) -> None:
+        wrapped.save_pretrained(str(folder))
+        mode = {"attention": ATTENTION[not causal], "stages_before": stages_before}
+        write_json(folder / MODE, mode)
+
+    replace_directory(directory, write)
+
+
+@torch.no_grad()
+def merge(wrapped: PeftModel) -> None:
+    """Add the adapters to the weights below them, in fp32 and then cast, and take them out."""
+    wrapped.merge_and_unload()
+
+
+def attention_of(adapter: str) -> str:
+    """The mask that an adapter was trained under: causal or bidirectional. Raises UserError."""
+    path = Path(adapter) / MODE
+    expected = 'expected {"attention": "causal"} or {"attention": "bidirectional"} in it'
+    try:
+        mode = json.loads(path.read_text())
+        attention, before = mode["attention"], mode.get("stages_before", 0)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"model.adapter: {path} does not say how the adapter was trained "
+            f"({type(error).__name__}); {expected}"
+        ) from error
+    if attention not in ATTENTION:
+        raise UserError(f"model.adapter: {path}: got {attention!r}; {expected}")
+    if before:
+        raise UserError(
+            f"model.adapter: {adapter} was trained on top of {before} earlier stages; expected the "
+            "merged encoder (its run's bi/) as model.name"
+        )
+    return attention
+
+
+def merged(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
+    """The model with a saved adapter merged in, be it of the whole LM or of its headless inside.
+
+    Raises UserError for what is no LoRA adapter, or another model's.
+    """
+    weights = Path(adapter) / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise UserError(
+            f"model.adapter: {adapter} has no adapter_model.safetensors; expected a LoRA "
+            "directory as peft saves it"
+        )
+    attention_of(adapter)
+    try:
+        with _strict():
+            wrapped, headed = _wrapped(model, adapter, weights)
+        inside: Any = wrapped.merge_and_unload()
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"model.adapter: {adapter} does not fit {model.name_or_path}: {reason}"
+        ) from error
+    if headed:
+        return inside
+    setattr(model, model.base_model_prefix, inside)
+    model.tie_weights()
+    return model
+
+
+@contextmanager
+def _strict() -> Iterator[None]:
+    """peft only warns of tensors that it misses."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        yield
+
+
+def _wrapped(model: PreTrainedModel, adapter: str, weights: Path) -> tuple[PeftModel, bool]:
+    """The model under its adapter, and whether the adapter is of the LM with its head."""
+    kind = json.loads((Path(adapter) / "adapter_config.json").read_text())["peft_type"]
+    if kind != "LORA":
+        raise ValueError(f"it is {kind}, expected LORA")
+    with safe_open(weights, "pt") as file:
+        names = list(file.keys())
+    inside = f"base_model.model.{model.base_model_prefix}."
+    headed = any(name.startswith((inside, "base_model.model.lm_head.")) for name in names)
+    wrapped = PeftModel.from_pretrained(model if headed else model.base_model, adapter)
+    if len(get_peft_model_state_dict(wrapped)) != len(names):
+        raise ValueError("it has tensors for modules that the model lacks")
+    return wrapped, headed
