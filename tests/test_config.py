@@ -163,6 +163,12 @@ def test_an_override_leaves_unsaid_keys_to_their_objective(tmp_path):
     assert "bi.stages.2.lora.rank: unknown key" in problem(path, "bi.stages.2.lora.rank=1")
 
 
+@pytest.mark.parametrize("keys", ["prompt: null", "prompt: 'a {text} b'", "pooling: last"])
+def test_a_prompt_out_of_the_mean_needs_a_mean_and_a_prefix(tmp_path, keys):
+    found = problem(written(tmp_path, f"bi: {{prompt_in_mean: false, {keys}}}"))
+    assert "bi: prompt_in_mean false is for pooling mean and a prompt that ends in {text}" in found
+
+
 @pytest.mark.parametrize("module", ["embedding", "all"])
 def test_lora_is_refused_with_what_it_cannot_train(tmp_path, module):
     found = problem(written(tmp_path, f"bi: {{stages: [{{train: [{module}], lora: {{}}}}]}}"))

@@ -179,6 +179,24 @@ def test_only_the_named_modules_move_and_all_of_them_do(tokenizer, tmp_path, mod
     assert {"loss", "alignment", "uniformity", "positive_cosine"} <= set(report["log"][0])
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_training_sees_the_prompt_and_leaves_it_out_of_the_mean(tokenizer, tmp_path, cached):
+    """The loss of the first step is that of `encode`'s vectors."""
+    model = random_model("qwen2", vocab_size=len(tokenizer))
+    bi = BiSection(prompt="Say this:\n{text}", prompt_in_mean=False)
+    encoder = as_encoder(model, tokenizer, bi)
+    rows = ["sent0,sent1", *(f"{a},{b}" for a, b in zip(SENTENCES[:4], SENTENCES[4:], strict=True))]
+    (tmp_path / "pairs.csv").write_text("\n".join(rows))
+    vectors = [
+        encoder.encode(part, convert_to_tensor=True) for part in (SENTENCES[:4], SENTENCES[4:])
+    ]
+    keys = {"objective": "supervised", "dataset": str(tmp_path / "pairs.csv"), "cached": cached}
+    settings = stage(tmp_path, max_steps=1, per_device_train_batch_size=4, **keys)
+    report = train(encoder, model, settings, tmp_path)
+    expected = by_hand(vectors, "nt_xent", settings.temperature).item()
+    assert report["log"][0]["loss"] == pytest.approx(expected, rel=1e-4)
+
+
 def test_training_tells_sentences_apart(tokenizer, tiny_path, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny_path)
     model.config.is_causal = False

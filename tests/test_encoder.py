@@ -12,7 +12,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from ubmoe.bidirectional import prove_attention
-from ubmoe.config import PROMPT, BiSection
+from ubmoe.config import PROMPT, BiSection, UserError
 from ubmoe.encoder import as_encoder, rendered, save_encoder
 
 TEXTS = ["The cat slept.", "A much longer sentence about {braces} and 'quotes' in the garden."]
@@ -47,6 +47,29 @@ def test_vectors_are_the_mean_or_the_last_of_the_last_states(tokenizer):
         expected = states.mean(0) if pooling == "mean" else states[-1]
         found = encoder.encode([TEXTS[0]], convert_to_tensor=True)[0]
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_prompt_stays_out_of_the_mean_in_every_way_to_the_vector(tokenizer, tmp_path):
+    prompt = "Say this:\n{text}"
+    encoder, model, bi = build(tokenizer, prompt=prompt, prompt_in_mean=False)
+    alone = len(tokenizer("Say this:\n")["input_ids"])
+    expected = []
+    for text in TEXTS:
+        ids = tokenizer(prompt.replace("{text}", text), return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            expected.append(model.model(ids).last_hidden_state[0, alone:].mean(0))
+    expected = torch.stack(expected)
+    assert rendered(encoder, TEXTS[0]) == prompt.replace("{text}", TEXTS[0])
+    found = encoder.encode(TEXTS, convert_to_tensor=True)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    save_encoder(encoder, model, tokenizer, bi, tmp_path / "bi")
+    again = SentenceTransformer(str(tmp_path / "bi"), device="cpu")
+    torch.testing.assert_close(again.encode(TEXTS, convert_to_tensor=True), found, atol=0, rtol=0)
+
+
+def test_a_prompt_that_texts_melt_into_cannot_stay_out_of_the_mean(tokenizer):
+    with pytest.raises(UserError, match="changes the tokens of the prompt; expected a prompt that"):
+        build(tokenizer, prompt="The ca{text}", prompt_in_mean=False)
 
 
 @pytest.mark.parametrize("tied", [True, False])

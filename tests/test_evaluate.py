@@ -61,6 +61,16 @@ def test_two_local_models_get_their_own_scores_equal_to_a_hand_computation(encod
     assert found[0]["tasks"] != found[1]["tasks"]
 
 
+def test_a_prompt_out_of_the_mean_is_there_when_mteb_scores(tiny_path, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_path)
+    settings = BiSection(prompt="Say this:\n{text}", prompt_in_mean=False)
+    encoder = as_encoder(random_model("qwen2", vocab_size=len(tokenizer)), tokenizer, settings)
+    path = pairs_file(tmp_path)
+    rows = evaluate.read_pairs(path)
+    expected = by_hand(encoder, rows)  # encode() puts the prompt there by itself
+    assert scores(encoder, str(path))["average"] == pytest.approx(expected, abs=1e-3)
+
+
 def test_a_score_that_is_no_number_is_an_error_and_never_averaged(encoders, tmp_path):
     path = tmp_path / "flat.tsv"
     path.write_text("score\tsentence1\tsentence2\n3\ta\tb\n3\tc\td\n3\te\tf\n")
@@ -114,8 +124,6 @@ def test_an_adapter_is_scored_under_its_own_mask_only(tiny_path, tmp_path):
     get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
     (tmp_path / "ubmoe.json").write_text('{"attention": "causal"}')
     keys = ["model.device=cpu", f"model.adapter={tmp_path}"]
-    with pytest.raises(
-        UserError, match=r"trained causal, not bidirectional"
-    ):
+    with pytest.raises(UserError, match=r"trained causal, not bidirectional"):
         evaluate.load_encoder(load_config(None, keys))
     evaluate.load_encoder(load_config(None, [*keys, "bi.attention=causal"]))

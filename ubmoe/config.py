@@ -215,6 +215,9 @@ class BiSection(Section):
     attention: Literal["bidirectional", "causal"] = key("bidirectional", "mask of the encoder")
     prompt: str | None = key(PROMPT, "every text stands in it, at {text}; null: the text alone")
     pooling: Literal["mean", "last"] = key("mean", "of the last states: all tokens, or the last")
+    prompt_in_mean: bool = key(
+        True, "false: the mean is of the text's own tokens; for prompts that end in {text}"
+    )
     max_tokens: Positive = key(512, "the saved encoder cuts longer texts here", "tokens")
     stages: list[StageSection] = key([], "run in order; none: the untouched base is scored")
 
@@ -224,6 +227,16 @@ class BiSection(Section):
         if prompt is not None and prompt.count("{text}") != 1:
             raise ValueError("expected {text} once, as in " + PROMPT)
         return prompt
+
+    @model_validator(mode="after")
+    def _out_of_the_mean(self) -> "BiSection":
+        ends = self.prompt is not None and self.prompt.endswith("{text}")
+        if not self.prompt_in_mean and not (ends and self.pooling == "mean"):
+            raise ValueError(
+                "prompt_in_mean false is for pooling mean and a prompt that ends in {text}; "
+                "expected prompt_in_mean: true"
+            )
+        return self
 
 
 # BIOSSES ... STSBenchmark: the ten of the paper's Table 2, in mteb's first versions.

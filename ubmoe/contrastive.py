@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 
 from ubmoe.config import StageSection, UserError
 from ubmoe.data import SENTENCE, cell, training_rows
+from ubmoe.encoder import own_prompt
 from ubmoe.training import Careful, StopOnBadLoss, Work, announce, arguments, begin, tuning
 
 log = logging.getLogger(__name__)
@@ -158,8 +159,13 @@ def by_length(columns: list[dict[str, Tensor]]) -> tuple[dict[str, Any], Tensor]
     if merged is None:
         raise ValueError("the columns of a batch have different features")
     order = merged["attention_mask"].sum(1).argsort(stable=True)
-    sort = {key: value[order] for key, value in merged.items() if isinstance(value, Tensor)}
+    sort = {key: value[order] for key, value in merged.items() if _is_by_row(key, value)}
     return {**merged, **sort}, order
+
+
+def _is_by_row(key: str, value: Any) -> bool:
+    """The prompt's length is one number for the whole batch."""
+    return isinstance(value, Tensor) and key != "prompt_length"
 
 
 def within_budget(lengths: list[int], tokens: int) -> list[tuple[int, int]]:
@@ -177,7 +183,7 @@ def cropped(features: dict[str, Any], low: int, high: int) -> dict[str, Any]:
     real = features["attention_mask"][low:high].any(0).nonzero().flatten()
     span = slice(int(real[0]), int(real[-1]) + 1)
     return {
-        key: value[low:high, span] if isinstance(value, Tensor) else value
+        key: value[low:high, span] if _is_by_row(key, value) else value
         for key, value in features.items()
     }
 
@@ -255,7 +261,9 @@ def train_stage(
     with tuning(model, stage, work) as counts:
         loss = kind(encoder, stage.loss, stage.temperature, stage.mini_batch_tokens, views)
         settings = SentenceTransformerTrainingArguments(
-            **arguments(stage, work, model.device), batch_sampler=BatchSamplers.NO_DUPLICATES
+            **arguments(stage, work, model.device),
+            batch_sampler=BatchSamplers.NO_DUPLICATES,
+            prompts=own_prompt(encoder),
         )
         trainer = _Trainer(encoder, settings, data, loss=loss, callbacks=[StopOnBadLoss()])
         report = {
@@ -278,7 +286,8 @@ def truncated(encoder: SentenceTransformer, data: Dataset, most: int = 1000) -> 
     texts = data["anchor"][:most]
     limit = encoder.max_seq_length or 10**6
     encoder.max_seq_length = 10**6
-    lengths = encoder.preprocess(list(texts))["attention_mask"].sum(1)
+    features = encoder.preprocess(list(texts), prompt=own_prompt(encoder))
+    lengths = features["attention_mask"].sum(1)
     encoder.max_seq_length = limit
     return float((lengths > limit).float().mean() * 100)
 

@@ -7,6 +7,7 @@ shared with the causal LM: training the one trains the other, and the lm_head is
 
 import copy
 import json
+import string
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,10 +17,12 @@ from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ubmoe.config import BiSection
+from ubmoe.config import BiSection, UserError
 from ubmoe.results import replace_directory
 
 POOLING = {"mean": "mean", "last": "lasttoken"}
+OWN = "own"  # name of the prompt that every text gets
+PROBES = (*string.ascii_letters, *string.digits, *string.punctuation, "é", "你", "ж")
 TEXT_FORM = {"method": "forward", "method_output_name": "last_hidden_state"}
 
 
@@ -32,7 +35,8 @@ def as_encoder(
     tokenizer.padding_side = "right"
     forms: dict[str, dict[str, str]] = {"text": TEXT_FORM}
     keys: dict[str, Any] = {"modality_config": forms, "module_output_name": "token_embeddings"}
-    if settings.prompt is not None:
+    prefix = prefix_of(tokenizer, settings)
+    if settings.prompt is not None and prefix is None:
         forms["message"] = TEXT_FORM | {"format": "flat"}
         template = input_template(tokenizer, settings.prompt)
         keys["processing_kwargs"] = {"chat_template": {"chat_template": template}}
@@ -41,8 +45,14 @@ def as_encoder(
         tokenizer.save_pretrained(folder)
         module = _Given(folder, model_kwargs={"given": model.base_model}, **keys)
     module.__class__ = Transformer  # what modules.json names must be the library's own
-    pooling = Pooling(model.config.get_text_config().hidden_size, POOLING[settings.pooling])
-    return SentenceTransformer(modules=[module, pooling], device=str(model.device))
+    width = model.config.get_text_config().hidden_size
+    pooling = Pooling(width, POOLING[settings.pooling], include_prompt=prefix is None)
+    return SentenceTransformer(
+        modules=[module, pooling],
+        device=str(model.device),
+        prompts=None if prefix is None else {OWN: prefix},
+        default_prompt_name=None if prefix is None else OWN,
+    )
 
 
 class _Given(Transformer):
@@ -50,6 +60,25 @@ class _Given(Transformer):
 
     def _load_model(self, *arguments: Any, **model_kwargs: Any) -> PreTrainedModel:
         return model_kwargs["given"]
+
+
+def prefix_of(tokenizer: PreTrainedTokenizerBase, settings: BiSection) -> str | None:
+    """The prompt's text where it is to stay out of the mean; None where it belongs to it.
+
+    Out of the mean means: not its first tokens, as many as the prompt alone has. Raises UserError
+    where a text melts into these, as after a prompt that ends in a space.
+    """
+    if settings.prompt_in_mean:
+        return None
+    prefix = str(settings.prompt).removesuffix("{text}")
+    alone = tokenizer(prefix)["input_ids"]
+    for first in PROBES:
+        if tokenizer(f"{prefix}{first}")["input_ids"][: len(alone)] != alone:
+            raise UserError(
+                f"bi.prompt_in_mean: a text that begins with {first!r} changes the tokens of the "
+                "prompt; expected a prompt that ends in a line break or a colon, or true"
+            )
+    return prefix
 
 
 def input_template(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
@@ -63,8 +92,13 @@ def input_template(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
 
 def rendered(encoder: SentenceTransformer, text: str) -> str:
     """What the model reads for a text, special tokens and all."""
-    ids = encoder.preprocess([text])["input_ids"][0]
+    ids = encoder.preprocess([text], prompt=own_prompt(encoder))["input_ids"][0]
     return str(encoder.tokenizer.decode(ids))
+
+
+def own_prompt(encoder: SentenceTransformer) -> str | None:
+    """What `encode` puts before a text by itself, and `preprocess` and the trainer do not."""
+    return encoder.prompts.get(OWN) if encoder.default_prompt_name == OWN else None
 
 
 def save_encoder(
