@@ -117,7 +117,9 @@ def save_encoder(
         encoder.save_pretrained(str(folder))
         for weights in folder.glob("*.safetensors*"):
             weights.unlink()  # of the headless model; its shards may be named otherwise
-        model.save_pretrained(folder)
+        model.config.use_cache, cached = True, model.config.use_cache
+        model.save_pretrained(folder)  # for generation; an encoder switches it off on loading
+        model.config.use_cache = cached
         tokenizer.save_pretrained(folder)
         path = folder / "sentence_bert_config.json"
         form = json.loads(path.read_text()) | {"max_seq_length": settings.max_tokens}
