@@ -1,5 +1,8 @@
 """The loss against a hand-written softmax, what trains, the views, and a run that was killed."""
 
+import itertools
+import random
+
 import pytest
 import torch
 from conftest import random_model
@@ -92,7 +95,7 @@ def test_mini_batches_keep_within_the_budget_and_drop_padding(tokenizer):
     lengths = merged["attention_mask"].sum(1).tolist()
     assert lengths == sorted(lengths)
     assert sorted(order.tolist()) == list(range(8))
-    ranges = contrastive.within_budget(lengths, 40)
+    ranges = contrastive.least_padding(lengths, 40)
     assert [i for low, high in ranges for i in range(low, high)] == list(range(8))
     for low, high in ranges:
         piece = contrastive.cropped(merged, low, high)["attention_mask"]
@@ -101,6 +104,43 @@ def test_mini_batches_keep_within_the_budget_and_drop_padding(tokenizer):
     vectors = torch.arange(8.0)[:, None]
     first, second = contrastive.in_columns(vectors[order], order, 2)
     assert first.flatten().tolist() == [0, 1, 2, 3] and second.flatten().tolist() == [4, 5, 6, 7]
+
+
+def test_the_split_is_the_best_of_all_within_the_budget():
+    def splits(count):
+        for cuts in itertools.product((False, True), repeat=count - 1):
+            edges = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), count]
+            yield list(itertools.pairwise(edges))
+
+    def cost(lengths, ranges):
+        return sum((high - low) * lengths[high - 1] + contrastive.OVERHEAD for low, high in ranges)
+
+    draw = random.Random(0)
+    for _ in range(30):
+        lengths = sorted(draw.choices(range(1, 900), k=9))
+        budget = draw.randrange(300, 4000)
+        found = contrastive.least_padding(lengths, budget)
+        allowed = [
+            ranges
+            for ranges in splits(9)
+            if all((b - a) * lengths[b - 1] <= budget or b - a == 1 for a, b in ranges)
+        ]
+        assert found in allowed
+        assert cost(lengths, found) == min(cost(lengths, ranges) for ranges in allowed)
+
+
+def test_a_cached_batch_keeps_within_the_budget(tokenizer, monkeypatch):
+    encoder, model = build(tokenizer)
+    sizes, real = [], model.model.forward  # sentence-transformers calls it past all hooks
+
+    def forward(input_ids, **keys):
+        sizes.append(tuple(input_ids.shape))
+        return real(input_ids=input_ids, **keys)
+
+    monkeypatch.setattr(encoder[0].model, "forward", forward)
+    loss = CachedContrastiveLoss(encoder, "simcse", TEMPERATURE, 40)
+    loss(columns_of(encoder, SENTENCES[:4], SENTENCES[4:])).backward()
+    assert len(sizes) > 4 and all(rows * width <= 40 or rows == 1 for rows, width in sizes)
 
 
 def test_geometry_is_that_of_hand_computed_vectors():

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset
@@ -66,6 +67,7 @@ def read_dataset(stage: StageSection) -> Dataset:
     return Dataset.from_dict(columns)
 
 
+OVERHEAD = 256  # tokens that take as long as starting one more forward
 DIRECTIONS: dict[str, Any] = {
     "simcse": ("query_to_doc",),
     "nt_xent": ("query_to_doc", "query_to_query"),
@@ -107,13 +109,20 @@ class ContrastiveLoss(nn.Module):
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Any = None) -> Tensor:
         """Columns of token features -> the scalar loss."""
-        columns = list(sentence_features)
-        merged, order = by_length(columns)
-        ranges = within_budget(merged["attention_mask"].sum(1).tolist(), self.mini_batch_tokens)
-        vectors = [
-            self.model(cropped(merged, low, high))["sentence_embedding"] for low, high in ranges
-        ]
-        return self.of_vectors(in_columns(torch.cat(vectors), order, len(columns)))
+        pieces = self.pieces(list(sentence_features))
+        return self.of_pieces([self.model(piece)["sentence_embedding"] for piece in pieces])
+
+    def pieces(self, columns: list[dict[str, Tensor]]) -> list[dict[str, Any]]:
+        """The batch, sorted by length, as mini-batches within the budget of padded tokens."""
+        merged, self.order = by_length(columns)
+        self.columns = len(columns)
+        lengths = merged["attention_mask"].sum(1).tolist()
+        ranges = least_padding(lengths, self.mini_batch_tokens)
+        return [cropped(merged, low, high) for low, high in ranges]
+
+    def of_pieces(self, vectors: list[Tensor]) -> Tensor:
+        """The mini-batches' vectors -> the scalar loss."""
+        return self.of_vectors(in_columns(torch.cat(vectors), self.order, self.columns))
 
     def of_vectors(self, columns: list[Tensor]) -> Tensor:
         """[(N, D) anchors, positives, ...] -> the scalar loss."""
@@ -134,19 +143,15 @@ class ContrastiveLoss(nn.Module):
 class CachedContrastiveLoss(CachedLossMixin, ContrastiveLoss):
     """The same loss by GradCache: one mini-batch's activations at a time, one more forward."""
 
-    mini_batch_size = 1 << 30  # the token budget alone decides
+    mini_batch_size = 1 << 30  # each of our mini-batches goes to the library as a column of its own
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Any = None) -> Tensor:
-        columns = list(sentence_features)
-        merged, self.order = by_length(columns)
-        self.columns = len(columns)
-        self.mini_batch_num_tokens = self.mini_batch_tokens
-        return self.forward_cached([merged], labels)
+        return self.forward_cached(self.pieces(list(sentence_features)), labels)
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Any = None, *, with_backward: bool = False
     ) -> Tensor:
-        loss = self.of_vectors(in_columns(torch.cat(reps[0]), self.order, self.columns))
+        loss = self.of_pieces([vectors for [vectors] in reps])
         if with_backward:
             loss.backward()
             loss = loss.detach()
@@ -168,14 +173,24 @@ def _is_by_row(key: str, value: Any) -> bool:
     return isinstance(value, Tensor) and key != "prompt_length"
 
 
-def within_budget(lengths: list[int], tokens: int) -> list[tuple[int, int]]:
-    """Row ranges of ascending lengths whose padded size is at most `tokens` (or one row each)."""
-    ranges, low = [], 0
-    for high in range(1, len(lengths) + 1):
-        if high == len(lengths) or lengths[high] * (high + 1 - low) > tokens:
-            ranges.append((low, high))
-            low = high
-    return ranges
+def least_padding(lengths: list[int], budget: int) -> list[tuple[int, int]]:
+    """Row ranges of ascending lengths, each of at most `budget` padded tokens (or one row).
+
+    Of all such splits the one with the fewest padded tokens, a forward counting as OVERHEAD more.
+    """
+    count, sizes = len(lengths), np.array(lengths)
+    cost, begin = np.zeros(count + 1), np.zeros(count + 1, dtype=int)
+    for high in range(1, count + 1):
+        longest = sizes[high - 1]
+        low = min(max(0, high - budget // longest), high - 1)
+        found = cost[low:high] + np.arange(high - low, 0, -1) * longest + OVERHEAD
+        begin[high] = low + found.argmin()
+        cost[high] = found.min()
+    ranges = [(int(begin[count]), count)]
+    while ranges[-1][0]:
+        high = ranges[-1][0]
+        ranges.append((int(begin[high]), high))
+    return ranges[::-1]
 
 
 def cropped(features: dict[str, Any], low: int, high: int) -> dict[str, Any]:
