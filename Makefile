@@ -13,6 +13,7 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/python calculate_dp.py configs/tiny.yaml
 	$(BIN)/python train_bi.py configs/tiny.yaml
+	$(BIN)/python train_ubmoe.py configs/tiny.yaml
 	$(BIN)/python -m ubmoe.results configs/tiny.yaml results.action=table
 
 test: .venv/installed

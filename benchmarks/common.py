@@ -47,14 +47,15 @@ def peak_of_child(module: str, *arguments: object) -> int:
     return int(lines[-1])
 
 
-def write(name: str, rows: list[dict[str, Any]]) -> None:
-    """results/benchmark.<name>.<device>.json, and the rows as a table on stdout."""
+def write(name: str, rows: list[dict[str, Any]], **details: Any) -> None:
+    """results/benchmark.<name>.<device>.json with `details`, and the rows as a table on stdout."""
     print(aligned([list(rows[0]), *([_shown(cell) for cell in row.values()] for row in rows)]))
     device = device_name()
     record = {
         "device": device,
         "torch": torch.__version__,
         "git_commit": git_commit(),
+        **details,
         "rows": rows,
     }
     path = RESULTS / f"benchmark.{name}.{device.lower().replace(' ', '-')}.json"

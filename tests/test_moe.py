@@ -185,7 +185,7 @@ def test_the_fitted_start_prefers_uni_on_texts_that_it_has_not_seen(tiny_path):
     share = torch.cat([each.flatten() for each in moe.bi_share(model, texts[150:])])
     assert (share < 0.5).float().mean() > 0.98
     assert share.mean() == pytest.approx(1 / (1 + math.exp(moe.MARGIN)), abs=0.05)
-    assert getattr(blocks(model)[0].experts, "route", "learned") == "learned"
+    assert blocks(model)[0].route == "learned" and "forward" not in vars(blocks(model)[0])
 
 
 def test_drawn_routers_are_those_of_the_seed():

@@ -182,6 +182,37 @@ def test_generated_blocks_are_renewed_and_the_rest_is_left(config):
     assert tables.renewed(after, {"some.dependence.seed5": record}) == after
 
 
+def test_encoders_stand_beside_each_other_over_their_seeds():
+    def sts(average, *stages):
+        stages = [{"objective": o, "train": t, "lora": lora} for o, t, lora in stages]
+        config = {"model": {"name": "small"}, "bi": {"stages": stages}}
+        return {"config": config, "sts": {"tasks": {"A": average - 1}, "average": average}}
+
+    def dependence(after, name):
+        return {"config": {"model": {"name": name}}, "dependence": {"overall": {"after": after}}}
+
+    ffn = ("simcse", ["ffn"], None)
+    records = {
+        "x-ffn.sts.seed0": sts(50.0, ffn),
+        "x-ffn.sts.seed1": sts(54.0, ffn),
+        "x-ffn.dependence.seed0": dependence(47.0, "bi"),
+        "x-ffn.dependence.seed1": dependence(49.0, "bi"),
+        "x-base.sts.seed0": sts(40.0),
+        "x.dependence.seed0": dependence(45.0, "small"),
+        "x-chain.sts.seed0": sts(30.0, ("mntp", ["ffn", "attention"], {"rank": 8}), ffn),
+        "x-chain.dependence.seed0": dependence(99.0, "other"),  # not of the encoder
+        "benchmark.y": {"rows": []},
+    }
+    found = tables.renewed("<!-- sts: small -->\n<!-- end -->", records).splitlines()
+    assert found[1:-1] == [
+        "| trained | seeds | A | average | DP-after |",
+        "|---:|---:|---:|---:|---:|",
+        "| base | 1 | 39.00 | 40.00 | 45.00 |",
+        "| ffn | 2 | 51.00 ±2.83 | 52.00 ±2.83 | 48.00 ±1.41 |",
+        "| mntp ffn+attention (LoRA) then ffn | 1 | 29.00 | 30.00 | not run |",
+    ]
+
+
 def test_the_tables_of_the_readme_are_not_stale():
     text = (ROOT / "README.md").read_text()
     config = load_config(None, [f"results.directory={ROOT}/results"])

@@ -185,6 +185,63 @@ def test_the_chain_of_llm2vec_runs_with_adapters(tiny_path, tmp_path):
     assert [json.loads(mode.read_text())["stages_before"] for mode in modes] == [0, 1]
 
 
+@pytest.fixture(scope="module")
+def encoder(tiny_path, tmp_path_factory):
+    """The encoder of a few steps, as train_bi.py leaves it in an output directory."""
+    folder = tmp_path_factory.mktemp("encoder")
+    keys = ["model.device=cpu", "evaluation.sts=[]", "bi.stages.0.max_steps=3"]
+    code, _, errors = run(*keys, f"output_dir={folder}", script="train_bi.py")
+    assert code == 0, errors
+    return folder / "bi"
+
+
+def test_the_mixture_is_trained_saved_and_scored(encoder, tmp_path):
+    (tmp_path / "pairs.tsv").write_text(
+        "score\tsentence1\tsentence2\n5\tThe dog sleeps.\tThe dog sleeps.\n"
+        "3\tThe dog sleeps.\tThe cat sleeps.\n0\tThe dog sleeps.\tAnna eats bread.\n"
+    )
+    keys = ["model.device=cpu", f"output_dir={tmp_path}/run", f"ubmoe.bi={encoder}"]
+    keys += ["ubmoe.max_steps=4", "ubmoe.held_out=20", "evaluation.limit=5"]
+    keys += [f"evaluation.sts=[{tmp_path}/pairs.tsv]"]
+    code, output, errors = run(*keys, script="train_ubmoe.py")
+    assert code == 0, errors
+    assert output == f"{tmp_path}/run/generation.json\n"
+    result = json.loads((tmp_path / "run" / "generation.json").read_text())
+    section = result["generation"]
+    assert set(section["tasks"]) == {"tiny_facts", "tiny_grammar"}
+    assert section["perplexity"] == section["perplexity_by_route"]["learned"] > 1
+    assert len(section["router"]["bi_weight_by_role"]) == 4
+    places = {(row["route"], row["attention"]) for row in result["sts"]}
+    routes = ("learned", "half", "uni", "bi")
+    assert places == {(route, mask) for route in routes for mask in ("causal", "bidirectional")}
+    assert {each.name for each in (tmp_path / "run").iterdir()} == {
+        *("generation.json", "train_ubmoe.config.yaml", "routing.png", "ubmoe", "modes", "routers")
+    }
+    table = results.table(load_config(None, [f"output_dir={tmp_path}/run"]))
+    assert f"{section['perplexity']:.2f}" in table and "routing.png" in table
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["ubmoe.bi={0}/none"], "none has no modules.json; run train_bi.py with the same config"),
+        (["ubmoe.dataset={1}/blank.jsonl"], "blank.jsonl:1: empty text"),
+        (["ubmoe.held_out=100000"], "100000 of 400 chats; expected fewer"),
+        (["evaluation.generation=[arc_chalenge]"], "no lm-eval task; did you mean arc_challenge"),
+        (["ubmoe.top_k=1"], "expected router_init: uni"),
+    ],
+)
+def test_bad_mixture_input_is_one_last_line_and_exit_2(
+    inputs, encoder, tmp_path, arguments, expected
+):
+    arguments = [each.format(tmp_path, inputs) for each in arguments]
+    common = ["model.device=cpu", f"output_dir={tmp_path}/run", f"ubmoe.bi={encoder}"]
+    code, output, errors = run(*common, *arguments, script="train_ubmoe.py")
+    assert (code, output) == (2, ""), errors
+    assert "Traceback" not in errors and expected in errors.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

@@ -171,7 +171,7 @@ class StageSection(TrainingSection):
         128, "longer texts are cut, and counted; mntp's chunks have this length", "tokens"
     )
     mini_batch_tokens: Positive = key(
-        8192, "padded tokens of one forward; the batch is sorted by length into such", "tokens"
+        2048, "most padded tokens of one forward; the batch is sorted by length into such", "tokens"
     )
     cached: bool = key(False, "GradCache: memory of one mini-batch, for one more forward")
     mlm_probability: Annotated[Float, Field(gt=0, le=1)] = key(
@@ -239,11 +239,63 @@ class BiSection(Section):
         return self
 
 
+class MixtureSection(TrainingSection):
+    """The mixture of the uni and the bi FFN (train_ubmoe.py)."""
+
+    per_device_train_batch_size: Positive = key(16, "chats of a step on one device", "rows")
+    learning_rate: Above = key(1e-3, "peak learning rate; so few weights need a high one")
+    bi: str | None = key(None, "directory of the tuned encoder; null: <output_dir>/bi")
+    top_k: Literal[2, 1] = key(2, "experts of a token: both, weighted, or the likelier alone")
+    norm_topk_prob: bool = key(False, "renormalise the weights; for scoring at top_k 1")
+    router_init: Literal["zeros", "normal", "uni"] = key(
+        "zeros", "zeros: half of each; normal: N(0, initializer_range); uni: fitted to prefer uni"
+    )
+    router_aux_loss_coef: Annotated[Float, Field(ge=0)] = key(0.0, "of the load-balancing loss")
+    objective: Literal["chat"] = key("chat", "what the routers learn: the answers of chats, causal")
+    dataset: str = key("tiny", "chats: hub id[:config[:split]], local .json/.jsonl/..., or tiny")
+    max_rows: Positive | None = key(None, "use at most this many, evenly spaced; null: all", "rows")
+    held_out: Positive = key(200, "chats kept out of training, for perplexity", "chats")
+    max_tokens: Positive = key(1024, "longer chats are cut, and counted", "tokens")
+    route: Literal["learned", "uni", "bi", "half", "mode"] = key(
+        "learned", "who decides when generation is scored"
+    )
+    sts_routes: list[Literal["learned", "uni", "bi", "half", "mode"]] = key(
+        ["learned", "half", "uni", "bi"], "routes scored on STS, under both masks"
+    )
+    export: list[Literal["mixture", "modes"]] = key(
+        ["mixture", "modes"], "what is saved: to <output_dir>/ubmoe, and to <output_dir>/modes"
+    )
+
+    @model_validator(mode="after")
+    def _routers_can_learn(self) -> "MixtureSection":
+        if self.max_steps == 0:
+            return self
+        if self.top_k == 1 and self.norm_topk_prob:
+            raise ValueError(
+                "norm_topk_prob makes the one weight of top_k 1 always 1, so the routers get no "
+                "gradient; expected norm_topk_prob: false, or max_steps: 0 to score only"
+            )
+        if self.top_k == 1 and self.router_init != "uni":
+            raise ValueError(
+                "top_k 1 scales an FFN by its router's weight, and a router that starts undecided "
+                "would halve it; expected router_init: uni"
+            )
+        if self.top_k == 2 and self.router_aux_loss_coef:
+            raise ValueError(
+                "router_aux_loss_coef is constant where every token has both experts; expected 0 "
+                "at top_k 2"
+            )
+        return self
+
+
 # BIOSSES ... STSBenchmark: the ten of the paper's Table 2, in mteb's first versions.
 TABLE2 = [
     *("BIOSSES", "SICK-R", "STS12", "STS13", "STS14", "STS15", "STS16", "STS17", "STS22"),
     "STSBenchmark",
 ]
+
+
+TABLE4 = ["mmlu", "winogrande", "truthfulqa_mc2"]  # of the paper
 
 
 class EvaluationSection(Section):
@@ -252,6 +304,14 @@ class EvaluationSection(Section):
     sts: list[str] = key(
         TABLE2, "mteb task names, local STS files (.tsv: score sentence1 sentence2), or tiny"
     )
+    generation: list[str] = key(
+        TABLE4, "lm-eval task names, task YAMLs, or tiny (our own, of the embedded language)"
+    )
+    num_fewshot: Annotated[int, Field(ge=0)] | None = key(
+        None, "shots of every generation task; null: the task's own", "examples"
+    )
+    limit: Positive | None = key(None, "score at most this many examples a task", "examples")
+    apply_chat_template: bool = key(False, "generation tasks as chats; likelihood tasks want none")
     batch_size: Positive = key(64, "texts of one forward", "texts")
 
 
@@ -275,6 +335,7 @@ class Config(Section):
     model: ModelSection = key(ModelSection(), "")
     dependence: DependenceSection = key(DependenceSection(), "")
     bi: BiSection = key(BiSection(), "")
+    ubmoe: MixtureSection = key(MixtureSection(), "")
     evaluation: EvaluationSection = key(EvaluationSection(), "")
     results: ResultsSection = key(ResultsSection(), "")
 

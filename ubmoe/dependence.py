@@ -26,6 +26,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ubmoe.attention import dependence_of, probing
+from ubmoe.batches import batches_by_length, padded_with_mask
 from ubmoe.config import DependenceSection, UserError
 from ubmoe.data import Text
 from ubmoe.model import context_length
@@ -136,7 +137,8 @@ def measure(
     with probing(model) as probe, bar, partial.kept_on_interrupt(totals, batches):
         for number, batch in enumerate(batches):
             if number >= done:
-                ids, mask = _padded([texts[text] for text in batch], model.device)
+                inputs = padded_with_mask([texts[text] for text in batch])
+                ids, mask = (value.to(model.device) for value in inputs.values())
                 shares = dependence_of(model, probe, ids, mask).numpy()  # (B, L, H, 3)
                 for text, each in zip(batch, shares, strict=True):
                     totals.add(text, len(texts[text]), each)
@@ -149,31 +151,10 @@ def measure(
     return summary(gathered, settings.buckets)
 
 
-def batches_by_length(texts: list[list[int]], batch_tokens: int) -> list[list[int]]:
-    """Indices of texts, padded to at most `batch_tokens`; the longest first, to fail at once."""
-    batches: list[list[int]] = []
-    for text in sorted(range(len(texts)), key=lambda text: -len(texts[text])):
-        widest = len(texts[batches[-1][0]]) if batches else 0
-        if not batches or widest * (len(batches[-1]) + 1) > batch_tokens:
-            batches.append([])
-        batches[-1].append(text)
-    return batches
-
-
 def bucket_of(tokens: int, edges: list[int]) -> int:
     """Index of the bucket (low, high] that a length belongs to, or -1."""
     inside = (number for number, (low, high) in enumerate(pairwise(edges)) if low < tokens <= high)
     return next(inside, -1)
-
-
-def _padded(texts: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, T) ids and mask, padded on the right; the probe never looks at what is masked."""
-    width = max(map(len, texts))
-    ids = torch.tensor([text + [0] * (width - len(text)) for text in texts], device=device)
-    mask = torch.tensor(
-        [[1] * len(text) + [0] * (width - len(text)) for text in texts], device=device
-    )
-    return ids, mask
 
 
 def _check_vocabulary(model: PreTrainedModel, texts: list[list[int]]) -> None:

@@ -24,11 +24,50 @@ def dependence(section: dict[str, Any]) -> dict[str, Figure]:
     return {"dependence_buckets.png": _buckets(section), "dependence_heads.png": _heads(section)}
 
 
+def routing(log: list[dict[str, Any]], roles: list[dict[str, Any]]) -> dict[str, Figure]:
+    """Router training over its steps, and the weight of bi by layer and by role of the token."""
+    rows = [row for row in log if "loss" in row]
+    figure = _figure(14.5 if rows else 4.6, 3.4)
+    panels = figure.subplots(1, 4 if rows else 1, squeeze=False)[0]
+    if rows:
+        _curve(panels[0], rows, "loss")
+        _curve(panels[1], rows, "weight of bi and entropy")
+        _layers(panels[2], rows)
+    _roles(panels[-1], roles)
+    return {"routing.png": figure}
+
+
+def _layers(axes: Any, rows: list[dict[str, Any]]) -> None:
+    """Mean weight of bi over the steps, a line a layer, the deeper the lighter."""
+    steps = [row["step"] for row in rows]
+    lines = list(zip(*(row["bi_weight_by_layer"] for row in rows), strict=True))
+    for layer, line in enumerate(lines):
+        colour = matplotlib.colormaps["viridis"](layer / max(1, len(lines) - 1))
+        label = f"layer {layer}" if layer in (0, len(lines) - 1) else None
+        axes.plot(steps, line, lw=1.2, color=colour, label=label)
+    axes.set(xlabel="step", ylabel="weight of bi by layer")
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _roles(axes: Any, roles: list[dict[str, Any]]) -> None:
+    """Weight of bi over the layers, a line a role."""
+    for role in roles[0]:
+        values = [np.nan if layer[role] is None else layer[role] for layer in roles]
+        axes.plot(range(len(roles)), values, marker=".", lw=1.4, label=role)
+    axes.axhline(0.5, color="grey", lw=0.8, ls=":")
+    axes.set(xlabel="layer", ylabel="weight of bi after training", ylim=(0, 1))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 CURVES = {  # of a stage's log: what stands in one panel, under the names of the log
     "loss": ("loss",),
     "cosine": ("positive_cosine", "negative_cosine"),
     "alignment and uniformity": ("alignment", "uniformity"),
     "accuracy": ("masked_accuracy",),
+    "weight of bi and entropy": ("bi_weight", "router_entropy"),
 }
 
 

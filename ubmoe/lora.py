@@ -29,6 +29,11 @@ def attach(model: PreTrainedModel, parameters: Sequence[str], settings: LoraSect
 
     Raises UserError where none of the parameters is a linear layer's weight.
     """
+    if model.config.model_type == "qwen2_moe":
+        raise UserError(
+            "bi.stages.N.lora: on a mixture, adapters would reach the shared expert only; expected "
+            "lora: null, or the dense model to be tuned before it is joined"
+        )
     linear = {name for name, each in model.named_modules() if isinstance(each, nn.Linear)}
     targets = {name.rpartition(".")[0] for name in parameters} & linear
     if not targets:

@@ -1,8 +1,7 @@
 """Masked next token prediction (LLM2Vec): a masked token is predicted from the position before it.
 
-Chunks of raw text, masks that are a function of (seed, epoch, row), transformers' Trainer. The head
-is applied to the positions that predict and to no other: with a fifth of the tokens masked that is
-a fifth of the logits. The tokenizer is never told of the mask token, so nothing of it is saved.
+Chunks of raw text, masks that are a function of (seed, epoch, row), transformers' Trainer. The
+tokenizer is never told of the mask token, so nothing of it is saved.
 """
 
 import logging
@@ -14,16 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from ubmoe.config import StageSection, UserError
 from ubmoe.data import SENTENCE, cell, training_rows
+from ubmoe.prediction import IGNORED, mean_loss, predictions
 from ubmoe.training import Careful, StopOnBadLoss, Work, announce, arguments, begin, tuning
 
 log = logging.getLogger(__name__)
-IGNORED = -100
 
 
 class Chunks(Dataset[dict[str, Tensor]]):
@@ -128,19 +126,11 @@ class _Trainer(Careful, Trainer):
         return Places(len(self.train_dataset), self.args.seed)  # type: ignore[arg-type]
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Any:
-        labels = inputs["labels"][:, 1:]
-        before = labels != IGNORED  # the position that predicts is the one before
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
-        # Inside forward, so that what a family does to its logits afterwards is done to these.
-        hook = head.register_forward_pre_hook(lambda _, states: states[0][:, :-1][before][None])
-        try:
-            logits = model(input_ids=inputs["input_ids"], use_cache=False).logits[0]
-        finally:
-            hook.remove()
-        wanted = labels[before]
+        ids = {"input_ids": inputs["input_ids"]}
+        logits, wanted = predictions(model, head, ids, inputs["labels"])
         self.accuracy = (logits.argmax(-1) == wanted).float().mean().item() if len(wanted) else 0.0
-        # A batch without a masked token has the loss 0, not 0 / 0.
-        return cross_entropy(logits.float(), wanted, reduction="sum") / max(1, len(wanted))
+        return mean_loss(logits, wanted)
 
     def log(self, logs: dict[str, float], *arguments: Any) -> None:
         extra = {"masked_accuracy": self.accuracy} if "loss" in logs else {}

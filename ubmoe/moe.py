@@ -6,8 +6,9 @@ input of a layer's FFN and p = softmax(W x) over the two experts, the layer give
 p_uni FFN_uni(x) + p_bi FFN_bi(x) at top_k 2.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -50,6 +51,7 @@ def join(uni: PreTrainedModel, bi: PreTrainedModel, top_k: int = 2) -> PreTraine
     for block in blocks(model):
         block.gate.float()
     model.generation_config = uni.generation_config
+    set_route(model, "learned")
     return model.to(uni.device).eval()
 
 
@@ -149,19 +151,30 @@ def set_route(model: PreTrainedModel, route: Route) -> None:
         raise UserError(f"ubmoe.route: {model.name_or_path} is no mixture of two experts")
     model.set_experts_implementation(EXPERTS)
     for block in blocks(model):
-        block.experts.route = route
+        block.route = route
+        if route == "learned":
+            vars(block).pop("forward", None)
+        else:  # neither a router nor the zero expert has anything to say
+            block.forward = partial(FORCED[route], block.experts)
 
 
 @contextmanager
 def route_of(model: PreTrainedModel, route: Route) -> Iterator[PreTrainedModel]:
     """The model with a route that ends with the block."""
-    before = [getattr(block.experts, "route", "learned") for block in blocks(model)]
+    before: Route = getattr(blocks(model)[0], "route", "learned")
     set_route(model, route)
     try:
         yield model
     finally:
-        for block, old in zip(blocks(model), before, strict=True):
-            block.experts.route = old
+        set_route(model, before)
+
+
+def _half(experts: Any, states: Tensor) -> Tensor:
+    return (_ffn(experts, UNI, states) + _ffn(experts, BI, states)) / 2
+
+
+def _by_mask(experts: Any, states: Tensor) -> Tensor:
+    return _ffn(experts, BI if getattr(experts.config, "is_causal", True) is False else UNI, states)
 
 
 def experts_forward(module: Any, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -170,13 +183,6 @@ def experts_forward(module: Any, states: Tensor, index: Tensor, weights: Tensor)
     The public interface for another way to compute the experts. With two experts and k = 2 every
     token needs both, so nothing is gathered or scattered.
     """
-    route = getattr(module, "route", "learned")
-    if route == "mode":
-        route = "bi" if module.config.is_causal is False else "uni"
-    if route in ("uni", "bi"):
-        return _ffn(module, BI if route == "bi" else UNI, states)
-    if route == "half":
-        return (_ffn(module, UNI, states) + _ffn(module, BI, states)) / 2
     if index.shape[1] == 1:
         return _top_1(module, states, index[:, 0], weights)
     share = torch.where(index[:, :1] == BI, weights[:, :1], weights[:, 1:])  # (tokens, 1) of bi
@@ -204,6 +210,12 @@ def _ffn(module: Any, expert: int, states: Tensor) -> Tensor:
     return linear(inner, module.down_proj[expert])
 
 
+FORCED: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "uni": lambda experts, states: _ffn(experts, UNI, states),
+    "bi": lambda experts, states: _ffn(experts, BI, states),
+    "half": _half,
+    "mode": _by_mask,
+}
 ExpertsInterface.register(EXPERTS, experts_forward)
 
 
@@ -238,7 +250,7 @@ def fit_routers(model: PreTrainedModel, batches: list[Tensor], ridge: float = 1e
     +-MARGIN / 2 times w; `ridge` is relative to the mean square of the inputs.
     """
     sums = [_Moments(block.gate.weight) for block in blocks(model)]
-    hooks = [b.gate.register_forward_pre_hook(s) for b, s in zip(blocks(model), sums, strict=True)]
+    hooks = [b.register_forward_pre_hook(s) for b, s in zip(blocks(model), sums, strict=True)]
     try:
         with route_of(model, "uni"):
             for ids in batches:

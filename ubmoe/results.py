@@ -39,7 +39,7 @@ PACKAGES = (
     "numpy",
 )
 # One JSON a program, so that none overwrites another's.
-RESULTS = ("dependence", "sts", "evaluation")
+RESULTS = ("dependence", "sts", "generation", "evaluation")
 
 
 @dataclass
@@ -53,6 +53,7 @@ class Run:
     started: float = field(default_factory=time.monotonic)
     model: Any = None
     section: dict[str, Any] = field(default_factory=dict)
+    more: dict[str, Any] = field(default_factory=dict)  # further sections of the result
     figures: dict[str, Any] = field(default_factory=dict)  # file name -> matplotlib figure
 
     @property
@@ -78,6 +79,7 @@ class Run:
             "seconds": round(time.monotonic() - self.started, 3),
             "peak_memory_bytes": peak_memory_bytes(),
             self.name: self.section,
+            **self.more,
         }
         text = json_text(record)  # fails before anything is written
         writes: dict[Path, Callable[[Path], object]] = {

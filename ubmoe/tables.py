@@ -1,6 +1,7 @@
 """Tables of results, as text for a terminal and as Markdown for README.md, from the JSON alone."""
 
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,13 @@ def sts_rows(result: dict[str, Any], name: str) -> list[list[str]]:
 
 
 def _trained(result: dict[str, Any]) -> str:
-    stages = result["config"]["bi"]["stages"]
-    return " then ".join("+".join(stage["train"]) for stage in stages) or "base"
+    return " then ".join(map(_stage, result["config"]["bi"]["stages"])) or "base"
+
+
+def _stage(stage: dict[str, Any]) -> str:
+    """Its modules; an objective other than simcse, and adapters, are named."""
+    words = [stage["objective"]] if stage["objective"] != "simcse" else []
+    return " ".join([*words, "+".join(stage["train"]), *(["(LoRA)"] if stage.get("lora") else [])])
 
 
 def sts_text(result: dict[str, Any]) -> str:
@@ -63,7 +69,31 @@ def sts_text(result: dict[str, Any]) -> str:
     return f"STS of {model}, Spearman x 100.\n{aligned(sts_rows(result, name))}"
 
 
-TEXT = {"dependence": dependence_text, "sts": sts_text, "evaluation": sts_text}
+def generation_text(result: dict[str, Any]) -> str:
+    """Tasks and perplexity of the route that was scored, then STS by route and mask."""
+    section, model = result["generation"], Path(result["config"]["model"]["name"]).name
+    names = list(section["metrics"])
+    scores = [f"{section['tasks'][name][section['metrics'][name]]:.2f}" for name in names]
+    average = "not run" if section["average"] is None else f"{section['average']:.2f}"
+    rows = [["route", *names, "average", "perplexity"]]
+    rows += [[section["route"], *scores, average, f"{section['perplexity']:.2f}"]]
+    parts = [f"Generation of the mixture on {model}, percent.\n{aligned(rows)}"]
+    if sts := result["sts"]:
+        tasks = list(sts[0]["tasks"])
+        rows = [["route", "attention", *tasks, "average"]]
+        for row in sts:
+            cells = [f"{row['tasks'][task]:.2f}" for task in tasks]
+            rows.append([row["route"], row["attention"], *cells, f"{row['average']:.2f}"])
+        parts.append(f"STS of the same, Spearman x 100.\n{aligned(rows)}")
+    return "\n\n".join(parts)
+
+
+TEXT = {
+    "dependence": dependence_text,
+    "sts": sts_text,
+    "generation": generation_text,
+    "evaluation": sts_text,
+}
 
 
 def aligned(rows: list[list[str]]) -> str:
@@ -108,8 +138,52 @@ def _benchmark_block(name: str, records: dict[str, dict[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
+def _sts_block(name: str, records: dict[str, dict[str, Any]]) -> str:
+    """A row for what was trained on a model, over its seeds: STS by task, DP-after if measured."""
+    runs: dict[str, list[str]] = {}
+    for key, record in sorted(records.items()):
+        if ".sts." in key and _model(record) == name:
+            runs.setdefault(_trained(record), []).append(key)
+    order = sorted(runs, key=lambda trained: (trained != "base", trained.count(" "), trained))
+    rows = [_sts_row(trained, runs[trained], records) for trained in order]
+    header = [
+        "trained",
+        "seeds",
+        *records[runs[order[0]][0]]["sts"]["tasks"],
+        "average",
+        "DP-after",
+    ]
+    return markdown([header, *rows])
+
+
+def _sts_row(trained: str, keys: list[str], records: dict[str, dict[str, Any]]) -> list[str]:
+    found = [records[key]["sts"] for key in keys]
+    tasks = [spread([each["tasks"][task] for each in found]) for task in found[0]["tasks"]]
+    if trained == "base":
+        name = _model(records[keys[0]])
+        measured = [r for key, r in records.items() if ".dependence." in key and _model(r) == name]
+    else:  # the encoder of a run is measured under the run's name
+        beside = [records.get(key.replace(".sts.", ".dependence.")) for key in keys]
+        measured = [record for record in beside if record and _model(record) == "bi"]
+    after = [record["dependence"]["overall"]["after"] for record in measured]
+    average = spread([each["average"] for each in found])
+    return [trained, str(len(keys)), *tasks, average, spread(after)]
+
+
+def _model(record: dict[str, Any]) -> str:
+    return Path(record["config"]["model"]["name"]).name if "config" in record else ""
+
+
+def spread(values: list[float]) -> str:
+    """Mean, and with several values their standard deviation (n - 1)."""
+    if not values:
+        return "not run"
+    error = f" ±{statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{error}"
+
+
 def _number(value: Any) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
-BLOCKS = {"dependence": _dependence_block, "benchmark": _benchmark_block}
+BLOCKS = {"dependence": _dependence_block, "sts": _sts_block, "benchmark": _benchmark_block}

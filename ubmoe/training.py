@@ -142,7 +142,7 @@ def arguments(section: TrainingSection, work: Work, device: torch.device) -> dic
     }
 
 
-def begin(stage: StageSection, work: Work, **mark: Any) -> Path | None:
+def begin(stage: TrainingSection, work: Work, **mark: Any) -> Path | None:
     """The checkpoint to go on from: of the same run, stage, data and earlier stages, or none.
 
     Checkpoints of another run are removed, so that nothing later can take them for this one's.

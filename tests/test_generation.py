@@ -1,0 +1,151 @@
+"""lm-eval scores what a hand computation gives, and never a model that reads the future."""
+
+import math
+
+import pytest
+import torch
+from conftest import random_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ubmoe import generation, tiny_tasks
+from ubmoe.chats import read_chats
+from ubmoe.config import EvaluationSection, UserError
+
+TASK = """
+task: my_facts
+custom_dataset: !function utils.load
+test_split: test
+output_type: multiple_choice
+doc_to_text: ""
+doc_to_choice: choices
+doc_to_target: gold
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+"""
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_path):
+    return AutoTokenizer.from_pretrained(tiny_path)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_path):
+    return AutoModelForCausalLM.from_pretrained(tiny_path).eval()
+
+
+def settings(**keys):
+    return EvaluationSection(**{"generation": ["tiny"], "batch_size": 8} | keys)
+
+
+@torch.no_grad()
+def likelihood(model, tokenizer, prompt, choice):
+    start = tokenizer(prompt)["input_ids"]
+    ids = torch.tensor([tokenizer(prompt + choice)["input_ids"]])
+    logs = model(ids).logits[0].log_softmax(-1)
+    return sum(logs[place - 1, ids[0, place]].item() for place in range(len(start), ids.shape[1]))
+
+
+def by_hand(model, tokenizer, rows, prompt):
+    right = 0
+    for row in rows:
+        asked = prompt.replace("{{question}}", row["question"])
+        scores = [likelihood(model, tokenizer, asked, choice) for choice in row["choices"]]
+        right += scores.index(max(scores)) == row["gold"]
+    return 100 * right / len(rows)
+
+
+def test_scores_are_those_of_a_hand_computation(tokenizer, capsys):
+    model = random_model("qwen2", vocab_size=len(tokenizer))  # knows nothing, so it errs
+    found = generation.generation_scores(model, tokenizer, settings(limit=25))
+    for task, rows, prompt in (
+        ("tiny_facts", tiny_tasks.facts(), tiny_tasks.QUESTION),
+        ("tiny_grammar", tiny_tasks.grammar(), "<|im_start|>"),
+    ):
+        expected = by_hand(model, tokenizer, rows[:25], prompt)
+        assert found["tasks"][task]["acc"] == pytest.approx(expected)
+        assert 0 < expected < 100
+    scores = [found["tasks"][name]["acc"] for name in found["metrics"]]
+    assert found["average"] == pytest.approx(sum(scores) / 2)
+    assert found["metrics"] == {"tiny_facts": "acc", "tiny_grammar": "acc"}
+    assert capsys.readouterr().out == ""
+
+
+def test_the_embedded_model_knows_its_facts_and_its_grammar(model, tokenizer):
+    found = generation.generation_scores(model, tokenizer, settings())
+    assert found["tasks"]["tiny_facts"]["acc"] > 90 < found["tasks"]["tiny_grammar"]["acc"]
+
+
+def test_facts_have_four_answers_of_one_kind_and_one_right():
+    from ubmoe import language
+
+    right = {fact.question: fact.answer for fact in language.facts()}
+    rows = tiny_tasks.facts()
+    assert len(rows) == len(right)
+    for row in rows:
+        assert len(set(row["choices"])) == 4
+        assert row["choices"][row["gold"]] == right[row["question"]]
+        assert len({choice.split()[0] for choice in row["choices"]}) == 1
+    assert len({row["gold"] for row in rows}) == 4
+    for row in tiny_tasks.grammar():
+        a, b = row["choices"]
+        assert a != b and sorted(a.split()) == sorted(b.split())
+
+
+def test_a_task_yaml_is_a_task_and_a_score_that_is_no_number_an_error(model, tokenizer, tmp_path):
+    rows = tiny_tasks.grammar()[:3]
+    (tmp_path / "facts.yaml").write_text(TASK)
+    (tmp_path / "utils.py").write_text(
+        "from datasets import Dataset, DatasetDict\n"
+        f"def load(**_): return DatasetDict(test=Dataset.from_list({rows}))\n"
+        "def nan(doc, results): return {'acc': float('nan')}\n"
+    )
+    path = str(tmp_path / "facts.yaml")
+    generation.check_tasks([path, "tiny"])
+    found = generation.generation_scores(model, tokenizer, settings(generation=[path]))
+    assert found["tasks"] == {"my_facts": {"acc": 100.0}} and found["average"] == 100.0
+    (tmp_path / "facts.yaml").write_text(TASK + "process_results: !function utils.nan\n")
+    with pytest.raises(UserError, match="my_facts has no finite acc"):
+        generation.generation_scores(model, tokenizer, settings(generation=[path]))
+
+
+def test_no_task_means_no_score(model, tokenizer):
+    found = generation.generation_scores(model, tokenizer, settings(generation=[]))
+    assert (found["tasks"], found["average"]) == ({}, None)
+
+
+def test_what_is_no_task_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"winogrand: no lm-eval task; did you mean .*winogrande"):
+        generation.check_tasks(["winogrand"])
+    with pytest.raises(UserError, match=r"none.yaml: no lm-eval task YAML with a task: name"):
+        generation.check_tasks([str(tmp_path / "none.yaml")])
+    (tmp_path / "list.yaml").write_text("- task: x")
+    with pytest.raises(UserError, match=r"list.yaml: no lm-eval task YAML"):
+        generation.check_tasks([str(tmp_path / "list.yaml")])
+    generation.check_tasks(["mmlu", "winogrande", "truthfulqa_mc2"])
+
+
+def test_a_bidirectional_model_is_refused(tokenizer):
+    model = random_model("qwen2", vocab_size=len(tokenizer))
+    model.config.is_causal = False
+    chats = read_chats("tiny", tokenizer, 100, 5).chats
+    with pytest.raises(UserError, match="its likelihoods would read the future"):
+        generation.generation_scores(model, tokenizer, settings())
+    with pytest.raises(UserError, match="its likelihoods would read the future"):
+        generation.perplexity(model, chats, 100)
+
+
+def test_perplexity_is_that_of_each_answer_token_alone(model, tokenizer):
+    chats = read_chats("tiny", tokenizer, 200, 12).chats
+    losses = []
+    for chat in chats:
+        with torch.no_grad():
+            logs = model(torch.tensor([chat.ids])).logits[0].log_softmax(-1)
+        for place in range(1, len(chat.ids)):
+            if chat.answer[place]:
+                losses.append(-logs[place - 1, chat.ids[place]].item())
+    expected = math.exp(sum(losses) / len(losses))
+    for budget in (1, 500, 10**6):
+        assert generation.perplexity(model, chats, budget) == pytest.approx(expected, rel=1e-5)

@@ -1,0 +1,42 @@
+"""Join a model's original and bidirectionally tuned FFNs, train the routers, and score both uses.
+
+python train_ubmoe.py configs/tiny.yaml
+python train_ubmoe.py configs/qwen2.5-0.5b.yaml ubmoe.bi=runs/qwen2.5-0.5b/bi ubmoe.top_k=2
+torchrun --nproc-per-node 8 train_ubmoe.py configs/qwen2.5-7b.yaml
+"""
+
+from pathlib import Path
+
+from ubmoe import command
+from ubmoe.config import Config
+
+
+def main(config: Config) -> Path | None:
+    """Load uni and bi, join them, train, save, score. Returns the result's path."""
+    # torch is imported late, so that --help and a mistyped key are answered at once.
+    from ubmoe.results import recording
+
+    with recording("train_ubmoe", "generation", config) as run:
+        from ubmoe import export, figures, mixture
+        from ubmoe.moe import join
+
+        inputs = mixture.read(config)
+        uni, bi = mixture.load(config, inputs)
+        model = join(uni, bi, config.ubmoe.top_k)
+        router = mixture.train(config, inputs, model)
+        run.model = model
+        if run.is_main:
+            out, tokenizer, encoder = run.directory, inputs.tokenizer, inputs.encoder
+            if "mixture" in config.ubmoe.export:
+                export.save_mixture(model, tokenizer, encoder, out / "ubmoe")
+            if "modes" in config.ubmoe.export:
+                export.save_modes(uni, bi, tokenizer, encoder, out / "modes")
+            scores = mixture.generation_of(config, inputs, model)
+            run.section = scores | {"router": router}
+            run.more = {"sts": mixture.sts_of(config, inputs, model)}
+            run.figures = figures.routing(router["log"], router["bi_weight_by_role"])
+    return run.path
+
+
+if __name__ == "__main__":
+    command.run("train_ubmoe.py", __doc__ or "", main)

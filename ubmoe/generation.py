@@ -1,0 +1,181 @@
+"""Generation scores by lm-eval, and the perplexity of held-out answers.
+
+A bidirectional model is refused: its likelihoods would read the future.
+"""
+
+import logging
+import math
+import sys
+from contextlib import redirect_stdout
+from difflib import get_close_matches
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ubmoe import tiny_tasks
+from ubmoe.batches import batches_by_length
+from ubmoe.chats import Chat, labelled
+from ubmoe.config import EvaluationSection, UserError
+from ubmoe.prediction import predictions
+
+UNBOUNDED = ("perplexity", "bits_per_byte", "brier_score")  # no shares, so no percent
+
+log = logging.getLogger(__name__)
+
+
+@cache
+def _manager() -> Any:
+    """lm-eval's own tasks; reading their list takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def check_tasks(names: list[str]) -> None:
+    """Raises UserError for a name that is no lm-eval task, no task YAML and not tiny."""
+    for name in names:
+        if name.endswith((".yaml", ".yml")):
+            _name_in(Path(name))
+        elif name != "tiny" and name not in _manager().all_tasks:
+            close = get_close_matches(name, _manager().all_tasks, 3)
+            near = (
+                f"did you mean {' or '.join(close)}?" if close else "expected one, a YAML or tiny"
+            )
+            raise UserError(f"evaluation.generation: {name}: no lm-eval task; {near}")
+
+
+def _name_in(path: Path) -> str:
+    """The name that a task YAML gives its task."""
+
+    class Loader(yaml.SafeLoader):
+        """Passes over lm-eval's own tags, such as !function."""
+
+    Loader.add_multi_constructor("!", lambda *_: None)
+    try:
+        return str(yaml.load(path.read_text(), Loader=Loader)["task"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"evaluation.generation: {path}: no lm-eval task YAML with a task: name ({reason})"
+        ) from error
+
+
+def check_causal(model: PreTrainedModel) -> None:
+    if getattr(model.config, "is_causal", True) is False:
+        raise UserError(
+            f"evaluation.generation: {model.name_or_path} is bidirectional: its likelihoods would "
+            "read the future; expected a causal model, or is_causal=True"
+        )
+
+
+def generation_scores(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: EvaluationSection
+) -> dict[str, Any]:
+    """Every metric of every task, in percent, and the average of the tasks' main metrics.
+
+    The main metric of a task is the first that its YAML names; a group's is acc. Raises UserError
+    for a bidirectional model and for a score that is not finite: it is never averaged.
+    """
+    check_causal(model)
+    said = {
+        "lm_eval": version("lm_eval"),
+        "apply_chat_template": settings.apply_chat_template,
+        "limit": settings.limit,
+    }
+    if not settings.generation:
+        return {"tasks": {}, "metrics": {}, "average": None, **said}
+    with redirect_stdout(sys.stderr):
+        found = _evaluated(model, tokenizer, settings)
+    tasks, metrics = {}, {}
+    for asked in settings.generation:
+        for name in _result_names(asked):
+            tasks[name] = _percent(found["results"][name])
+            metrics[name] = _main_metric(found["configs"].get(name), tasks[name])
+    for name, metric in metrics.items():
+        if not math.isfinite(tasks[name].get(metric, math.nan)):
+            raise UserError(f"evaluation.generation: {name} has no finite {metric}: {tasks[name]}")
+    average = sum(tasks[name][metric] for name, metric in metrics.items()) / len(tasks)
+    shots = {name: found["n-shot"].get(name) for name in tasks}
+    versions = {name: found["versions"].get(name) for name in tasks}
+    return {
+        **{"tasks": tasks, "metrics": metrics, "average": average},
+        **{"shots": shots, "versions": versions, **said},
+    }
+
+
+def _evaluated(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: EvaluationSection
+) -> dict[str, Any]:
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    asked = settings.generation
+    theirs = any(not name.endswith((".yaml", ".yml")) and name != "tiny" for name in asked)
+    tasks: list[Any] = [
+        task for name in asked for task in (tiny_tasks.TASKS if name == "tiny" else [name])
+    ]
+    try:
+        found = lm_eval.simple_evaluate(
+            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size),
+            tasks=tasks,
+            num_fewshot=settings.num_fewshot,
+            limit=settings.limit,
+            apply_chat_template=settings.apply_chat_template,
+            task_manager=_manager() if theirs else TaskManager(include_defaults=False),
+            bootstrap_iters=0,
+            log_samples=False,
+        )
+    except OSError as error:  # a data set that is not here, and no network
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"evaluation.generation: {', '.join(asked)}: {reason}") from error
+    return dict(found or {})
+
+
+def _result_names(asked: str) -> list[str]:
+    if asked == "tiny":
+        return [str(task["task"]) for task in tiny_tasks.TASKS]
+    return [_name_in(Path(asked))] if asked.endswith((".yaml", ".yml")) else [asked]
+
+
+def _percent(result: dict[str, Any]) -> dict[str, float]:
+    """{metric: value}; shares as percent, standard errors and filters' names left out."""
+    found: dict[str, float] = {}
+    for key, value in result.items():
+        metric = key.split(",")[0]
+        if isinstance(value, int | float) and not metric.endswith("_stderr") and "," in key:
+            scale = 1 if any(word in metric for word in UNBOUNDED) else 100
+            found.setdefault(metric, value * scale)
+    return found
+
+
+def _main_metric(task: Any, scores: dict[str, float]) -> str:
+    named = [each["metric"] for each in (task or {}).get("metric_list") or []]
+    return next((str(name) for name in named if name in scores), "acc")
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, chats: list[Chat], batch_tokens: int) -> float:
+    """exp of the mean negative log-likelihood of the answers' tokens, end tokens included.
+
+    Raises UserError for a bidirectional model.
+    """
+    check_causal(model)
+    head: Any = model.get_output_embeddings()
+    loss, tokens = 0.0, 0
+    batches = batches_by_length([chat.ids for chat in chats], batch_tokens)
+    for batch in tqdm(batches, desc="perplexity", disable=None, leave=False):
+        inputs = labelled([chats[index] for index in batch])
+        inputs = {name: value.to(model.device) for name, value in inputs.items()}
+        logits, wanted = predictions(model, head, inputs, inputs.pop("labels"))
+        loss += cross_entropy(logits, wanted, reduction="sum").item()
+        tokens += len(wanted)
+    return math.exp(loss / tokens)

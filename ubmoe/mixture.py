@@ -1,0 +1,126 @@
+"""What train_ubmoe.py does, a step a function: read, load, train the routers, save, score."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mteb.abstasks.sts import AbsTaskSTS
+from sentence_transformers import SentenceTransformer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ubmoe import evaluate, generation, routers
+from ubmoe.bidirectional import set_attention
+from ubmoe.chats import Chat, read_chats
+from ubmoe.config import Config, MixtureSection, UserError
+from ubmoe.export import check_encoder
+from ubmoe.model import load_model, load_tokenizer
+from ubmoe.moe import route_of
+from ubmoe.training import Work
+
+log = logging.getLogger(__name__)
+BATCH_TOKENS = 8192  # padded tokens of a forward, for perplexity
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything that is read before any model is loaded."""
+
+    encoder: Path
+    tokenizer: PreTrainedTokenizerBase
+    chats: list[Chat]
+    held_out: list[Chat]
+    sts: list[AbsTaskSTS]
+    counts: dict[str, int]
+
+
+def read(config: Config) -> Inputs:
+    """Raises UserError for whatever is missing or wrong, before a model is loaded."""
+    encoder = Path(config.ubmoe.bi or f"{config.output_dir}/bi")
+    check_encoder(encoder)
+    generation.check_tasks(config.evaluation.generation)
+    sts = [evaluate.sts_task(name) for name in config.evaluation.sts]
+    tokenizer = load_tokenizer(config.model)
+    if load_tokenizer(_of_encoder(config, encoder)).get_vocab() != tokenizer.get_vocab():
+        raise UserError(f"ubmoe.bi: {encoder} has another tokenizer than {config.model.name}")
+    settings = config.ubmoe
+    found = read_chats(settings.dataset, tokenizer, settings.max_tokens, settings.max_rows)
+    chats, held_out = parted(found.chats, settings)
+    counts = {"chats": len(chats), "held_out": len(held_out), "truncated": found.truncated}
+    log.info("chats: %s", counts)
+    return Inputs(encoder, tokenizer, chats, held_out, sts, counts | {"dropped": found.dropped})
+
+
+def _of_encoder(config: Config, encoder: Path) -> Any:
+    changes = {"name": str(encoder), "revision": None, "adapter": None}
+    return config.model.model_copy(update=changes)
+
+
+def parted(chats: list[Chat], settings: MixtureSection) -> tuple[list[Chat], list[Chat]]:
+    """Chats to train on, and `held_out` ones, evenly spaced over the data. Raises UserError."""
+    if len(chats) <= settings.held_out:
+        raise UserError(
+            f"ubmoe.held_out: {settings.held_out} of {len(chats)} chats; expected fewer, so that "
+            "some are left to train on"
+        )
+    places = {index * len(chats) // settings.held_out for index in range(settings.held_out)}
+    return (
+        [chat for number, chat in enumerate(chats) if number not in places],
+        [chat for number, chat in enumerate(chats) if number in places],
+    )
+
+
+def load(config: Config, inputs: Inputs) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The uni and the bi model, each with its mask proved."""
+    uni = load_model(config.model)
+    return uni, load_model(_of_encoder(config, inputs.encoder), bidirectional=True)
+
+
+def train(config: Config, inputs: Inputs, model: PreTrainedModel) -> dict[str, Any]:
+    """Start and train the routers; returns what the record says of them."""
+    model.config.norm_topk_prob = config.ubmoe.norm_topk_prob
+    for layer in model.base_model.layers:  # type: ignore[union-attr]
+        layer.mlp.gate.norm_topk_prob = config.ubmoe.norm_topk_prob
+    report = routers.start(model, config.ubmoe, inputs.chats, inputs.held_out, config.seed)
+    work = Work(Path(config.output_dir) / "routers", config.seed, config.resume == "auto")
+    log = routers.train(model, config.ubmoe, inputs.chats, work)
+    shares = routers.shares_by_role(model, inputs.held_out)
+    return report | {"log": log, "bi_weight_by_role": shares, "counts": inputs.counts}
+
+
+def generation_of(config: Config, inputs: Inputs, model: PreTrainedModel) -> dict[str, Any]:
+    """The `generation` section, of the causal model under `ubmoe.route`.
+
+    Perplexity of the held-out answers is given for every route beside it.
+    """
+    settings, route = config.evaluation, config.ubmoe.route
+    set_attention(model, bidirectional=False)
+    perplexities = {}
+    for each in dict.fromkeys((route, "learned", "half", "uni", "bi")):
+        with route_of(model, each):
+            perplexities[each] = generation.perplexity(model, inputs.held_out, BATCH_TOKENS)
+    with route_of(model, route):
+        scores = generation.generation_scores(model, inputs.tokenizer, settings)
+    return {
+        **scores,
+        "perplexity": perplexities[route],
+        "perplexity_by_route": perplexities,
+        "route": route,
+        "attention": "causal",
+    }
+
+
+def sts_of(config: Config, inputs: Inputs, model: PreTrainedModel) -> list[dict[str, Any]]:
+    """STS under every route of `ubmoe.sts_routes` and both masks, in the encoder's own form."""
+    encoder = SentenceTransformer(str(inputs.encoder), device=str(model.device))
+    encoder[0].model = model.base_model
+    rows = []
+    for attention in ("bidirectional", "causal") if inputs.sts else ():
+        set_attention(model, bidirectional=attention == "bidirectional")
+        for route in config.ubmoe.sts_routes:
+            with route_of(model, route):
+                found = evaluate.sts_scores(encoder, inputs.sts, config.evaluation.batch_size)
+            rows.append({"route": route, "attention": attention, **found})
+            log.info("STS, %s, %s: %s", route, attention, found["average"])
+    set_attention(model, bidirectional=False)
+    return rows

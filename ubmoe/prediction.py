@@ -1,0 +1,36 @@
+"""Next token prediction where it counts: the head is applied to the positions that predict.
+
+A fifth of the tokens masked, or a short answer after a long prompt: the logits of the other
+positions would be computed, kept for the backward pass, and thrown away.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+IGNORED = -100  # the label of a token that is not to be predicted
+
+
+def predictions(
+    model: nn.Module, head: nn.Module, inputs: dict[str, Tensor], labels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """((M, V) fp32 logits, (M,) tokens) of the M labelled tokens, each from the position before it.
+
+    model: a causal LM, wrapped or not, and `head` its output embeddings; labels: (B, T), IGNORED
+    where nothing is to be predicted. A label of the first token has nothing before it, and is
+    passed over. Softcaps and scales of a family's logits are kept: the head is called by forward.
+    """
+    wanted = labels[:, 1:]
+    before = wanted != IGNORED
+    hook = head.register_forward_pre_hook(lambda _, states: states[0][:, :-1][before][None])
+    try:
+        output: Any = model(**inputs, use_cache=False)
+    finally:
+        hook.remove()
+    return output.logits[0].float(), wanted[before]
+
+
+def mean_loss(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Mean cross-entropy; without a token to predict it is 0, not 0 / 0."""
+    return cross_entropy(logits, wanted, reduction="sum") / max(1, len(wanted))
