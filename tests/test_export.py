@@ -1,9 +1,11 @@
 """Directories that stock libraries load both ways: each reader gets exactly its model."""
 
 import json
+import re
 
 import pytest
 import torch
+from conftest import ROOT
 from sentence_transformers import SentenceTransformer
 from test_moe import IDS, drawn, logits, pair
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
@@ -98,3 +100,25 @@ def test_routers_stay_float32_in_the_file(sources, tmp_path):
 def test_what_is_no_encoder_is_refused_with_the_command_that_makes_one(tmp_path):
     with pytest.raises(UserError, match=r"has no modules.json; run train_bi.py with the same"):
         export.check_encoder(tmp_path)
+
+
+def test_the_snippet_of_the_readme_generates_and_embeds(tiny_path, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_path)
+    uni, bi = (AutoModelForCausalLM.from_pretrained(tiny_path) for _ in range(2))
+    with torch.no_grad():
+        for layer in bi.model.layers:
+            layer.mlp.down_proj.weight *= 1.1
+    bi.config.is_causal = False
+    settings = BiSection(prompt=None)
+    encoder = as_encoder(bi, tokenizer, settings)
+    save_encoder(encoder, bi, tokenizer, settings, tmp_path / "bi")
+    export.save_modes(uni, bi, tokenizer, tmp_path / "bi", tmp_path / "modes")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    [snippet] = [block for block in blocks if "runs/tiny/modes" in block]
+    names: dict = {}
+    exec(snippet.replace("runs/tiny/modes", str(tmp_path / "modes")), names)
+    assert torch.equal(logits(names["language_model"]), logits(uni))
+    expected = encoder.encode(["The dog sleeps."])
+    assert abs(names["vectors"] - expected).max() < 1e-5
+    assert names["text"].startswith("<|im_start|>user\nWhere does Anna live?")
+    assert len(tokenizer(names["text"])["input_ids"]) > names["prompt"]["input_ids"].shape[1]
