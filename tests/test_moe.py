@@ -106,6 +106,16 @@ def test_zero_routers_give_the_average_of_the_two_outputs():
     torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_the_average_is_one_ffn_of_averaged_weights():
+    uni, bi = pair()
+    model = join(uni, bi)
+    set_route(model, "average")
+    with torch.no_grad():
+        for own, other in zip(uni.parameters(), bi.parameters(), strict=True):
+            own.copy_((own + other) / 2)
+    torch.testing.assert_close(logits(model), logits(uni), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(("expert", "top_k"), [(UNI, 2), (BI, 2), (UNI, 1), (BI, 1)])
 def test_a_saturated_router_gives_its_expert(expert, top_k):
     uni, bi = pair()

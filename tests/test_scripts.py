@@ -209,10 +209,10 @@ def test_the_mixture_is_trained_saved_and_scored(encoder, tmp_path):
     result = json.loads((tmp_path / "run" / "generation.json").read_text())
     section = result["generation"]
     assert set(section["tasks"]) == {"tiny_facts", "tiny_grammar"}
-    assert section["perplexity"] == section["perplexity_by_route"]["learned"] > 1
+    assert section["perplexity"] == section["routes"]["learned"]["perplexity"] > 1
     assert len(section["router"]["bi_weight_by_role"]) == 4
     places = {(row["route"], row["attention"]) for row in result["sts"]}
-    routes = ("learned", "half", "uni", "bi")
+    routes = ("learned", "half", "average", "uni", "bi")
     assert places == {(route, mask) for route in routes for mask in ("causal", "bidirectional")}
     assert {each.name for each in (tmp_path / "run").iterdir()} == {
         *("generation.json", "train_ubmoe.config.yaml", "routing.png", "ubmoe", "modes", "routers")

@@ -239,6 +239,9 @@ class BiSection(Section):
         return self
 
 
+Route = Literal["learned", "uni", "bi", "half", "average", "mode"]
+
+
 class MixtureSection(TrainingSection):
     """The mixture of the uni and the bi FFN (train_ubmoe.py)."""
 
@@ -256,11 +259,9 @@ class MixtureSection(TrainingSection):
     max_rows: Positive | None = key(None, "use at most this many, evenly spaced; null: all", "rows")
     held_out: Positive = key(200, "chats kept out of training, for perplexity", "chats")
     max_tokens: Positive = key(1024, "longer chats are cut, and counted", "tokens")
-    route: Literal["learned", "uni", "bi", "half", "mode"] = key(
-        "learned", "who decides when generation is scored"
-    )
-    sts_routes: list[Literal["learned", "uni", "bi", "half", "mode"]] = key(
-        ["learned", "half", "uni", "bi"], "routes scored on STS, under both masks"
+    route: Route = key("learned", "who decides in the result: the routers, or a forced route")
+    routes: list[Route] = key(
+        ["learned"], "further routes that are scored beside it, as half, average, uni, bi"
     )
     export: list[Literal["mixture", "modes"]] = key(
         ["mixture", "modes"], "what is saved: to <output_dir>/ubmoe, and to <output_dir>/modes"
@@ -519,7 +520,7 @@ def _kind(annotation: Any) -> str:
             return f"list of {_kind(args[0])}".replace("section", "sections")
         if getattr(annotation, "__metadata__", None):
             return _kind(args[0])
-        return " | ".join(arg if isinstance(arg, str) else _kind(arg) for arg in args)
+        return " | ".join(str(arg) if isinstance(arg, str | int) else _kind(arg) for arg in args)
     return "text" if annotation is str else annotation.__name__
 
 

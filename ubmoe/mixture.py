@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ubmoe import evaluate, generation, routers
 from ubmoe.bidirectional import set_attention
 from ubmoe.chats import Chat, read_chats
-from ubmoe.config import Config, MixtureSection, UserError
+from ubmoe.config import Config, MixtureSection, Route, UserError
 from ubmoe.export import check_encoder
 from ubmoe.model import load_model, load_tokenizer
 from ubmoe.moe import route_of
@@ -88,36 +88,37 @@ def train(config: Config, inputs: Inputs, model: PreTrainedModel) -> dict[str, A
     return report | {"log": log, "bi_weight_by_role": shares, "counts": inputs.counts}
 
 
-def generation_of(config: Config, inputs: Inputs, model: PreTrainedModel) -> dict[str, Any]:
-    """The `generation` section, of the causal model under `ubmoe.route`.
+def _routes(config: Config) -> list[Route]:
+    return list(dict.fromkeys((config.ubmoe.route, *config.ubmoe.routes)))
 
-    Perplexity of the held-out answers is given for every route beside it.
+
+def generation_of(config: Config, inputs: Inputs, model: PreTrainedModel) -> dict[str, Any]:
+    """The `generation` section: of `ubmoe.route`, and under `routes` of every route, all causal.
+
+    The route bi under the causal mask is the study's control: what the tuned FFN alone would say.
     """
-    settings, route = config.evaluation, config.ubmoe.route
     set_attention(model, bidirectional=False)
-    perplexities = {}
-    for each in dict.fromkeys((route, "learned", "half", "uni", "bi")):
-        with route_of(model, each):
-            perplexities[each] = generation.perplexity(model, inputs.held_out, BATCH_TOKENS)
-    with route_of(model, route):
-        scores = generation.generation_scores(model, inputs.tokenizer, settings)
-    return {
-        **scores,
-        "perplexity": perplexities[route],
-        "perplexity_by_route": perplexities,
-        "route": route,
-        "attention": "causal",
-    }
+    routes = {}
+    for route in _routes(config):
+        with route_of(model, route):
+            scores = generation.generation_scores(model, inputs.tokenizer, config.evaluation)
+            perplexity = generation.perplexity(model, inputs.held_out, BATCH_TOKENS)
+        routes[route] = {**scores, "perplexity": perplexity}
+        log.info("route %s: average %s, perplexity %s", route, scores["average"], perplexity)
+    own = config.ubmoe.route
+    kept = ("tasks", "average", "perplexity")
+    brief = {route: {name: each[name] for name in kept} for route, each in routes.items()}
+    return routes[own] | {"route": own, "attention": "causal", "routes": brief}
 
 
 def sts_of(config: Config, inputs: Inputs, model: PreTrainedModel) -> list[dict[str, Any]]:
-    """STS under every route of `ubmoe.sts_routes` and both masks, in the encoder's own form."""
+    """STS of every route under both masks, in the encoder's own form."""
     encoder = SentenceTransformer(str(inputs.encoder), device=str(model.device))
     encoder[0].model = model.base_model
     rows = []
     for attention in ("bidirectional", "causal") if inputs.sts else ():
         set_attention(model, bidirectional=attention == "bidirectional")
-        for route in config.ubmoe.sts_routes:
+        for route in _routes(config):
             with route_of(model, route):
                 found = evaluate.sts_scores(encoder, inputs.sts, config.evaluation.batch_size)
             rows.append({"route": route, "attention": attention, **found})

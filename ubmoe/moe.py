@@ -9,7 +9,7 @@ p_uni FFN_uni(x) + p_bi FFN_bi(x) at top_k 2.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,11 @@ from transformers import PreTrainedModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
 from transformers.initialization import no_init_weights
 from transformers.integrations.moe import ExpertsInterface
 
-from ubmoe.config import UserError
+from ubmoe.config import Route, UserError
 
 UNI, BI = 0, 1
 SHARED_SIZE = 16  # of the zero expert; size 0 loads in transformers, but not in other engines
 EXPERTS = "ubmoe"
-Route = Literal["learned", "uni", "bi", "half", "mode"]
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -141,8 +140,9 @@ def is_mixture(model: PreTrainedModel) -> bool:
 
 
 def set_route(model: PreTrainedModel, route: Route) -> None:
-    """Let the routers decide (`learned`), or force every token: `uni`, `bi`, `half` of each, or
-    `mode`: uni where the mask is causal, bi where it is bidirectional.
+    """Let the routers decide (`learned`), or force every token: `uni`, `bi`, `half` of each, `mode`
+    (uni where the mask is causal, bi where it is bidirectional), or `average`, one FFN of averaged
+    weights.
 
     A forced single route computes one FFN as the dense model does, bit for bit. Nothing of it is
     saved. Raises UserError for a model that is no mixture.
@@ -171,6 +171,12 @@ def route_of(model: PreTrainedModel, route: Route) -> Iterator[PreTrainedModel]:
 
 def _half(experts: Any, states: Tensor) -> Tensor:
     return (_ffn(experts, UNI, states) + _ffn(experts, BI, states)) / 2
+
+
+def _average(experts: Any, states: Tensor) -> Tensor:
+    gate, up = experts.gate_up_proj.mean(0).chunk(2)
+    inner = experts.act_fn(linear(states, gate)) * linear(states, up)
+    return linear(inner, experts.down_proj.mean(0))
 
 
 def _by_mask(experts: Any, states: Tensor) -> Tensor:
@@ -214,6 +220,7 @@ FORCED: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "uni": lambda experts, states: _ffn(experts, UNI, states),
     "bi": lambda experts, states: _ffn(experts, BI, states),
     "half": _half,
+    "average": _average,
     "mode": _by_mask,
 }
 ExpertsInterface.register(EXPERTS, experts_forward)

@@ -70,13 +70,14 @@ def sts_text(result: dict[str, Any]) -> str:
 
 
 def generation_text(result: dict[str, Any]) -> str:
-    """Tasks and perplexity of the route that was scored, then STS by route and mask."""
+    """Tasks and perplexity by route, then STS by route and mask."""
     section, model = result["generation"], Path(result["config"]["model"]["name"]).name
     names = list(section["metrics"])
-    scores = [f"{section['tasks'][name][section['metrics'][name]]:.2f}" for name in names]
-    average = "not run" if section["average"] is None else f"{section['average']:.2f}"
     rows = [["route", *names, "average", "perplexity"]]
-    rows += [[section["route"], *scores, average, f"{section['perplexity']:.2f}"]]
+    for route, each in section["routes"].items():
+        scores = [f"{each['tasks'][name][section['metrics'][name]]:.2f}" for name in names]
+        average = "not run" if each["average"] is None else f"{each['average']:.2f}"
+        rows.append([route, *scores, average, f"{each['perplexity']:.2f}"])
     parts = [f"Generation of the mixture on {model}, percent.\n{aligned(rows)}"]
     if sts := result["sts"]:
         tasks = list(sts[0]["tasks"])
