@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import Qwen2Config
 
 from ubmoe.results import git_commit, write_json
 from ubmoe.tables import aligned
@@ -24,6 +25,19 @@ def device_name() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{platform.machine()} CPU"
+
+
+def qwen_layers(layers: int) -> Qwen2Config:
+    """Qwen2.5-0.5B's layer shape; the vocabulary is small, since the embedding is in no claim."""
+    return Qwen2Config(
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=layers,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        vocab_size=1024,
+        max_position_embeddings=32768,
+    )
 
 
 def medians(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:

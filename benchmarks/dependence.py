@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, Qwen2Config, Qwen2ForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, Qwen2ForCausalLM
 from transformers.masking_utils import eager_mask
 
-from benchmarks.common import medians, peak_of_child, write
+from benchmarks.common import medians, peak_of_child, qwen_layers, write
 from ubmoe.attention import dependence_of, probing
 from ubmoe.results import peak_memory_bytes
 
@@ -55,17 +55,8 @@ class Paper:
 
 
 def build() -> Qwen2ForCausalLM:
-    config = Qwen2Config(
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        vocab_size=1024,  # the embedding takes no part in the claim
-        max_position_embeddings=32768,
-    )
     dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
-    model: Any = Qwen2ForCausalLM(config)
+    model: Any = Qwen2ForCausalLM(qwen_layers(LAYERS))
     return model.to(DEVICE, dtype).eval()
 
 

@@ -18,9 +18,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import DynamicCache, PreTrainedModel, Qwen2ForCausalLM
 
-from benchmarks.common import medians, peak_of_child, write
+from benchmarks.common import medians, peak_of_child, qwen_layers, write
 from ubmoe import moe
 from ubmoe.prediction import mean_loss, predictions
 from ubmoe.results import peak_memory_bytes
@@ -47,16 +47,8 @@ class TwoFFNs(nn.Module):
 
 def dense() -> PreTrainedModel:
     torch.manual_seed(0)
-    config = Qwen2Config(
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        vocab_size=1024,  # the embedding takes no part in the claims
-    )
     dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
-    model: Any = Qwen2ForCausalLM(config)
+    model: Any = Qwen2ForCausalLM(qwen_layers(LAYERS))
     cast(nn.Module, model).to(DEVICE, dtype)
     return model.eval()
 

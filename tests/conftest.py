@@ -65,6 +65,13 @@ def tiny_path() -> Path:
     return tiny_directory()
 
 
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A directory of a random Qwen2, untied."""
+    random_model("qwen2", tie_word_embeddings=False).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
 @pytest.fixture(autouse=True)
 def quiet() -> None:
     transformers.logging.set_verbosity_error()

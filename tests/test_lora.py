@@ -14,13 +14,6 @@ from ubmoe.model import load_model
 from ubmoe.training import Work, named_by, tuning
 
 
-@pytest.fixture
-def saved(tmp_path):
-    """A directory of a random Qwen2, untied."""
-    random_model("qwen2", tie_word_embeddings=False).save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
 def section(path, **keys):
     return ModelSection(name=str(path), device="cpu", **keys)
 

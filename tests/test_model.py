@@ -12,13 +12,6 @@ from ubmoe.config import ModelSection, UserError
 from ubmoe.model import best_device, context_length, environment, load_model, load_tokenizer
 
 
-@pytest.fixture
-def saved(tmp_path):
-    """A directory of a random Qwen2, untied."""
-    random_model("qwen2", tie_word_embeddings=False).save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
 def section(path, **keys):
     return ModelSection(name=str(path), device="cpu", **keys)
 
