@@ -7,8 +7,10 @@ from test_moe import drawn, pair
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ubmoe import lora, moe, routers
+from ubmoe.both import Both
 from ubmoe.chats import Chat, labelled, read_chats
-from ubmoe.config import LoraSection, MixtureSection, UserError, load_config
+from ubmoe.config import BiSection, LoraSection, MixtureSection, UserError, load_config
+from ubmoe.encoder import as_encoder
 from ubmoe.moe import join
 from ubmoe.prediction import IGNORED, mean_loss, predictions
 from ubmoe.training import Work
@@ -166,3 +168,41 @@ def test_adapters_on_a_mixture_are_refused_with_the_reason():
 def test_only_a_mixture_has_routers(chats, tmp_path):
     with pytest.raises(UserError, match="is no mixture of two experts"):
         routers.train(random_model("qwen2"), settings(), chats, Work(tmp_path, 0))
+
+
+@pytest.fixture
+def both(tiny_path, tokenizer, chats):
+    """A mixture of the embedded model and a bi FFN of its own, and its second objective."""
+    uni, bi = (AutoModelForCausalLM.from_pretrained(tiny_path) for _ in range(2))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for layer in bi.model.layers:
+            weight = layer.mlp.down_proj.weight
+            weight += torch.randn(weight.shape, generator=generator) * weight.std()
+    model = join(uni, bi)
+    encoder = as_encoder(model, tokenizer, BiSection(prompt="Say: {text}"))
+    return Both(chats, ["The dog sleeps.", "Anna eats bread."], encoder, model), bi
+
+
+def test_the_second_objective_is_the_distance_from_the_encoders_vectors(both, tokenizer):
+    data, bi = both
+    batch = data.collated([data[0], data[1]])
+    assert torch.equal(batch["labels"], labelled(data.chats[:2])["labels"])
+    bi.config.is_causal = False
+    wanted = as_encoder(bi, tokenizer, BiSection(prompt="Say: {text}")).encode(
+        data.sentences, convert_to_tensor=True
+    )
+    data.model.config.is_causal = False
+    found = data.encoder.encode(data.sentences, convert_to_tensor=True)
+    data.model.config.is_causal = True
+    expected = 1 - torch.nn.functional.cosine_similarity(found, wanted).mean()
+    assert data.distance(batch["sentences"]).item() == pytest.approx(expected.item(), abs=1e-5)
+    assert expected > 0.01 and data.model.config.is_causal is True
+
+
+def test_routers_learn_both_objectives(both, tmp_path):
+    data, _ = both
+    keys = {"objective": "both", "max_steps": 15, "learning_rate": 0.02, "embedding_weight": 10.0}
+    log = routers.train(data.model, settings(**keys), data.chats, Work(tmp_path, 0), data)
+    rows = [row for row in log if "loss" in row]
+    assert rows[-1]["embedding_distance"] < 0.8 * rows[0]["embedding_distance"]

@@ -254,7 +254,11 @@ class MixtureSection(TrainingSection):
         "zeros", "zeros: half of each; normal: N(0, initializer_range); uni: fitted to prefer uni"
     )
     router_aux_loss_coef: Annotated[Float, Field(ge=0)] = key(0.0, "of the load-balancing loss")
-    objective: Literal["chat"] = key("chat", "what the routers learn: the answers of chats, causal")
+    objective: Literal["chat", "both"] = key(
+        "chat", "chat: answers, causal (the paper's); both: the encoder's vectors of sentences, too"
+    )
+    sentences: str = key("tiny", "sentences for objective both: hub id, local file, or tiny")
+    embedding_weight: Above = key(1.0, "of 1 - cosine from the encoder's vectors, beside the loss")
     dataset: str = key("tiny", "chats: hub id[:config[:split]], local .json/.jsonl/..., or tiny")
     max_rows: Positive | None = key(None, "use at most this many, evenly spaced; null: all", "rows")
     held_out: Positive = key(200, "chats kept out of training, for perplexity", "chats")

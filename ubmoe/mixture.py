@@ -11,8 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ubmoe import evaluate, generation, routers
 from ubmoe.bidirectional import set_attention
+from ubmoe.both import Both
 from ubmoe.chats import Chat, read_chats
 from ubmoe.config import Config, MixtureSection, Route, UserError
+from ubmoe.data import SENTENCE, cell, training_rows
 from ubmoe.export import check_encoder
 from ubmoe.model import load_model, load_tokenizer
 from ubmoe.moe import route_of
@@ -30,6 +32,7 @@ class Inputs:
     tokenizer: PreTrainedTokenizerBase
     chats: list[Chat]
     held_out: list[Chat]
+    sentences: list[str]
     sts: list[AbsTaskSTS]
     counts: dict[str, int]
 
@@ -46,9 +49,14 @@ def read(config: Config) -> Inputs:
     settings = config.ubmoe
     found = read_chats(settings.dataset, tokenizer, settings.max_tokens, settings.max_rows)
     chats, held_out = parted(found.chats, settings)
+    sentences = []
+    if settings.objective == "both":
+        rows = training_rows(settings.sentences, len(chats))
+        sentences = [cell(row, SENTENCE) for row in rows]
     counts = {"chats": len(chats), "held_out": len(held_out), "truncated": found.truncated}
     log.info("chats: %s", counts)
-    return Inputs(encoder, tokenizer, chats, held_out, sts, counts | {"dropped": found.dropped})
+    counts["dropped"] = found.dropped
+    return Inputs(encoder, tokenizer, chats, held_out, sentences, sts, counts)
 
 
 def _of_encoder(config: Config, encoder: Path) -> Any:
@@ -83,9 +91,19 @@ def train(config: Config, inputs: Inputs, model: PreTrainedModel) -> dict[str, A
         layer.mlp.gate.norm_topk_prob = config.ubmoe.norm_topk_prob
     report = routers.start(model, config.ubmoe, inputs.chats, inputs.held_out, config.seed)
     work = Work(Path(config.output_dir) / "routers", config.seed, config.resume == "auto")
-    log = routers.train(model, config.ubmoe, inputs.chats, work)
+    both = None
+    if config.ubmoe.objective == "both":
+        both = Both(inputs.chats, inputs.sentences, encoder_of(inputs, model), model)
+    log = routers.train(model, config.ubmoe, inputs.chats, work, both)
     shares = routers.shares_by_role(model, inputs.held_out)
     return report | {"log": log, "bi_weight_by_role": shares, "counts": inputs.counts}
+
+
+def encoder_of(inputs: Inputs, model: PreTrainedModel) -> SentenceTransformer:
+    """The mixture in the tuned encoder's form: its prompt, its pooling, its length."""
+    encoder = SentenceTransformer(str(inputs.encoder), device=str(model.device))
+    encoder[0].model = model.base_model
+    return encoder
 
 
 def _routes(config: Config) -> list[Route]:
@@ -113,8 +131,7 @@ def generation_of(config: Config, inputs: Inputs, model: PreTrainedModel) -> dic
 
 def sts_of(config: Config, inputs: Inputs, model: PreTrainedModel) -> list[dict[str, Any]]:
     """STS of every route under both masks, in the encoder's own form."""
-    encoder = SentenceTransformer(str(inputs.encoder), device=str(model.device))
-    encoder[0].model = model.base_model
+    encoder = encoder_of(inputs, model)
     rows = []
     for attention in ("bidirectional", "causal") if inputs.sts else ():
         set_attention(model, bidirectional=attention == "bidirectional")

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss_func
 
 from ubmoe import moe
+from ubmoe.both import Both
 from ubmoe.chats import Chat, labelled
 from ubmoe.config import MixtureSection, UserError
 from ubmoe.prediction import mean_loss, predictions
@@ -61,10 +62,14 @@ class _Watch:
         self.real: Tensor | None = None
         layers = len(moe.blocks(model))
         self.bi, self.entropy = [0.0] * layers, [0.0] * layers
-        self.logits: list[Any] = [None] * layers
+        self.keep, self.logits = False, [torch.empty(0)] * layers
+        self.off = False
 
     def see(self, layer: int, logits: Tensor) -> None:
-        self.logits[layer] = logits
+        if self.off:
+            return
+        if self.keep:
+            self.logits[layer] = logits
         probabilities = logits.detach().float().softmax(-1)
         if self.real is not None:
             probabilities = probabilities[self.real.flatten().bool()]
@@ -100,28 +105,45 @@ def _watching(model: PreTrainedModel) -> Iterator[_Watch]:
 class _Trainer(Careful, Trainer):
     watch: _Watch
     balance = 0.0  # router_aux_loss_coef
+    both: Both | None = None
+    weight = 0.0  # of the distance from the encoder's vectors
+    distance = 0.0
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Any:
-        labels = inputs.pop("labels")
+        labels, sentences = inputs.pop("labels"), inputs.pop("sentences", None)
         self.watch.real = inputs["attention_mask"]
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
         loss = mean_loss(*predictions(model, head, inputs, labels))
         if self.balance:
             top_k = self.accelerator.unwrap_model(model).config.num_experts_per_tok
-            logits = tuple(self.watch.logits)
+            logits: Any = tuple(self.watch.logits)
             loss += self.balance * load_balancing_loss_func(logits, 2, top_k, self.watch.real)
+        if self.both is not None:
+            self.watch.off = True  # what is watched is the use on chats
+            distance = self.both.distance(sentences)  # type: ignore[arg-type]
+            self.watch.off = False
+            self.distance = distance.item()
+            loss = loss + self.weight * distance
         return loss
 
     def log(self, logs: dict[str, float], *arguments: Any) -> None:
-        super().log(logs | (self.watch.metrics() if "loss" in logs else {}), *arguments)
+        more = self.watch.metrics() if "loss" in logs else {}
+        if more and self.both is not None:
+            more["embedding_distance"] = self.distance
+        super().log(logs | more, *arguments)
 
 
 def train(
-    model: PreTrainedModel, settings: MixtureSection, chats: list[Chat], work: Work
+    model: PreTrainedModel,
+    settings: MixtureSection,
+    chats: list[Chat],
+    work: Work,
+    both: Both | None = None,
 ) -> list[dict[str, Any]]:
     """Train every router of the mixture in place, and nothing else; returns the log.
 
-    Raises UserError for a model that is no mixture.
+    both: the sentences of `objective: both`; without them chats alone count. Raises UserError for a
+    model that is no mixture.
     """
     if not moe.is_mixture(model):
         raise UserError(f"model.name: {model.name_or_path} is no mixture of two experts")
@@ -135,11 +157,13 @@ def train(
         trainer = _Trainer(
             model,
             TrainingArguments(**keys, remove_unused_columns=False),
-            train_dataset=chats,  # type: ignore[arg-type]
-            data_collator=labelled,  # type: ignore[arg-type]
+            train_dataset=both or chats,  # type: ignore[arg-type]
+            data_collator=both.collated if both else labelled,  # type: ignore[arg-type]
             callbacks=[StopOnBadLoss()],
         )
         trainer.watch, trainer.balance = watch, settings.router_aux_loss_coef
+        watch.keep = trainer.balance > 0
+        trainer.both, trainer.weight = both, settings.embedding_weight
         log.info("%d chats; routers of %d layers train", len(chats), len(moe.blocks(model)))
         checkpoint = begin(settings, work, model=model.name_or_path, rows=len(chats))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -1,0 +1,70 @@
+"""One router for both uses: the encoder's own vectors as a second objective of router training.
+
+On sentences, under the bidirectional mask, the mixture's vectors are drawn towards those of the
+forced bi route, which are the encoder's exactly. Not in the paper, whose routers see chats only.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel
+
+from ubmoe.bidirectional import set_attention
+from ubmoe.chats import Chat, labelled
+from ubmoe.config import UserError
+from ubmoe.encoder import own_prompt
+from ubmoe.moe import route_of
+
+
+class Both(Dataset[tuple[Chat, str]]):
+    """Chats, each with a sentence; and how far the mixture's vectors are from the encoder's.
+
+    encoder: in the tuned encoder's form, its inner model the mixture's.
+    """
+
+    def __init__(
+        self,
+        chats: list[Chat],
+        sentences: Sequence[str],
+        encoder: SentenceTransformer,
+        model: PreTrainedModel,
+    ) -> None:
+        if not sentences:
+            raise UserError("ubmoe.sentences: empty; expected sentences for objective both")
+        self.chats, self.sentences = chats, sentences
+        self.encoder, self.model = encoder, model
+
+    def __len__(self) -> int:
+        return len(self.chats)
+
+    def __getitem__(self, row: int) -> tuple[Chat, str]:
+        return self.chats[row], self.sentences[row % len(self.sentences)]
+
+    def collated(self, rows: list[tuple[Chat, str]]) -> dict[str, Any]:
+        """The chats as `labelled` gives them, and the sentences as the encoder reads them."""
+        texts = [sentence for _, sentence in rows]
+        features = self.encoder.preprocess(texts, prompt=own_prompt(self.encoder))
+        return {**labelled([chat for chat, _ in rows]), "sentences": dict(features)}
+
+    def distance(self, features: dict[str, Any]) -> Tensor:
+        """1 - cosine of the mixture's vector and the encoder's, the mean over sentences."""
+        with _bidirectional(self.model):
+            with torch.no_grad(), route_of(self.model, "bi"):
+                wanted = self.encoder(dict(features))["sentence_embedding"]
+            found = self.encoder(dict(features))["sentence_embedding"]
+        return (1 - cosine_similarity(found.float(), wanted.float())).mean()
+
+
+@contextmanager
+def _bidirectional(model: PreTrainedModel) -> Iterator[None]:
+    set_attention(model, bidirectional=True)
+    try:
+        yield
+    finally:
+        set_attention(model, bidirectional=False)
