@@ -28,9 +28,11 @@ def main(config: Config) -> Path | None:
         if run.is_main:
             out, tokenizer, encoder = run.directory, inputs.tokenizer, inputs.encoder
             if "mixture" in config.ubmoe.export:
-                export.save_mixture(model, tokenizer, encoder, out / "ubmoe")
+                made = mixture.made(config, inputs, routed=True)
+                export.save_mixture(model, tokenizer, encoder, out / "ubmoe", made)
             if "modes" in config.ubmoe.export:
-                export.save_modes(uni, bi, tokenizer, encoder, out / "modes")
+                made = mixture.made(config, inputs, routed=False)
+                export.save_modes(uni, bi, tokenizer, encoder, out / "modes", made)
             scores = mixture.generation_of(config, inputs, model)
             run.section = scores | {"router": router}
             run.more = {"sts": mixture.sts_of(config, inputs, model)}

@@ -16,6 +16,7 @@ from ubmoe.config import BiSection, UserError
 from ubmoe.encoder import as_encoder, save_encoder
 from ubmoe.moe import join, routers
 
+MADE = "\nMade in a test.\n"
 TEXTS = ["The cat slept.", "A much longer sentence about the small horse in the garden.", "No."]
 
 
@@ -35,7 +36,7 @@ def sources(request, tiny_path, tmp_path):
 @pytest.mark.parametrize("shard", ["5GB", "20KB"])
 def test_the_two_modes_are_base_and_encoder_in_stock_libraries(sources, tmp_path, shard):
     uni, bi, tokenizer, encoder, vectors = sources
-    export.save_modes(uni, bi, tokenizer, encoder, tmp_path / "modes", shard)
+    export.save_modes(uni, bi, tokenizer, encoder, tmp_path / "modes", MADE, shard)
     files = list((tmp_path / "modes").glob("*.safetensors"))
     assert len(files) == 2 if shard == "5GB" else len(files) > 4
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "modes")
@@ -53,7 +54,7 @@ def test_the_two_modes_are_base_and_encoder_in_stock_libraries(sources, tmp_path
 
 def test_the_two_modes_store_nothing_twice(sources, tmp_path):
     uni, bi, tokenizer, encoder, _ = sources
-    export.save_modes(uni, bi, tokenizer, encoder, tmp_path / "modes")
+    export.save_modes(uni, bi, tokenizer, encoder, tmp_path / "modes", MADE)
     size = sum(file.stat().st_size for file in (tmp_path / "modes").glob("*.safetensors"))
     ffn = sum(value.nbytes for name, value in bi.named_parameters() if ".mlp." in name)
     base = sum(value.nbytes for value in uni.parameters())
@@ -68,7 +69,7 @@ def test_the_two_modes_store_nothing_twice(sources, tmp_path):
 def test_the_saved_mixture_is_the_same_in_stock_libraries(sources, tmp_path):
     uni, bi, tokenizer, encoder, _ = sources
     model = drawn(join(uni, bi))
-    export.save_mixture(model, tokenizer, encoder, tmp_path / "ubmoe")
+    export.save_mixture(model, tokenizer, encoder, tmp_path / "ubmoe", MADE)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "ubmoe")
     torch.testing.assert_close(logits(again), logits(model), atol=1e-5, rtol=1e-5)
     assert again.config.is_causal is True and again.config.use_cache is True
@@ -82,6 +83,22 @@ def test_the_saved_mixture_is_the_same_in_stock_libraries(sources, tmp_path):
     model.config.is_causal = False
     expected = as_encoder(model, tokenizer, BiSection(prompt="Word of {text}:")).encode(TEXTS)
     torch.testing.assert_close(stock.encode(TEXTS), expected, atol=1e-5, rtol=1e-5)
+    assert (tmp_path / "ubmoe" / "README.md").read_text().endswith(MADE)
+
+
+def test_a_causal_encoder_stays_causal_in_both_exports(tiny_path, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_path)
+    uni, bi = pair(vocab_size=len(tokenizer))
+    settings = BiSection(attention="causal", prompt=None)
+    encoder = as_encoder(bi, tokenizer, settings)
+    save_encoder(encoder, bi, tokenizer, settings, tmp_path / "bi")
+    assert export.attention_of(tmp_path / "bi") == "causal"
+    export.save_modes(uni, bi, tokenizer, tmp_path / "bi", tmp_path / "modes", MADE)
+    export.save_mixture(join(uni, bi), tokenizer, tmp_path / "bi", tmp_path / "ubmoe", MADE)
+    stock = SentenceTransformer(str(tmp_path / "modes"), device="cpu")
+    torch.testing.assert_close(stock.encode(TEXTS), encoder.encode(TEXTS), atol=1e-5, rtol=1e-5)
+    mixed = SentenceTransformer(str(tmp_path / "ubmoe"), device="cpu")
+    prove_attention(mixed[0].model, bidirectional=False)
 
 
 def test_routers_stay_float32_in_the_file(sources, tmp_path):
@@ -89,7 +106,7 @@ def test_routers_stay_float32_in_the_file(sources, tmp_path):
 
     uni, bi, tokenizer, encoder, _ = sources
     model = drawn(join(uni.bfloat16(), bi.bfloat16()))
-    export.save_mixture(model, tokenizer, encoder, tmp_path / "ubmoe")
+    export.save_mixture(model, tokenizer, encoder, tmp_path / "ubmoe", MADE)
     tensors = load_file(tmp_path / "ubmoe" / "model.safetensors")
     for name, value in tensors.items():
         assert value.dtype == (torch.float32 if name in routers(model) else torch.bfloat16), name
@@ -99,7 +116,7 @@ def test_routers_stay_float32_in_the_file(sources, tmp_path):
 
 def test_what_is_no_encoder_is_refused_with_the_command_that_makes_one(tmp_path):
     with pytest.raises(UserError, match=r"has no modules.json; run train_bi.py with the same"):
-        export.check_encoder(tmp_path)
+        export.attention_of(tmp_path)
 
 
 def test_the_snippet_of_the_readme_generates_and_embeds(tiny_path, tmp_path):
@@ -112,7 +129,7 @@ def test_the_snippet_of_the_readme_generates_and_embeds(tiny_path, tmp_path):
     settings = BiSection(prompt=None)
     encoder = as_encoder(bi, tokenizer, settings)
     save_encoder(encoder, bi, tokenizer, settings, tmp_path / "bi")
-    export.save_modes(uni, bi, tokenizer, tmp_path / "bi", tmp_path / "modes")
+    export.save_modes(uni, bi, tokenizer, tmp_path / "bi", tmp_path / "modes", MADE)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     [snippet] = [block for block in blocks if "runs/tiny/modes" in block]
     names: dict = {}

@@ -1,15 +1,19 @@
 """lm-eval scores what a hand computation gives, and never a model that reads the future."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import random_model
+from lm_eval.models.huggingface import HFLM
+from test_moe import drawn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ubmoe import generation, tiny_tasks
 from ubmoe.chats import read_chats
 from ubmoe.config import EvaluationSection, UserError
+from ubmoe.moe import join
 
 TASK = """
 task: my_facts
@@ -71,6 +75,30 @@ def test_scores_are_those_of_a_hand_computation(tokenizer, capsys):
     assert found["average"] == pytest.approx(sum(scores) / 2)
     assert found["metrics"] == {"tiny_facts": "acc", "tiny_grammar": "acc"}
     assert capsys.readouterr().out == ""
+
+
+def test_a_batch_of_8_scores_like_one_at_a_time(tiny_path, tokenizer):
+    uni, bi = (AutoModelForCausalLM.from_pretrained(tiny_path) for _ in range(2))
+    with torch.no_grad():
+        for layer in bi.model.layers:
+            layer.mlp.down_proj.weight.mul_(0.5)
+    mixture = drawn(join(uni, bi), scale=0.1)
+    rows = tiny_tasks.grammar()[:12]  # of many lengths
+    asked = [
+        SimpleNamespace(args=("<|im_start|>", text)) for row in rows for text in row["choices"]
+    ]
+    found = {
+        size: [
+            score
+            for score, _ in HFLM(
+                pretrained=mixture, tokenizer=tokenizer, batch_size=size
+            ).loglikelihood(asked, disable_tqdm=True)
+        ]
+        for size in (1, 8)
+    }
+    assert found[8] == pytest.approx(found[1], abs=1e-4)
+    by_hand = [likelihood(mixture, tokenizer, *each.args) for each in asked]
+    assert found[8] == pytest.approx(by_hand, abs=1e-3)
 
 
 def test_the_embedded_model_knows_its_facts_and_its_grammar(model, tokenizer):

@@ -213,6 +213,39 @@ def test_encoders_stand_beside_each_other_over_their_seeds():
     ]
 
 
+def test_mixtures_stand_beside_each_other_over_their_seeds():
+    def mixture(seed, routes, attention="bidirectional", **keys):
+        scores = {
+            route: {"tasks": {"T": {"acc": value}}, "perplexity": value / 10}
+            for route, value in routes.items()
+        }
+        sts = [
+            {"route": route, "attention": mask, "average": value + shift}
+            for route, value in routes.items()
+            for mask, shift in (("bidirectional", 1), ("causal", -1))
+        ]
+        config = {"model": {"name": "small"}, "seed": seed, "ubmoe": {"top_k": 2, **keys}}
+        generation = {"routes": scores, "metrics": {"T": "acc"}, "bi_attention": attention}
+        return {"config": config, "generation": generation, "sts": sts}
+
+    records = {
+        "a.generation.seed0": mixture(0, {"learned": 50.0, "uni": 60.0}, objective="chat"),
+        "a.generation.seed1": mixture(1, {"learned": 54.0}, objective="chat"),
+        "b.generation.seed0": mixture(0, {"learned": 55.0}, objective="both"),
+        "c.generation.seed0": mixture(0, {"learned": 40.0}, "causal", objective="chat"),
+        "a.sts.seed0": {"config": {"model": {"name": "small"}}},
+    }
+    found = tables.renewed("<!-- mixture: small -->\n<!-- end -->", records).splitlines()
+    assert found[1:-1] == [
+        "| generates with | seeds | T | perplexity | STS bidirectional | STS causal |",
+        "|---:|---:|---:|---:|---:|---:|",
+        "| base (uni alone) | 1 | 60.00 | 6.00 | 61.00 | 59.00 |",
+        "| learned, top_k 2, both | 1 | 55.00 | 5.50 | 56.00 | 54.00 |",
+        "| learned, top_k 2, chat | 2 | 52.00 ±2.83 | 5.20 ±0.28 | 53.00 ±2.83 | 51.00 ±2.83 |",
+        "| learned, top_k 2, chat, causally tuned expert | 1 | 40.00 | 4.00 | 41.00 | 39.00 |",
+    ]
+
+
 def test_the_tables_of_the_readme_are_not_stale():
     text = (ROOT / "README.md").read_text()
     config = load_config(None, [f"results.directory={ROOT}/results"])

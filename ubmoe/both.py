@@ -1,11 +1,10 @@
 """One router for both uses: the encoder's own vectors as a second objective of router training.
 
-On sentences, under the bidirectional mask, the mixture's vectors are drawn towards those of the
-forced bi route, which are the encoder's exactly. Not in the paper, whose routers see chats only.
+On sentences, under the encoder's mask, the mixture's vectors are drawn towards those of the forced
+bi route, which are the encoder's exactly. Not in the paper, whose routers see chats only.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from ubmoe.moe import route_of
 class Both(Dataset[tuple[Chat, str]]):
     """Chats, each with a sentence; and how far the mixture's vectors are from the encoder's.
 
-    encoder: in the tuned encoder's form, its inner model the mixture's.
+    encoder: in the tuned encoder's form, its inner model the mixture's. bidirectional: its mask.
     """
 
     def __init__(
@@ -34,11 +33,12 @@ class Both(Dataset[tuple[Chat, str]]):
         sentences: Sequence[str],
         encoder: SentenceTransformer,
         model: PreTrainedModel,
+        bidirectional: bool = True,
     ) -> None:
         if not sentences:
             raise UserError("ubmoe.sentences: empty; expected sentences for objective both")
         self.chats, self.sentences = chats, sentences
-        self.encoder, self.model = encoder, model
+        self.encoder, self.model, self.bidirectional = encoder, model, bidirectional
 
     def __len__(self) -> int:
         return len(self.chats)
@@ -54,17 +54,9 @@ class Both(Dataset[tuple[Chat, str]]):
 
     def distance(self, features: dict[str, Any]) -> Tensor:
         """1 - cosine of the mixture's vector and the encoder's, the mean over sentences."""
-        with _bidirectional(self.model):
-            with torch.no_grad(), route_of(self.model, "bi"):
-                wanted = self.encoder(dict(features))["sentence_embedding"]
-            found = self.encoder(dict(features))["sentence_embedding"]
+        set_attention(self.model, self.bidirectional)
+        with torch.no_grad(), route_of(self.model, "bi"):
+            wanted = self.encoder(dict(features))["sentence_embedding"]
+        found = self.encoder(dict(features))["sentence_embedding"]
+        set_attention(self.model, bidirectional=False)
         return (1 - cosine_similarity(found.float(), wanted.float())).mean()
-
-
-@contextmanager
-def _bidirectional(model: PreTrainedModel) -> Iterator[None]:
-    set_attention(model, bidirectional=True)
-    try:
-        yield
-    finally:
-        set_attention(model, bidirectional=False)

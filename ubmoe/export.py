@@ -19,18 +19,24 @@ from ubmoe.config import UserError
 from ubmoe.moe import PROJECTIONS, SHARED_SIZE, check_alike, mixture_config
 from ubmoe.results import replace_directory
 
-ENCODER_FILES = ("modules.json", "config_sentence_transformers.json", "1_Pooling")
+FORM_FILES = ("modules.json", "config_sentence_transformers.json", "1_Pooling")
 FORM = "sentence_bert_config.json"
 SHARD = "5GB"
 
 
-def check_encoder(directory: Path) -> None:
-    """Raises UserError for what is not an encoder as train_bi.py saves it."""
-    if missing := [name for name in (*ENCODER_FILES, FORM) if not (directory / name).exists()]:
+def attention_of(directory: Path) -> str:
+    """The mask of a saved encoder, causal or bidirectional.
+
+    Raises UserError for what is not an encoder as train_bi.py saves it.
+    """
+    needed = (*FORM_FILES, FORM, "config.json")
+    if missing := [name for name in needed if not (directory / name).exists()]:
         raise UserError(
             f"ubmoe.bi: {directory} has no {missing[0]}; run train_bi.py with the same config "
             "first, or name an encoder that it saved"
         )
+    config = json.loads((directory / "config.json").read_text())
+    return "bidirectional" if config.get("is_causal") is False else "causal"
 
 
 def save_mixture(
@@ -38,17 +44,18 @@ def save_mixture(
     tokenizer: PreTrainedTokenizerBase,
     encoder: Path,
     directory: Path,
-    notes: str = "",
+    made: str,
 ) -> None:
-    """The joined model, causal for transformers and bidirectional for sentence-transformers.
+    """The joined model, causal for transformers, with the encoder's mask for sentence-transformers.
 
-    encoder: the bi directory, whose prompt, pooling and length are taken over.
+    encoder: the bi directory, whose prompt, pooling, length and mask are taken over. made: how the
+    model was made, for its card.
     """
 
     def write(folder: Path) -> None:
         model.config.use_cache = True
         model.save_pretrained(folder)
-        _finish(folder, tokenizer, encoder, {"is_causal": False}, MIXTURE_CARD + notes)
+        _finish(folder, tokenizer, encoder, {}, MIXTURE_CARD + made)
 
     replace_directory(directory, write)
 
@@ -59,6 +66,7 @@ def save_modes(
     tokenizer: PreTrainedTokenizerBase,
     encoder: Path,
     directory: Path,
+    made: str,
     shard: str = SHARD,
 ) -> None:
     """Both dense models in one checkpoint, nothing stored twice: each reader gets its own exactly.
@@ -80,8 +88,7 @@ def save_modes(
         if uni.generation_config is not None:
             uni.generation_config.save_pretrained(folder)
         _save_weights(folder, {"uni": _uni_tensors(uni), "bi": _bi_tensors(bi)}, shard)
-        switch = {"is_causal": False, "mlp_only_layers": []}
-        _finish(folder, tokenizer, encoder, switch, MODES_CARD)
+        _finish(folder, tokenizer, encoder, {"mlp_only_layers": []}, MODES_CARD + made)
 
     replace_directory(directory, write)
 
@@ -135,10 +142,11 @@ def _finish(
 ) -> None:
     """What is beside the weights: tokenizer, the encoder's form with its switch, the card."""
     tokenizer.save_pretrained(folder)
-    for name in ENCODER_FILES:
+    for name in FORM_FILES:
         copy = shutil.copytree if (encoder / name).is_dir() else shutil.copy
         copy(encoder / name, folder / name)  # type: ignore[operator]
-    form = json.loads((encoder / FORM).read_text()) | {"config_kwargs": switch}
+    own = {"is_causal": attention_of(encoder) == "causal"}
+    form = json.loads((encoder / FORM).read_text()) | {"config_kwargs": own | switch}
     (folder / FORM).write_text(json.dumps(form, indent=4, ensure_ascii=False))
     (folder / "README.md").write_text(card)
 
@@ -150,7 +158,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 language_model = AutoModelForCausalLM.from_pretrained(directory)  # causal
 tokenizer = AutoTokenizer.from_pretrained(directory)
-encoder = SentenceTransformer(directory)  # bidirectional; prompt, pooling and length are saved
+encoder = SentenceTransformer(directory)  # its mask, prompt, pooling and length are saved
 ```
 
 Plain `AutoModel.from_pretrained(directory)` is causal. Engines that know Qwen2-MoE but read only

@@ -15,7 +15,7 @@ from ubmoe.both import Both
 from ubmoe.chats import Chat, read_chats
 from ubmoe.config import Config, MixtureSection, Route, UserError
 from ubmoe.data import SENTENCE, cell, training_rows
-from ubmoe.export import check_encoder
+from ubmoe.export import attention_of
 from ubmoe.model import load_model, load_tokenizer
 from ubmoe.moe import route_of
 from ubmoe.training import Work
@@ -29,6 +29,7 @@ class Inputs:
     """Everything that is read before any model is loaded."""
 
     encoder: Path
+    attention: str  # the encoder's: bidirectional, or causal (the study's control)
     tokenizer: PreTrainedTokenizerBase
     chats: list[Chat]
     held_out: list[Chat]
@@ -40,7 +41,7 @@ class Inputs:
 def read(config: Config) -> Inputs:
     """Raises UserError for whatever is missing or wrong, before a model is loaded."""
     encoder = Path(config.ubmoe.bi or f"{config.output_dir}/bi")
-    check_encoder(encoder)
+    attention = attention_of(encoder)
     generation.check_tasks(config.evaluation.generation)
     sts = [evaluate.sts_task(name) for name in config.evaluation.sts]
     tokenizer = load_tokenizer(config.model)
@@ -56,7 +57,7 @@ def read(config: Config) -> Inputs:
     counts = {"chats": len(chats), "held_out": len(held_out), "truncated": found.truncated}
     log.info("chats: %s", counts)
     counts["dropped"] = found.dropped
-    return Inputs(encoder, tokenizer, chats, held_out, sentences, sts, counts)
+    return Inputs(encoder, attention, tokenizer, chats, held_out, sentences, sts, counts)
 
 
 def _of_encoder(config: Config, encoder: Path) -> Any:
@@ -81,7 +82,8 @@ def parted(chats: list[Chat], settings: MixtureSection) -> tuple[list[Chat], lis
 def load(config: Config, inputs: Inputs) -> tuple[PreTrainedModel, PreTrainedModel]:
     """The uni and the bi model, each with its mask proved."""
     uni = load_model(config.model)
-    return uni, load_model(_of_encoder(config, inputs.encoder), bidirectional=True)
+    bidirectional = inputs.attention == "bidirectional"
+    return uni, load_model(_of_encoder(config, inputs.encoder), bidirectional)
 
 
 def train(config: Config, inputs: Inputs, model: PreTrainedModel) -> dict[str, Any]:
@@ -93,7 +95,8 @@ def train(config: Config, inputs: Inputs, model: PreTrainedModel) -> dict[str, A
     work = Work(Path(config.output_dir) / "routers", config.seed, config.resume == "auto")
     both = None
     if config.ubmoe.objective == "both":
-        both = Both(inputs.chats, inputs.sentences, encoder_of(inputs, model), model)
+        encoder, bidirectional = encoder_of(inputs, model), inputs.attention == "bidirectional"
+        both = Both(inputs.chats, inputs.sentences, encoder, model, bidirectional)
     log = routers.train(model, config.ubmoe, inputs.chats, work, both)
     shares = routers.shares_by_role(model, inputs.held_out)
     return report | {"log": log, "bi_weight_by_role": shares, "counts": inputs.counts}
@@ -104,6 +107,33 @@ def encoder_of(inputs: Inputs, model: PreTrainedModel) -> SentenceTransformer:
     encoder = SentenceTransformer(str(inputs.encoder), device=str(model.device))
     encoder[0].model = model.base_model
     return encoder
+
+
+def made(config: Config, inputs: Inputs, routed: bool) -> str:
+    """How the exported model was made, for its card; `routed` where routers are in it."""
+    settings, lines = (
+        config.ubmoe,
+        [
+            f"- language model: {_named(config.model.name)}, {config.model.dtype}",
+            f"- encoder: {_named(str(inputs.encoder))}, tuned under the {inputs.attention} mask",
+        ],
+    )
+    if routed:
+        length = f"{settings.max_steps} steps"
+        if settings.max_steps < 0:
+            length = f"{settings.num_train_epochs:g} epochs"
+        lines.append(
+            f"- routers: top_k {settings.top_k}, started from {settings.router_init}, objective "
+            f"{settings.objective}, {length} of {settings.per_device_train_batch_size} chats "
+            f"({_named(settings.dataset)}), learning rate {settings.learning_rate:g}, seed "
+            f"{config.seed}"
+        )
+    return "\n".join(["\n## How it was made\n", "Joined by train_ubmoe.py of ubmoe.\n", *lines, ""])
+
+
+def _named(name: str) -> str:
+    """A hub id as it is; of a local path its last two parts."""
+    return "/".join(Path(name).resolve().parts[-2:]) if Path(name).exists() else name
 
 
 def _routes(config: Config) -> list[Route]:
@@ -126,7 +156,8 @@ def generation_of(config: Config, inputs: Inputs, model: PreTrainedModel) -> dic
     own = config.ubmoe.route
     kept = ("tasks", "average", "perplexity")
     brief = {route: {name: each[name] for name in kept} for route, each in routes.items()}
-    return routes[own] | {"route": own, "attention": "causal", "routes": brief}
+    said = {"route": own, "attention": "causal", "bi_attention": inputs.attention}
+    return routes[own] | said | {"routes": brief}
 
 
 def sts_of(config: Config, inputs: Inputs, model: PreTrainedModel) -> list[dict[str, Any]]:

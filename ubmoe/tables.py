@@ -2,6 +2,7 @@
 
 import re
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,63 @@ def _sts_row(trained: str, keys: list[str], records: dict[str, dict[str, Any]]) 
     return [trained, str(len(keys)), *tasks, average, spread(after)]
 
 
+# What a forced route is; `uni` and `bi` are the two models themselves, without a mixture.
+ROUTES = {
+    "uni": "base (uni alone)",
+    "bi": "bi alone",
+    "mode": "modes (uni causal, bi bidirectional)",
+    "half": "half of each",
+    "average": "averaged weights",
+}
+
+
+def _mixture_block(name: str, records: dict[str, dict[str, Any]]) -> str:
+    """A row for each route and router of a model's mixtures, over the seeds.
+
+    Generation under the causal mask, STS (the average) under both.
+    """
+    rows: dict[str, dict[int, dict[str, Any]]] = {}
+    for record in records.values():
+        if "generation" in record and _model(record) == name:
+            for route, scores in record["generation"]["routes"].items():
+                seeds = rows.setdefault(_mixed(record, route), {})
+                seeds[record["config"]["seed"]] = {"scores": scores, "sts": _sts_of(record, route)}
+            metrics = record["generation"]["metrics"]
+    body = [_mixture_row(label, list(rows[label].values()), metrics) for label in _ordered(rows)]
+    header = ["generates with", "seeds", *metrics, "perplexity", "STS bidirectional", "STS causal"]
+    return markdown([header, *body])
+
+
+def _mixed(record: dict[str, Any], route: str) -> str:
+    """What answers: a forced route, or routers and how they were trained."""
+    settings = record["config"]["ubmoe"]
+    label = ROUTES.get(route, f"learned, top_k {settings['top_k']}, {settings['objective']}")
+    causal = record["generation"]["bi_attention"] == "causal" and route != "uni"
+    return label + (", causally tuned expert" if causal else "")
+
+
+def _ordered(labels: Iterable[str]) -> list[str]:
+    forced = list(ROUTES.values())
+    return sorted(labels, key=lambda label: (", causal" in label, label not in forced, label))
+
+
+def _sts_of(record: dict[str, Any], route: str) -> dict[str, float]:
+    return {row["attention"]: row["average"] for row in record["sts"] if row["route"] == route}
+
+
+def _mixture_row(label: str, seeds: list[dict[str, Any]], metrics: dict[str, str]) -> list[str]:
+    columns = [
+        *(
+            [each["scores"]["tasks"].get(task, {}).get(metric) for each in seeds]
+            for task, metric in metrics.items()
+        ),
+        [each["scores"]["perplexity"] for each in seeds],
+        *([each["sts"].get(mask) for each in seeds] for mask in ("bidirectional", "causal")),
+    ]
+    cells = [spread([value for value in column if value is not None]) for column in columns]
+    return [label, str(len(seeds)), *cells]
+
+
 def _model(record: dict[str, Any]) -> str:
     return Path(record["config"]["model"]["name"]).name if "config" in record else ""
 
@@ -187,4 +245,9 @@ def _number(value: Any) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
-BLOCKS = {"dependence": _dependence_block, "sts": _sts_block, "benchmark": _benchmark_block}
+BLOCKS = {
+    "dependence": _dependence_block,
+    "sts": _sts_block,
+    "mixture": _mixture_block,
+    "benchmark": _benchmark_block,
+}
