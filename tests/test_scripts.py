@@ -221,12 +221,28 @@ def test_the_mixture_is_trained_saved_and_scored(encoder, tmp_path):
     assert f"{section['perplexity']:.2f}" in table and "routing.png" in table
 
 
+def test_bitune_is_trained_saved_and_scored(tmp_path):
+    keys = ["model.device=cpu", f"output_dir={tmp_path}/run", "bitune.max_steps=3"]
+    keys += ["evaluation.limit=5"]
+    code, output, errors = run(*keys, script="-mubmoe.bitune")
+    assert code == 0, errors
+    assert output == f"{tmp_path}/run/bitune.json\n"
+    section = json.loads((tmp_path / "run" / "bitune.json").read_text())["bitune"]
+    assert set(section["tasks"]) == {"tiny_facts", "tiny_grammar"} and section["perplexity"] > 1
+    assert len(section["alpha_keys"]) == len(section["alpha_values"]) == 4
+    assert section["counts"]["held_out"] == 100 and section["variant"] == "full"
+    saved = {each.name for each in (tmp_path / "run" / "bitune").iterdir()}
+    assert saved >= {"causal", "bidirectional", "theta.safetensors", "bitune.json"}
+    table = results.table(load_config(None, [f"output_dir={tmp_path}/run"]))
+    assert f"{section['perplexity']:.2f}" in table and "bitune.png" in table
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         (["ubmoe.bi={0}/none"], "none has no modules.json; run train_bi.py with the same config"),
         (["ubmoe.dataset={1}/blank.jsonl"], "blank.jsonl:1: empty text"),
-        (["ubmoe.held_out=100000"], "100000 of 400 chats; expected fewer"),
+        (["ubmoe.held_out=100000"], "100000 of 400 rows; expected fewer"),
         (["evaluation.generation=[arc_chalenge]"], "no lm-eval task; did you mean arc_challenge"),
         (["ubmoe.top_k=1"], "expected router_init: uni"),
     ],

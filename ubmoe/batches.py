@@ -14,10 +14,12 @@ def batches_by_length(texts: list[list[int]], batch_tokens: int) -> list[list[in
     return batches
 
 
-def padded(rows: list[list[int]], fill: int = 0) -> torch.Tensor:
-    """(B, T), padded on the right."""
+def padded(rows: list[list[int]], fill: int = 0, left: bool = False) -> torch.Tensor:
+    """(B, T) int64, padded on the right or on the left."""
     width = max(map(len, rows))
-    return torch.tensor([row + [fill] * (width - len(row)) for row in rows])
+    fills = [[fill] * (width - len(row)) for row in rows]
+    pairs = zip(fills, rows, strict=True) if left else zip(rows, fills, strict=True)
+    return torch.tensor([first + second for first, second in pairs], dtype=torch.long)
 
 
 def padded_with_mask(rows: list[list[int]]) -> dict[str, torch.Tensor]:

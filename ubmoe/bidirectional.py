@@ -6,6 +6,9 @@ paper's code does, is silently causal under eager and flex and in padded sdpa ba
 believed: the last token is changed, and the first token's states are looked at.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from transformers import PreTrainedModel
 
@@ -31,6 +34,17 @@ def set_attention(model: PreTrainedModel, bidirectional: bool) -> PreTrainedMode
     }.values():
         config.is_causal = not bidirectional
     return model
+
+
+@contextmanager
+def attending(model: PreTrainedModel, bidirectional: bool) -> Iterator[PreTrainedModel]:
+    """The model under a mask that ends with the block; the one before it comes back."""
+    before = getattr(model.config, "is_causal", True) is False
+    set_attention(model, bidirectional)
+    try:
+        yield model
+    finally:
+        set_attention(model, before)
 
 
 def prove_attention(model: PreTrainedModel, bidirectional: bool) -> str:

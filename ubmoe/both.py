@@ -14,7 +14,7 @@ from torch.nn.functional import cosine_similarity
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
-from ubmoe.bidirectional import set_attention
+from ubmoe.bidirectional import attending
 from ubmoe.chats import Chat, labelled
 from ubmoe.config import UserError
 from ubmoe.encoder import own_prompt
@@ -54,9 +54,8 @@ class Both(Dataset[tuple[Chat, str]]):
 
     def distance(self, features: dict[str, Any]) -> Tensor:
         """1 - cosine of the mixture's vector and the encoder's, the mean over sentences."""
-        set_attention(self.model, self.bidirectional)
-        with torch.no_grad(), route_of(self.model, "bi"):
-            wanted = self.encoder(dict(features))["sentence_embedding"]
-        found = self.encoder(dict(features))["sentence_embedding"]
-        set_attention(self.model, bidirectional=False)
+        with attending(self.model, self.bidirectional):
+            with torch.no_grad(), route_of(self.model, "bi"):
+                wanted = self.encoder(dict(features))["sentence_embedding"]
+            found = self.encoder(dict(features))["sentence_embedding"]
         return (1 - cosine_similarity(found.float(), wanted.float())).mean()

@@ -122,7 +122,9 @@ class TrainingSection(Section):
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = key(
         "linear", "shape of the learning rate after warm-up"
     )
-    warmup_steps: Annotated[int, Field(ge=0)] = key(0, "linear warm-up", "steps")
+    warmup_steps: Annotated[Float, Field(ge=0)] = key(
+        0, "linear warm-up; below 1 it is a share of all steps", "steps"
+    )
     weight_decay: Annotated[Float, Field(ge=0)] = key(0.0, "of AdamW")
     adam_beta1: Share = key(0.9, "of AdamW")
     adam_beta2: Share = key(0.999, "of AdamW")
@@ -293,6 +295,58 @@ class MixtureSection(TrainingSection):
         return self
 
 
+QUESTION = "Question: {prompt}\n\nAnswer:"  # Bitune's
+TASKS_OF_BITUNE = [
+    *("piqa", "arc_challenge", "commonsense_qa", "social_iqa", "mmlu", "gsm8k"),
+]
+
+
+class BituneSection(TrainingSection):
+    """Bitune: two readings of the prompt, mixed (python -m ubmoe.bitune); the paper's defaults."""
+
+    per_device_train_batch_size: Positive = key(
+        10, "examples of a step on one device, of like lengths", "examples"
+    )
+    learning_rate: Above = key(3e-4, "peak learning rate, of the adapters and of theta")
+    warmup_steps: Annotated[Float, Field(ge=0)] = key(
+        0.1, "linear warm-up; below 1 it is a share of all steps", "steps"
+    )
+    variant: Literal[
+        "full", "naive", "no_mixing", "only_causal", "shared_weights", "anticausal", "lora"
+    ] = key("full", "the method, one of the paper's ablations, or lora: the baseline")
+    adapter: Literal["lora", "dora", "ia3"] = key("lora", "kind of the adapters")
+    rank: Positive = key(8, "of lora and dora")
+    alpha: Above = key(1.0, "of lora and dora; their scale is alpha / rank")
+    theta_init: Above = key(0.01, "start of theta; the mixing starts at one half whatever it is")
+    dataset: str = key("tiny", "chats: hub id[:config[:split]], local .json/.jsonl/..., or tiny")
+    template: str | None = key(
+        QUESTION, "a user's turn stands in it, at {prompt}; null: the model's chat template"
+    )
+    max_rows: Positive | None = key(None, "use at most this many, evenly spaced; null: all", "rows")
+    max_tokens: Positive = key(
+        512,
+        "examples that are longer are dropped, and counted: their answers have no end",
+        "tokens",
+    )
+    held_out: Positive = key(200, "examples kept out of training, for perplexity", "examples")
+    generation: list[str] = key(TASKS_OF_BITUNE, "as evaluation.generation, for this program alone")
+
+    @field_validator("template")
+    @classmethod
+    def _holds_the_prompt(cls, template: str | None) -> str | None:
+        if template is not None and template.count("{prompt}") != 1:
+            raise ValueError(f"expected {{prompt}} once, as in {QUESTION!r}")
+        return template
+
+    @model_validator(mode="after")
+    def _keeps_the_cache(self) -> "BituneSection":
+        if self.activation_checkpointing:
+            raise ValueError(
+                "activation_checkpointing drops the caches that Bitune mixes; expected false"
+            )
+        return self
+
+
 # BIOSSES ... STSBenchmark: the ten of the paper's Table 2, in mteb's first versions.
 TABLE2 = [
     *("BIOSSES", "SICK-R", "STS12", "STS13", "STS14", "STS15", "STS16", "STS17", "STS22"),
@@ -341,6 +395,7 @@ class Config(Section):
     dependence: DependenceSection = key(DependenceSection(), "")
     bi: BiSection = key(BiSection(), "")
     ubmoe: MixtureSection = key(MixtureSection(), "")
+    bitune: BituneSection = key(BituneSection(), "")
     evaluation: EvaluationSection = key(EvaluationSection(), "")
     results: ResultsSection = key(ResultsSection(), "")
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ubmoe import language
 from ubmoe.config import UserError
@@ -16,6 +16,7 @@ SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt")
 TINY_CHATS = 400  # held out of the embedded language
 TINY_HELD_OUT_SEED = 1  # unlike the seed that the embedded model was trained with
 TINY_SENTENCES, TINY_SENTENCES_SEED = 8000, 3
+Item = TypeVar("Item")
 SENTENCE = ("text", "sentence")  # what the column of sentences is called
 
 
@@ -79,6 +80,20 @@ def spaced(rows: list[Row], most: int | None) -> list[Row]:
     if most is None or most >= len(rows):
         return rows
     return [rows[index * len(rows) // most] for index in range(most)]
+
+
+def held_out(items: list[Item], count: int, key: str) -> tuple[list[Item], list[Item]]:
+    """The items to train on, and `count` others, evenly spaced. Raises UserError naming the key."""
+    if len(items) <= count:
+        raise UserError(
+            f"{key}: {count} of {len(items)} rows; expected fewer, so that there is something to "
+            "train on"
+        )
+    places = {index * len(items) // count for index in range(count)}
+    return (
+        [item for number, item in enumerate(items) if number not in places],
+        [item for number, item in enumerate(items) if number in places],
+    )
 
 
 def read_rows(dataset: str) -> Iterator[Row]:

@@ -71,6 +71,27 @@ CURVES = {  # of a stage's log: what stands in one panel, under the names of the
 }
 
 
+def mixing(section: dict[str, Any]) -> dict[str, Figure]:
+    """Bitune's learned alpha by layer, and the loss over the steps; {} where there is neither."""
+    rows = [row for row in section["log"] if "loss" in row]
+    mixed = "alpha_keys" in section
+    if not rows:
+        return {}
+    figure = _figure(8.2 if mixed else 4.1, 3.2)
+    panels = figure.subplots(1, 1 + mixed, squeeze=False)[0]
+    _curve(panels[0], rows, "loss")
+    if mixed:
+        for what in ("keys", "values"):
+            values = section[f"alpha_{what}"]
+            panels[1].plot(range(len(values)), values, marker="o", lw=1.4, label=what)
+        panels[1].axhline(0.5, color="grey", lw=0.8, ls=":")
+        panels[1].set(xlabel="layer", ylabel="alpha, share of the second reading", ylim=(0, 1))
+        panels[1].xaxis.get_major_locator().set_params(integer=True)
+        panels[1].legend(frameon=False, fontsize=8)
+        panels[1].spines[["top", "right"]].set_visible(False)
+    return {"bitune.png": figure}
+
+
 def training(stages: list[dict[str, Any]]) -> dict[str, Figure]:
     """A row of panels for each stage: what it logged, over its steps; none where none trained."""
     logs = [[row for row in stage["log"] if "loss" in row] for stage in stages]

@@ -25,6 +25,7 @@ from ubmoe.chats import Chat, labelled
 from ubmoe.config import EvaluationSection, UserError
 from ubmoe.prediction import predictions
 
+BATCH_TOKENS = 8192  # padded tokens of a forward, for perplexity
 UNBOUNDED = ("perplexity", "bits_per_byte", "brier_score")  # no shares, so no percent
 
 log = logging.getLogger(__name__)
@@ -76,11 +77,15 @@ def check_causal(model: PreTrainedModel) -> None:
 
 
 def generation_scores(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: EvaluationSection
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: EvaluationSection,
+    lm: Any = None,
 ) -> dict[str, Any]:
     """Every metric of every task, in percent, and the average of the tasks' main metrics.
 
-    The main metric of a task is the first that its YAML names; a group's is acc. Raises UserError
+    The main metric of a task is the first that its YAML names; a group's is acc. lm: lm-eval's way
+    to ask the model; None: transformers' causal forward and generate. Raises UserError
     for a bidirectional model and for a score that is not finite: it is never averaged.
     """
     check_causal(model)
@@ -92,7 +97,11 @@ def generation_scores(
     if not settings.generation:
         return {"tasks": {}, "metrics": {}, "average": None, **said}
     with redirect_stdout(sys.stderr):
-        found = _evaluated(model, tokenizer, settings)
+        if lm is None:
+            from lm_eval.models.huggingface import HFLM
+
+            lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size)
+        found = _evaluated(lm, settings)
     tasks, metrics = {}, {}
     for asked in settings.generation:
         for name in _result_names(asked):
@@ -110,11 +119,8 @@ def generation_scores(
     }
 
 
-def _evaluated(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: EvaluationSection
-) -> dict[str, Any]:
+def _evaluated(lm: Any, settings: EvaluationSection) -> dict[str, Any]:
     import lm_eval
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -125,7 +131,7 @@ def _evaluated(
     ]
     try:
         found = lm_eval.simple_evaluate(
-            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size),
+            lm,
             tasks=tasks,
             num_fewshot=settings.num_fewshot,
             limit=settings.limit,
@@ -163,7 +169,9 @@ def _main_metric(task: Any, scores: dict[str, float]) -> str:
 
 
 @torch.no_grad()
-def perplexity(model: PreTrainedModel, chats: list[Chat], batch_tokens: int) -> float:
+def perplexity(
+    model: PreTrainedModel, chats: list[Chat], batch_tokens: int = BATCH_TOKENS
+) -> float:
     """exp of the mean negative log-likelihood of the answers' tokens, end tokens included.
 
     Raises UserError for a bidirectional model.

@@ -13,15 +13,14 @@ from ubmoe import evaluate, generation, routers
 from ubmoe.bidirectional import set_attention
 from ubmoe.both import Both
 from ubmoe.chats import Chat, read_chats
-from ubmoe.config import Config, MixtureSection, Route, UserError
-from ubmoe.data import SENTENCE, cell, training_rows
+from ubmoe.config import Config, Route, UserError
+from ubmoe.data import SENTENCE, cell, held_out, training_rows
 from ubmoe.export import attention_of
 from ubmoe.model import load_model, load_tokenizer
 from ubmoe.moe import route_of
 from ubmoe.training import Work
 
 log = logging.getLogger(__name__)
-BATCH_TOKENS = 8192  # padded tokens of a forward, for perplexity
 
 
 @dataclass(frozen=True)
@@ -49,34 +48,20 @@ def read(config: Config) -> Inputs:
         raise UserError(f"ubmoe.bi: {encoder} has another tokenizer than {config.model.name}")
     settings = config.ubmoe
     found = read_chats(settings.dataset, tokenizer, settings.max_tokens, settings.max_rows)
-    chats, held_out = parted(found.chats, settings)
+    chats, kept = held_out(found.chats, settings.held_out, "ubmoe.held_out")
     sentences = []
     if settings.objective == "both":
         rows = training_rows(settings.sentences, len(chats))
         sentences = [cell(row, SENTENCE) for row in rows]
-    counts = {"chats": len(chats), "held_out": len(held_out), "truncated": found.truncated}
+    counts = {"chats": len(chats), "held_out": len(kept), "truncated": found.truncated}
     log.info("chats: %s", counts)
     counts["dropped"] = found.dropped
-    return Inputs(encoder, attention, tokenizer, chats, held_out, sentences, sts, counts)
+    return Inputs(encoder, attention, tokenizer, chats, kept, sentences, sts, counts)
 
 
 def _of_encoder(config: Config, encoder: Path) -> Any:
     changes = {"name": str(encoder), "revision": None, "adapter": None}
     return config.model.model_copy(update=changes)
-
-
-def parted(chats: list[Chat], settings: MixtureSection) -> tuple[list[Chat], list[Chat]]:
-    """Chats to train on, and `held_out` ones, evenly spaced over the data. Raises UserError."""
-    if len(chats) <= settings.held_out:
-        raise UserError(
-            f"ubmoe.held_out: {settings.held_out} of {len(chats)} chats; expected fewer, so that "
-            "some are left to train on"
-        )
-    places = {index * len(chats) // settings.held_out for index in range(settings.held_out)}
-    return (
-        [chat for number, chat in enumerate(chats) if number not in places],
-        [chat for number, chat in enumerate(chats) if number in places],
-    )
 
 
 def load(config: Config, inputs: Inputs) -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -150,7 +135,7 @@ def generation_of(config: Config, inputs: Inputs, model: PreTrainedModel) -> dic
     for route in _routes(config):
         with route_of(model, route):
             scores = generation.generation_scores(model, inputs.tokenizer, config.evaluation)
-            perplexity = generation.perplexity(model, inputs.held_out, BATCH_TOKENS)
+            perplexity = generation.perplexity(model, inputs.held_out)
         routes[route] = {**scores, "perplexity": perplexity}
         log.info("route %s: average %s, perplexity %s", route, scores["average"], perplexity)
     own = config.ubmoe.route

@@ -6,6 +6,7 @@ positions would be computed, kept for the backward pass, and thrown away.
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -15,7 +16,9 @@ IGNORED = -100  # the label of a token that is not to be predicted
 def predictions(
     model: nn.Module, head: nn.Module, inputs: dict[str, Tensor], labels: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """((M, V) fp32 logits, (M,) tokens) of the M labelled tokens, each from the position before it.
+    """(M, V) logits and the M labelled tokens, each predicted from the position before it.
+
+    The logits are float32 at least.
 
     model: a causal LM, wrapped or not, and `head` its output embeddings; labels: (B, T), IGNORED
     where nothing is to be predicted. A label of the first token has nothing before it, and is
@@ -28,7 +31,8 @@ def predictions(
         output: Any = model(**inputs, use_cache=False)
     finally:
         hook.remove()
-    return output.logits[0].float(), wanted[before]
+    logits = output.logits[0]
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)), wanted[before]
 
 
 def mean_loss(logits: Tensor, wanted: Tensor) -> Tensor:

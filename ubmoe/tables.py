@@ -90,10 +90,24 @@ def generation_text(result: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def bitune_text(result: dict[str, Any]) -> str:
+    """Tasks, their average, and perplexity of held-out answers."""
+    section, model = result["bitune"], Path(result["config"]["model"]["name"]).name
+    names = list(section["metrics"])
+    scores = [f"{section['tasks'][name][section['metrics'][name]]:.2f}" for name in names]
+    average = "not run" if section["average"] is None else f"{section['average']:.2f}"
+    rows = [
+        ["variant", *names, "average", "perplexity"],
+        [section["variant"], *scores, average, f"{section['perplexity']:.2f}"],
+    ]
+    return f"Bitune on {model}, percent.\n{aligned(rows)}"
+
+
 TEXT = {
     "dependence": dependence_text,
     "sts": sts_text,
     "generation": generation_text,
+    "bitune": bitune_text,
     "evaluation": sts_text,
 }
 
