@@ -299,6 +299,11 @@ def test_merged_for_decoding_it_says_the_same(variant):
     expected = scores(bitune, EXAMPLES)
     after = prefill.merged(bitune)
     torch.testing.assert_close(scores(after, EXAMPLES), expected, atol=1e-4, rtol=1e-4)
+    if after.reader is not None:  # no weight is held twice
+        dense = {name.replace("base_layer.", "") for name, _ in after.decoder.named_parameters()}
+        both = {value.data_ptr() for value in after.parameters()}
+        adapters = sum("lora_" in name for name, _ in after.reader.named_parameters())
+        assert len(both) == len(dense) + adapters + len(after.theta())
     keys = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     said = after.generate(*whole_prompts(), **keys)[:, -4:].tolist()
     assert said == [recomputed(after, each.prompt, 4) for each in EXAMPLES]

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -68,15 +69,14 @@ VARIANTS = {
 class Bitune(nn.Module):
     """A decoder under its adapters, and theta.
 
-    adapters: the name of the adapter of each kind of pass, None where it is merged.
+    model: with the adapters of both passes; or, for use, the decoder itself with the causal ones
+    merged, and `reader`, the same with what the bidirectional ones add (None: nothing).
     """
 
-    def __init__(
-        self, model: Any, variant: str, theta_init: float, adapters: dict[str, str | None]
-    ) -> None:
+    def __init__(self, model: Any, variant: str, theta_init: float, reader: Any = None) -> None:
         super().__init__()
-        self.model, self.name, self.variant = model, variant, VARIANTS[variant]
-        self.adapters, self.theta_init = adapters, theta_init
+        self.model, self.reader = model, reader
+        self.name, self.variant, self.theta_init = variant, VARIANTS[variant], theta_init
         layers = self.decoder.config.get_text_config().num_hidden_layers
         if self.variant.mixed:
             start = torch.full((layers,), theta_init, device=self.decoder.device)
@@ -85,8 +85,8 @@ class Bitune(nn.Module):
 
     @property
     def decoder(self) -> Any:
-        """The language model itself, whose layers hold the adapters."""
-        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        """The language model that answers."""
+        return _without_wrapper(self.model)
 
     def theta(self) -> dict[str, Tensor]:
         """(layers,) float32 each, of the `keys` and of the `values`; {} where nothing is mixed."""
@@ -123,8 +123,12 @@ class Bitune(nn.Module):
         seen: Tensor = mask
         if attention == "anticausal":
             seen = _anticausal(mask, self.decoder.dtype)
-        with self._adapter(kind), attending(self.decoder, attention == "bidirectional"):
-            output = self.decoder.base_model(
+        owner = self.model
+        if kind == BIDIRECTIONAL and self.reader is not None:
+            owner = self.reader
+        decoder = _without_wrapper(owner)
+        with _active(owner, kind), attending(decoder, attention == "bidirectional"):
+            output = decoder.base_model(
                 input_ids=ids, attention_mask=seen, position_ids=_positions(mask), use_cache=True
             )
         return output.past_key_values
@@ -171,7 +175,7 @@ class Bitune(nn.Module):
     @contextmanager
     def answering(self) -> Iterator[Any]:
         """The decoder with the causal adapters, which read and write answers."""
-        with self._adapter(CAUSAL), attending(self.decoder, bidirectional=False):
+        with _active(self.model, CAUSAL), attending(self.decoder, bidirectional=False):
             yield self.decoder
 
     @torch.no_grad()
@@ -186,23 +190,25 @@ class Bitune(nn.Module):
                 input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, **keys
             )
 
-    @contextmanager
-    def _adapter(self, kind: str) -> Iterator[None]:
-        """One adapter is active; what trains stays as it was, though peft freezes the other one."""
-        name = self.adapters[kind]
-        if not isinstance(self.model, PeftModel):
-            yield
-        elif name is None:
-            with self.model.disable_adapter():
-                yield
-        else:
-            trains = [(value, value.requires_grad) for value in self.model.parameters()]
-            self.model.set_adapter(name)
-            try:
-                yield
-            finally:
-                for value, own in trains:
-                    value.requires_grad = own
+
+@contextmanager
+def _active(model: Any, adapter: str) -> Iterator[None]:
+    """One adapter is active; what trains stays as it was, though peft freezes the other one."""
+    if not isinstance(model, PeftModel):
+        yield
+        return
+    trains = [(value, value.requires_grad) for value in model.parameters()]
+    model.set_adapter(adapter)
+    try:
+        yield
+    finally:
+        for value, own in trains:
+            value.requires_grad = own
+
+
+def _without_wrapper(model: Any) -> Any:
+    """The decoder itself, whose layers may hold adapters."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def mix(causal: Tensor, other: Tensor, alpha: Tensor) -> Tensor:
@@ -244,12 +250,11 @@ def attach(model: PreTrainedModel, settings: BituneSection, seed: int) -> Bitune
         with attending(model, bidirectional=True):
             prove_attention(model, bidirectional=True)
     set_seed(seed)  # a resumed run draws the same first adapters
-    adapters: dict[str, str | None] = {CAUSAL: CAUSAL, BIDIRECTIONAL: BIDIRECTIONAL}
     try:
         wrapped: Any = get_peft_model(model, config, adapter_name=CAUSAL)
         if variant.own:
             wrapped.add_adapter(BIDIRECTIONAL, config)
-        bitune = Bitune(wrapped, settings.variant, settings.theta_init, adapters)
+        bitune = Bitune(wrapped, settings.variant, settings.theta_init)
         _train_what_can_learn(bitune)
     except (AttributeError, ValueError) as error:
         raise UserError(
@@ -288,25 +293,25 @@ def _train_what_can_learn(bitune: Bitune) -> None:
 def merged(bitune: Bitune) -> Bitune:
     """For use: the causal LoRA merged into the weights, so that answers come at the base's speed.
 
-    The bidirectional pass then adds the difference of the two adapters, of twice the rank. Takes
-    the model over. Raises UserError for adapters that are no LoRA.
+    The bidirectional pass then adds the difference of the two adapters, of twice the rank, to the
+    same weights. Takes the model over. Raises UserError for adapters that are no LoRA.
     """
-    wrapped, adapters = bitune.model, dict(bitune.adapters)
+    wrapped, reader = bitune.model, None
     kinds = [config for config in wrapped.peft_config.values() if type(config) is not LoraConfig]
     if kinds or any(config.use_dora for config in wrapped.peft_config.values()):
         raise UserError("bitune.adapter: only lora can be merged for decoding; expected lora")
-    weights = None
     if bitune.variant.own:
         pair = [BIDIRECTIONAL, CAUSAL]
         wrapped.add_weighted_adapter(pair, [1.0, -1.0], DIFFERENCE, combination_type="cat")
         weights = get_peft_model_state_dict(wrapped, adapter_name=DIFFERENCE)
         config = wrapped.peft_config[DIFFERENCE]
     model = wrapped.merge_and_unload(adapter_names=[CAUSAL])
-    if weights is not None:
-        model = get_peft_model(model, config, adapter_name=DIFFERENCE)
-        set_peft_model_state_dict(model, weights, adapter_name=DIFFERENCE)
-    adapters = {CAUSAL: None, BIDIRECTIONAL: DIFFERENCE if bitune.variant.own else None}
-    after = Bitune(model, bitune.name, bitune.theta_init, adapters)
+    if bitune.variant.own:
+        shared = {id(value): value for value in (*model.parameters(), *model.buffers())}
+        copy = deepcopy(model, shared)  # other modules, the same weights
+        reader = get_peft_model(copy, config, adapter_name=BIDIRECTIONAL)
+        set_peft_model_state_dict(reader, weights, adapter_name=BIDIRECTIONAL)
+    after = Bitune(model, bitune.name, bitune.theta_init, reader)
     after.take(bitune.theta())
     return after.requires_grad_(False).eval()
 
@@ -348,8 +353,7 @@ def load(model: PreTrainedModel, directory: Path) -> Bitune:
         wrapped = PeftModel.from_pretrained(model, str(directory / CAUSAL), adapter_name=CAUSAL)
         for kind in kinds[1:]:
             wrapped.load_adapter(str(directory / kind), adapter_name=kind)
-        adapters: dict[str, str | None] = {CAUSAL: CAUSAL, BIDIRECTIONAL: BIDIRECTIONAL}
-        bitune = Bitune(wrapped, said["variant"], said["theta_init"], adapters)
+        bitune = Bitune(wrapped, said["variant"], said["theta_init"])
         if bitune.variant.mixed:
             bitune.take(load_file(directory / THETA))
     except Exception as error:  # the libraries raise nearly every type here
