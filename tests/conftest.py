@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it, and for child processes too
 
 # ruff: noqa: E402
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,29 @@ def saved(tmp_path: Path) -> Path:
     """A directory of a random Qwen2, untied."""
     random_model("qwen2", tie_word_embeddings=False).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
+
+
+class KilledError(Exception):
+    """What a trainer dies of in `dying`."""
+
+
+@pytest.fixture
+def dying(monkeypatch: pytest.MonkeyPatch) -> Callable[[type, int], list[int]]:
+    """(trainer class, n) -> the steps that begin from now on; its n-th one raises KilledError."""
+
+    def die(trainer: Any, last: int) -> list[int]:
+        real, steps = trainer.training_step, []
+
+        def step(self: Any, *arguments: Any, **named: Any) -> Any:
+            steps.append(1)
+            if len(steps) == last:
+                raise KilledError
+            return real(self, *arguments, **named)
+
+        monkeypatch.setattr(trainer, "training_step", step)
+        return steps
+
+    return die
 
 
 @pytest.fixture(autouse=True)

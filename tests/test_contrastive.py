@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from conftest import random_model
+from conftest import KilledError, random_model
 from sentence_transformers import SentenceTransformer
 from torch.nn.functional import cross_entropy, normalize
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -250,25 +250,14 @@ def test_training_tells_sentences_apart(tokenizer, tiny_path, tmp_path):
 
 
 @pytest.mark.parametrize("lora", [None, LoraSection(rank=2)])
-def test_a_killed_run_goes_on_to_the_same_weights(tokenizer, tmp_path, monkeypatch, lora):
+def test_a_killed_run_goes_on_to_the_same_weights(tokenizer, tmp_path, dying, lora):
     whole, model = build(tokenizer)
     # 48 sentences in batches of 8: the run is killed in its second epoch
     keys = {"max_steps": 12, "save_steps": 3, "lora": lora}
     train(whole, model, stage(tmp_path, **keys), tmp_path / "whole")
     encoder, other = build(tokenizer)
 
-    class KilledError(Exception):
-        pass
-
-    real, steps = contrastive._Trainer.training_step, []
-
-    def step(self, *arguments, **named):
-        steps.append(1)
-        if len(steps) == 11:
-            raise KilledError
-        return real(self, *arguments, **named)
-
-    monkeypatch.setattr(contrastive._Trainer, "training_step", step)
+    steps = dying(contrastive._Trainer, 11)
     with pytest.raises(KilledError):
         train(encoder, other, stage(tmp_path, **keys), tmp_path / "half")
     encoder, other = build(tokenizer)

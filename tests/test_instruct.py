@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import random_model
+from conftest import KilledError, random_model
 from test_prefill import EXAMPLES, tuned
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -47,11 +47,7 @@ def test_the_embedded_model_learns_a_new_answer(tiny_path, tmp_path):
         assert name not in frozen or torch.equal(value, frozen[name]), name
 
 
-def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
-    class KilledError(Exception):
-        pass
-
-    real, steps = instruct._Trainer.training_step, []
+def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, dying):
     examples = some_examples(40)  # in batches of 4: step 11 is of the second epoch
 
     def train(directory, resume=False):
@@ -60,14 +56,8 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
         instruct.train(bitune, keys, examples, Work(directory, 5, resume))
         return torch.cat([value.detach().flatten() for value in bitune.parameters()])
 
-    def step(self, *arguments, **named):
-        steps.append(1)
-        if len(steps) == 14:
-            raise KilledError
-        return real(self, *arguments, **named)
-
     whole = train(tmp_path / "whole")
-    monkeypatch.setattr(instruct._Trainer, "training_step", step)
+    steps = dying(instruct._Trainer, 14)
     with pytest.raises(KilledError):
         train(tmp_path / "half")
     assert torch.equal(train(tmp_path / "half", resume=True), whole)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import random_model
+from conftest import KilledError, random_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -122,27 +122,16 @@ def test_a_mask_token_of_several_tokens_is_refused(tokenizer):
 
 
 @pytest.mark.parametrize("lora", [None, {"rank": 2}])
-def test_a_killed_run_goes_on_to_the_same_weights(tokenizer, tmp_path, monkeypatch, lora):
+def test_a_killed_run_goes_on_to_the_same_weights(tokenizer, tmp_path, dying, lora):
     # 20 rows in batches of 4: the run is killed in its second epoch
     settings = stage(max_steps=10, save_steps=3, lora=lora, max_rows=100, learning_rate=1e-3)
     chunks = chunked(settings, tokenizer)[:20]
     assert len(chunks) == 20
 
-    class KilledError(Exception):
-        pass
-
-    real, steps = masked._Trainer.training_step, []
-
     def train(directory, resume=False):
         model = random_model("qwen2", vocab_size=len(tokenizer))
         masked.train_stage(model, tokenizer, settings, chunks, Work(directory, 0, resume))
         return model
-
-    def step(self, *arguments, **named):
-        steps.append(1)
-        if len(steps) == 9:
-            raise KilledError
-        return real(self, *arguments, **named)
 
     whole = train(tmp_path / "whole")
     start = random_model("qwen2", vocab_size=len(tokenizer)).state_dict()
@@ -151,7 +140,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tokenizer, tmp_path, monkeypat
         targets = {name for name in targets if not name.endswith("bias")}
     for name, value in whole.state_dict().items():
         assert torch.equal(value, start[name]) == (name not in targets), name
-    monkeypatch.setattr(masked._Trainer, "training_step", step)
+    steps = dying(masked._Trainer, 9)
     with pytest.raises(KilledError):
         train(tmp_path / "half")
     resumed = train(tmp_path / "half", resume=True)

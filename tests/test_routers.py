@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import random_model
+from conftest import KilledError, random_model
 from test_moe import drawn, pair
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -92,11 +92,7 @@ def test_routers_learn_to_prefer_the_better_expert(tiny_path, chats, tmp_path):
     assert rows[-1]["bi_weight"] < 0.3 and rows[-1]["loss"] < rows[0]["loss"] / 2
 
 
-def test_a_killed_run_goes_on_to_the_same_routers(chats, tmp_path, monkeypatch):
-    class KilledError(Exception):
-        pass
-
-    real, steps = routers._Trainer.training_step, []
+def test_a_killed_run_goes_on_to_the_same_routers(chats, tmp_path, dying):
 
     def train(directory, resume=False):
         model = join(*pair(vocab_size=1000))
@@ -104,14 +100,8 @@ def test_a_killed_run_goes_on_to_the_same_routers(chats, tmp_path, monkeypatch):
         routers.train(model, settings(**keys), chats, Work(directory, 0, resume))
         return torch.stack([value.detach() for value in moe.routers(model).values()])
 
-    def step(self, *arguments, **named):
-        steps.append(1)
-        if len(steps) == 14:
-            raise KilledError
-        return real(self, *arguments, **named)
-
     whole = train(tmp_path / "whole")
-    monkeypatch.setattr(routers._Trainer, "training_step", step)
+    steps = dying(routers._Trainer, 14)
     with pytest.raises(KilledError):
         train(tmp_path / "half")
     assert torch.equal(train(tmp_path / "half", resume=True), whole)
