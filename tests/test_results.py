@@ -10,6 +10,7 @@ from conftest import ROOT, random_model
 
 from ubmoe import results, tables
 from ubmoe.config import UserError, load_config
+from ubmoe.published import published
 
 SECTION = {
     "overall": {"main": 10.0, "before": 60.0, "after": 30.0},
@@ -244,6 +245,31 @@ def test_mixtures_stand_beside_each_other_over_their_seeds():
         "| learned, top_k 2, chat | 2 | 52.00 ±2.83 | 5.20 ±0.28 | 53.00 ±2.83 | 51.00 ±2.83 |",
         "| learned, top_k 2, chat, causally tuned expert | 1 | 40.00 | 4.00 | 41.00 | 39.00 |",
     ]
+
+
+def test_variants_of_bitune_stand_beside_the_papers():
+    def bitune(variant, perplexity):
+        section = {"variant": variant, "perplexity": perplexity, "metrics": {"T": "acc"}}
+        tasks = {"T": {"acc": perplexity * 10}}
+        return {"config": {"model": {"name": "small"}}, "bitune": section | {"tasks": tasks}}
+
+    records = {"a": bitune("full", 4.0), "b": bitune("full", 6.0), "c": bitune("lora", 7.0)}
+    found = tables.renewed("<!-- bitune: small -->\n<!-- end -->", records).splitlines()
+    assert found[1:-1] == [
+        "| variant | seeds | perplexity | T | published, Gemma-2B | published, Llama3-8B |",
+        "|---:|---:|---:|---:|---:|---:|",
+        "| lora | 1 | 7.00 | 70.00 | 45.7 | 70.4 |",
+        "| full | 2 | 5.00 ±1.41 | 50.00 ±14.14 | 49.7 | 72.7 |",
+    ]
+
+
+def test_published_rows_have_a_score_for_every_column_and_right_averages():
+    for name, table in published("bitune").items():
+        for row in table["rows"]:
+            assert len(row["scores"]) == len(table["columns"]), (name, row)
+            if table["columns"][-1] == "average":
+                *scores, average = row["scores"]
+                assert average == pytest.approx(sum(scores) / len(scores), abs=0.1), row
 
 
 def test_the_tables_of_the_readme_are_not_stale():

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ubmoe.published import published
+
 SHARES = ("main", "before", "after")
 NO_TEXTS = "no texts"
 
@@ -243,6 +245,29 @@ def _mixture_row(label: str, seeds: list[dict[str, Any]], metrics: dict[str, str
     return [label, str(len(seeds)), *cells]
 
 
+def _bitune_block(name: str, records: dict[str, dict[str, Any]]) -> str:
+    """A row for each variant on a model, over its seeds, beside the paper's averages."""
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for record in records.values():
+        if "bitune" in record and _model(record) == name:
+            runs.setdefault(record["bitune"]["variant"], []).append(record["bitune"])
+    ablations = published("bitune")["ablations"]
+    theirs = {row["method"]: row["scores"] for row in ablations["rows"]}
+    metrics = next(iter(runs.values()))[0]["metrics"]
+    rows = []
+    for variant in theirs:
+        if seeds := runs.get(variant, []):
+            tasks = [
+                spread([each["tasks"][task][metric] for each in seeds])
+                for task, metric in metrics.items()
+            ]
+            perplexity = spread([each["perplexity"] for each in seeds])
+            paper = [f"{score:.1f}" for score in theirs[variant]]
+            rows.append([variant, str(len(seeds)), perplexity, *tasks, *paper])
+    paper = [f"published, {column}" for column in ablations["columns"]]
+    return markdown([["variant", "seeds", "perplexity", *metrics, *paper], *rows])
+
+
 def _model(record: dict[str, Any]) -> str:
     return Path(record["config"]["model"]["name"]).name if "config" in record else ""
 
@@ -263,5 +288,6 @@ BLOCKS = {
     "dependence": _dependence_block,
     "sts": _sts_block,
     "mixture": _mixture_block,
+    "bitune": _bitune_block,
     "benchmark": _benchmark_block,
 }
