@@ -20,6 +20,8 @@ from ubmoe.config import UserError
 from ubmoe.encoder import own_prompt
 from ubmoe.moe import route_of
 
+CENTRED_ON = 256  # sentences whose mean vector is the encoder's
+
 
 class Both(Dataset[tuple[Chat, str]]):
     """Chats, each with a sentence; and how far the mixture's vectors are from the encoder's.
@@ -39,6 +41,9 @@ class Both(Dataset[tuple[Chat, str]]):
             raise UserError("ubmoe.sentences: empty; expected sentences for objective both")
         self.chats, self.sentences = chats, sentences
         self.encoder, self.model, self.bidirectional = encoder, model, bidirectional
+        with attending(model, bidirectional), route_of(model, "bi"):
+            some = encoder.encode(list(sentences[:CENTRED_ON]), convert_to_tensor=True)
+        self.centre = some.float().mean(0).clone()
 
     def __len__(self) -> int:
         return len(self.chats)
@@ -53,9 +58,14 @@ class Both(Dataset[tuple[Chat, str]]):
         return {**labelled([chat for chat, _ in rows]), "sentences": dict(features)}
 
     def distance(self, features: dict[str, Any]) -> Tensor:
-        """1 - cosine of the mixture's vector and the encoder's, the mean over sentences."""
+        """1 - cosine of the mixture's vector and the encoder's, the mean over sentences.
+
+        Both are taken from the encoder's mean vector: what all sentences share would hide how they
+        differ.
+        """
         with attending(self.model, self.bidirectional):
             with torch.no_grad(), route_of(self.model, "bi"):
                 wanted = self.encoder(dict(features))["sentence_embedding"]
             found = self.encoder(dict(features))["sentence_embedding"]
-        return (1 - cosine_similarity(found.float(), wanted.float())).mean()
+        found, wanted = (each.float() - self.centre for each in (found, wanted))
+        return (1 - cosine_similarity(found, wanted)).mean()
