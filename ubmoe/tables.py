@@ -224,8 +224,10 @@ def _mixed(record: dict[str, Any], route: str) -> str:
 
 
 def _ordered(labels: Iterable[str]) -> list[str]:
-    forced = list(ROUTES.values())
-    return sorted(labels, key=lambda label: (", causal" in label, label not in forced, label))
+    """Forced routes in their order, then learned ones; with a causally tuned expert, last."""
+    forced = {label: place for place, label in enumerate(ROUTES.values())}
+    place = {label: forced.get(label.partition(", causal")[0], len(forced)) for label in labels}
+    return sorted(place, key=lambda label: (", causal" in label, place[label], label))
 
 
 def _sts_of(record: dict[str, Any], route: str) -> dict[str, float]:
