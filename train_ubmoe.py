@@ -21,18 +21,19 @@ def main(config: Config) -> Path | None:
         from ubmoe.moe import join
 
         inputs = mixture.read(config)
+        out, tokenizer, encoder = run.directory, inputs.tokenizer, inputs.encoder
         uni, bi = mixture.load(config, inputs)
         model = join(uni, bi, config.ubmoe.top_k)
+        if run.is_main and "modes" in config.ubmoe.export:
+            made = mixture.made(config, inputs, routed=False)
+            export.save_modes(uni, bi, tokenizer, encoder, out / "modes", made)
+        del uni, bi  # the mixture holds both
         router = mixture.train(config, inputs, model)
         run.model = model
         if run.is_main:
-            out, tokenizer, encoder = run.directory, inputs.tokenizer, inputs.encoder
             if "mixture" in config.ubmoe.export:
                 made = mixture.made(config, inputs, routed=True)
                 export.save_mixture(model, tokenizer, encoder, out / "ubmoe", made)
-            if "modes" in config.ubmoe.export:
-                made = mixture.made(config, inputs, routed=False)
-                export.save_modes(uni, bi, tokenizer, encoder, out / "modes", made)
             scores = mixture.generation_of(config, inputs, model)
             run.section = scores | {"router": router}
             run.more = {"sts": mixture.sts_of(config, inputs, model)}

@@ -38,7 +38,8 @@ def test_a_template_makes_an_example_of_every_turn_with_what_came_before(tokeniz
     found = read_examples(saved(tmp_path, TALK), tokenizer, QUESTION, 512)
     end = tokenizer.eos_token
     first = "Question: Where does Anna live?\n\nAnswer:"
-    assert texts(tokenizer, found.examples) == [
+    [examples] = found.chats
+    assert texts(tokenizer, examples) == [
         (first, f" Anna lives in the house.{end}"),
         (
             f"{first} Anna lives in the house.\n\nQuestion: And the dog?\n\nAnswer:",
@@ -50,7 +51,7 @@ def test_a_template_makes_an_example_of_every_turn_with_what_came_before(tokeniz
 def test_the_chat_template_gives_prompt_and_answer_that_are_the_chat(tokenizer, tmp_path):
     path = saved(tmp_path, TALK)
     [chat] = read_chats(path, tokenizer, 512).chats
-    examples = read_examples(path, tokenizer, None, 512).examples
+    [examples] = read_examples(path, tokenizer, None, 512).chats
     for example in examples:
         assert example.prompt + example.answer == chat.ids[: len(example)]
     answers = [token for example in examples for token in example.answer]
@@ -61,9 +62,9 @@ def test_the_chat_template_gives_prompt_and_answer_that_are_the_chat(tokenizer, 
 def test_examples_that_are_too_long_are_dropped_and_counted(tokenizer, tmp_path):
     path = saved(tmp_path, TALK[:2], TALK)
     whole = read_examples(path, tokenizer, None, 512)
-    shortest, longest = (f(map(len, whole.examples)) for f in (min, max))
+    shortest, longest = (f(len(e) for chat in whole.chats for e in chat) for f in (min, max))
     found = read_examples(path, tokenizer, None, longest - 1)
-    assert (len(found.examples), found.dropped, whole.dropped) == (2, 1, 0)
+    assert ([len(chat) for chat in found.chats], found.dropped, whole.dropped) == ([1, 1], 1, 0)
     with pytest.raises(UserError, match=r"none of 3 examples has at most bitune.max_tokens="):
         read_examples(path, tokenizer, None, shortest - 1)
 
@@ -90,3 +91,14 @@ def test_a_batch_moves_the_last_prompt_token_into_the_answer():
 def test_what_has_no_answer_is_refused_by_row(tokenizer, tmp_path, chat, template, expected):
     with pytest.raises(UserError, match=expected):
         read_examples(saved(tmp_path, TALK, chat), tokenizer, template, 512)
+
+
+def test_an_answer_of_one_letter_is_no_empty_one(tokenizer, tmp_path):
+    chat = [TALK[0], {"role": "assistant", "content": "a"}]  # as in <|im_start|>assistant
+    [[example]] = read_examples(saved(tmp_path, chat), tokenizer, None, 512).chats
+    assert tokenizer.decode(example.answer) == "a<|im_end|>"
+
+
+def test_an_answer_to_nothing_is_refused(tokenizer, tmp_path):
+    with pytest.raises(UserError, match="jsonl:1: an answer to nothing"):
+        read_examples(saved(tmp_path, TALK[1:]), tokenizer, QUESTION, 512)

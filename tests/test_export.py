@@ -119,6 +119,14 @@ def test_what_is_no_encoder_is_refused_with_the_command_that_makes_one(tmp_path)
         export.attention_of(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["config.json", "modules.json", "sentence_bert_config.json"])
+def test_a_damaged_encoder_is_refused(sources, name):
+    encoder = sources[3]
+    (encoder / name).write_text("{")
+    with pytest.raises(UserError, match=f"{name}: no JSON"):
+        export.attention_of(encoder)
+
+
 def test_the_snippet_of_the_readme_generates_and_embeds(tiny_path, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_path)
     uni, bi = (AutoModelForCausalLM.from_pretrained(tiny_path) for _ in range(2))

@@ -155,6 +155,34 @@ def test_what_is_no_task_is_refused(tmp_path):
     generation.check_tasks(["mmlu", "winogrande", "truthfulqa_mc2"])
 
 
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (("multiple_choice", "many_choice"), "no lm-eval task"),
+        (("test_split: test", "test_split: none"), "no lm-eval task"),
+        (("doc_to_choice", "doc_too_choice"), "no lm-eval task"),
+    ],
+)
+def test_a_broken_task_yaml_is_refused_before_anything_is_scored(tmp_path, change, expected):
+    (tmp_path / "utils.py").write_text(
+        "from datasets import Dataset, DatasetDict\n"
+        "def load(**_):\n"
+        "    rows = [{'choices': ['a', 'b'], 'gold': 0}]\n"
+        "    return DatasetDict({'test': Dataset.from_list(rows)})\n"
+    )
+    path = tmp_path / "task.yaml"
+    path.write_text(TASK)
+    generation.check_tasks([str(path)])
+    path.write_text(TASK.replace(*change))
+    with pytest.raises(UserError, match=expected):
+        generation.check_tasks([str(path)])
+
+
+def test_a_tag_is_refused():
+    with pytest.raises(UserError, match="glue is a tag of several tasks; name the tasks"):
+        generation.check_tasks(["glue"])
+
+
 def test_a_bidirectional_model_is_refused(tokenizer):
     model = random_model("qwen2", vocab_size=len(tokenizer))
     model.config.is_causal = False

@@ -33,7 +33,8 @@ def some_examples(count):
 def test_the_embedded_model_learns_a_new_answer(tiny_path, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny_path)
     tokenizer = AutoTokenizer.from_pretrained(tiny_path)
-    examples = read_examples("tiny", tokenizer, None, 512, 40).examples
+    chats = read_examples("tiny", tokenizer, None, 512, 40).chats
+    examples = [each for chat in chats for each in chat]
     new = [Example(each.prompt, examples[0].answer) for each in examples]  # always the same one
     keys = settings(max_steps=25, learning_rate=3e-3)
     bitune = attach(model, keys, 0)

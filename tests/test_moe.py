@@ -157,6 +157,22 @@ def test_forced_routes_are_the_dense_models_bit_for_bit(dtype):
     torch.testing.assert_close(logits(model), learned)
 
 
+def test_a_bfloat16_mixture_of_saved_models_is_exact_and_needs_no_autocast(tmp_path):
+    """Joined as the program joins: rotary frequencies and routers stay float32."""
+    for name, model in zip(("uni", "bi"), pair(max_position_embeddings=512), strict=True):
+        model.save_pretrained(tmp_path / name)
+    uni, bi = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.bfloat16)
+        for name in ("uni", "bi")
+    )
+    model = drawn(join(uni, bi))
+    long = torch.randint(97, (1, 300), generator=torch.Generator().manual_seed(2))
+    assert logits(model, long).isfinite().all()  # by its float32 routers
+    for route, dense in (("uni", uni), ("bi", bi)):
+        with route_of(model, route):
+            assert torch.equal(logits(model, long), logits(dense, long))
+
+
 def test_routers_are_float32_and_all_else_has_the_models_dtype():
     uni, bi = (model.bfloat16() for model in pair())
     model = join(uni, bi)
@@ -175,6 +191,10 @@ def test_what_differs_outside_the_ffn_is_refused_by_name():
         join(uni, random_model("qwen2", intermediate_size=40))
     with pytest.raises(UserError, match=r"other shapes than model.name in model.layers.2"):
         join(uni, random_model("qwen2", num_hidden_layers=3))
+    turned = copy.deepcopy(uni)
+    turned.config.rope_parameters = {"rope_type": "default", "rope_theta": 5.0}
+    with pytest.raises(UserError, match="ubmoe.bi: another rope_parameters than model.name"):
+        join(uni, turned)
     with pytest.raises(UserError, match="is llama; expected qwen2"):
         join(random_model("llama"), bi)
 

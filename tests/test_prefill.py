@@ -7,8 +7,9 @@ from functools import partial
 import pytest
 import torch
 from conftest import random_model
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import silu
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from ubmoe import prefill
@@ -286,6 +287,9 @@ def test_beams_and_samples_are_as_one_prompt_at_a_time():
         one = torch.tensor([example.prompt])
         alone = bitune.generate(one, torch.ones_like(one), num_beams=3, do_sample=False, **keys)
         assert beams[row].tolist() == alone[0, -5:].tolist()
+    settings = GenerationConfig(num_beams=3, do_sample=False, **keys)
+    said = bitune.generate(ids, mask, generation_config=settings)
+    assert said[:, -5:].tolist() == beams.tolist()
     torch.manual_seed(0)
     several = bitune.generate(ids, mask, do_sample=True, num_return_sequences=3, **keys)
     torch.manual_seed(0)
@@ -320,6 +324,14 @@ def test_saved_and_loaded_it_is_the_same(tiny_path, tmp_path, variant):
     again = prefill.load(random_model("qwen2"), tmp_path / "bitune")
     assert torch.equal(scores(again, EXAMPLES), expected)
     assert not any(value.requires_grad for value in again.parameters())
+
+
+def test_an_adapter_that_lacks_a_layer_is_refused(tiny_path, tmp_path):
+    prefill.save(tuned(), AutoTokenizer.from_pretrained(tiny_path), None, tmp_path / "bitune")
+    path = tmp_path / "bitune" / CAUSAL / "adapter_model.safetensors"
+    save_file({n: v for n, v in load_file(path).items() if ".layers.1." not in n}, path)
+    with pytest.raises(UserError, match="no Bitune model of .*missing adapter keys"):
+        prefill.load(random_model("qwen2"), tmp_path / "bitune")
 
 
 def test_another_model_or_no_directory_is_refused(tiny_path, tmp_path):

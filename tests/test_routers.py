@@ -108,6 +108,34 @@ def test_a_killed_run_goes_on_to_the_same_routers(chats, tmp_path, dying):
     assert len(steps) == 14 + 2
 
 
+def test_a_run_that_is_over_is_only_loaded_and_another_encoders_routers_are_not(chats, tmp_path):
+    def train(model, resume, **keys):
+        keys = settings(lr_scheduler_type="constant", **keys)
+        log = routers.train(model, keys, chats, Work(tmp_path, 0, resume))
+        return torch.stack([v.detach() for v in moe.routers(model).values()]), log
+
+    first, log = train(join(*pair(vocab_size=1000)), False)
+    again, read = train(join(*pair(vocab_size=1000)), True, route="half", logging_steps=3)
+    assert torch.equal(first, again) and read == log[:-1]  # but for the time it took
+    uni, bi = pair(vocab_size=1000)
+    with torch.no_grad():
+        bi.model.layers[0].mlp.up_proj.weight.mul_(2)
+    other, _ = train(join(uni, bi), True)
+    assert not torch.equal(first, other)
+    fresh = join(uni, bi)
+    routers.train(fresh, settings(lr_scheduler_type="constant"), chats, Work(tmp_path / "x", 0))
+    assert torch.equal(other, torch.stack([v.detach() for v in moe.routers(fresh).values()]))
+
+
+def test_fewer_chats_than_a_batch_and_weights_that_explode_are_refused(chats, tmp_path):
+    model = join(*pair(vocab_size=1000))
+    with pytest.raises(UserError, match="3 rows to train on, and a step takes 4"):
+        routers.train(model, settings(), chats[:3], Work(tmp_path, 0))
+    keys = settings(max_steps=1, learning_rate=1e39)
+    with pytest.raises(UserError, match="lower learning_rate"):
+        routers.train(model, keys, chats, Work(tmp_path, 0))
+
+
 def test_the_load_balancing_loss_is_added_at_top_k_1(chats, tmp_path):
     values = {}
     for coefficient in (0.0, 1.0):
@@ -141,6 +169,10 @@ def test_shares_by_role_are_means_over_the_tokens_of_a_role():
         (["ubmoe.top_k=1", "ubmoe.norm_topk_prob=true"], "the routers get no gradient"),
         (["ubmoe.top_k=1"], "expected router_init: uni"),
         (["ubmoe.router_aux_loss_coef=0.1"], "constant where every token has both experts"),
+        (
+            ["ubmoe.objective=both", "ubmoe.activation_checkpointing=true"],
+            "under the mask of the chats",
+        ),
     ],
 )
 def test_routers_that_cannot_learn_are_refused_with_the_reason(keys, expected):

@@ -29,9 +29,12 @@ class Example:
 
 @dataclass(frozen=True)
 class Examples:
-    """Examples, and how many were dropped because they were too long to have an end."""
+    """The examples of each chat, and how many were dropped: too long to have an end.
 
-    examples: list[Example]
+    A chat's turns stay together: the prompt of a later one holds the answers of the earlier ones.
+    """
+
+    chats: list[list[Example]]
     dropped: int
 
 
@@ -48,17 +51,17 @@ def read_examples(
     the end token; None: the tokenizer's chat template. Raises UserError naming the row.
     """
     if template is None:
-        chats = read_chats(dataset, tokenizer, sys.maxsize, most).chats
-        found = [each for chat in chats for each in _parted(chat)]
+        found = [_parted(chat) for chat in read_chats(dataset, tokenizer, sys.maxsize, most).chats]
     else:
         texts = read_texts(dataset, most)
-        found = [each for text in texts for each in _templated(text, tokenizer, template)]
-    kept = [each for each in found if len(each) <= max_tokens]
-    if not kept:
+        found = [_templated(text, tokenizer, template) for text in texts]
+    kept = [[each for each in chat if len(each) <= max_tokens] for chat in found]
+    total, left = (sum(map(len, chats)) for chats in (found, kept))
+    if not left:
         raise UserError(
-            f"{dataset}: none of {len(found)} examples has at most bitune.max_tokens={max_tokens}"
+            f"{dataset}: none of {total} examples has at most bitune.max_tokens={max_tokens}"
         )
-    return Examples(kept, len(found) - len(kept))
+    return Examples([chat for chat in kept if chat], total - left)
 
 
 def _parted(chat: Chat) -> list[Example]:
@@ -87,6 +90,8 @@ def _templated(text: Text, tokenizer: PreTrainedTokenizerBase, template: str) ->
             continue
         if not content:
             raise UserError(f"{text.where}: {EMPTY}")
+        if not asked:
+            raise UserError(f"{text.where}: an answer to nothing; remove the row")
         prompt = before + template.replace("{prompt}", asked)
         answer = tokenizer(f" {content}", add_special_tokens=False)["input_ids"]
         ids = tokenizer(prompt, verbose=False)["input_ids"]

@@ -30,7 +30,8 @@ def main(config: Config) -> Path | None:
         found = read_examples(
             settings.dataset, tokenizer, settings.template, settings.max_tokens, settings.max_rows
         )
-        examples, kept = held_out(found.examples, settings.held_out, "bitune.held_out")
+        chats, apart = held_out(found.chats, settings.held_out, "bitune.held_out")
+        examples, kept = ([each for chat in some for each in chat] for some in (chats, apart))
         counts = {"examples": len(examples), "held_out": len(kept), "dropped": found.dropped}
         run.log("examples: %s", counts)
         bitune = prefill.attach(load_model(config.model), settings, config.seed)

@@ -74,7 +74,7 @@ def _chat(tokenizer: PreTrainedTokenizerBase, text: Text) -> Chat:
         raise UserError(f"{text.where}: no assistant turn; expected one at least")
     rendered = _rendered(tokenizer, text, text.content)
     answers = _answers(tokenizer, text, rendered)
-    contents = _contents(text.content, rendered)
+    contents = _contents(tokenizer, text, rendered)
     keys = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
     encoded = tokenizer(rendered, **keys)
     offsets: list[Span] = encoded["offset_mapping"]
@@ -110,12 +110,25 @@ def _answers(tokenizer: PreTrainedTokenizerBase, text: Text, rendered: str) -> l
     return spans
 
 
-def _contents(messages: list[dict[str, str]], rendered: str) -> list[tuple[Span, str]]:
-    """Where each message's content stands, and whose it is."""
+STAND_IN = "\u2063content\u2063"  # of a message; invisible separators are in no template
+
+
+def _contents(
+    tokenizer: PreTrainedTokenizerBase, text: Text, rendered: str
+) -> list[tuple[Span, str]]:
+    """Where each message's content stands, and whose it is.
+
+    A short content may be part of the template, too (`a` of `assistant`): so the place of another
+    text in the same message is looked for first.
+    """
+    messages: Any = text.content
     found, place = [], 0
-    for message in messages:
+    for turn, message in enumerate(messages):
         content = message["content"].strip()
-        start = rendered.find(content, place)
+        other = [*messages[:turn], message | {"content": STAND_IN}]
+        start = _rendered(tokenizer, text, other).find(STAND_IN, place)
+        if start < 0 or not rendered.startswith(content, start):
+            start = rendered.find(content, place)
         if content and start >= 0:
             place = start + len(content)
             role = "answer" if message["role"] == "assistant" else "prompt"

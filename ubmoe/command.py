@@ -15,7 +15,10 @@ NO_SPACE = ("No space left on device", "PytorchStreamWriter failed writing", "un
 LOWER = {  # what to lower when memory runs out, by program
     "calculate_dp.py": "dependence.batch_tokens or dependence.max_tokens",
     "train_bi.py": "bi.stages.N.mini_batch_tokens (with bi.stages.N.cached=true)",
-    "train_ubmoe.py": "ubmoe.max_tokens or evaluation.batch_size",
+    "train_ubmoe.py": "ubmoe.per_device_train_batch_size, ubmoe.max_tokens or "
+    "evaluation.batch_size",
+    "python -m ubmoe.bitune": "bitune.per_device_train_batch_size, bitune.max_tokens or "
+    "evaluation.batch_size",
     "python -m ubmoe.evaluate": "evaluation.batch_size",
 }
 

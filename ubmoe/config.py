@@ -115,7 +115,9 @@ PROMPT = 'The representative word for sentence {text} is:"'  # the paper's, its 
 class TrainingSection(Section):
     """Arguments of transformers' Trainer, under its names."""
 
-    max_steps: int = key(-1, "stop after this many; -1: num_train_epochs decides", "steps")
+    max_steps: Annotated[int, Field(ge=-1)] = key(
+        -1, "stop after this many; -1: num_train_epochs decides", "steps"
+    )
     num_train_epochs: Above = key(1.0, "passes over the data", "epochs")
     per_device_train_batch_size: Positive = key(64, "rows of a step on one device", "rows")
     learning_rate: Above = key(3e-5, "peak learning rate")
@@ -287,6 +289,11 @@ class MixtureSection(TrainingSection):
                 "top_k 1 scales an FFN by its router's weight, and a router that starts undecided "
                 "would halve it; expected router_init: uni"
             )
+        if self.objective == "both" and self.activation_checkpointing:
+            raise ValueError(
+                "activation_checkpointing would recompute the sentences under the mask of the "
+                "chats; expected false with objective: both"
+            )
         if self.top_k == 2 and self.router_aux_loss_coef:
             raise ValueError(
                 "router_aux_loss_coef is constant where every token has both experts; expected 0 "
@@ -328,7 +335,7 @@ class BituneSection(TrainingSection):
         "examples that are longer are dropped, and counted: their answers have no end",
         "tokens",
     )
-    held_out: Positive = key(200, "examples kept out of training, for perplexity", "examples")
+    held_out: Positive = key(200, "chats kept out of training, for perplexity", "chats")
     generation: list[str] = key(TASKS_OF_BITUNE, "as evaluation.generation, for this program alone")
 
     @field_validator("template")
@@ -387,7 +394,7 @@ class Config(Section):
     """Every key of every program."""
 
     output_dir: str = key("", "where a run writes; default runs/<name of the config file>")
-    seed: int = key(42, "seed of whatever a run draws")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = key(42, "seed of whatever a run draws")
     resume: Literal["never", "auto"] = key(
         "never", "auto: go on from what an interrupted run left in output_dir"
     )

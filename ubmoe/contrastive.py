@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 from ubmoe.config import StageSection, UserError
 from ubmoe.data import SENTENCE, cell, training_rows
 from ubmoe.encoder import own_prompt
-from ubmoe.training import Careful, StopOnBadLoss, Work, announce, arguments, begin, tuning
+from ubmoe.training import Careful, StopOnBadLoss, Work, announce, arguments, begin, fit, tuning
 
 log = logging.getLogger(__name__)
 COLUMNS = {  # of a supervised data set, by what they are often called
@@ -291,9 +291,9 @@ def train_stage(
         checkpoint = begin(stage, work, model=model.name_or_path, rows=len(data))
         # The trainer prints its log; stdout is for the path of the result.
         with attention_dropout(model, stage.dropout if views else 0.0), redirect_stdout(sys.stderr):
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            history = fit(trainer, checkpoint)
     encoder.max_seq_length = length
-    return report | {"log": trainer.state.log_history}
+    return report | {"log": history}
 
 
 def truncated(encoder: SentenceTransformer, data: Dataset, most: int = 1000) -> float:

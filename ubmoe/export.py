@@ -35,8 +35,15 @@ def attention_of(directory: Path) -> str:
             f"ubmoe.bi: {directory} has no {missing[0]}; run train_bi.py with the same config "
             "first, or name an encoder that it saved"
         )
-    config = json.loads((directory / "config.json").read_text())
-    return "bidirectional" if config.get("is_causal") is False else "causal"
+    read = {}
+    for name in ("config.json", FORM, "modules.json"):
+        try:
+            read[name] = json.loads((directory / name).read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"ubmoe.bi: {directory / name}: no JSON ({error})") from error
+    if not isinstance(read["config.json"], dict) or not isinstance(read[FORM], dict):
+        raise UserError(f"ubmoe.bi: {directory}: config.json and {FORM} must hold an object each")
+    return "bidirectional" if read["config.json"].get("is_causal") is False else "causal"
 
 
 def save_mixture(

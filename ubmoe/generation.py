@@ -43,7 +43,11 @@ def check_tasks(names: list[str]) -> None:
     """Raises UserError for a name that is no lm-eval task, no task YAML and not tiny."""
     for name in names:
         if name.endswith((".yaml", ".yml")):
-            _name_in(Path(name))
+            _check_yaml(Path(name))
+        elif name != "tiny" and name in _manager().all_tags:
+            raise UserError(
+                f"evaluation.generation: {name} is a tag of several tasks; name the tasks"
+            )
         elif name != "tiny" and name not in _manager().all_tasks:
             close = get_close_matches(name, _manager().all_tasks, 3)
             near = (
@@ -65,6 +69,21 @@ def _name_in(path: Path) -> str:
         reason = " ".join(str(error).split())
         raise UserError(
             f"evaluation.generation: {path}: no lm-eval task YAML with a task: name ({reason})"
+        ) from error
+
+
+def _check_yaml(path: Path) -> None:
+    """Build the task, its data too: what is wrong with it should not wait until it is scored."""
+    from lm_eval.tasks import TaskManager, get_task_dict
+
+    _name_in(path)
+    try:
+        with redirect_stdout(sys.stderr):
+            get_task_dict([str(path)], TaskManager(include_defaults=False))
+    except Exception as error:  # lm-eval raises nearly every type here
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"evaluation.generation: {path}: no lm-eval task ({type(error).__name__}: {reason})"
         ) from error
 
 
@@ -140,8 +159,9 @@ def _evaluated(lm: Any, settings: EvaluationSection) -> dict[str, Any]:
             bootstrap_iters=0,
             log_samples=False,
         )
-    except OSError as error:  # a data set that is not here, and no network
-        reason = " ".join(str(error).split())[:200]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        # a data set that is not here, and no network; or a task that is wrong in itself
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UserError(f"evaluation.generation: {', '.join(asked)}: {reason}") from error
     return dict(found or {})
 
@@ -165,7 +185,7 @@ def _percent(result: dict[str, Any]) -> dict[str, float]:
 
 def _main_metric(task: Any, scores: dict[str, float]) -> str:
     named = [each["metric"] for each in (task or {}).get("metric_list") or []]
-    return next((str(name) for name in named if name in scores), "acc")
+    return next((str(name) for name in [*named, "acc", *scores] if name in scores), "acc")
 
 
 @torch.no_grad()

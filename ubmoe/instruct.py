@@ -20,7 +20,16 @@ from ubmoe.batches import batches_by_length
 from ubmoe.config import BituneSection
 from ubmoe.prediction import mean_loss
 from ubmoe.prefill import Bitune
-from ubmoe.training import Careful, StopOnBadLoss, Work, arguments, begin
+from ubmoe.training import (
+    Careful,
+    StopOnBadLoss,
+    Work,
+    arguments,
+    begin,
+    digest_of_frozen,
+    enough_rows,
+    fit,
+)
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +80,7 @@ def train(
     """Train the adapters and theta in place; returns the log."""
     if settings.max_steps == 0:
         return []
+    enough_rows(len(examples), settings, "bitune.dataset")
     trainable = sum(value.numel() for value in bitune.parameters() if value.requires_grad)
     log.info("%s: %d examples; %s parameters train", bitune.name, len(examples), f"{trainable:,}")
     keys = arguments(settings, work, bitune.decoder.device)
@@ -82,11 +92,10 @@ def train(
             data_collator=batch,  # type: ignore[arg-type]
             callbacks=[StopOnBadLoss()],
         )
-        name = bitune.decoder.name_or_path
-        checkpoint = begin(settings, work, model=name, rows=len(examples))
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        checkpoint = begin(settings, work, weights=digest_of_frozen(bitune), rows=len(examples))
+        history = fit(trainer, checkpoint)
     bitune.eval()
-    return trainer.state.log_history
+    return history
 
 
 @torch.no_grad()

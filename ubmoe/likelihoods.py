@@ -74,7 +74,6 @@ class Likelihoods(HFLM):
     def _model_generate(
         self, context: Tensor, max_length: int, stop: list[str], **keys: Any
     ) -> Any:
-        mask = keys["attention_mask"]
-        cache = self.bitune.prefill(context[:, :-1], mask[:, :-1])
+        cache = self.bitune.prefill_for_generate(context, **keys)
         with torch.no_grad(), self.bitune.answering():
             return super()._model_generate(context, max_length, stop, past_key_values=cache, **keys)

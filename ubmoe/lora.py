@@ -74,6 +74,14 @@ def merge(wrapped: PeftModel) -> None:
     wrapped.merge_and_unload()
 
 
+@torch.no_grad()
+def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with its parameters in a dtype; buffers stay: rotary frequencies are float32."""
+    for value in model.parameters():
+        value.data = value.data.to(dtype)
+    return model
+
+
 def attention_of(adapter: str) -> str:
     """The mask that an adapter was trained under: causal or bidirectional. Raises UserError."""
     path = Path(adapter) / MODE
@@ -109,7 +117,7 @@ def merged(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
         )
     attention_of(adapter)
     try:
-        with _strict():
+        with strict():
             wrapped, headed = _wrapped(model, adapter, weights)
         inside: Any = wrapped.merge_and_unload()
     except Exception as error:
@@ -125,7 +133,7 @@ def merged(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
 
 
 @contextmanager
-def _strict() -> Iterator[None]:
+def strict() -> Iterator[None]:
     """peft only warns of tensors that it misses."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

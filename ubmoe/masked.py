@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from ubmoe.config import StageSection, UserError
 from ubmoe.data import SENTENCE, cell, training_rows
 from ubmoe.prediction import IGNORED, mean_loss, predictions
-from ubmoe.training import Careful, StopOnBadLoss, Work, announce, arguments, begin, tuning
+from ubmoe.training import Careful, StopOnBadLoss, Work, announce, arguments, begin, fit, tuning
 
 log = logging.getLogger(__name__)
 
@@ -158,5 +158,5 @@ def train_stage(
         announce(stage, model, report)
         checkpoint = begin(stage, work, model=model.name_or_path, rows=len(chunks))
         with redirect_stdout(sys.stderr):
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return report | {"log": trainer.state.log_history}
+            history = fit(trainer, checkpoint)
+    return report | {"log": history}

@@ -39,7 +39,7 @@ class Inputs:
 
 def read(config: Config) -> Inputs:
     """Raises UserError for whatever is missing or wrong, before a model is loaded."""
-    encoder = Path(config.ubmoe.bi or f"{config.output_dir}/bi")
+    encoder = Path(config.ubmoe.bi or f"{config.output_dir}/bi").expanduser().resolve()
     attention = attention_of(encoder)
     generation.check_tasks(config.evaluation.generation)
     sts = [evaluate.sts_task(name) for name in config.evaluation.sts]
@@ -147,9 +147,10 @@ def generation_of(config: Config, inputs: Inputs, model: PreTrainedModel) -> dic
 
 def sts_of(config: Config, inputs: Inputs, model: PreTrainedModel) -> list[dict[str, Any]]:
     """STS of every route under both masks, in the encoder's own form."""
-    encoder = encoder_of(inputs, model)
-    rows = []
-    for attention in ("bidirectional", "causal") if inputs.sts else ():
+    if not inputs.sts:
+        return []
+    encoder, rows = encoder_of(inputs, model), []
+    for attention in ("bidirectional", "causal"):
         set_attention(model, bidirectional=attention == "bidirectional")
         for route in _routes(config):
             with route_of(model, route):

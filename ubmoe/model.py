@@ -111,7 +111,7 @@ def load_model(config: ModelSection, bidirectional: bool = False) -> PreTrainedM
         )
     _check_layers(model, report["unexpected_keys"], config.name)
     if config.adapter:
-        model = lora.merged(model, config.adapter).to(dtype)
+        model = lora.cast(lora.merged(model, config.adapter), dtype)
     _check_finite(model, config.name)
     model = set_attention(model.eval().to(best_device(config.device)), bidirectional)
     log.info("%s: %s", config.name, prove_attention(model, bidirectional))

@@ -19,10 +19,17 @@ from transformers.initialization import no_init_weights
 from transformers.integrations.moe import ExpertsInterface
 
 from ubmoe.config import Route, UserError
+from ubmoe.lora import cast
 
 UNI, BI = 0, 1
 SHARED_SIZE = 16  # of the zero expert; size 0 loads in transformers, but not in other engines
 EXPERTS = "ubmoe"
+FREE = (
+    "dtype",
+    "use_cache",
+    "transformers_version",
+    "_name_or_path",
+)  # may differ between uni and bi
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -38,7 +45,7 @@ def join(uni: PreTrainedModel, bi: PreTrainedModel, top_k: int = 2) -> PreTraine
     check_alike(uni, bi)
     with no_init_weights():
         model: Any = Qwen2MoeForCausalLM(mixture_config(uni.config, top_k))
-    model.to(dtype=uni.dtype)
+    cast(model, uni.dtype)
     ffn, rest = _parted(uni.state_dict())
     with torch.no_grad():
         for value in model.parameters():
@@ -49,9 +56,15 @@ def join(uni: PreTrainedModel, bi: PreTrainedModel, top_k: int = 2) -> PreTraine
         _put_expert(model, number, weights)
     for block in blocks(model):
         block.gate.float()
+        block.gate.register_forward_pre_hook(_in_its_dtype)
     model.generation_config = uni.generation_config
     set_route(model, "learned")
     return model.to(uni.device).eval()
+
+
+def _in_its_dtype(gate: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A float32 router reads bfloat16 states; a loader casts it, and needs no help."""
+    return tuple(each.to(gate.weight.dtype) for each in inputs)
 
 
 def mixture_config(dense: Any, top_k: int, experts: int = 2) -> Qwen2MoeConfig:
@@ -89,6 +102,10 @@ def check_alike(uni: PreTrainedModel, bi: PreTrainedModel) -> None:
     shapes += [name for name in theirs if name not in ours]
     if shapes:
         raise UserError(f"ubmoe.bi: other shapes than model.name in {_listed(shapes)}")
+    configs = [mixture_config(model.config, 1).to_dict() for model in (uni, bi)]
+    other = [key for key, value in configs[0].items() if value != configs[1][key]]
+    if own := [key for key in other if key not in FREE]:
+        raise UserError(f"ubmoe.bi: another {_listed(own)} than model.name; expected the same")
     differ = [
         name
         for name, value in ours.items()
@@ -279,7 +296,7 @@ class _Moments:
         self.total = torch.zeros(width, dtype=torch.float64)
 
     def __call__(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        states = inputs[0].reshape(-1, len(self.total)).double().cpu()
+        states = inputs[0].reshape(-1, len(self.total)).cpu().double()
         self.square += states.T @ states
         self.total += states.sum(0)
 

@@ -31,7 +31,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, set_se
 
 from ubmoe.bidirectional import attending, prove_attention
 from ubmoe.config import BituneSection, UserError
-from ubmoe.lora import MODE
+from ubmoe.lora import MODE, strict
 from ubmoe.prediction import predictions
 from ubmoe.results import replace_directory, write_json
 
@@ -181,14 +181,26 @@ class Bitune(nn.Module):
     @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor, **keys: Any) -> Any:
         """`generate()` of transformers after our prefill of (B, P) whole prompts, padded left."""
-        cache: Any = self.prefill(input_ids[:, :-1], attention_mask[:, :-1])
-        several = max(keys.get("num_beams") or 1, keys.get("num_return_sequences") or 1)
-        if cache is not None and several > 1:
-            cache.batch_repeat_interleave(several)
+        cache = self.prefill_for_generate(input_ids, attention_mask, **keys)
         with self.answering() as decoder:
             return decoder.generate(
                 input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, **keys
             )
+
+    @torch.no_grad()
+    def prefill_for_generate(
+        self, input_ids: Tensor, attention_mask: Tensor, **keys: Any
+    ) -> Cache | None:
+        """The cache that `generate(**keys)` wants, a row for each beam or sample."""
+        cache: Any = self.prefill(input_ids[:, :-1], attention_mask[:, :-1])
+        settings = keys.get("generation_config") or self.decoder.generation_config
+        several = max(
+            keys.get(name) or getattr(settings, name, None) or 1
+            for name in ("num_beams", "num_return_sequences")
+        )
+        if cache is not None and several > 1:
+            cache.batch_repeat_interleave(several)
+        return cache
 
 
 @contextmanager
@@ -350,9 +362,10 @@ def load(model: PreTrainedModel, directory: Path) -> Bitune:
         said = json.loads((directory / FORM).read_text())
         own = VARIANTS[said["variant"]].own
         kinds = [CAUSAL, *([BIDIRECTIONAL] if own else [])]
-        wrapped = PeftModel.from_pretrained(model, str(directory / CAUSAL), adapter_name=CAUSAL)
-        for kind in kinds[1:]:
-            wrapped.load_adapter(str(directory / kind), adapter_name=kind)
+        with strict():
+            wrapped = PeftModel.from_pretrained(model, str(directory / CAUSAL), adapter_name=CAUSAL)
+            for kind in kinds[1:]:
+                wrapped.load_adapter(str(directory / kind), adapter_name=kind)
         bitune = Bitune(wrapped, said["variant"], said["theta_init"])
         if bitune.variant.mixed:
             bitune.take(load_file(directory / THETA))

@@ -20,7 +20,16 @@ from ubmoe.both import Both
 from ubmoe.chats import Chat, labelled
 from ubmoe.config import MixtureSection, UserError
 from ubmoe.prediction import mean_loss, predictions
-from ubmoe.training import Careful, StopOnBadLoss, Work, arguments, begin
+from ubmoe.training import (
+    Careful,
+    StopOnBadLoss,
+    Work,
+    arguments,
+    begin,
+    digest_of_frozen,
+    enough_rows,
+    fit,
+)
 
 log = logging.getLogger(__name__)
 FITTED_ON = 100  # chats that `router_init: uni` is fitted on
@@ -120,7 +129,8 @@ class _Trainer(Careful, Trainer):
             loss += self.balance * load_balancing_loss_func(logits, 2, top_k, self.watch.real)
         if self.both is not None:
             self.watch.off = True  # what is watched is the use on chats
-            distance = self.both.distance(sentences)  # type: ignore[arg-type]
+            with self.accelerator.autocast():
+                distance = self.both.distance(sentences)  # type: ignore[arg-type]
             self.watch.off = False
             self.distance = distance.item()
             loss = loss + self.weight * distance
@@ -149,6 +159,7 @@ def train(
         raise UserError(f"model.name: {model.name_or_path} is no mixture of two experts")
     if settings.max_steps == 0:
         return []
+    enough_rows(len(chats), settings, "ubmoe.dataset")
     model.requires_grad_(False)
     for value in moe.routers(model).values():
         value.requires_grad = True
@@ -165,10 +176,10 @@ def train(
         watch.keep = trainer.balance > 0
         trainer.both, trainer.weight = both, settings.embedding_weight
         log.info("%d chats; routers of %d layers train", len(chats), len(moe.blocks(model)))
-        checkpoint = begin(settings, work, model=model.name_or_path, rows=len(chats))
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        checkpoint = begin(settings, work, weights=digest_of_frozen(model), rows=len(chats))
+        history = fit(trainer, checkpoint)
     model.requires_grad_(False).eval()
-    return trainer.state.log_history
+    return history
 
 
 # --- afterwards -----------------------------------------------------------------------------------

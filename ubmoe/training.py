@@ -4,6 +4,7 @@ A checkpoint holds the weights that train, by name, and the optimizer's state: w
 already on disk where it came from.
 """
 
+import hashlib
 import json
 import logging
 import re
@@ -18,13 +19,24 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
 from ubmoe import lora
 from ubmoe.config import StageSection, TrainingSection, UserError
 
 log = logging.getLogger(__name__)
 WEIGHTS = "trainable.safetensors"
+# Keys that may change between an interruption and its resumption.
+WITHOUT_EFFECT = {"save_steps", "save_total_limit", "logging_steps", "report_to"} | {
+    *("route", "routes", "export", "generation")
+}
 
 # Parts of parameter names, by the words of the paper's Table 2 (ffn_up_down: FNN_GATE in its code).
 MODULES = {
@@ -148,7 +160,8 @@ def begin(stage: TrainingSection, work: Work, **mark: Any) -> Path | None:
     Checkpoints of another run are removed, so that nothing later can take them for this one's.
     """
     directory, state = work.directory, PartialState()
-    mark |= {"stages": [each.model_dump() for each in (*work.before, stage)], "seed": work.seed}
+    stages = [each.model_dump(exclude=WITHOUT_EFFECT) for each in (*work.before, stage)]
+    mark |= {"stages": stages, "seed": work.seed}
     path, text = directory / "stage.json", json.dumps(mark, indent=1)
     same = path.exists() and path.read_text() == text
     state.wait_for_everyone()
@@ -161,6 +174,60 @@ def begin(stage: TrainingSection, work: Work, **mark: Any) -> Path | None:
     if work.resume and not same:
         log.info("%s: no checkpoint of this run; starting afresh", directory)
     return newest_checkpoint(directory) if work.resume and same else None
+
+
+def enough_rows(rows: int, section: TrainingSection, key: str) -> None:
+    """Raises UserError where the data do not fill one batch of all devices: nothing would train."""
+    batch = section.per_device_train_batch_size * PartialState().num_processes
+    if rows < batch:
+        raise UserError(
+            f"{key}: {rows} rows to train on, and a step takes {batch}; lower "
+            "per_device_train_batch_size, or add rows"
+        )
+
+
+def fit(trainer: Trainer, checkpoint: Path | None) -> list[dict[str, Any]]:
+    """Train, or go on from a checkpoint, or only load one that is the end; returns the log.
+
+    Raises UserError where what was trained is not finite.
+    """
+    model: Any = trainer.model
+    state = None
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    if checkpoint is not None and state is not None and state.global_step >= state.max_steps:
+        load_trainable(model, checkpoint)
+        log.info("%s: trained to the end before", checkpoint.parent)
+        return state.log_history
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    for name, value in model.named_parameters():
+        if value.requires_grad and not torch.isfinite(value).all():
+            raise UserError(f"the last step made {name} infinite; lower learning_rate")
+    return trainer.state.log_history
+
+
+def trainable(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in model.named_parameters() if value.requires_grad}
+
+
+@torch.no_grad()
+def load_trainable(model: nn.Module, checkpoint: Path) -> None:
+    """Raises UserError for a checkpoint of other modules."""
+    own, saved = trainable(model), load_file(checkpoint / WEIGHTS)
+    if own.keys() != saved.keys():
+        raise UserError(f"{checkpoint}: of other modules; remove it")
+    for name, value in own.items():
+        value.copy_(saved[name])
+
+
+def digest_of_frozen(model: nn.Module) -> str:
+    """sha256 of the weights that do not train: what a checkpoint stands on."""
+    found = hashlib.sha256()
+    for name, value in model.named_parameters():
+        if not value.requires_grad:
+            found.update(f"{name} {value.dtype}".encode())
+            found.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def newest_checkpoint(directory: Path) -> Path | None:
@@ -200,6 +267,12 @@ class Careful(Trainer):
 
     announced = False
 
+    def __init__(self, *arguments: Any, **keys: Any) -> None:
+        for each in (*arguments, *keys.values()):
+            if isinstance(each, TrainingArguments):  # many GPUs are for torchrun, not DataParallel
+                each._n_gpu = min(each.n_gpu, 1)
+        super().__init__(*arguments, **keys)
+
     def training_step(self, model: nn.Module, *arguments: Any, **keys: Any) -> torch.Tensor:
         if not self.announced:
             log.info("model wrapped in %s", type(model).__name__)
@@ -212,20 +285,13 @@ class Careful(Trainer):
             )
         return loss
 
-    def _trainable(self) -> dict[str, torch.Tensor]:
-        model: nn.Module = self.accelerator.unwrap_model(self.model)
-        return {name: value for name, value in model.named_parameters() if value.requires_grad}
-
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        values = {name: value.detach().contiguous() for name, value in self._trainable().items()}
+        own = trainable(self.accelerator.unwrap_model(self.model))
+        values = {name: value.detach().contiguous() for name, value in own.items()}
         save_file(values, folder / WEIGHTS, metadata={"format": "pt"})
 
-    @torch.no_grad()
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        own, saved = self._trainable(), load_file(Path(resume_from_checkpoint) / WEIGHTS)
-        if own.keys() != saved.keys():
-            raise UserError(f"{resume_from_checkpoint}: of other modules; remove it")
-        for name, value in own.items():
-            value.copy_(saved[name])
+        own = self.accelerator.unwrap_model(self.model)
+        load_trainable(own, Path(resume_from_checkpoint))
