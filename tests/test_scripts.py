@@ -230,7 +230,7 @@ def test_bitune_is_trained_saved_and_scored(tmp_path):
     section = json.loads((tmp_path / "run" / "bitune.json").read_text())["bitune"]
     assert set(section["tasks"]) == {"tiny_facts", "tiny_grammar"} and section["perplexity"] > 1
     assert len(section["alpha_keys"]) == len(section["alpha_values"]) == 4
-    assert section["counts"]["held_out"] == 100 and section["variant"] == "full"
+    assert section["counts"]["held_out"] >= 100 and section["variant"] == "full"
     saved = {each.name for each in (tmp_path / "run" / "bitune").iterdir()}
     assert saved >= {"causal", "bidirectional", "theta.safetensors", "bitune.json"}
     table = results.table(load_config(None, [f"output_dir={tmp_path}/run"]))
