@@ -354,6 +354,43 @@ class BituneSection(TrainingSection):
         return self
 
 
+class ProbedModel(Section):
+    """One of the models whose word vectors are compared."""
+
+    label: str = key("", "its name in tables and figures; default: name and attention")
+    name: str = key("tiny", "hub id, local directory, or tiny")
+    attention: Literal["causal", "bidirectional"] = key("causal", "mask that it reads with")
+    route: Route | None = key(None, "of a mixture: who decides")
+
+
+Probed = Literal["context", "aspect", "concreteness", "sensorimotor", "wic"]
+
+
+class ProbingSection(Section):
+    """What word vectors know (python -m ubmoe.probing), after Feng et al."""
+
+    models: list[ProbedModel] = key(
+        [
+            ProbedModel(label="Uni"),
+            ProbedModel(label="Bi, untrained", attention="bidirectional"),
+        ],
+        "models to compare; differences are from the first one",
+    )
+    data: str = key("tiny", "folder that holds the five tasks' folders, or tiny")
+    tasks: list[Probed] = key(
+        ["context", "aspect", "concreteness", "sensorimotor", "wic"], "which of the five"
+    )
+    positions: list[Literal["same", "previous"]] = key(
+        ["same", "previous"], "a word's own tokens, or the ones before, which mntp predicts from"
+    )
+    layers: list[int] | None = key([-1], "layers that are probed, -1: the last; null: all")
+    probes: list[Literal["linear", "mlp"]] = key(["linear", "mlp"], "kinds of probes")
+    seeds: list[int] = key([0, 1, 2], "of the splits and of the MLPs")
+    controls: bool = key(True, "also probe random labels, and words without their sentence")
+    max_tokens: Positive = key(512, "longer sentences are cut; words behind are counted", "tokens")
+    batch_tokens: Positive = key(8192, "padded tokens of one forward", "tokens")
+
+
 # BIOSSES ... STSBenchmark: the ten of the paper's Table 2, in mteb's first versions.
 TABLE2 = [
     *("BIOSSES", "SICK-R", "STS12", "STS13", "STS14", "STS15", "STS16", "STS17", "STS22"),
@@ -403,6 +440,7 @@ class Config(Section):
     bi: BiSection = key(BiSection(), "")
     ubmoe: MixtureSection = key(MixtureSection(), "")
     bitune: BituneSection = key(BituneSection(), "")
+    probing: ProbingSection = key(ProbingSection(), "")
     evaluation: EvaluationSection = key(EvaluationSection(), "")
     results: ResultsSection = key(ResultsSection(), "")
 

@@ -92,6 +92,65 @@ def mixing(section: dict[str, Any]) -> dict[str, Figure]:
     return {"bitune.png": figure}
 
 
+def probing(section: dict[str, Any]) -> dict[str, Figure]:
+    """What each position tells, and anisotropy by layer, a line a model."""
+    figures = {"probing_anisotropy.png": _anisotropy(section["models"])}
+    if any("@" in row["task"] for model in section["models"] for row in model["rows"]):
+        figures["probing_context.png"] = _context(section["models"])
+    return figures
+
+
+def _context(models: list[dict[str, Any]]) -> Figure:
+    """Balanced accuracy at each of the five words, a panel a feature; dashed: the token before."""
+    names = list(
+        dict.fromkeys(
+            row["task"].partition("@")[0] for row in models[0]["rows"] if "@" in row["task"]
+        )
+    )
+    figure = _figure(3.4 * len(names), 3.4)
+    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    last = max(row["layer"] for row in models[0]["rows"])
+    probe = models[0]["rows"][-1]["probe"]
+    for axes, name in zip(panels, names, strict=True):
+        for number, model in enumerate(models):
+            for position, style in (("same", "-"), ("previous", "--")):
+                rows = [
+                    row
+                    for row in model["rows"]
+                    if row["task"].startswith(f"{name}@") and row["control"] == "none"
+                    if (row["position"], row["layer"], row["probe"]) == (position, last, probe)
+                ]
+                axes.errorbar(
+                    [int(row["task"].partition("@")[2]) for row in rows],
+                    [row["balanced_accuracy"] for row in rows],
+                    [row["balanced_accuracy_stderr"] for row in rows],
+                    fmt=style,
+                    color=f"C{number}",
+                    lw=1.3,
+                    label=model["label"] if position == "same" else None,
+                )
+        axes.axhline(0.5, color="grey", lw=0.8, ls=":")
+        axes.set(title=name.replace("_", " "), xlabel="word", xticks=range(1, 6), ylim=(0.3, 1.03))
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set(ylabel=f"balanced accuracy ({probe} probe)")
+    panels[-1].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _anisotropy(models: list[dict[str, Any]]) -> Figure:
+    figure = _figure(7.6, 3.2)
+    titles = {"between": "words of different sentences", "within": "words of one sentence"}
+    for axes, (kind, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
+        for model in models:
+            values = model["anisotropy"][kind]
+            axes.plot(range(len(values)), values, marker=".", lw=1.3, label=model["label"])
+        axes.set(title=title, xlabel="layer (0: embeddings)", ylabel="mean cosine")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
 def training(stages: list[dict[str, Any]]) -> dict[str, Figure]:
     """A row of panels for each stage: what it logged, over its steps; none where none trained."""
     logs = [[row for row in stage["log"] if "loss" in row] for stage in stages]

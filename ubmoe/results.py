@@ -39,7 +39,7 @@ PACKAGES = (
     "numpy",
 )
 # One JSON a program, so that none overwrites another's.
-RESULTS = ("dependence", "sts", "generation", "bitune", "evaluation")
+RESULTS = ("dependence", "sts", "generation", "bitune", "probing", "evaluation")
 
 
 @dataclass

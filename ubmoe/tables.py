@@ -105,11 +105,36 @@ def bitune_text(result: dict[str, Any]) -> str:
     return f"Bitune on {model}, percent.\n{aligned(rows)}"
 
 
+def probing_text(result: dict[str, Any]) -> str:
+    """The last layer's last probe at the words' own positions: a row a task, a column a model."""
+    models = result["probing"]["models"]
+    rows = [["task", "split", "metric", *(model["label"] for model in models)]]
+    found: dict[tuple[str, ...], dict[str, str]] = {}
+    for model in models:
+        for row in model["rows"]:
+            if row["control"] == "none" and row["position"] == "same" and _is_shown(row, models):
+                metric = "balanced_accuracy" if "balanced_accuracy" in row else "spearman"
+                features = "" if row["features"] == "word" else f" ({row['features']})"
+                line = found.setdefault((row["task"] + features, row["split"], metric), {})
+                line[model["label"]] = f"{row[metric]:.3f} ±{row[f'{metric}_stderr']:.3f}"
+    for key, line in found.items():
+        rows.append([*key, *(line.get(model["label"], "not run") for model in models)])
+    shown = models[0]["rows"][-1]
+    return f"Probes ({shown['probe']}, layer {shown['layer']}).\n{aligned(rows)}"
+
+
+def _is_shown(row: dict[str, Any], models: list[dict[str, Any]]) -> bool:
+    """Of the last layer that is probed, and of the last kind of probe."""
+    last = models[0]["rows"][-1]
+    return row["layer"] == last["layer"] and row["probe"] == last["probe"]
+
+
 TEXT = {
     "dependence": dependence_text,
     "sts": sts_text,
     "generation": generation_text,
     "bitune": bitune_text,
+    "probing": probing_text,
     "evaluation": sts_text,
 }
 

@@ -1,0 +1,116 @@
+"""The whole chain on the embedded model: nothing leaks, and both directions see what follows."""
+
+import json
+
+import pytest
+from test_scripts import run
+
+from ubmoe import comparison, results
+from ubmoe.config import ProbedModel, UserError, load_config
+
+KEYS = ["model.device=cpu", "probing.probes=[linear]", "probing.seeds=[0]"]
+
+
+@pytest.fixture(scope="module")
+def section(tiny_path, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("probing")
+    keys = [*KEYS, f"output_dir={folder}", "probing.tasks=[context,wic]"]
+    code, output, errors = run(*keys, script="-mubmoe.probing")
+    assert code == 0, errors
+    assert output == f"{folder}/probing.json\n"
+    pictures = {path.name for path in folder.glob("*.png")}
+    assert pictures == {"probing_context.png", "probing_anisotropy.png"}
+    assert "subject_animacy@2" in results.table(load_config(None, [f"output_dir={folder}"]))
+    return json.loads((folder / "probing.json").read_text())["probing"]
+
+
+def accuracies(section, label, task, **keys):
+    wanted = {"control": "none", "position": "same", "task": task} | keys
+    [model] = [model for model in section["models"] if model["label"] == label]
+    return [
+        (row["balanced_accuracy"], row["balanced_accuracy_stderr"])
+        for row in model["rows"]
+        if all(row[key] == value for key, value in wanted.items())
+    ]
+
+
+BEFORE = {
+    "subject_animacy": (1,),
+    "verb_causative": (1, 2),
+    "verb_dynamic": (1, 2),
+    "object_animacy": (1, 2, 3, 4),
+}
+
+
+def test_a_causal_model_knows_a_word_from_its_place_on_and_not_before(section):
+    for feature, words in BEFORE.items():
+        for word in range(1, 6):
+            [(value, error)] = accuracies(section, "Uni", f"{feature}@{word}")
+            if word in words:
+                assert abs(value - 0.5) <= 3 * max(error, 0.01), (feature, word)
+        [(at_the_word, _)] = accuracies(section, "Uni", f"{feature}@{words[-1] + 1}")
+        assert at_the_word > 0.65, feature
+
+
+def test_the_token_before_a_word_knows_nothing_of_it_in_a_causal_model(section):
+    keys = {"position": "previous"}
+    for feature, words in BEFORE.items():
+        [(value, error)] = accuracies(section, "Uni", f"{feature}@{words[-1] + 1}", **keys)
+        assert abs(value - 0.5) <= 3 * max(error, 0.01), feature
+
+
+def test_in_both_directions_the_word_is_seen_from_before_it(section):
+    found = [accuracies(section, "Bi, untrained", f"{f}@1")[0] for f in BEFORE]
+    assert max((value - 0.5) / error for value, error in found) > 2, found
+
+
+def test_random_labels_are_at_chance(section):
+    for model in section["models"]:
+        rows = [row for row in model["rows"] if row["control"] == "random labels"]
+        within = [
+            abs(row["balanced_accuracy"] - 0.5) <= 3 * max(row["balanced_accuracy_stderr"], 0.01)
+            for row in rows
+        ]
+        assert len(rows) >= 20 and sum(within) >= 0.9 * len(rows)
+
+
+def test_differences_say_what_is_inside_noise(section):
+    for row in section["differences"]:
+        assert row["label"] == "Bi, untrained" and row["against"] == "Uni"
+        assert row["inside_noise"] == (abs(row["difference"]) <= row["noise"])
+    assert {row["inside_noise"] for row in section["differences"]} == {True, False}
+
+
+def test_anisotropy_is_there_for_every_layer(section):
+    for model in section["models"]:
+        for kind in ("between", "within"):
+            values = model["anisotropy"][kind]
+            assert len(values) == 5 and all(-1 <= value <= 1 for value in values)
+        assert model["anisotropy"]["between"][1:] != model["anisotropy"]["within"][1:]
+
+
+def test_models_need_labels_of_their_own():
+    one = ProbedModel(name="tiny")
+    assert list(comparison.labelled([one])) == ["tiny, causal"]
+    with pytest.raises(UserError, match="two are called 'tiny, causal'"):
+        comparison.labelled([one, one])
+    with pytest.raises(UserError, match="expected one at least"):
+        comparison.labelled([])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["probing.layers=[9]"], "probing.layers: 9; expected -5 to 4"),
+        (["probing.data=none"], "none is no folder"),
+        (["probing.models=[{{name: tiny, route: half}}]"], "is no mixture of two experts"),
+        (["probing.tasks=[contxt]"], "expected 'context'"),
+    ],
+)
+def test_bad_input_is_one_last_line_and_exit_2(tiny_path, tmp_path, arguments, expected):
+    arguments = [each.format() for each in arguments]
+    code, output, errors = run(
+        *KEYS, f"output_dir={tmp_path}/run", *arguments, script="-mubmoe.probing"
+    )
+    assert (code, output) == (2, ""), errors
+    assert "Traceback" not in errors and expected in errors.splitlines()[-1]

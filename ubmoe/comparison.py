@@ -1,0 +1,267 @@
+"""Probe one model after the other on the same words, and say which differences are noise."""
+
+import hashlib
+import logging
+import math
+import re
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from ubmoe import probes
+from ubmoe.config import Config, ProbedModel, ProbingSection, UserError
+from ubmoe.model import load_model, load_tokenizer
+from ubmoe.moe import set_route
+from ubmoe.probe_tasks import Task, text, tokens
+from ubmoe.words import POSITIONS, Sentences, Word, word_vectors
+
+log = logging.getLogger(__name__)
+SAMPLED = 1000  # word vectors of the anisotropy, as in the paper
+WHOLE = 200  # sentences all of whose words are compared
+BINARY, NUMBERS = "balanced_accuracy", "spearman"  # what models are compared by
+
+
+def labelled(models: Sequence[ProbedModel]) -> dict[str, ProbedModel]:
+    """The models by their labels. Raises UserError for none, and for two of one label."""
+    found: dict[str, ProbedModel] = {}
+    for model in models:
+        label = model.label or f"{Path(model.name).name}, {model.attention}"
+        if label in found:
+            raise UserError(f"probing.models: two are called {label!r}; give each a label")
+        found[label] = model
+    if not found:
+        raise UserError("probing.models: empty; expected one at least")
+    return found
+
+
+def described(tasks: Sequence[Task]) -> dict[str, Any]:
+    """What the record says of each task: items, words, and what could not be placed."""
+    return {
+        task.name: {
+            "items": len(task.words),
+            "words": len(set(task.groups)),
+            "unplaced": task.unplaced,
+        }
+        for task in tasks
+    }
+
+
+def probe(
+    config: Config,
+    label: str,
+    which: ProbedModel,
+    model: PreTrainedModel,
+    tasks: Sequence[Task],
+    folder: Path,
+) -> dict[str, Any]:
+    """Everything that is measured of one model; its vectors stay in `folder` for another run."""
+    settings = config.probing
+    tokenizer = load_tokenizer(_section(config, which))
+    count = model.config.get_text_config().num_hidden_layers + 1
+    layers = _layers(settings, count)
+    log.info("%s: %d layers of %s are probed", label, len(layers), which.name)
+    path = folder / re.sub(r"\W+", "-", label).strip("-").lower()
+
+    words = list(dict.fromkeys(word for word in _words(tasks, settings.controls)))
+    sentences = Sentences(words, tokenizer, settings.max_tokens)
+    keys: dict[str, Any] = {
+        "batch_tokens": settings.batch_tokens,
+        "key": f"{_digest(model)} {which.attention} {which.route}",
+    }
+    vectors = word_vectors(model, sentences, path.with_suffix(".npy"), layers, **keys)
+    index = {word: number for number, word in enumerate(words)}
+    rows = []
+    for task in tqdm(tasks, desc=f"probes of {label}", disable=None):
+        rows += _rows(task, vectors, index, layers, settings)
+    lost = sum(place is None for place in sentences.places)
+    return {
+        **{"label": label, "model": which.name, "attention": which.attention},
+        **{"route": which.route, "words": len(words), "cut_away": lost, "rows": rows},
+        "anisotropy": anisotropy(model, tokenizer, tasks, path, count, settings, keys),
+    }
+
+
+def _section(config: Config, which: ProbedModel) -> Any:
+    return config.model.model_copy(update={"name": which.name, "revision": None, "adapter": None})
+
+
+def loaded(config: Config, which: ProbedModel) -> PreTrainedModel:
+    """The model under its mask and its route. Raises UserError."""
+    model = load_model(_section(config, which), which.attention == "bidirectional")
+    if which.route is not None:
+        set_route(model, which.route)
+    return model
+
+
+def _layers(settings: ProbingSection, count: int) -> list[int]:
+    """Layers counted from 0, the embeddings. Raises UserError for one that the model lacks."""
+    wanted = list(range(count)) if settings.layers is None else settings.layers
+    if wrong := [layer for layer in wanted if not -count <= layer < count]:
+        raise UserError(f"probing.layers: {wrong[0]}; expected -{count} to {count - 1}")
+    return [layer % count for layer in wanted]
+
+
+def _digest(model: PreTrainedModel) -> str:
+    """Of all weights."""
+    found = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        found.update(name.encode())
+        found.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def alone(word: Word) -> Word:
+    """The word without its sentence."""
+    return Word(text(word), 0, word.end - word.start)
+
+
+def _words(tasks: Sequence[Task], controls: bool) -> list[Word]:
+    found = [word for task in tasks for words in task.words for word in words]
+    return found + ([alone(word) for word in found] if controls else [])
+
+
+# --- probes ---------------------------------------------------------------------------------------
+
+
+def _rows(
+    task: Task,
+    vectors: np.ndarray,
+    index: dict[Word, int],
+    layers: list[int],
+    settings: ProbingSection,
+) -> list[dict[str, Any]]:
+    """A row for each position, layer, probe, split, combination and control of a task."""
+    rows = []
+    controls = ("none", "random labels", "no context") if settings.controls else ("none",)
+    for control in controls:
+        numbers = [
+            [index[alone(word) if control == "no context" else word] for word in words]
+            for words in task.words
+        ]
+        # the controls are of the words' own positions alone
+        for position in settings.positions if control == "none" else settings.positions[:1]:
+            taken = vectors[np.array(numbers), POSITIONS.index(position)]  # (N, words, layers, D)
+            for place, layer in enumerate(layers):
+                rows += [
+                    {"task": task.name, "control": control, "position": position, "layer": layer}
+                    | row
+                    for row in _probed(task, taken[:, :, place], control, settings)
+                ]
+    return rows
+
+
+def _probed(
+    task: Task, vectors: np.ndarray, control: str, settings: ProbingSection
+) -> list[dict[str, Any]]:
+    """(N, words, D) vectors; items whose word was cut away are left out."""
+    there = ~np.isnan(vectors).any((1, 2))
+    kept = task if there.all() else _kept(task, there)
+    rows = []
+    for how in probes.COMBINATIONS if task.paired else ("word",):
+        features = probes.combined(vectors[there], how) if task.paired else vectors[there][:, 0]
+        for kind in settings.probes:
+            for split in probes.splits(task):
+                found = [
+                    probes.scores(kind, kept, features, split, seed, control == "random labels")
+                    for seed in settings.seeds
+                ]
+                if all(found):
+                    rows.append({"features": how, "probe": kind, "split": split} | _mean(found))
+    return rows
+
+
+def _kept(task: Task, there: np.ndarray) -> Task:
+    return Task(
+        task.name,
+        [words for words, own in zip(task.words, there, strict=True) if own],
+        task.targets[there],
+        [group for group, own in zip(task.groups, there, strict=True) if own],
+        task.hidden,
+        None if task.test is None else task.test[there],
+        task.unplaced,
+    )
+
+
+def _mean(seeds: list[dict[str, float]]) -> dict[str, float]:
+    """Means over the seeds, and `<metric>_seeds`, their standard deviation."""
+    found = {name: statistics.mean(each[name] for each in seeds) for name in seeds[0]}
+    metrics = [name for name in seeds[0] if not name.endswith("_stderr")]
+    if len(seeds) > 1:
+        found |= {
+            f"{name}_seeds": statistics.stdev(each[name] for each in seeds) for name in metrics
+        }
+    return found
+
+
+KEYS = ("task", "control", "position", "layer", "features", "probe", "split")
+
+
+def differences(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """How each model differs from the first, row by row, and whether that is inside noise.
+
+    Noise: twice the standard error of the difference, as if the two were independent.
+    """
+    first, *others = reports
+    base = {tuple(row[key] for key in KEYS): row for row in first["rows"]}
+    found = []
+    for report in others:
+        for row in report["rows"]:
+            own = base.get(tuple(row[key] for key in KEYS))
+            if row["control"] != "none" or own is None:
+                continue
+            metric = BINARY if BINARY in row else NUMBERS
+            errors = (row[f"{metric}_stderr"], own[f"{metric}_stderr"])
+            by = row[metric] - own[metric]
+            said = {key: row[key] for key in KEYS if key != "control"}
+            found.append(
+                {"label": report["label"], "against": first["label"], **said, "metric": metric}
+                | {"difference": by, "noise": 2 * math.hypot(*errors)}
+                | {"inside_noise": abs(by) <= 2 * math.hypot(*errors)}
+            )
+    return found
+
+
+# --- anisotropy -----------------------------------------------------------------------------------
+
+
+def anisotropy(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    tasks: Sequence[Task],
+    path: Path,
+    count: int,
+    settings: ProbingSection,
+    keys: dict[str, Any],
+) -> dict[str, list[float]]:
+    """By layer: mean cosine of sampled word vectors, and of the words inside a sentence."""
+    pool = [word for task in tasks if task.paired for words in task.words for word in words]
+    pool = pool or [word for task in tasks for words in task.words for word in words]
+    rng = np.random.default_rng(0)
+    pool = list(dict.fromkeys(pool))
+    sampled = [pool[row] for row in rng.permutation(len(pool))[:SAMPLED]]
+    whole = [tokens(sentence) for sentence in dict.fromkeys(word.sentence for word in sampled)]
+    whole = [words for words in whole if len(words) > 1][:WHOLE]
+    words = [*sampled, *(word for sentence in whole for word in sentence)]
+    sentences = Sentences(words, tokenizer, settings.max_tokens)
+    file = path.with_name(f"{path.name}-layers.npy")
+    vectors = word_vectors(model, sentences, file, list(range(count)), **keys)[:, 0]
+    ends = np.cumsum([len(sampled), *(len(sentence) for sentence in whole)])
+    return {
+        "between": [_cosine(vectors[: len(sampled), layer]) for layer in range(count)],
+        "within": [
+            statistics.mean(
+                _cosine(vectors[a:b, layer]) for a, b in zip(ends[:-1], ends[1:], strict=True)
+            )
+            for layer in range(count)
+        ],
+    }
+
+
+def _cosine(vectors: np.ndarray) -> float:
+    return probes.mean_cosine(vectors[~np.isnan(vectors).any(1)])
