@@ -94,3 +94,12 @@ def test_half_precision_is_proved_too(dtype):
     model = random_model("qwen2").to(dtype)
     prove_attention(model, bidirectional=False)
     make_bidirectional(model)
+
+
+def test_tokens_that_were_never_trained_prove_nothing_and_are_not_asked():
+    """Byte tokens at the start of a vocabulary may be all alike."""
+    model = random_model("llama")
+    embeddings = model.get_input_embeddings().weight
+    with torch.no_grad():
+        embeddings[: len(embeddings) // 2] = embeddings[0]
+    make_bidirectional(model)

@@ -8,6 +8,7 @@ believed: the last token is changed, and the first token's states are looked at.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 from ubmoe.config import UserError
 
 PROOF_TOKENS = 8
+CANDIDATES = 64  # tokens that they are taken from
 PADDINGS = ("none", "left", "right")
 # Layers that read left to right whatever the mask says.
 RECURRENT = ("linear_attention", "mamba", "mamba2", "recurrent", "conv")
@@ -89,23 +91,36 @@ def leak(model: PreTrainedModel, padding: str = "none") -> float:
     The most of any layer, relative to its largest value, on no more tokens than a sliding window
     shows.
     """
-    first, second = (_first_states(model, padding, last) for last in (0, 1))
+    *others, one, another = _unlike(model)
+    first, second = (_first_states(model, padding, [*others, last]) for last in (one, another))
     scale = first.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny)
     return ((first - second).abs().amax(-1) / scale).max().item()
 
 
-def _first_states(model: PreTrainedModel, padding: str, last: int) -> torch.Tensor:
-    """(layers + 1, D) in fp32: the first real token's states, for one of two last tokens."""
+def _unlike(model: PreTrainedModel) -> list[int]:
+    """Tokens from all over the vocabulary, and last the two of them that are least alike.
+
+    Neighbours will not do: a vocabulary's first tokens may be bytes that were never trained, which
+    are all alike.
+    """
+    embeddings: Any = model.get_input_embeddings()
+    tokens = torch.linspace(0, embeddings.weight.shape[0] - 1, CANDIDATES).long()
+    rows = embeddings.weight[tokens.to(embeddings.weight.device)].float()
+    pair = divmod(int(torch.cdist(rows, rows).argmax()), CANDIDATES)
+    return tokens[[*range(0, CANDIDATES, CANDIDATES // PROOF_TOKENS), *pair]].tolist()
+
+
+def _first_states(model: PreTrainedModel, padding: str, tokens: list[int]) -> torch.Tensor:
+    """(layers + 1, D) in fp32: the first real token's states."""
     config = model.config.get_text_config()
     length = min(PROOF_TOKENS, getattr(config, "sliding_window", None) or PROOF_TOKENS)
-    ids = torch.arange(3, 3 + length) % config.vocab_size
-    ids[-1] = (ids[-1] + last) % config.vocab_size
+    ids = torch.tensor(tokens[-length:])
     real = torch.ones(length, dtype=torch.long)
     pad = torch.zeros(3 if padding != "none" else 0, dtype=torch.long)
     order = (pad, real) if padding == "left" else (real, pad)
-    tokens = (pad, ids) if padding == "left" else (ids, pad)
+    row = (pad, ids) if padding == "left" else (ids, pad)
     output = model.base_model(
-        input_ids=torch.cat(tokens)[None].to(model.device),
+        input_ids=torch.cat(row)[None].to(model.device),
         attention_mask=torch.cat(order)[None].to(model.device),
         use_cache=False,
         output_hidden_states=True,
