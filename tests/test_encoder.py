@@ -12,8 +12,9 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from ubmoe.bidirectional import prove_attention
-from ubmoe.config import PROMPT, BiSection, UserError
+from ubmoe.config import PROMPT, BiSection, ModelSection, UserError
 from ubmoe.encoder import as_encoder, rendered, save_encoder
+from ubmoe.model import load_tokenizer
 
 TEXTS = ["The cat slept.", "A much longer sentence about {braces} and 'quotes' in the garden."]
 
@@ -112,3 +113,17 @@ def test_a_vector_does_not_depend_on_its_company_or_on_the_padding_side(tokenize
     left = encoder.encode([text, *TEXTS])[0]
     np.testing.assert_allclose(together, alone, atol=1e-5)
     np.testing.assert_allclose(left, alone, atol=1e-5)
+
+
+def test_a_model_without_a_padding_token_is_padded_all_the_same(tokenizer, tmp_path):
+    expected, model, bi = build(tokenizer)
+    bare = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    bare.pad_token = None
+    bare.save_pretrained(tmp_path)
+    model.config.save_pretrained(tmp_path)
+    loaded = load_tokenizer(ModelSection(name=str(tmp_path)))
+    encoder = as_encoder(model, loaded, bi)
+    np.testing.assert_allclose(encoder.encode(TEXTS), expected.encode(TEXTS), atol=1e-6)
+    save_encoder(encoder, model, loaded, bi, tmp_path / "bi")
+    again = SentenceTransformer(str(tmp_path / "bi"), device="cpu")
+    np.testing.assert_allclose(again.encode(TEXTS), expected.encode(TEXTS), atol=1e-6)

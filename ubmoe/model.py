@@ -64,13 +64,22 @@ def source(config: ModelSection) -> str:
 
 
 def load_tokenizer(config: ModelSection) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer. Raises UserError."""
+    """The model's own tokenizer, with a padding token where it has none. Raises UserError."""
     with _explained(config):
         tokenizer = AutoTokenizer.from_pretrained(source(config), revision=config.revision)
     # Without tokenizer files transformers 5 makes an empty tokenizer, and says nothing.
     if not tokenizer("any text", add_special_tokens=False)["input_ids"]:
         raise UserError(f"model.name: {config.name} has no tokenizer; expected tokenizer.json")
+    if tokenizer.pad_token is None:  # as Llama's; any will do, since padding is masked
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
+
+
+def saved_attention(config: ModelSection) -> str:
+    """The mask that config.json names, causal or bidirectional. Raises UserError."""
+    with _explained(config):
+        settings = AutoConfig.from_pretrained(source(config), revision=config.revision)
+    return "bidirectional" if getattr(settings, "is_causal", True) is False else "causal"
 
 
 def load_model(config: ModelSection, bidirectional: bool = False) -> PreTrainedModel:
