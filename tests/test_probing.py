@@ -91,8 +91,10 @@ def test_anisotropy_is_there_for_every_layer(section):
 
 def test_models_need_labels_of_their_own():
     one = ProbedModel(name="tiny")
-    assert list(comparison.labelled([one])) == ["tiny, causal"]
-    with pytest.raises(UserError, match="two are called 'tiny, causal'"):
+    assert list(comparison.labelled([one])) == ["tiny"]
+    other = ProbedModel(name="a/tiny", attention="causal", route="half")
+    assert list(comparison.labelled([one, other])) == ["tiny", "tiny, causal, half"]
+    with pytest.raises(UserError, match="two are called 'tiny'"):
         comparison.labelled([one, one])
     with pytest.raises(UserError, match="expected one at least"):
         comparison.labelled([])

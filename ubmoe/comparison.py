@@ -1,6 +1,8 @@
 """Probe one model after the other on the same words, and say which differences are noise."""
 
+import dataclasses
 import hashlib
+import json
 import logging
 import math
 import re
@@ -11,18 +13,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from joblib import Parallel, delayed
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ubmoe import probes
 from ubmoe.config import Config, ProbedModel, ProbingSection, UserError
-from ubmoe.model import load_model, load_tokenizer
+from ubmoe.model import load_model, load_tokenizer, saved_attention
 from ubmoe.moe import set_route
 from ubmoe.probe_tasks import Task, text, tokens
+from ubmoe.results import replace
 from ubmoe.words import POSITIONS, Sentences, Word, word_vectors
 
 log = logging.getLogger(__name__)
 SAMPLED = 1000  # word vectors of the anisotropy, as in the paper
+CONTROLS = ("random labels", "no context")
 WHOLE = 200  # sentences all of whose words are compared
 BINARY, NUMBERS = "balanced_accuracy", "spearman"  # what models are compared by
 
@@ -31,7 +36,8 @@ def labelled(models: Sequence[ProbedModel]) -> dict[str, ProbedModel]:
     """The models by their labels. Raises UserError for none, and for two of one label."""
     found: dict[str, ProbedModel] = {}
     for model in models:
-        label = model.label or f"{Path(model.name).name}, {model.attention}"
+        words = (Path(model.name).name, model.attention, model.route)
+        label = model.label or ", ".join(word for word in words if word)
         if label in found:
             raise UserError(f"probing.models: two are called {label!r}; give each a label")
         found[label] = model
@@ -60,31 +66,51 @@ def probe(
     tasks: Sequence[Task],
     folder: Path,
 ) -> dict[str, Any]:
-    """Everything that is measured of one model; its vectors stay in `folder` for another run."""
+    """Everything that is measured of one model.
+
+    Its vectors stay in `folder` for another run, and its report for a run that goes on.
+    """
     settings = config.probing
     tokenizer = load_tokenizer(_section(config, which))
     count = model.config.get_text_config().num_hidden_layers + 1
     layers = _layers(settings, count)
-    log.info("%s: %d layers of %s are probed", label, len(layers), which.name)
     path = folder / re.sub(r"\W+", "-", label).strip("-").lower()
+    attention = _attention(config, which)
+    key = f"{_digest(model)} {attention} {which.route}"
+    done = path.with_suffix(".report.json")
+    mark = _mark(key, label, tasks, settings)
+    if config.resume == "auto" and done.exists():
+        kept = json.loads(done.read_text())
+        if kept["mark"] == mark:
+            log.info("%s: probed already", label)
+            return kept["report"]
+    log.info("%s: %d layers of %s are probed", label, len(layers), which.name)
 
     words = list(dict.fromkeys(word for word in _words(tasks, settings.controls)))
     sentences = Sentences(words, tokenizer, settings.max_tokens)
-    keys: dict[str, Any] = {
-        "batch_tokens": settings.batch_tokens,
-        "key": f"{_digest(model)} {which.attention} {which.route}",
-    }
+    keys: dict[str, Any] = {"batch_tokens": settings.batch_tokens, "key": key}
     vectors = word_vectors(model, sentences, path.with_suffix(".npy"), layers, **keys)
     index = {word: number for number, word in enumerate(words)}
-    rows = []
-    for task in tqdm(tasks, desc=f"probes of {label}", disable=None):
-        rows += _rows(task, vectors, index, layers, settings)
     lost = sum(place is None for place in sentences.places)
-    return {
-        **{"label": label, "model": which.name, "attention": which.attention},
-        **{"route": which.route, "words": len(words), "cut_away": lost, "rows": rows},
+    report = {
+        **{"label": label, "model": which.name, "attention": attention, "route": which.route},
+        **{"words": len(words), "cut_away": lost},
+        "rows": _all_rows(tasks, vectors, index, layers, settings, label),
         "anisotropy": anisotropy(model, tokenizer, tasks, path, count, settings, keys),
     }
+    replace(done, lambda file: file.write_text(json.dumps({"mark": mark, "report": report})))
+    return report
+
+
+def _mark(key: str, label: str, tasks: Sequence[Task], settings: ProbingSection) -> str:
+    """What a report depends on: the model as it reads, the items, and the settings."""
+    items = [(task.name, task.words, task.targets.tolist(), task.groups) for task in tasks]
+    said = settings.model_dump(exclude={"models", "jobs", "batch_tokens"})
+    return hashlib.sha256(repr((key, label, items, said)).encode()).hexdigest()
+
+
+def _attention(config: Config, which: ProbedModel) -> str:
+    return which.attention or saved_attention(_section(config, which))
 
 
 def _section(config: Config, which: ProbedModel) -> Any:
@@ -93,7 +119,8 @@ def _section(config: Config, which: ProbedModel) -> Any:
 
 def loaded(config: Config, which: ProbedModel) -> PreTrainedModel:
     """The model under its mask and its route. Raises UserError."""
-    model = load_model(_section(config, which), which.attention == "bidirectional")
+    bidirectional = _attention(config, which) == "bidirectional"
+    model = load_model(_section(config, which), bidirectional)
     if which.route is not None:
         set_route(model, which.route)
     return model
@@ -129,30 +156,52 @@ def _words(tasks: Sequence[Task], controls: bool) -> list[Word]:
 # --- probes ---------------------------------------------------------------------------------------
 
 
-def _rows(
-    task: Task,
+def _all_rows(
+    tasks: Sequence[Task],
     vectors: np.ndarray,
     index: dict[Word, int],
     layers: list[int],
     settings: ProbingSection,
+    label: str,
 ) -> list[dict[str, Any]]:
-    """A row for each position, layer, probe, split, combination and control of a task."""
-    rows = []
-    controls = ("none", "random labels", "no context") if settings.controls else ("none",)
-    for control in controls:
-        numbers = [
+    """The rows of all tasks, which are probed side by side."""
+    controls = ("none", *CONTROLS) if settings.controls else ("none",)
+    work = [
+        delayed(_rows)(task, _numbers(task, index, control), control, vectors, layers, settings)
+        for task in tasks
+        for control in controls
+    ]
+    found = Parallel(n_jobs=settings.jobs or -1, return_as="generator")(work)
+    bar = tqdm(found, total=len(work), desc=f"probes of {label}", unit="task", disable=None)
+    return [row for rows in bar for row in rows]
+
+
+def _numbers(task: Task, index: dict[Word, int], control: str) -> np.ndarray:
+    """(N, words) rows of the vectors."""
+    return np.array(
+        [
             [index[alone(word) if control == "no context" else word] for word in words]
             for words in task.words
         ]
-        # the controls are of the words' own positions alone
-        for position in settings.positions if control == "none" else settings.positions[:1]:
-            taken = vectors[np.array(numbers), POSITIONS.index(position)]  # (N, words, layers, D)
-            for place, layer in enumerate(layers):
-                rows += [
-                    {"task": task.name, "control": control, "position": position, "layer": layer}
-                    | row
-                    for row in _probed(task, taken[:, :, place], control, settings)
-                ]
+    )
+
+
+def _rows(
+    task: Task,
+    numbers: np.ndarray,
+    control: str,
+    vectors: np.ndarray,
+    layers: list[int],
+    settings: ProbingSection,
+) -> list[dict[str, Any]]:
+    """A row for each position, layer, probe, split and combination of a task or its control."""
+    rows = []
+    # the controls are of the first position alone
+    for position in settings.positions if control == "none" else settings.positions[:1]:
+        taken = vectors[numbers, POSITIONS.index(position)]  # (N, words, layers, D)
+        for place, layer in enumerate(layers):
+            said = {"task": task.name, "control": control, "position": position, "layer": layer}
+            rows += [said | row for row in _probed(task, taken[:, :, place], control, settings)]
     return rows
 
 
@@ -167,9 +216,11 @@ def _probed(
         features = probes.combined(vectors[there], how) if task.paired else vectors[there][:, 0]
         for kind in settings.probes:
             for split in probes.splits(task):
+                # without anything drawn, one seed is as good as many
+                fixed = kind == "linear" and split == "shipped" and control != "random labels"
                 found = [
                     probes.scores(kind, kept, features, split, seed, control == "random labels")
-                    for seed in settings.seeds
+                    for seed in settings.seeds[: 1 if fixed else None]
                 ]
                 if all(found):
                     rows.append({"features": how, "probe": kind, "split": split} | _mean(found))
@@ -177,14 +228,13 @@ def _probed(
 
 
 def _kept(task: Task, there: np.ndarray) -> Task:
-    return Task(
-        task.name,
-        [words for words, own in zip(task.words, there, strict=True) if own],
-        task.targets[there],
-        [group for group, own in zip(task.groups, there, strict=True) if own],
-        task.hidden,
-        None if task.test is None else task.test[there],
-        task.unplaced,
+    rows = np.flatnonzero(there)
+    return dataclasses.replace(
+        task,
+        words=[task.words[row] for row in rows],
+        targets=task.targets[rows],
+        groups=[task.groups[row] for row in rows],
+        test=None if task.test is None else task.test[rows],
     )
 
 

@@ -357,9 +357,11 @@ class BituneSection(TrainingSection):
 class ProbedModel(Section):
     """One of the models whose word vectors are compared."""
 
-    label: str = key("", "its name in tables and figures; default: name and attention")
+    label: str = key("", "its name in tables and figures; empty: name, attention and route")
     name: str = key("tiny", "hub id, local directory, or tiny")
-    attention: Literal["causal", "bidirectional"] = key("causal", "mask that it reads with")
+    attention: Literal["causal", "bidirectional"] | None = key(
+        None, "mask that it reads with; null: the one that its config.json names"
+    )
     route: Route | None = key(None, "of a mixture: who decides")
 
 
@@ -386,6 +388,7 @@ class ProbingSection(Section):
     layers: list[int] | None = key([-1], "layers that are probed, -1: the last; null: all")
     probes: list[Literal["linear", "mlp"]] = key(["linear", "mlp"], "kinds of probes")
     seeds: list[int] = key([0, 1, 2], "of the splits and of the MLPs")
+    jobs: Positive | None = key(None, "tasks that are probed at once; null: one a core")
     controls: bool = key(True, "also probe random labels, and words without their sentence")
     max_tokens: Positive = key(512, "longer sentences are cut; words behind are counted", "tokens")
     batch_tokens: Positive = key(8192, "padded tokens of one forward", "tokens")

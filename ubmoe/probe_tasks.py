@@ -38,7 +38,6 @@ class Task:
     words: list[tuple[Word, ...]]
     targets: np.ndarray
     groups: list[str]
-    hidden: tuple[int, int] = (20, 10)  # sizes of the paper's MLP
     test: np.ndarray | None = None
     unplaced: list[str] = field(default_factory=list)
 
@@ -180,7 +179,7 @@ def _concreteness(folder: Path) -> list[Task]:
         _, target, _, index, sentence, score = _columns(where, line, 6)
         word = _at(where, tokens(sentence), _whole(where, index))
         items.add((word,), [_number(where, score)], target.lower())
-    return [items.task("concreteness", hidden=(40, 20))]
+    return [items.task("concreteness")]
 
 
 def _sensorimotor(folder: Path) -> list[Task]:
@@ -199,7 +198,7 @@ def _sensorimotor(folder: Path) -> list[Task]:
             continue
         norms = [_number(where, row[f"{norm}.M"]) for norm in NORMS]
         items.add((word,), norms, row["word"].lower())
-    return [items.task("sensorimotor", hidden=(40, 20))]
+    return [items.task("sensorimotor")]
 
 
 def _of_form(lemma: str, words: list[Word]) -> Word | None:
@@ -326,7 +325,7 @@ def _tiny_concreteness() -> list[Task]:
     for said in _said(TINY_ITEMS // 2):
         score = CONCRETE[said.meaning.agent.kind] + 0.5 * said.meaning.verb.dynamic
         items.add((said.agent,), [score], text(said.agent).lower())
-    return [items.task("concreteness", hidden=(40, 20))]
+    return [items.task("concreteness")]
 
 
 def _tiny_sensorimotor() -> list[Task]:
@@ -334,7 +333,7 @@ def _tiny_sensorimotor() -> list[Task]:
     for said in _said(TINY_ITEMS // 2):
         norms = [5.0 * (said.meaning.patient.kind == kind) for kind in KINDS]
         items.add((said.patient,), norms, text(said.patient).lower())
-    return [items.task("sensorimotor", hidden=(40, 20))]
+    return [items.task("sensorimotor")]
 
 
 def _tiny_wic() -> list[Task]:

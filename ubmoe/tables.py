@@ -112,10 +112,9 @@ def probing_text(result: dict[str, Any]) -> str:
     found: dict[tuple[str, ...], dict[str, str]] = {}
     for model in models:
         for row in model["rows"]:
-            if row["control"] == "none" and row["position"] == "same" and _is_shown(row, models):
+            if _is_shown(row, models):
                 metric = "balanced_accuracy" if "balanced_accuracy" in row else "spearman"
-                features = "" if row["features"] == "word" else f" ({row['features']})"
-                line = found.setdefault((row["task"] + features, row["split"], metric), {})
+                line = found.setdefault((_probed(row), row["split"], metric), {})
                 line[model["label"]] = f"{row[metric]:.3f} ±{row[f'{metric}_stderr']:.3f}"
     for key, line in found.items():
         rows.append([*key, *(line.get(model["label"], "not run") for model in models)])
@@ -124,9 +123,15 @@ def probing_text(result: dict[str, Any]) -> str:
 
 
 def _is_shown(row: dict[str, Any], models: list[dict[str, Any]]) -> bool:
-    """Of the last layer that is probed, and of the last kind of probe."""
+    """No control, at the word's own tokens, of the last layer and the last kind of probe."""
     last = models[0]["rows"][-1]
-    return row["layer"] == last["layer"] and row["probe"] == last["probe"]
+    said = (row["control"], row["position"], row["layer"], row["probe"])
+    return said == ("none", "same", last["layer"], last["probe"])
+
+
+def _probed(row: dict[str, Any]) -> str:
+    """The task, and how the two words of a pair were combined."""
+    return row["task"] + (f" ({row['features']})" if row["features"] != "word" else "")
 
 
 TEXT = {
@@ -295,6 +300,62 @@ def _bitune_block(name: str, records: dict[str, dict[str, Any]]) -> str:
     return markdown([["variant", "seeds", "perplexity", *metrics, *paper], *rows])
 
 
+# The published column of a task, and where it stands.
+PUBLISHED_PROBES = {
+    "telicity": ("accuracy", "telicity"),
+    "duration": ("accuracy", "duration"),
+    "concreteness": ("concreteness", "spearman"),
+    "sensorimotor": ("sensorimotor", "spearman"),
+    "word in context (difference)": ("accuracy", "wic difference"),
+    "word in context (cosine)": ("accuracy", "wic cosine"),
+    "word in context (concatenation)": ("accuracy", "wic concatenation"),
+}
+PUBLISHED_FAMILY = "Llama-2-7B"
+
+
+def _probing_block(name: str, records: dict[str, dict[str, Any]]) -> str:
+    """Tasks two to five: a row a task and split, a column a model, published numbers in brackets.
+
+    The published ones are of another family, at the same stage of training, and of random splits.
+    """
+    found = [record for key, record in records.items() if key.startswith(f"{name}.probing.")]
+    return "\n\n".join(_probing_table(record["probing"]["models"]) for record in found)
+
+
+def _probing_table(models: list[dict[str, Any]]) -> str:
+    lines: dict[tuple[str, str, str], dict[str, str]] = {}
+    for model in models:
+        for row in model["rows"]:
+            if _is_shown(row, models) and _probed(row) in PUBLISHED_PROBES:
+                metric = "accuracy" if "accuracy" in row else "spearman"
+                line = lines.setdefault((_probed(row), row["split"], metric), {})
+                line[model["label"]] = _probing_cell(row, metric, model["label"])
+    header = ["task", "split", "metric", *(model["label"] for model in models)]
+    body = [
+        [*key, *(line.get(each, "not run") for each in header[3:])] for key, line in lines.items()
+    ]
+    last = models[0]["rows"][-1]
+    return (
+        f"{markdown([header, *body])}\n\nProbes: {last['probe']}, of layer {last['layer']}; "
+        f"in brackets: published for {PUBLISHED_FAMILY}."
+    )
+
+
+def _probing_cell(row: dict[str, Any], metric: str, label: str) -> str:
+    own = f"{row[metric]:.3f} ±{row[f'{metric}_stderr']:.3f}"
+    theirs = _published_probe(_probed(row), row["probe"], label)
+    return own if theirs is None or row["split"] != "random" else f"{own} ({theirs:.3f})"
+
+
+def _published_probe(task: str, probe: str, label: str) -> float | None:
+    table, column = PUBLISHED_PROBES[task]
+    found = published("feng")[f"{table}_{probe}"]
+    for row in found["rows"]:
+        if (row["model"], row["method"]) == (PUBLISHED_FAMILY, label):
+            return row["scores"][found["columns"].index(column)]
+    return None
+
+
 def _model(record: dict[str, Any]) -> str:
     return Path(record["config"]["model"]["name"]).name if "config" in record else ""
 
@@ -316,5 +377,6 @@ BLOCKS = {
     "sts": _sts_block,
     "mixture": _mixture_block,
     "bitune": _bitune_block,
+    "probing": _probing_block,
     "benchmark": _benchmark_block,
 }

@@ -7,6 +7,8 @@ words are all the same: its tokens are those whose characters overlap the span.
 import hashlib
 import json
 import logging
+import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +109,8 @@ def word_vectors(
         return np.load(path, mmap_mode="r")
     mark.unlink(missing_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    vectors = open_memmap(path, "w+", np.float32, shape)
+    log.info("word vectors: %.2f GB to %s", 4e-9 * math.prod(shape), path)
+    vectors = reserved(path, shape)
     vectors[:] = np.nan
     by_row: dict[int, list[int]] = {}
     for number, place in enumerate(sentences.places):
@@ -134,6 +137,17 @@ def word_vectors(
     vectors.flush()
     mark.write_text(json.dumps(said))
     return np.load(path, mmap_mode="r")
+
+
+def reserved(path: Path, shape: tuple[int, ...]) -> np.memmap:
+    """A new .npy file of float32 with all its space on the disk: a memory map that met a full disk
+    would kill the process. Raises OSError.
+    """
+    vectors = open_memmap(path, "w+", np.float32, shape)
+    with path.open("r+b") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return vectors
 
 
 @torch.no_grad()
