@@ -248,23 +248,63 @@ def test_mixtures_stand_beside_each_other_over_their_seeds():
 
 
 def test_variants_of_bitune_stand_beside_the_papers():
-    def bitune(variant, perplexity):
+    def bitune(variant, perplexity, max_steps=10):
         section = {"variant": variant, "perplexity": perplexity, "metrics": {"T": "acc"}}
         tasks = {"T": {"acc": perplexity * 10}}
-        return {"config": {"model": {"name": "small"}}, "bitune": section | {"tasks": tasks}}
+        config = {"model": {"name": "small"}, "bitune": {"max_steps": max_steps}}
+        return {"config": config, "bitune": section | {"tasks": tasks}}
 
     records = {"a": bitune("full", 4.0), "b": bitune("full", 6.0), "c": bitune("lora", 7.0)}
+    records["d"] = bitune("lora", 9.0, max_steps=0)
     found = tables.renewed("<!-- bitune: small -->\n<!-- end -->", records).splitlines()
     assert found[1:-1] == [
         "| variant | seeds | perplexity | T | published, Gemma-2B | published, Llama3-8B |",
         "|---:|---:|---:|---:|---:|---:|",
+        "| pretrained | 1 | 9.00 | 90.00 | 40.4 | 64.2 |",
         "| lora | 1 | 7.00 | 70.00 | 45.7 | 70.4 |",
         "| full | 2 | 5.00 ±1.41 | 50.00 ±14.14 | 49.7 | 72.7 |",
     ]
 
 
+def test_probes_stand_beside_the_papers():
+    def row(task, split, value, **keys):
+        said = {"task": task, "split": split, "control": "none", "position": "same", "layer": 3}
+        metric = "spearman" if task == "concreteness" else "accuracy"
+        found = said | {"features": "word", "probe": "mlp", metric: value, f"{metric}_stderr": 0.01}
+        return found | keys
+
+    uni = [
+        row("telicity", "random", 0.7),
+        row("telicity", "random", 0.9, control="random labels"),
+        row("telicity", "random", 0.9, layer=2),
+        row("telicity", "random", 0.9, position="previous"),
+        row("telicity", "lemma", 0.6),
+        row("word in context", "random", 0.5, features="cosine"),
+        row("concreteness", "random", 0.4),
+    ]
+    models = [
+        {"label": "Uni", "rows": uni},
+        {"label": "Bi, untrained", "rows": [row("telicity", "random", 0.8)]},
+    ]
+    found = tables.renewed(
+        "<!-- probing: small -->\n<!-- end -->",
+        {"small.probing.seed0": {"probing": {"models": models}}},
+    ).splitlines()
+    assert found[1:-1] == [
+        "| task | split | metric | Uni | Bi, untrained |",
+        "|---:|---:|---:|---:|---:|",
+        "| telicity | random | accuracy | 0.700 ±0.010 (0.839) | 0.800 ±0.010 |",
+        "| telicity | lemma | accuracy | 0.600 ±0.010 | not run |",
+        "| word in context (cosine) | random | accuracy | 0.500 ±0.010 (0.536) | not run |",
+        "| concreteness | random | spearman | 0.400 ±0.010 (0.763) | not run |",
+        "",
+        "Probes: mlp, of layer 3; in brackets: published for Llama-2-7B.",
+    ]
+
+
 def test_published_rows_have_a_score_for_every_column_and_right_averages():
-    for name, table in published("bitune").items():
+    tables = [*published("bitune").items(), *published("feng").items()]
+    for name, table in tables:
         for row in table["rows"]:
             assert len(row["scores"]) == len(table["columns"]), (name, row)
             if table["columns"][-1] == "average":

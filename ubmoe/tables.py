@@ -282,7 +282,9 @@ def _bitune_block(name: str, records: dict[str, dict[str, Any]]) -> str:
     runs: dict[str, list[dict[str, Any]]] = {}
     for record in records.values():
         if "bitune" in record and _model(record) == name:
-            runs.setdefault(record["bitune"]["variant"], []).append(record["bitune"])
+            trained = record["config"]["bitune"]["max_steps"] != 0
+            variant = record["bitune"]["variant"] if trained else "pretrained"
+            runs.setdefault(variant, []).append(record["bitune"])
     ablations = published("bitune")["ablations"]
     theirs = {row["method"]: row["scores"] for row in ablations["rows"]}
     metrics = next(iter(runs.values()))[0]["metrics"]
