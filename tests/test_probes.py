@@ -90,6 +90,13 @@ def test_mean_cosine_is_that_of_all_pairs():
     assert probes.mean_cosine(vectors) == pytest.approx(np.mean(pairs))
 
 
+def test_mlps_have_the_sizes_of_the_paper():
+    labels = task(np.arange(10) % 2)
+    assert probes.sizes(labels, 64) == ((20, 10), 16) and probes.sizes(labels, 1) == ((5, 2), 8)
+    one, many = (task(np.zeros((10, columns))) for columns in (1, 11))
+    assert probes.sizes(one, 64) == ((40, 20), 8) and probes.sizes(many, 64) == ((40, 20), 16)
+
+
 def test_a_split_without_both_classes_gives_nothing():
     labels = np.zeros(100)
     labels[:3] = 1

@@ -1,11 +1,12 @@
 """The whole chain on the embedded model: nothing leaks, and both directions see what follows."""
 
 import json
+import shutil
 
 import pytest
 from test_scripts import run
 
-from ubmoe import comparison, results
+from ubmoe import comparison, probing, results
 from ubmoe.config import ProbedModel, UserError, load_config
 
 KEYS = ["model.device=cpu", "probing.probes=[linear]", "probing.seeds=[0]"]
@@ -87,6 +88,27 @@ def test_anisotropy_is_there_for_every_layer(section):
             values = model["anisotropy"][kind]
             assert len(values) == 5 and all(-1 <= value <= 1 for value in values)
         assert model["anisotropy"]["between"][1:] != model["anisotropy"]["within"][1:]
+
+
+def test_a_run_that_goes_on_keeps_the_models_that_are_done(tiny_path, tmp_path, caplog):
+    encoder = tmp_path / "encoder"
+    shutil.copytree(tiny_path, encoder)
+    config = json.loads((encoder / "config.json").read_text())
+    (encoder / "config.json").write_text(json.dumps(config | {"is_causal": False}))
+    models = f"probing.models=[{{name: tiny}}, {{name: {encoder}, label: encoder}}]"
+    keys = [*KEYS, "probing.tasks=[concreteness]", "probing.jobs=1", "probing.controls=false"]
+    caplog.set_level("INFO")
+    logs = []
+    for more in ([], ["probing.seeds=[1]"]):
+        for _ in range(2):
+            caplog.clear()
+            given = [*keys, models, "resume=auto", f"output_dir={tmp_path}/run", *more]
+            path = probing.main(load_config(None, given))
+            logs.append(caplog.text)
+    assert ["probed already" in each for each in logs] == [False, True, False, True]
+    assert ["word vectors:" in each for each in logs] == [True, False, False, False]
+    section = json.loads(path.read_text())["probing"]
+    assert [model["attention"] for model in section["models"]] == ["causal", "bidirectional"]
 
 
 def test_models_need_labels_of_their_own():
