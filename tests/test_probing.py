@@ -7,7 +7,7 @@ import pytest
 from test_scripts import run
 
 from ubmoe import comparison, probing, results
-from ubmoe.config import ProbedModel, UserError, load_config
+from ubmoe.config import UserError, load_config
 
 KEYS = ["model.device=cpu", "probing.probes=[linear]", "probing.seeds=[0]"]
 
@@ -112,14 +112,14 @@ def test_a_run_that_goes_on_keeps_the_models_that_are_done(tiny_path, tmp_path, 
 
 
 def test_models_need_labels_of_their_own():
-    one = ProbedModel(name="tiny")
-    assert list(comparison.labelled([one])) == ["tiny"]
-    other = ProbedModel(name="a/tiny", attention="causal", route="half")
-    assert list(comparison.labelled([one, other])) == ["tiny", "tiny, causal, half"]
+    def labels(models):
+        return list(comparison.labelled(load_config(None, [f"probing.models={models}"])))
+
+    assert labels("[]") == ["Uni", "Bi, untrained"]
+    other = "{name: a/tiny, attention: causal, route: half}"
+    assert labels(f"[{{name: tiny}}, {other}]") == ["tiny", "tiny, causal, half"]
     with pytest.raises(UserError, match="two are called 'tiny'"):
-        comparison.labelled([one, one])
-    with pytest.raises(UserError, match="expected one at least"):
-        comparison.labelled([])
+        labels("[{name: tiny}, {name: tiny}]")
 
 
 @pytest.mark.parametrize(

@@ -32,17 +32,20 @@ WHOLE = 200  # sentences all of whose words are compared
 BINARY, NUMBERS = "balanced_accuracy", "spearman"  # what models are compared by
 
 
-def labelled(models: Sequence[ProbedModel]) -> dict[str, ProbedModel]:
-    """The models by their labels. Raises UserError for none, and for two of one label."""
+def labelled(config: Config) -> dict[str, ProbedModel]:
+    """The models by their labels. Raises UserError for two of one label."""
     found: dict[str, ProbedModel] = {}
-    for model in models:
+    name = config.model.name
+    both = [
+        ProbedModel(label="Uni", name=name, attention="causal"),
+        ProbedModel(label="Bi, untrained", name=name, attention="bidirectional"),
+    ]
+    for model in config.probing.models or both:
         words = (Path(model.name).name, model.attention, model.route)
         label = model.label or ", ".join(word for word in words if word)
         if label in found:
             raise UserError(f"probing.models: two are called {label!r}; give each a label")
         found[label] = model
-    if not found:
-        raise UserError("probing.models: empty; expected one at least")
     return found
 
 

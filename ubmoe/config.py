@@ -358,7 +358,7 @@ class ProbedModel(Section):
     """One of the models whose word vectors are compared."""
 
     label: str = key("", "its name in tables and figures; empty: name, attention and route")
-    name: str = key("tiny", "hub id, local directory, or tiny")
+    name: str = key(..., "hub id, local directory, or tiny")
     attention: Literal["causal", "bidirectional"] | None = key(
         None, "mask that it reads with; null: the one that its config.json names"
     )
@@ -372,11 +372,7 @@ class ProbingSection(Section):
     """What word vectors know (python -m ubmoe.probing), after Feng et al."""
 
     models: list[ProbedModel] = key(
-        [
-            ProbedModel(label="Uni"),
-            ProbedModel(label="Bi, untrained", attention="bidirectional"),
-        ],
-        "models to compare; differences are from the first one",
+        [], "models to compare, with the first one; empty: model.name under both masks"
     )
     data: str = key("tiny", "folder that holds the five tasks' folders, or tiny")
     tasks: list[Probed] = key(

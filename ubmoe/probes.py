@@ -75,7 +75,11 @@ def fitted(kind: str, task: Task, features: np.ndarray, targets: np.ndarray, see
     else:
         hidden, batch = sizes(task, features.shape[1])
         model = (MLPClassifier if task.binary else MLPRegressor)(
-            hidden, batch_size=batch, max_iter=200, early_stopping=True, random_state=seed
+            hidden_layer_sizes=hidden,
+            batch_size=batch,
+            max_iter=200,
+            early_stopping=True,
+            random_state=seed,
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of sklearn, where an optimiser was stopped

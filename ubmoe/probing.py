@@ -20,7 +20,7 @@ def main(config: Config) -> Path | None:
         from ubmoe.probe_tasks import read_tasks
 
         tasks = read_tasks(config.probing.data, config.probing.tasks)
-        models = comparison.labelled(config.probing.models)
+        models = comparison.labelled(config)
         reports = []
         for label, which in models.items():
             run.model = comparison.loaded(config, which)
