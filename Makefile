@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test figures lock clean
+.PHONY: demo test study figures lock clean
 
 .venv/installed: requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -15,6 +15,12 @@ demo: .venv/installed
 	$(BIN)/python train_bi.py configs/tiny.yaml
 	$(BIN)/python train_ubmoe.py configs/tiny.yaml
 	$(BIN)/python -m ubmoe.results configs/tiny.yaml results.action=table
+
+# The whole study on the embedded model, three seeds; goes on where it stopped.
+study: .venv/installed
+	$(BIN)/python -m ubmoe.results configs/tiny.yaml results.action=run results.table=all
+	$(BIN)/python -m ubmoe.results configs/tiny.yaml results.action=figure
+	$(BIN)/python -m ubmoe.results configs/tiny.yaml results.table=all
 
 test: .venv/installed
 	$(BIN)/ruff check .

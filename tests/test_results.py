@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, random_model
 
-from ubmoe import results, tables
+from ubmoe import readme, results
 from ubmoe.config import UserError, load_config
 from ubmoe.published import published
 
@@ -176,11 +176,11 @@ def test_the_table_shows_errors_the_uniform_share_and_empty_buckets(config):
 def test_generated_blocks_are_renewed_and_the_rest_is_left(config):
     record = json.loads(recorded(config).read_text())
     text = "a\n<!-- dependence: some -->\nold\nold\n<!-- end -->\nb"
-    after = tables.renewed(text, {"some.dependence.seed5": record})
+    after = readme.renewed(text, {"some.dependence.seed5": record})
     assert after.startswith("a\n<!-- dependence: some -->\n| tokens | texts | main |")
     assert "old" not in after and after.endswith("\n<!-- end -->\nb")
     assert "| 0-256 | 7 | 10.00 ±1.00 (20.00) | 60.00" in after
-    assert tables.renewed(after, {"some.dependence.seed5": record}) == after
+    assert readme.renewed(after, {"some.dependence.seed5": record}) == after
 
 
 def test_encoders_stand_beside_each_other_over_their_seeds():
@@ -204,7 +204,7 @@ def test_encoders_stand_beside_each_other_over_their_seeds():
         "x-chain.dependence.seed0": dependence(99.0, "other"),  # not of the encoder
         "benchmark.y": {"rows": []},
     }
-    found = tables.renewed("<!-- sts: small -->\n<!-- end -->", records).splitlines()
+    found = readme.renewed("<!-- sts: small -->\n<!-- end -->", records).splitlines()
     assert found[1:-1] == [
         "| trained | seeds | A | average | DP-after |",
         "|---:|---:|---:|---:|---:|",
@@ -236,7 +236,7 @@ def test_mixtures_stand_beside_each_other_over_their_seeds():
         "c.generation.seed0": mixture(0, {"learned": 40.0}, "causal", objective="chat"),
         "a.sts.seed0": {"config": {"model": {"name": "small"}}},
     }
-    found = tables.renewed("<!-- mixture: small -->\n<!-- end -->", records).splitlines()
+    found = readme.renewed("<!-- mixture: small -->\n<!-- end -->", records).splitlines()
     assert found[1:-1] == [
         "| generates with | seeds | T | perplexity | STS bidirectional | STS causal |",
         "|---:|---:|---:|---:|---:|---:|",
@@ -256,7 +256,7 @@ def test_variants_of_bitune_stand_beside_the_papers():
 
     records = {"a": bitune("full", 4.0), "b": bitune("full", 6.0), "c": bitune("lora", 7.0)}
     records["d"] = bitune("lora", 9.0, max_steps=0)
-    found = tables.renewed("<!-- bitune: small -->\n<!-- end -->", records).splitlines()
+    found = readme.renewed("<!-- bitune: small -->\n<!-- end -->", records).splitlines()
     assert found[1:-1] == [
         "| variant | seeds | perplexity | T | published, Gemma-2B | published, Llama3-8B |",
         "|---:|---:|---:|---:|---:|---:|",
@@ -286,7 +286,7 @@ def test_probes_stand_beside_the_papers():
         {"label": "Uni", "rows": uni},
         {"label": "Bi, untrained", "rows": [row("telicity", "random", 0.8)]},
     ]
-    found = tables.renewed(
+    found = readme.renewed(
         "<!-- probing: small -->\n<!-- end -->",
         {"small.probing.seed0": {"probing": {"models": models}}},
     ).splitlines()
@@ -315,7 +315,7 @@ def test_published_rows_have_a_score_for_every_column_and_right_averages():
 def test_the_tables_of_the_readme_are_not_stale():
     text = (ROOT / "README.md").read_text()
     config = load_config(None, [f"results.directory={ROOT}/results"])
-    assert tables.renewed(text, results.recorded(config)) == text
+    assert readme.renewed(text, results.recorded(config)) == text
     assert text.count("| all |") >= 1 and text.count("ours/plain") >= 1
 
 

@@ -417,13 +417,41 @@ class EvaluationSection(Section):
     batch_size: Positive = key(64, "texts of one forward", "texts")
 
 
-class ResultsSection(Section):
-    """Recorded runs (python -m ubmoe.results)."""
+Row = Literal[
+    "base",
+    "ffn",
+    "attention",
+    "embedding",
+    "ffn+attention",
+    "ffn+embedding",
+    "attention+embedding",
+    "all",
+    "ffn causal",
+]
 
-    action: Literal["table", "record", "readme"] = key(
-        "table", "print the run's table, copy its results to results/, or renew README.md's tables"
+
+class ResultsSection(Section):
+    """Recorded runs, and the study of the paper's tables (python -m ubmoe.results)."""
+
+    action: Literal["plan", "run", "table", "figure", "record", "readme"] = key(
+        "table",
+        "plan: print the study's runs as commands; run: run and record what is not there yet; "
+        "table and figure: show it; record: copy the results of output_dir to the records; readme: "
+        "renew README.md's tables",
     )
+    table: Literal[2, 3, 4, "all"] | None = key(
+        None, "of the paper: 2 STS, 3 dependence, 4 generation; null, of table: the run's own"
+    )
+    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = key([0, 1, 2], "of the study's runs")
+    rows: list[Row] = key(list(get_args(Row)), "what is trained; ffn causal is a control")
     directory: str = key("results", "folder of the recorded runs")
+
+    @field_validator("seeds", "rows")
+    @classmethod
+    def _is_not_empty(cls, value: list[Any]) -> list[Any]:
+        if not value:
+            raise ValueError("expected one at least")
+        return value
 
 
 class Config(Section):

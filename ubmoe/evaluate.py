@@ -17,6 +17,7 @@ from datasets import Dataset, DatasetDict
 from mteb.abstasks.sts import AbsTaskSTS
 from mteb.abstasks.task_metadata import TaskMetadata
 from sentence_transformers import SentenceTransformer
+from transformers import AutoConfig
 
 from ubmoe import command, language
 from ubmoe.config import Config, UserError
@@ -164,9 +165,35 @@ def load_encoder(config: Config) -> SentenceTransformer:
     return as_encoder(model, tokenizer, config.bi)
 
 
+def is_language_model(config: Config) -> bool:
+    """Whether the checkpoint is one of a causal language model, as an encoder of ours is too."""
+    from ubmoe.model import source
+
+    settings = AutoConfig.from_pretrained(source(config.model), revision=config.model.revision)
+    return any("CausalLM" in name for name in settings.architectures or [])
+
+
+def generation_of(config: Config) -> dict[str, Any]:
+    """Generation tasks and perplexity of held-out chats, read causally whatever its own mask."""
+    from ubmoe import generation
+    from ubmoe.chats import read_chats
+    from ubmoe.data import held_out
+    from ubmoe.model import load_model, load_tokenizer
+
+    generation.check_tasks(config.evaluation.generation)
+    settings, tokenizer = config.ubmoe, load_tokenizer(config.model)
+    found = read_chats(settings.dataset, tokenizer, settings.max_tokens, settings.max_rows)
+    _, kept = held_out(found.chats, settings.held_out, "ubmoe.held_out")
+    model = load_model(config.model)
+    scores = generation.generation_scores(model, tokenizer, config.evaluation)
+    return {**scores, "perplexity": generation.perplexity(model, kept)}
+
+
 def main(config: Config) -> Path:
     with recording("evaluate", "evaluation", config) as run:
         tasks = [sts_task(name) for name in config.evaluation.sts]
+        if config.evaluation.generation and is_language_model(config):
+            run.more = {"generation": generation_of(config)}
         encoder = load_encoder(config)
         run.section = sts_scores(encoder, tasks, config.evaluation.batch_size)
         run.model = encoder[0].model
@@ -174,4 +201,8 @@ def main(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    command.run("python -m ubmoe.evaluate", "Score a directory or hub id on STS tasks.", main)
+    purpose = (
+        "Score a directory or hub id on STS tasks and, if it is a causal language model, on "
+        "generation tasks."
+    )
+    command.run("python -m ubmoe.evaluate", purpose, main)

@@ -27,7 +27,7 @@ def dependence(section: dict[str, Any]) -> dict[str, Figure]:
 def routing(log: list[dict[str, Any]], roles: list[dict[str, Any]]) -> dict[str, Figure]:
     """Router training over its steps, and the weight of bi by layer and by role of the token."""
     rows = [row for row in log if "loss" in row]
-    figure = _figure(14.5 if rows else 4.6, 3.4)
+    figure = blank(14.5 if rows else 4.6, 3.4)
     panels = figure.subplots(1, 4 if rows else 1, squeeze=False)[0]
     if rows:
         _curve(panels[0], rows, "loss")
@@ -77,7 +77,7 @@ def mixing(section: dict[str, Any]) -> dict[str, Figure]:
     mixed = "alpha_keys" in section
     if not rows:
         return {}
-    figure = _figure(8.2 if mixed else 4.1, 3.2)
+    figure = blank(8.2 if mixed else 4.1, 3.2)
     panels = figure.subplots(1, 1 + mixed, squeeze=False)[0]
     _curve(panels[0], rows, "loss")
     if mixed:
@@ -107,7 +107,7 @@ def _context(models: list[dict[str, Any]]) -> Figure:
             row["task"].partition("@")[0] for row in models[0]["rows"] if "@" in row["task"]
         )
     )
-    figure = _figure(3.4 * len(names), 3.4)
+    figure = blank(3.4 * len(names), 3.4)
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     last = max(row["layer"] for row in models[0]["rows"])
     probe = models[0]["rows"][-1]["probe"]
@@ -138,7 +138,7 @@ def _context(models: list[dict[str, Any]]) -> Figure:
 
 
 def _anisotropy(models: list[dict[str, Any]]) -> Figure:
-    figure = _figure(7.6, 3.2)
+    figure = blank(7.6, 3.2)
     titles = {"between": "words of different sentences", "within": "words of one sentence"}
     for axes, (kind, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
         for model in models:
@@ -160,7 +160,7 @@ def training(stages: list[dict[str, Any]]) -> dict[str, Figure]:
         [c for c, keys in CURVES.items() if any(keys[0] in row for row in log)] for log in logs
     ]
     columns = max(map(len, shown))
-    figure = _figure(0.6 + 3.4 * columns, 0.5 + 2.5 * len(stages))
+    figure = blank(0.6 + 3.4 * columns, 0.5 + 2.5 * len(stages))
     grid = figure.subplots(len(stages), columns, squeeze=False)
     for axes in grid.flat:
         axes.set_visible(False)
@@ -187,14 +187,14 @@ def _curve(axes: Any, log: list[dict[str, float]], curve: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _figure(width: float, height: float) -> Figure:
+def blank(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=160, layout="constrained")
 
 
 def _buckets(section: dict[str, Any]) -> Figure:
     """Stacked shares of every bucket that holds texts; a line marks where uniform after begins."""
     filled = [bucket for bucket in section["buckets"] if bucket["texts"]]
-    figure = _figure(1.6 + 1.3 * len(filled), 3.8)
+    figure = blank(1.6 + 1.3 * len(filled), 3.8)
     axes = figure.subplots()
     places = np.arange(len(filled))
     floor = np.zeros(len(filled))
@@ -232,7 +232,7 @@ def _buckets(section: dict[str, Any]) -> Figure:
 def _heads(section: dict[str, Any]) -> Figure:
     """DP-after of every layer (down) and head (across)."""
     after = np.array([[head["after"] for head in layer["heads"]] for layer in section["layers"]])
-    figure = _figure(2.2 + 0.28 * after.shape[1], 1.6 + 0.28 * after.shape[0])
+    figure = blank(2.2 + 0.28 * after.shape[1], 1.6 + 0.28 * after.shape[0])
     axes = figure.subplots()
     image = axes.imshow(after, cmap="magma", vmin=0, aspect="auto")
     axes.set(xlabel="head", ylabel="layer", title="DP-after, percent")
@@ -248,7 +248,7 @@ def attention_map(
     """The mean unmasked attention of the shortest text, its parts marked as in Figure 3."""
     ids = min(texts, key=len)[:MAP_TOKENS]
     attention = mean_attention(model, ids).numpy()
-    figure = _figure(5.6, 5.2)
+    figure = blank(5.6, 5.2)
     axes = figure.subplots()
     image = axes.imshow(attention, cmap="viridis", vmin=0, vmax=np.quantile(attention, 0.98))
     tokens = [str(tokenizer.decode([token])) for token in ids]

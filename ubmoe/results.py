@@ -24,7 +24,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ubmoe import command, tables
+from ubmoe import command, paper, readme, tables
 from ubmoe.config import Config, UserError, dump_config
 
 log = logging.getLogger(__name__)
@@ -295,10 +295,10 @@ def table(config: Config) -> str:
     return "\n\n".join([*parts, "\n".join(["figures:", *(f"  {path}" for path in figures)])])
 
 
-def readme(config: Config) -> str:
+def renew_readme(config: Config) -> str:
     """Renew the generated tables of README.md from the recorded results."""
     path = Path("README.md")
-    replace(path, partial(_write_text, text=tables.renewed(path.read_text(), recorded(config))))
+    replace(path, partial(_write_text, text=readme.renewed(path.read_text(), recorded(config))))
     return str(path)
 
 
@@ -308,7 +308,20 @@ def recorded(config: Config) -> dict[str, dict[str, Any]]:
 
 
 def main(config: Config) -> str:
-    return {"record": record, "table": table, "readme": readme}[config.results.action](config)
+    from ubmoe import study
+
+    action = config.results.action
+    if action in ("plan", "run"):
+        if config.results.table is None:
+            raise UserError(f"results.table: {action} needs one; expected 2, 3, 4 or all")
+        return (study.plan if action == "plan" else study.run)(config)
+    if action == "figure":
+        from ubmoe import tradeoff
+
+        return tradeoff.draw(config, recorded(config))
+    if action == "table" and config.results.table is not None:
+        return paper.text(config.results.table, config, recorded(config))
+    return {"record": record, "table": table, "readme": renew_readme}[action](config)
 
 
 if __name__ == "__main__":

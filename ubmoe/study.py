@@ -1,0 +1,173 @@
+"""The paper's tables as runs: which programs with which keys, what is there yet, and what is not.
+
+Every run is a command line of a program, so a cluster's array job can take the printed lines
+instead. Nothing here imports torch.
+"""
+
+import logging
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ubmoe.config import Config, UserError, dump_config, load_config
+from ubmoe.results import read_result, record, replace
+
+log = logging.getLogger(__name__)
+CAUSAL = " causal"  # after a row's modules: tuned under the causal mask, a control
+# The mixtures of Table 4 and the controls that it lacks: their encoder's row, and their own keys.
+MIXTURES = {
+    "ubmoe": ("ffn", ["ubmoe.routes=[learned, half, average, uni, bi, mode]"]),
+    "ubmoe-top-1": ("ffn", ["ubmoe.top_k=1", "ubmoe.router_init=uni", "ubmoe.routes=[learned]"]),
+    "ubmoe-causal": ("ffn causal", ["ubmoe.routes=[learned, bi]"]),
+}
+BITUNE = ("lora", "full")
+WITHOUT_EFFECT = {"resume", "results"}  # keys that change no number of a run
+
+
+@dataclass(frozen=True)
+class Step:
+    """One run of one program; `row` names its line in the tables, over the seeds."""
+
+    program: tuple[str, ...]
+    row: str
+    result: str
+    config_file: str
+    keys: tuple[str, ...]
+
+    @cached_property
+    def config(self) -> Config:
+        return load_config(self.config_file, list(self.keys))
+
+    @property
+    def path(self) -> Path:
+        return Path(self.config.output_dir) / f"{self.result}.json"
+
+    @property
+    def command(self) -> str:
+        return shlex.join(["python", *self.program, self.config_file, *self.keys])
+
+    def state(self) -> str:
+        """`there`, with this very configuration; `other`, with another; or `missing`."""
+        if not self.path.exists():
+            return "missing"
+        kept = read_result(self.path)["config"]
+        own = self.config.model_dump()
+        same = all(kept.get(key) == own[key] for key in own.keys() - WITHOUT_EFFECT)
+        return "there" if same else "other"
+
+
+def steps(config: Config) -> list[Step]:
+    """The runs of `results.table`, in an order in which each finds what it needs.
+
+    They read the study's own file, study.yaml beside them: what this program was given.
+    """
+    file = Path(config.output_dir) / "study" / "study.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace(file, lambda path: path.write_text(dump_config(config), encoding="utf-8"))
+    first, *others = config.results.seeds
+    rows = config.results.rows
+    without_base = [row for row in rows if row != "base"]  # it has no seeds
+    made = [*_of_seed(config, str(file), first, rows)]
+    return made + [
+        each for seed in others for each in _of_seed(config, str(file), seed, without_base)
+    ]
+
+
+def _of_seed(config: Config, config_file: str, seed: int, rows: Sequence[str]) -> Iterator[Step]:
+    table = config.results.table
+
+    def step(program: str, name: str, result: str, *keys: str, row: str | None = None) -> Step:
+        given = (f"seed={seed}", f"output_dir={folder(name)}", *keys)
+        return Step(tuple(program.split()), row or name, result, config_file, given)
+
+    def folder(name: str) -> Path:
+        slug = name.replace("+", "-").replace(" ", "-")
+        return Path(config.output_dir) / "study" / f"seed{seed}" / f"{label(config)}-{slug}"
+
+    needed = {encoder for encoder, _ in MIXTURES.values()} if table == 4 else set(rows)
+    for row in [row for row in rows if row in needed]:
+        yield step("train_bi.py", row, "sts", *_trains(config, row))
+        tuned = () if row == "base" else (f"model.name={folder(row)}/bi",)
+        if table in (3, "all"):
+            yield step("calculate_dp.py", row, "dependence", *tuned)
+        if table == "all":
+            yield step("-m ubmoe.evaluate", row, "evaluation", *tuned)
+    if table in (4, "all"):
+        for name, (encoder, keys) in MIXTURES.items():
+            if encoder not in rows:
+                raise UserError(f"results.rows: {name} needs {encoder!r}; add it")
+            bi = f"ubmoe.bi={folder(encoder)}/bi"
+            yield step("train_ubmoe.py", name, "generation", bi, *keys)
+    if table == "all":
+        mixture = f"model.name={folder('ubmoe')}/ubmoe"
+        yield step("calculate_dp.py", "ubmoe", "dependence", mixture)
+        for variant in BITUNE:
+            key = f"bitune.variant={variant}"
+            yield step("-m ubmoe.bitune", f"bitune {variant}", "bitune", key)
+
+
+def _trains(config: Config, row: str) -> list[str]:
+    """The keys by which train_bi.py makes a row of Table 2."""
+    if row == "base":
+        return ["bi.stages=[]"]
+    modules = row.removesuffix(CAUSAL).replace("+", ", ")
+    keys = [f"bi.stages.{number}.train=[{modules}]" for number in range(len(config.bi.stages))]
+    return keys + (["bi.attention=causal"] if row.endswith(CAUSAL) else [])
+
+
+def label(config: Config) -> str:
+    """What a study is called: its output_dir's last part."""
+    return Path(config.output_dir).name
+
+
+def plan(config: Config) -> str:
+    """The commands, one a line, with what is there yet as a comment above each."""
+    lines = []
+    for step in steps(config):
+        lines += [f"# {step.row}, seed {step.config.seed}: {_known(step)}", step.command]
+    return "\n".join(lines)
+
+
+def _known(step: Step) -> str:
+    """Whether it is there, and what it took."""
+    state = step.state()
+    if state == "missing":
+        return "not run"
+    result = read_result(step.path)
+    took = f"{result['seconds'] / 3600:.2f} h, {result['peak_memory_bytes'] / 1e9:.1f} GB"
+    return f"done in {took}" if state == "there" else f"run with other keys ({took}); runs again"
+
+
+def run(config: Config) -> str:
+    """Run what is not there yet, one after another, and record each. Raises UserError.
+
+    A run that stopped half-way goes on from its checkpoint; a failed one ends the study, which goes
+    on from there when it is called again.
+    """
+    wanted = steps(config)
+    for number, step in enumerate(wanted, 1):
+        say = f"[{number}/{len(wanted)}] {step.row}, seed {step.config.seed}, {step.result}"
+        if step.state() == "there":
+            log.info("%s: done", say)
+        else:
+            log.info("%s", say)
+            _execute(step)
+        record(step.config.model_copy(update={"results": config.results}))
+    return f"{len(wanted)} runs in {Path(config.output_dir) / 'study'}"
+
+
+def _execute(step: Step) -> None:
+    folder = Path(step.config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    log_file = folder / f"{step.result}.log"
+    command: list[str] = [sys.executable, *step.program, step.config_file, *step.keys]
+    with log_file.open("a") as file:
+        done = subprocess.run([*command, "resume=auto"], stdout=file, stderr=file)
+    if done.returncode:
+        last: Any = log_file.read_text().strip().splitlines()[-1:]
+        raise UserError(f"{step.command} failed ({' '.join(last)}); see {log_file}")
