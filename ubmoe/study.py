@@ -18,6 +18,7 @@ from ubmoe.config import Config, UserError, dump_config, load_config
 from ubmoe.results import read_result, record, replace
 
 log = logging.getLogger(__name__)
+ROOT = Path(__file__).parent.parent  # where the three scripts are
 CAUSAL = " causal"  # after a row's modules: tuned under the causal mask, a control
 # The mixtures of Table 4 and the controls that it lacks: their encoder's row, and their own keys.
 MIXTURES = {
@@ -165,7 +166,8 @@ def _execute(step: Step) -> None:
     folder = Path(step.config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     log_file = folder / f"{step.result}.log"
-    command: list[str] = [sys.executable, *step.program, step.config_file, *step.keys]
+    program = [str(ROOT / each) if each.endswith(".py") else each for each in step.program]
+    command = [sys.executable, *program, step.config_file, *step.keys]
     with log_file.open("a") as file:
         done = subprocess.run([*command, "resume=auto"], stdout=file, stderr=file)
     if done.returncode:

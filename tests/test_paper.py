@@ -1,0 +1,104 @@
+"""Ours beside the paper's: means of seeds, gaps, misprints, and nothing where nothing was run."""
+
+from ubmoe import paper
+from ubmoe.config import load_config
+
+MODEL = "Qwen1.5-0.5B-Chat"
+
+
+def encoder(name, seed, average, train, attention="bidirectional"):
+    stages = [{"objective": "simcse", "train": train}] if train else []
+    config = {"model": {"name": f"Qwen/{MODEL}"}, "seed": seed}
+    config["bi"] = {"stages": stages, "attention": attention}
+    section = {"tasks": {"BIOSSES": average + 1}, "average": average}
+    return {f"{name}.sts.seed{seed}": {"config": config, "sts": section}}
+
+
+def dependence(name, seed, model, after):
+    buckets = [
+        {"range": [0, 256], "main": 2.0, "before": 98 - after, "after": after},
+        {"range": [256, 512], "main": None, "before": None, "after": None},
+    ]
+    config = {"model": {"name": model}, "seed": seed}
+    section = {"buckets": buckets, "overall": {"after": after}}
+    return {f"{name}.dependence.seed{seed}": {"config": config, "dependence": section}}
+
+
+def scores(value, perplexity):
+    tasks = {"mmlu": {"acc": value, "acc_norm": 0.0}}
+    return {"tasks": tasks, "average": value, "perplexity": perplexity}
+
+
+RECORDS = {
+    **encoder("a", 0, 60.0, ["ffn"]),
+    **encoder("a", 1, 62.0, ["ffn"]),
+    **encoder("b", 0, 40.0, ["ffn"], "causal"),
+    **encoder("c", 0, 34.0, []),
+    **dependence("a", 0, "bi", 40.0),
+    **dependence("a", 1, "bi", 42.0),
+    **dependence("c", 0, f"Qwen/{MODEL}", 30.0),
+    **dependence("m", 0, "ubmoe", 33.0),
+    "a.evaluation.seed0": {
+        "config": {"model": {"name": "bi"}},
+        "generation": {**scores(20.0, 9.0), "metrics": {"mmlu": "acc"}},
+    },
+    "m.generation.seed0": {
+        "config": {
+            "model": {"name": MODEL},
+            "ubmoe": {"top_k": 2, "objective": "chat"},
+        },
+        "generation": {
+            "routes": {"learned": scores(30.0, 5.0), "uni": scores(32.5, 4.0)},
+            "metrics": {"mmlu": "acc"},
+            "bi_attention": "bidirectional",
+        },
+        "sts": [],
+    },
+    "t.bitune.seed0": {
+        "config": {"model": {"name": MODEL}},
+        "bitune": {**scores(31.0, 1.0), "variant": "full", "metrics": {"mmlu": "acc"}},
+    },
+}
+
+
+def lines(number, column=None, records=RECORDS):
+    header, *body = paper.rows(number, MODEL, records, column)
+    return header, {row[0]: row[1:] for row in body}
+
+
+def test_sts_is_ours_with_the_published_and_the_gap():
+    header, rows = lines(2, "average")
+    assert header == ["row", "seeds", "average"]
+    assert rows["ffn"] == ["2", "61.00 ±1.41 (66.96, -5.96)"]
+    assert rows["ffn causal"] == ["1", "40.00"]
+    assert rows["base"] == ["1", "34.00 (34.96, -0.96)"]
+    assert rows["all"] == ["0", "not run (66.93)"]
+    header, rows = lines(2)
+    assert header[2] == "BIOSSES" and header[-1] == "average" and len(header) == 13
+    assert rows["ffn"][1:3] == ["62.00 ±1.41 (54.01, +7.99)", "not run (69.73)"]
+
+
+def test_dependence_is_of_base_encoders_and_mixture():
+    header, rows = lines(3)
+    assert header[2:] == ["0-256", "256-512", "512-1024", "1024-2048"]
+    assert rows["ffn, after"][:3] == ["2", "41.00 ±1.41 (34.40, +6.60)", "not run (39.55)"]
+    assert rows["base, after"] == ["1", "30.00", "not run", "not run", "not run"]
+    assert rows[f"{paper.UBMOE}, after"][1] == "33.00"
+    assert rows["attention, main"][:2] == ["0", "not run (4.33)"]
+
+
+def test_generation_is_of_base_mixture_encoders_and_bitune():
+    header, rows = lines(4)
+    assert header[2:] == ["mmlu", "winogrande", "truthfulqa_mc2", "average", "perplexity"]
+    assert rows["base"][1] == "32.50 (32.50, +0.00)" and rows["base"][-1] == "4.00"
+    assert rows[paper.UBMOE][1] == "30.00 (28.10, +1.90)"
+    assert rows["ffn, read causally"] == ["1", "20.00", "not run", "not run", "20.00", "9.00"]
+    assert rows["bitune, full"][-2:] == ["31.00", "not run"]
+
+
+def test_a_model_of_no_table_has_ours_alone_and_misprints_are_said():
+    config = load_config(None, ["model.name=Qwen/Qwen1.5-4B-Chat"])
+    said = paper.text(3, config, {})
+    assert "its DP-after is probably 34.43" in said and said.count("Misprint") == 2
+    other = paper.text("all", load_config(None, ["model.name=some/other"]), {})
+    assert other.count("Table") == 3 and "(" not in other.splitlines()[1]

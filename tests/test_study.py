@@ -1,0 +1,104 @@
+"""A study's runs find what they need, are not repeated, and fail aloud."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from conftest import random_model
+
+from ubmoe import results, study
+from ubmoe.config import UserError, load_config
+
+
+def config(tmp_path, *keys):
+    given = [f"output_dir={tmp_path}/small", f"results.directory={tmp_path}/records", *keys]
+    return load_config(None, given)
+
+
+def kinds(steps):
+    return [(step.row, step.result, step.config.seed) for step in steps]
+
+
+def test_a_table_is_its_rows_by_seed_and_the_base_once(tmp_path):
+    keys = ["results.rows=[base, ffn+attention, ffn causal]", "results.seeds=[3, 5]"]
+    steps = study.steps(config(tmp_path, *keys, "results.table=2"))
+    assert kinds(steps) == [
+        ("base", "sts", 3),
+        *((row, "sts", seed) for seed in (3, 5) for row in ("ffn+attention", "ffn causal")),
+    ]
+    assert steps[0].config.bi.stages == []
+    assert steps[1].config.bi.stages[0].train == ["ffn", "attention"]
+    assert [step.config.bi.attention for step in steps[1:3]] == ["bidirectional", "causal"]
+    assert steps[2].config.output_dir.endswith("small/study/seed3/small-ffn-causal")
+    third = study.steps(config(tmp_path, *keys, "results.table=3"))
+    assert [step.result for step in third] == ["sts", "dependence"] * 5
+
+
+@pytest.mark.parametrize("table", [2, 3, 4, "all"])
+def test_every_run_finds_what_it_needs_in_an_earlier_one(tmp_path, table):
+    steps = study.steps(config(tmp_path, f"results.table={table}"))
+    made: set[str] = set()
+    for step in steps:
+        needed = [step.config.model.name, step.config.ubmoe.bi]
+        for name in needed:
+            if name is not None and name != "tiny":
+                assert name in made, step.command
+        out = step.config.output_dir
+        made |= {"sts": {f"{out}/bi"}, "generation": {f"{out}/ubmoe"}}.get(step.result, set())
+    assert len({step.path for step in steps}) == len(steps)
+    programs = {step.program for step in steps}
+    assert (("train_ubmoe.py",) in programs) == (table in (4, "all"))
+    assert (("-m", "ubmoe.bitune") in programs) == (table == "all")
+
+
+def finish(step):
+    """What a program would leave."""
+    with results.recording("x", step.result, step.config) as run:
+        run.model = random_model("qwen2")
+
+
+def test_a_run_that_is_there_is_not_repeated_and_one_with_other_keys_is(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(study, "_execute", lambda step: (ran.append(step.row), finish(step)))
+    keys = ["results.table=2", "results.seeds=[1]", "results.rows=[base, ffn]"]
+    study.run(config(tmp_path, *keys))
+    assert ran == ["base", "ffn"]
+    names = {path.name for path in (tmp_path / "records").iterdir()}
+    assert names == {"small-base.sts.seed1.json", "small-ffn.sts.seed1.json"}
+    assert "done in" in study.plan(config(tmp_path, *keys))
+    study.run(config(tmp_path, *keys, "results.rows=[base, ffn, all]"))
+    assert ran == ["base", "ffn", "all"]
+    changed = config(tmp_path, *keys, "evaluation.batch_size=7")
+    assert "run with other keys" in study.plan(changed)
+    study.run(changed)
+    assert ran == ["base", "ffn", "all", "base", "ffn"]
+
+
+def test_a_failed_run_ends_the_study_with_its_last_line(tiny_path, tmp_path):
+    keys = ["results.table=2", "results.rows=[ffn]", "results.seeds=[0]"]
+    wrong = config(tmp_path, *keys, "bi.stages.0.dataset=none.txt", "model.device=cpu")
+    with pytest.raises(UserError, match=r"none.txt: cannot be read.*see .*sts.log"):
+        study.run(wrong)
+    assert not (tmp_path / "records").exists()
+
+
+def test_a_study_runs_as_a_program_and_its_commands_are_the_ones_it_ran(tiny_path, tmp_path):
+    keys = ["results.table=2", "results.rows=[base]", "results.seeds=[0]", "model.device=cpu"]
+    one = config(tmp_path, *keys, "evaluation.sts=[]")
+    said = study.run(one)
+    assert said.startswith("1 runs in")
+    [path] = (tmp_path / "records").iterdir()
+    assert json.loads(path.read_text())["sts"]["tasks"] == {}
+    [command] = [line for line in study.plan(one).splitlines() if not line.startswith("#")]
+    assert re.fullmatch(r"python train_bi.py \S+study.yaml seed=0 output_dir=\S+ 'bi.*'", command)
+    assert load_config(Path(command.split()[2])) == one
+
+
+def test_mixtures_without_their_encoder_are_refused(tmp_path):
+    with pytest.raises(UserError, match="ubmoe-causal needs 'ffn causal'; add it"):
+        study.steps(config(tmp_path, "results.table=4", "results.rows=[base, ffn]"))
+    with pytest.raises(UserError, match="run needs one; expected 2, 3, 4 or all"):
+        results.main(config(tmp_path, "results.action=run"))
+    with pytest.raises(UserError, match="expected one at least"):
+        config(tmp_path, "results.rows=[]")
