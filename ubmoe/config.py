@@ -433,11 +433,11 @@ Row = Literal[
 class ResultsSection(Section):
     """Recorded runs, and the study of the paper's tables (python -m ubmoe.results)."""
 
-    action: Literal["plan", "run", "table", "figure", "record", "readme"] = key(
+    action: Literal["plan", "run", "table", "figure", "record", "readme", "prefetch"] = key(
         "table",
         "plan: print the study's runs as commands; run: run and record what is not there yet; "
         "table and figure: show it; record: copy the results of output_dir to the records; readme: "
-        "renew README.md's tables",
+        "renew README.md's tables; prefetch: download what the config names",
     )
     table: Literal[2, 3, 4, "all"] | None = key(
         None, "of the paper: 2 STS, 3 dependence, 4 generation; null, of table: the run's own"
@@ -461,6 +461,9 @@ class Config(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = key(42, "seed of whatever a run draws")
     resume: Literal["never", "auto"] = key(
         "never", "auto: go on from what an interrupted run left in output_dir"
+    )
+    dry_run: bool = key(
+        False, "of the three scripts: say parameters, steps, memory and files, and run nothing"
     )
     model: ModelSection = key(ModelSection(), "")
     dependence: DependenceSection = key(DependenceSection(), "")

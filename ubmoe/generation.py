@@ -32,8 +32,8 @@ log = logging.getLogger(__name__)
 
 
 @cache
-def _manager() -> Any:
-    """lm-eval's own tasks; reading their list takes seconds."""
+def manager() -> Any:
+    """lm-eval's own tasks, their list read once: it takes seconds."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
@@ -44,12 +44,12 @@ def check_tasks(names: list[str]) -> None:
     for name in names:
         if name.endswith((".yaml", ".yml")):
             _check_yaml(Path(name))
-        elif name != "tiny" and name in _manager().all_tags:
+        elif name != "tiny" and name in manager().all_tags:
             raise UserError(
                 f"evaluation.generation: {name} is a tag of several tasks; name the tasks"
             )
-        elif name != "tiny" and name not in _manager().all_tasks:
-            close = get_close_matches(name, _manager().all_tasks, 3)
+        elif name != "tiny" and name not in manager().all_tasks:
+            close = get_close_matches(name, manager().all_tasks, 3)
             near = (
                 f"did you mean {' or '.join(close)}?" if close else "expected one, a YAML or tiny"
             )
@@ -155,7 +155,7 @@ def _evaluated(lm: Any, settings: EvaluationSection) -> dict[str, Any]:
             num_fewshot=settings.num_fewshot,
             limit=settings.limit,
             apply_chat_template=settings.apply_chat_template,
-            task_manager=_manager() if theirs else TaskManager(include_defaults=False),
+            task_manager=manager() if theirs else TaskManager(include_defaults=False),
             bootstrap_iters=0,
             log_samples=False,
         )

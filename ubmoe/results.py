@@ -315,6 +315,10 @@ def main(config: Config) -> str:
         if config.results.table is None:
             raise UserError(f"results.table: {action} needs one; expected 2, 3, 4 or all")
         return (study.plan if action == "plan" else study.run)(config)
+    if action == "prefetch":
+        from ubmoe import prefetch
+
+        return prefetch.run(config)
     if action == "figure":
         from ubmoe import tradeoff
 

@@ -27,7 +27,7 @@ MIXTURES = {
     "ubmoe-causal": ("ffn causal", ["ubmoe.routes=[learned, bi]"]),
 }
 BITUNE = ("lora", "full")
-WITHOUT_EFFECT = {"resume", "results"}  # keys that change no number of a run
+WITHOUT_EFFECT = {"resume", "dry_run", "results"}  # keys that change no number of a run
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,80 @@
+"""Shapes instead of models: the same parameters, the same bytes kept, and nothing written."""
+
+import pytest
+import torch
+from conftest import random_model
+from test_scripts import run
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from ubmoe import dry_run
+from ubmoe.config import load_config
+
+
+class Toy(nn.Module):
+    """A layer of 3 x 5 and one of 5 x 2 on (B, T) tokens of 3 numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 5, bias=False), nn.Linear(5, 2, bias=False)
+        self.base_model = self
+
+    def forward(self, input_ids, use_cache):
+        states = input_ids[..., None].expand(*input_ids.shape, 3).float()
+        return type("O", (), {"last_hidden_state": self.second(self.first(states).relu())})
+
+
+def test_what_is_kept_is_what_paper_and_pencil_say():
+    """Inputs of both layers (the first one's is a parameterless constant), relu's output shared."""
+    found = dry_run.kept_for_backward(Toy(), dry_run.Batch(4, 6))
+    assert found == 4 * (4 * 6 * 3 + 4 * 6 * 5)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_shapes_keep_as_many_bytes_as_tensors_do(family):
+    batch = dry_run.Batch(3, 7, predicted=5)
+    real = random_model(family).train()
+    expected = dry_run.kept_for_backward(real, batch)
+    with dry_run.shapes():
+        shaped = AutoModelForCausalLM.from_config(real.config, dtype=torch.float32).train()
+        kept = dry_run.kept_for_backward(shaped, batch)
+        # the mask, which a real pass leaves away where sdpa knows it
+        assert expected <= kept == pytest.approx(expected, rel=0.1)
+        assert dry_run.size(shaped) == dry_run.size(real)
+        fewer = dry_run.kept_for_backward(shaped, batch, checkpointing=True)
+    assert fewer < expected
+
+
+def test_parameters_are_counted_by_module_and_a_tied_head_once():
+    model = random_model("qwen2", tie_word_embeddings=True)
+    found = dry_run.parameters(model)
+    assert sum(found.values()) == model.num_parameters()
+    ffn = sum(value.numel() for name, value in model.named_parameters() if ".mlp." in name)
+    assert found["ffn"] == ffn
+    assert found["embedding"] == model.get_input_embeddings().weight.numel()
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("calculate_dp.py", ["400 texts, 50603 tokens", "dependence.json"]),
+        ("train_bi.py", ["trains ffn 589,824", "60 steps of 64 on one device", "/bi"]),
+        ("train_ubmoe.py", ["trains routers 1,024", "40 steps of 16", "modes"]),
+    ],
+)
+def test_a_script_says_what_it_would_do_and_does_nothing(tiny_path, tmp_path, script, said):
+    keys = ["dry_run=true", f"output_dir={tmp_path}/run", "model.device=cpu"]
+    code, output, errors = run(*keys, script=script)
+    assert code == 0, errors
+    assert output.endswith("nothing was run\n") and "peak memory, estimated" in output
+    assert all(each in output for each in said), output
+    assert not (tmp_path / "run").exists()
+
+
+def test_lora_and_masked_stages_are_estimated_too(tiny_path):
+    stages = (
+        "bi.stages=[{objective: mntp, train: [ffn], dataset: tiny, max_tokens: 64, lora: {rank: 4},"
+        " per_device_train_batch_size: 8, mask_token: the}]"
+    )
+    said = dry_run.train_bi(load_config(None, [stages, "model.device=cpu"]))
+    assert "stage 0 (mntp)" in said and "activations of 8 x 64 tokens" in said

@@ -1,0 +1,54 @@
+"""What a config names is fetched, what is here is not, and what cannot be had is said."""
+
+import json
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+
+from ubmoe import prefetch
+from ubmoe.config import UserError, load_config
+
+
+def test_all_that_a_config_names_and_nothing_that_is_here():
+    config = load_config("configs/qwen2.5-0.5b.yaml")
+    found = list(prefetch.needs(config))
+    assert found[0] == ("model", "Qwen/Qwen2.5-0.5B-Instruct")
+    assert ("dataset", "sentence-transformers/wiki1m-for-simcse") in found
+    assert ("dataset", "HuggingFaceH4/ultrafeedback_binarized:default:train_sft") in found
+    assert ("sts", "STS22") in found and ("generation", "truthfulqa_mc2") in found
+    assert len(found) == len(set(found))
+    assert list(prefetch.needs(load_config(None))) == []
+
+
+def test_what_was_fetched_is_written_down(tmp_path, monkeypatch):
+    folder = tmp_path / "snapshots" / "abc"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"12345")
+    asked = {}
+
+    def snapshot(name, **keys):
+        asked[name] = keys
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    keys = ["model.name=some/model", "model.revision=abc", f"output_dir={tmp_path}/run"]
+    path = Path(prefetch.run(load_config(None, keys)))
+    assert json.loads(path.read_text()) == {
+        "fetched": [{"kind": "model", "name": "some/model", "revision": "abc", "bytes": 5}]
+    }
+    assert asked["some/model"]["revision"] == "abc"
+    assert not {"*.bin", "*.py"} & set(asked["some/model"]["allow_patterns"])
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("model.name=some/model", "model.name: some/model cannot be had"),
+        ("ubmoe.dataset=some/data", "some/data: cannot be had"),
+        ("evaluation.sts=[STS12]", "evaluation.sts: STS12 cannot be had"),
+    ],
+)
+def test_without_a_network_what_is_missing_is_named(tmp_path, key, said):
+    with pytest.raises(UserError, match=said):
+        prefetch.run(load_config(None, [key, f"output_dir={tmp_path}/run"]))

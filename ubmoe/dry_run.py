@@ -1,0 +1,273 @@
+"""What a script would do, without doing it: parameters, steps, memory and files.
+
+Models are built as shapes alone (torch's fake tensors), so a 7B model takes seconds and no memory;
+what the backward pass would keep is counted in a forward pass of such a model on the configured
+batch. Data and tokenizer are read as the script reads them.
+"""
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.functional import cross_entropy
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ubmoe import moe
+from ubmoe.chats import read_chats
+from ubmoe.config import Config, StageSection, TrainingSection
+from ubmoe.contrastive import attention_dropout
+from ubmoe.data import held_out, read_texts
+from ubmoe.dependence import tokenize
+from ubmoe.model import load_tokenizer, source
+from ubmoe.results import peak_memory_bytes
+from ubmoe.stages import read_data
+from ubmoe.tables import aligned
+from ubmoe.training import MODULES, train_only
+
+SAMPLE = 1000  # texts whose lengths are looked at
+ADAM, GRADIENT = 8, 4  # bytes of a trainable float32 parameter
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The largest batch of a step: texts, tokens of each, and how many of these are predicted."""
+
+    texts: int
+    tokens: int
+    predicted: int = 0
+
+
+def calculate_dp(config: Config) -> str:
+    """Texts and tokens, and the memory of one forward."""
+    tokenizer = load_tokenizer(config.model)
+    settings = config.dependence
+    texts = read_texts(settings.dataset, settings.max_texts)
+    ids = tokenize(tokenizer, texts, settings.chat_template)
+    lengths = [min(len(each), settings.max_tokens) for each in ids]
+    with shapes():
+        model = fake(config)
+        memory = {"weights": size(model)} | baseline()
+        memory["one layer's states"] = _states(model, max(settings.batch_tokens, max(lengths)))
+    work = f"{len(lengths)} texts, {sum(lengths)} tokens, at most {settings.batch_tokens} at once"
+    return _said(config, model, [], [work], memory, ["dependence.json", "dependence_*.png"])
+
+
+def train_bi(config: Config) -> str:
+    """A stage after the other; the memory is the largest of theirs."""
+    tokenizer, work, trained = load_tokenizer(config.model), [], []
+    most: dict[str, int] = {}
+    with shapes() as mode:
+        model = fake(config)
+    for number, stage in enumerate(config.bi.stages):
+        data = read_data(stage, tokenizer)  # outside of the shapes: it is real
+        batch = _batch_of_stage(stage, data, tokenizer)
+        with mode:
+            counts = train_only(model, stage.train)
+            found = _training(model, stage, batch, stage.dropout)
+        if stage.lora is not None:
+            shrunk = _adapters(model, stage) / max(1, sum(counts.values()))
+            found = {
+                name: round(value * (shrunk if name in ("gradients", "Adam") else 1))
+                for name, value in found.items()
+            }
+        named = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+        trained.append(f"stage {number} ({stage.objective}) trains {named}")
+        work.append(f"stage {number}: {_steps(stage, len(data))}")
+        most = max(most, found, key=lambda each: sum(each.values()))
+    memory = {"weights": size(model)} | most | baseline("ubmoe.evaluate")
+    files = ["bi/", "stages/", "sts.json", "training.png"]
+    return _said(config, model, trained, work, memory, files)
+
+
+def train_ubmoe(config: Config) -> str:
+    """The mixture's routers; both dense models are there while it is made."""
+    settings, tokenizer = config.ubmoe, load_tokenizer(config.model)
+    found = read_chats(settings.dataset, tokenizer, settings.max_tokens, settings.max_rows)
+    chats, _ = held_out(found.chats, settings.held_out, "ubmoe.held_out")
+    longest = max(chats, key=lambda chat: len(chat.ids))
+    texts = settings.per_device_train_batch_size
+    batch = Batch(texts, len(longest.ids), texts * max(sum(chat.answer) for chat in chats))
+    with shapes():
+        dense = fake(config)
+        # every token to both experts, whatever top_k: which it would choose is not known
+        settled = moe.mixture_config(dense.config, 2)
+        mixture: Any = AutoModelForCausalLM.from_config(settled, dtype=dense.dtype)
+        moe.set_route(mixture, "learned")
+        mixture.requires_grad_(False)
+        for value in moe.routers(mixture).values():
+            value.requires_grad = True
+        training = _training(mixture, settings, batch, 0.0)
+    joining = {"weights, three models while joining": size(mixture) + 2 * size(dense)}
+    after = {"weights": size(mixture)} | training
+    memory = max(joining, after, key=lambda each: sum(each.values()))
+    memory |= baseline("ubmoe.evaluate", "lm_eval.models.huggingface")
+    routers = sum(value.numel() for value in moe.routers(mixture).values())
+    work = [f"routers: {_steps(settings, len(chats))}"]
+    files = ["ubmoe/", "modes/", "routers/", "generation.json", "routing.png"]
+    return _said(config, mixture, [f"trains routers {routers:,}"], work, memory, files)
+
+
+# --- shapes ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def shapes() -> Iterator[FakeTensorMode]:
+    """Inside, every tensor that is made is a shape without memory."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        yield mode
+
+
+def fake(config: Config) -> Any:
+    """The causal language model of `config.model`, as shapes. Raises UserError."""
+    path = source(config.model)
+    settings = AutoConfig.from_pretrained(path, revision=config.model.revision)
+    keys = {"attn_implementation": config.model.attn_implementation}
+    dtype = getattr(torch, config.model.dtype)
+    return AutoModelForCausalLM.from_config(settings, dtype=dtype, **keys)
+
+
+def size(model: nn.Module) -> int:
+    """Bytes of the parameters, a tied one once."""
+    return sum(value.nbytes for value in model.parameters())
+
+
+def kept_for_backward(
+    model: Any, batch: Batch, bf16: bool = False, checkpointing: bool = False
+) -> int:
+    """Bytes that a forward pass in training keeps for the backward pass, weights left out."""
+    weights = {value.untyped_storage()._cdata for value in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(value: torch.Tensor) -> torch.Tensor:
+        storage = value.untyped_storage()._cdata
+        if storage not in weights:
+            kept[storage] = value  # held, so that no other tensor takes its place
+        return value
+
+    ids = torch.zeros(batch.texts, batch.tokens, dtype=torch.long)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    cast = torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext()
+    with saved_tensors_hooks(keep, lambda value: value), cast:
+        states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        loss = states.sum()
+        if batch.predicted:
+            wanted = torch.zeros(batch.predicted, dtype=torch.long)
+            chosen = states.flatten(0, 1)[torch.zeros_like(wanted)]
+            loss = cross_entropy(model.get_output_embeddings()(chosen).float(), wanted)
+    del loss
+    return sum(value.untyped_storage().nbytes() for value in kept.values())
+
+
+def _training(model: Any, section: TrainingSection, batch: Batch, dropout: float) -> dict[str, int]:
+    trainable = sum(value.numel() for value in model.parameters() if value.requires_grad)
+    with attention_dropout(model, dropout) if dropout else nullcontext():
+        kept = kept_for_backward(
+            model.train(), batch, section.bf16, section.activation_checkpointing
+        )
+    name = f"activations of {batch.texts} x {batch.tokens} tokens"
+    return {"gradients": GRADIENT * trainable, "Adam": ADAM * trainable, name: kept}
+
+
+def _states(model: Any, tokens: int) -> int:
+    """Of one layer's forward: its input, norm and output, and the three of the FFN."""
+    config = model.config.get_text_config()
+    width = 4 * config.hidden_size + 3 * config.intermediate_size
+    return tokens * width * torch.finfo(model.dtype).bits // 8
+
+
+def _adapters(model: Any, stage: StageSection) -> int:
+    """Parameters of LoRA adapters on the matrices that train."""
+    assert stage.lora is not None
+    rank = stage.lora.rank
+    shapes = [value.shape for value in model.parameters() if value.requires_grad]
+    return sum(rank * (shape[0] + shape[1]) for shape in shapes if len(shape) == 2)
+
+
+# --- batches and steps ----------------------------------------------------------------------------
+
+
+def _batch_of_stage(stage: StageSection, data: Any, tokenizer: Any) -> Batch:
+    """Contrastive: texts of the mean length, since a batch is sorted into mini-batches of like
+    lengths; cached, one mini-batch. mntp: chunks, all of one length.
+    """
+    texts = stage.per_device_train_batch_size
+    if stage.objective == "mntp":
+        tokens = data.shape[1]
+        return Batch(texts, tokens, math.ceil(texts * tokens * stage.mlm_probability))
+    sample = [text for column in data.column_names for text in data[column][:SAMPLE]]
+    ids = tokenizer(sample, truncation=True, max_length=stage.max_tokens)["input_ids"]
+    tokens = math.ceil(statistics.mean(map(len, ids)))
+    texts *= len(data.column_names)
+    return Batch(min(texts, stage.mini_batch_tokens // tokens) if stage.cached else texts, tokens)
+
+
+def _steps(section: TrainingSection, rows: int) -> str:
+    batch = section.per_device_train_batch_size
+    steps = section.max_steps
+    if steps < 0:
+        steps = math.ceil(rows // batch * section.num_train_epochs)
+    return f"{steps} steps of {batch} on one device, {rows} rows"
+
+
+# --- what is said ---------------------------------------------------------------------------------
+
+
+def baseline(*libraries: str) -> dict[str, int]:
+    """What Python and the script's libraries take of this process; nothing of an accelerator's."""
+    if torch.cuda.is_available():
+        return {}
+    for name in libraries:
+        import_module(name)
+    return {"Python and libraries": peak_memory_bytes()}
+
+
+def parameters(model: Any) -> dict[str, int]:
+    """By module; a tied head is the embedding's."""
+    embedding = model.get_input_embeddings().weight
+    found: dict[str, int] = {}
+    for name, value in model.named_parameters():
+        words = [
+            word for word in ("ffn", "attention") if any(part in name for part in MODULES[word])
+        ]
+        module = "embedding" if value is embedding else next(iter(words), "lm_head and norms")
+        found[module] = found.get(module, 0) + value.numel()
+    return found
+
+
+def _said(
+    config: Config,
+    model: Any,
+    trained: Sequence[str],
+    work: Sequence[str],
+    memory: dict[str, int],
+    files: Sequence[str],
+) -> str:
+    sizes = parameters(model)
+    rows = [[name, f"{count:,}"] for name, count in sizes.items()]
+    rows.append(["parameters", f"{sum(sizes.values()):,}"])
+    parts = [[name, f"{value / 1e9:.2f} GB"] for name, value in memory.items()]
+    parts.append(["peak memory, estimated", f"{sum(memory.values()) / 1e9:.2f} GB"])
+    written = [str(Path(config.output_dir) / name) for name in files]
+    head = f"{config.model.name}: {type(model).__name__}, {config.model.dtype}"
+    return "\n".join(
+        [
+            head,
+            aligned(rows),
+            *trained,
+            *work,
+            aligned(parts),
+            "writes:",
+            *written,
+            "nothing was run",
+        ]
+    )

@@ -1,0 +1,101 @@
+"""Download what a config names, for machines without a network: model, data sets, tasks.
+
+Everything lands in the libraries' own caches; afterwards the scripts run with HF_HUB_OFFLINE=1.
+"""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ubmoe.config import Config, UserError
+from ubmoe.data import SUFFIXES, read_rows
+from ubmoe.results import write_json
+
+log = logging.getLogger(__name__)
+FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")  # no code, no pickles
+
+
+def run(config: Config) -> str:
+    """Fetch everything; returns the path of prefetch.json, which lists it. Raises UserError."""
+    wanted = list(needs(config))
+    fetched = []
+    with tqdm(wanted, desc="prefetch", disable=None) as bar:
+        for kind, name in bar:
+            bar.set_postfix_str(f"{kind} {name}")
+            fetched.append({"kind": kind, "name": name} | FETCH[kind](name, config))
+            log.info("%s %s: here", kind, name)
+    path = Path(config.output_dir) / "prefetch.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"fetched": fetched})
+    return str(path)
+
+
+def needs(config: Config) -> Iterator[tuple[str, str]]:
+    """(kind, name) of all that is not on this machine by nature: no local file, and no tiny."""
+    models = [config.model.name, *(each.name for each in config.probing.models)]
+    for name in dict.fromkeys(models):
+        if name != "tiny" and not Path(name).expanduser().exists():
+            yield "model", name
+    both = [config.ubmoe.sentences] if config.ubmoe.objective == "both" else []
+    stages = [stage.dataset for stage in config.bi.stages]
+    texts = [config.dependence.dataset, config.ubmoe.dataset, config.bitune.dataset]
+    for name in dict.fromkeys([*texts, *stages, *both]):
+        if name != "tiny" and not name.endswith(SUFFIXES):
+            yield "dataset", name
+    for name in dict.fromkeys(config.evaluation.sts):
+        if name != "tiny" and not name.endswith(".tsv"):
+            yield "sts", name
+    for name in dict.fromkeys([*config.evaluation.generation, *config.bitune.generation]):
+        if name != "tiny" and not name.endswith((".yaml", ".yml")):
+            yield "generation", name
+
+
+def _model(name: str, config: Config) -> dict[str, Any]:
+    from huggingface_hub import snapshot_download
+
+    revision = config.model.revision if name == config.model.name else None
+    try:
+        folder = snapshot_download(name, revision=revision, allow_patterns=list(FILES))
+    except Exception as error:  # the hub's library raises nearly every type here
+        raise _missing("model.name", name, error) from error
+    sizes = [path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()]
+    return {"revision": Path(folder).name, "bytes": sum(sizes)}
+
+
+def _dataset(name: str, _: Config) -> dict[str, Any]:
+    return {"rows": sum(1 for _ in read_rows(name))}
+
+
+def _sts(name: str, _: Config) -> dict[str, Any]:
+    from ubmoe.evaluate import sts_task
+
+    task: Any = sts_task(name)
+    try:
+        task.load_data()
+    except Exception as error:  # as above
+        raise _missing("evaluation.sts", name, error) from error
+    return dict(task.metadata.dataset)
+
+
+def _generation(name: str, _: Config) -> dict[str, Any]:
+    from lm_eval.tasks import get_task_dict
+
+    from ubmoe.generation import check_tasks, manager
+
+    check_tasks([name])
+    try:
+        found = get_task_dict([name], manager())
+    except Exception as error:  # as above
+        raise _missing("evaluation.generation", name, error) from error
+    return {"tasks": len(found)}
+
+
+def _missing(key: str, name: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return UserError(f"{key}: {name} cannot be had ({reason}); check the name and the network")
+
+
+FETCH = {"model": _model, "dataset": _dataset, "sts": _sts, "generation": _generation}
