@@ -251,7 +251,7 @@ def test_variants_of_bitune_stand_beside_the_papers():
     def bitune(variant, perplexity, max_steps=10):
         section = {"variant": variant, "perplexity": perplexity, "metrics": {"T": "acc"}}
         tasks = {"T": {"acc": perplexity * 10}}
-        config = {"model": {"name": "small"}, "bitune": {"max_steps": max_steps}}
+        config = {"model": {"name": "small"}, "bitune": {"max_steps": max_steps, "rank": 8}}
         return {"config": config, "bitune": section | {"tasks": tasks}}
 
     records = {"a": bitune("full", 4.0), "b": bitune("full", 6.0), "c": bitune("lora", 7.0)}

@@ -121,14 +121,20 @@ def _mixture_row(label: str, seeds: list[dict[str, Any]], metrics: dict[str, str
     return [label, str(len(seeds)), *cells]
 
 
+def _variant(record: dict[str, Any]) -> str:
+    """Its name in the paper's tables: the baseline has as many parameters at twice the rank."""
+    settings, variant = record["config"]["bitune"], record["bitune"]["variant"]
+    if settings["max_steps"] == 0:
+        return "pretrained"
+    return "lora rank 16" if variant == "lora" and settings["rank"] == 16 else variant
+
+
 def _bitune_block(name: str, records: dict[str, dict[str, Any]]) -> str:
     """A row for each variant on a model, over its seeds, beside the paper's averages."""
     runs: dict[str, list[dict[str, Any]]] = {}
     for record in records.values():
         if "bitune" in record and model_of(record) == name:
-            touched = record["config"]["bitune"]["max_steps"] != 0
-            variant = record["bitune"]["variant"] if touched else "pretrained"
-            runs.setdefault(variant, []).append(record["bitune"])
+            runs.setdefault(_variant(record), []).append(record["bitune"])
     ablations = published("bitune")["ablations"]
     theirs = {row["method"]: row["scores"] for row in ablations["rows"]}
     metrics = next(iter(runs.values()))[0]["metrics"]
