@@ -4,7 +4,7 @@ import pytest
 from conftest import random_model  # noqa: F401  (sets the libraries offline)
 
 from ubmoe.config import UserError
-from ubmoe.probe_tasks import FEATURES, READERS, TINY, read_tasks, text
+from ubmoe.probe_tasks import FEATURES, READERS, TINY, lemma, read_tasks, text
 
 NORMS = [f"{each}.M" for each in ("Vision", "Hearing", "Olfaction", "Interoception", "Taste")]
 NORMS += [f"{each}.M" for each in ("Touch", "Foot_leg", "Mouth_throat", "Torso", "Head")]
@@ -69,7 +69,7 @@ def test_a_wrong_index_falls_back_to_the_first_occurrence_and_a_lost_word_is_lis
 
 def test_a_word_is_found_by_its_form(folder):
     [norms] = read_tasks(str(folder), ["sensorimotor"])
-    assert said(norms) == [("broke",), ("lapped,",), ("act.",)]
+    assert said(norms) == [("broke",), ("lapped",), ("act",)]
     assert norms.targets.shape == (3, 11) and "n.txt:5: run" in norms.unplaced[0]
 
 
@@ -82,6 +82,7 @@ def test_a_word_is_found_by_its_form(folder):
         ("Task3_x/c.txt", "2\tham\tN\t9\ta ham .\t5", "concreteness", "c.txt:3: word 9 of a sent"),
         ("Task3_x/c.txt", "2\tham\tN\t1\ta ham .\tx", "concreteness", "c.txt:3: got 'x'"),
         ("Task4_x/n.txt", "act,An act.,1", "sensorimotor", "n.txt:6: got 3 columns"),
+        ("Task3_x/c.txt", "2\tham\tN\t1\ta ham .\tnan", "concreteness", "c.txt:3: got 'nan'"),
         ("Task5_x/test.gold.txt", "F", "wic", "2 gold labels for 1 pairs"),
     ],
 )
@@ -90,6 +91,35 @@ def test_a_bad_row_is_refused_by_file_and_line(folder, file, line, kind, expecte
         stream.write(line + "\n")
     with pytest.raises(UserError, match=expected):
         read_tasks(str(folder), [kind])
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "kind", "expected"),
+    [
+        ("Task4_x/n.txt", "", "sensorimotor", "n.txt: empty; expected rows"),
+        ("Task4_x/n.txt", "sentence,Vision.M\nx,1\n", "sensorimotor", "n.txt:1: no column Foot"),
+        ("Task3_x/c.txt", "1\tham\tN\t1\ta ham .\t5\n", "concreteness", "expected a header"),
+        ("Task2_x/duration_train.txt", "1\tna\xefve\tx\t0\t1", "aspect", "not UTF-8"),
+    ],
+)
+def test_a_bad_file_is_refused(folder, file, content, kind, expected):
+    (folder / file).write_text(content, encoding="latin-1")
+    with pytest.raises(UserError, match=expected):
+        read_tasks(str(folder), [kind])
+
+
+def test_a_verb_without_a_letter_is_none(folder):
+    with (folder / "Task2_x/duration_train.txt").open("a") as stream:
+        stream.write("1\tHe said , no .\t,\t2\t1\n2\tShe slept .\t3935_2\t1\t1\n")
+    duration = by_name(read_tasks(str(folder), ["aspect"]))["duration"]
+    assert said(duration) == [("slept",)]
+    assert [each.rpartition(": ")[2] for each in duration.unplaced] == [",", "3935_2"]
+
+
+def test_inflections_share_a_lemma_and_other_words_do_not():
+    for forms in ("is was were be", "went goes go", "watched watches watch", "made makes making"):
+        assert len({lemma(form) for form in forms.split()}) == 1
+    assert len({lemma(form) for form in ["watch", "wash", "be", "go", "make"]}) == 5
 
 
 def test_a_missing_folder_or_file_is_refused(tmp_path):

@@ -129,6 +129,8 @@ def test_models_need_labels_of_their_own():
         (["probing.data=none"], "none is no folder"),
         (["probing.models=[{{name: tiny, route: half}}]"], "is no mixture of two experts"),
         (["probing.tasks=[contxt]"], "expected 'context'"),
+        (["probing.seeds=[]"], "expected one at least"),
+        (["probing.tasks=[concreteness]", "probing.max_tokens=1"], "1 cuts every word of concrete"),
     ],
 )
 def test_bad_input_is_one_last_line_and_exit_2(tiny_path, tmp_path, arguments, expected):

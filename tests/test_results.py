@@ -268,7 +268,7 @@ def test_variants_of_bitune_stand_beside_the_papers():
 
 def test_probes_stand_beside_the_papers():
     def row(task, split, value, **keys):
-        said = {"task": task, "split": split, "control": "none", "position": "same", "layer": 3}
+        said = {"task": task, "split": split, "control": "none", "position": "same", "layer": -1}
         metric = "spearman" if task == "concreteness" else "accuracy"
         found = said | {"features": "word", "probe": "mlp", metric: value, f"{metric}_stderr": 0.01}
         return found | keys
@@ -276,7 +276,7 @@ def test_probes_stand_beside_the_papers():
     uni = [
         row("telicity", "random", 0.7),
         row("telicity", "random", 0.9, control="random labels"),
-        row("telicity", "random", 0.9, layer=2),
+        row("telicity", "random", 0.9, layer=-2),
         row("telicity", "random", 0.9, position="previous"),
         row("telicity", "lemma", 0.6),
         row("word in context", "random", 0.5, features="cosine"),
@@ -286,9 +286,10 @@ def test_probes_stand_beside_the_papers():
         {"label": "Uni", "rows": uni},
         {"label": "Bi, untrained", "rows": [row("telicity", "random", 0.8)]},
     ]
+    record = {"probing": {"models": models}, "config": {"probing": {"data": "folder"}}}
     found = readme.renewed(
         "<!-- probing: small -->\n<!-- end -->",
-        {"small.probing.seed0": {"probing": {"models": models}}},
+        {"small.probing.seed0": record},
     ).splitlines()
     assert found[1:-1] == [
         "| task | split | metric | Uni | Bi, untrained |",
@@ -298,7 +299,7 @@ def test_probes_stand_beside_the_papers():
         "| word in context (cosine) | random | accuracy | 0.500 ±0.010 (0.536) | not run |",
         "| concreteness | random | spearman | 0.400 ±0.010 (0.763) | not run |",
         "",
-        "Probes: mlp, of layer 3; in brackets: published for Llama-2-7B.",
+        "Probes: mlp, of layer -1 (-1: the last). In brackets: published for Llama-2-7B.",
     ]
 
 

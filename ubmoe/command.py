@@ -19,6 +19,7 @@ LOWER = {  # what to lower when memory runs out, by program
     "evaluation.batch_size",
     "python -m ubmoe.bitune": "bitune.per_device_train_batch_size, bitune.max_tokens or "
     "evaluation.batch_size",
+    "python -m ubmoe.probing": "probing.batch_tokens",
     "python -m ubmoe.evaluate": "evaluation.batch_size",
 }
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from joblib import Parallel, delayed
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -23,7 +22,8 @@ from ubmoe.model import load_model, load_tokenizer, saved_attention
 from ubmoe.moe import set_route
 from ubmoe.probe_tasks import Task, text, tokens
 from ubmoe.results import replace
-from ubmoe.words import POSITIONS, Sentences, Word, word_vectors
+from ubmoe.training import digest
+from ubmoe.words import Sentences, Word, word_vectors
 
 log = logging.getLogger(__name__)
 SAMPLED = 1000  # word vectors of the anisotropy, as in the paper
@@ -35,10 +35,10 @@ BINARY, NUMBERS = "balanced_accuracy", "spearman"  # what models are compared by
 def labelled(config: Config) -> dict[str, ProbedModel]:
     """The models by their labels. Raises UserError for two of one label."""
     found: dict[str, ProbedModel] = {}
-    name = config.model.name
+    own = {key: getattr(config.model, key) for key in ("name", "revision", "adapter")}
     both = [
-        ProbedModel(label="Uni", name=name, attention="causal"),
-        ProbedModel(label="Bi, untrained", name=name, attention="bidirectional"),
+        ProbedModel(label="Uni", attention="causal", **own),
+        ProbedModel(label="Bi, untrained", attention="bidirectional", **own),
     ]
     for model in config.probing.models or both:
         words = (Path(model.name).name, model.attention, model.route)
@@ -79,7 +79,7 @@ def probe(
     layers = _layers(settings, count)
     path = folder / re.sub(r"\W+", "-", label).strip("-").lower()
     attention = _attention(config, which)
-    key = f"{_digest(model)} {attention} {which.route}"
+    key = f"{digest(sorted(model.state_dict().items()))} {attention} {which.route}"
     done = path.with_suffix(".report.json")
     mark = _mark(key, label, tasks, settings)
     if config.resume == "auto" and done.exists():
@@ -87,17 +87,21 @@ def probe(
         if kept["mark"] == mark:
             log.info("%s: probed already", label)
             return kept["report"]
-    log.info("%s: %d layers of %s are probed", label, len(layers), which.name)
+    log.info("%s: %d of %d layers of %s", label, len(layers), count - 1, which.name)
 
     words = list(dict.fromkeys(word for word in _words(tasks, settings.controls)))
     sentences = Sentences(words, tokenizer, settings.max_tokens)
     keys: dict[str, Any] = {"batch_tokens": settings.batch_tokens, "key": key}
-    vectors = word_vectors(model, sentences, path.with_suffix(".npy"), layers, **keys)
+    absolute = [layer % count for layer in layers]
+    positions = settings.positions
+    vectors = word_vectors(
+        model, sentences, path.with_suffix(".npy"), absolute, **keys, positions=positions
+    )
     index = {word: number for number, word in enumerate(words)}
     lost = sum(place is None for place in sentences.places)
     report = {
         **{"label": label, "model": which.name, "attention": attention, "route": which.route},
-        **{"words": len(words), "cut_away": lost},
+        **{"words": len(words), "cut_away": lost, "depth": count - 1},
         "rows": _all_rows(tasks, vectors, index, layers, settings, label),
         "anisotropy": anisotropy(model, tokenizer, tasks, path, count, settings, keys),
     }
@@ -117,7 +121,8 @@ def _attention(config: Config, which: ProbedModel) -> str:
 
 
 def _section(config: Config, which: ProbedModel) -> Any:
-    return config.model.model_copy(update={"name": which.name, "revision": None, "adapter": None})
+    changes = {"name": which.name, "revision": which.revision, "adapter": which.adapter}
+    return config.model.model_copy(update=changes)
 
 
 def loaded(config: Config, which: ProbedModel) -> PreTrainedModel:
@@ -130,20 +135,14 @@ def loaded(config: Config, which: ProbedModel) -> PreTrainedModel:
 
 
 def _layers(settings: ProbingSection, count: int) -> list[int]:
-    """Layers counted from 0, the embeddings. Raises UserError for one that the model lacks."""
-    wanted = list(range(count)) if settings.layers is None else settings.layers
+    """Layers as they are asked for, from the last one on. Raises UserError for one that is not.
+
+    Negative numbers count from the end, so that models of other depths can be compared by them.
+    """
+    wanted = list(range(-1, -count - 1, -1)) if settings.layers is None else settings.layers
     if wrong := [layer for layer in wanted if not -count <= layer < count]:
         raise UserError(f"probing.layers: {wrong[0]}; expected -{count} to {count - 1}")
-    return [layer % count for layer in wanted]
-
-
-def _digest(model: PreTrainedModel) -> str:
-    """Of all weights."""
-    found = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        found.update(name.encode())
-        found.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+    return wanted
 
 
 def alone(word: Word) -> Word:
@@ -200,19 +199,28 @@ def _rows(
     """A row for each position, layer, probe, split and combination of a task or its control."""
     rows = []
     # the controls are of the first position alone
-    for position in settings.positions if control == "none" else settings.positions[:1]:
-        taken = vectors[numbers, POSITIONS.index(position)]  # (N, words, layers, D)
+    positions = settings.positions if control == "none" else settings.positions[:1]
+    for at, position in enumerate(positions):
         for place, layer in enumerate(layers):
             said = {"task": task.name, "control": control, "position": position, "layer": layer}
-            rows += [said | row for row in _probed(task, taken[:, :, place], control, settings)]
+            taken = vectors[numbers, at, place]  # (N, words, D)
+            rows += [said | row for row in _probed(task, taken, control, settings)]
     return rows
 
 
 def _probed(
     task: Task, vectors: np.ndarray, control: str, settings: ProbingSection
 ) -> list[dict[str, Any]]:
-    """(N, words, D) vectors; items whose word was cut away are left out."""
+    """(N, words, D) vectors; items whose word was cut away are left out.
+
+    Raises UserError where nothing is left.
+    """
     there = ~np.isnan(vectors).any((1, 2))
+    if not there.any():
+        raise UserError(
+            f"probing.max_tokens: {settings.max_tokens} cuts every word of {task.name} away; "
+            "expected more"
+        )
     kept = task if there.all() else _kept(task, there)
     rows = []
     for how in probes.COMBINATIONS if task.paired else ("word",):
@@ -303,18 +311,21 @@ def anisotropy(
     words = [*sampled, *(word for sentence in whole for word in sentence)]
     sentences = Sentences(words, tokenizer, settings.max_tokens)
     file = path.with_name(f"{path.name}-layers.npy")
-    vectors = word_vectors(model, sentences, file, list(range(count)), **keys)[:, 0]
+    vectors = word_vectors(model, sentences, file, list(range(count)), **keys, positions=["same"])
+    vectors = vectors[:, 0]
     ends = np.cumsum([len(sampled), *(len(sentence) for sentence in whole)])
     return {
         "between": [_cosine(vectors[: len(sampled), layer]) for layer in range(count)],
         "within": [
-            statistics.mean(
-                _cosine(vectors[a:b, layer]) for a, b in zip(ends[:-1], ends[1:], strict=True)
-            )
+            np.nanmean(
+                [_cosine(vectors[a:b, layer]) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+            ).item()
             for layer in range(count)
         ],
     }
 
 
 def _cosine(vectors: np.ndarray) -> float:
-    return probes.mean_cosine(vectors[~np.isnan(vectors).any(1)])
+    """NaN of fewer than two vectors."""
+    there = vectors[~np.isnan(vectors).any(1)]
+    return probes.mean_cosine(there) if len(there) > 1 else math.nan

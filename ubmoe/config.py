@@ -52,6 +52,12 @@ def key(default: Any, meaning: str, unit: str = "") -> Any:
     return Field(default, description=meaning, json_schema_extra={"unit": unit})
 
 
+def _not_empty(value: Any) -> Any:
+    if value == []:
+        raise ValueError("expected one at least")
+    return value
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -363,6 +369,8 @@ class ProbedModel(Section):
         None, "mask that it reads with; null: the one that its config.json names"
     )
     route: Route | None = key(None, "of a mixture: who decides")
+    revision: str | None = key(None, "as model.revision")
+    adapter: str | None = key(None, "as model.adapter")
 
 
 Probed = Literal["context", "aspect", "concreteness", "sensorimotor", "wic"]
@@ -379,15 +387,24 @@ class ProbingSection(Section):
         ["context", "aspect", "concreteness", "sensorimotor", "wic"], "which of the five"
     )
     positions: list[Literal["same", "previous"]] = key(
-        ["same", "previous"], "a word's own tokens, or the ones before, which mntp predicts from"
+        ["same", "previous"],
+        "a word's own tokens, or the ones before, which mntp predicts from; tables and controls "
+        "are of the first one",
     )
-    layers: list[int] | None = key([-1], "layers that are probed, -1: the last; null: all")
+    layers: list[int] | None = key(
+        [-1], "layers that are probed, -1: the last; null: all; tables show the first one"
+    )
     probes: list[Literal["linear", "mlp"]] = key(["linear", "mlp"], "kinds of probes")
     seeds: list[int] = key([0, 1, 2], "of the splits and of the MLPs")
     jobs: Positive | None = key(None, "tasks that are probed at once; null: one a core")
     controls: bool = key(True, "also probe random labels, and words without their sentence")
     max_tokens: Positive = key(512, "longer sentences are cut; words behind are counted", "tokens")
     batch_tokens: Positive = key(8192, "padded tokens of one forward", "tokens")
+
+    @field_validator("tasks", "positions", "layers", "probes", "seeds")
+    @classmethod
+    def _is_not_empty(cls, value: list[Any] | None) -> list[Any] | None:
+        return _not_empty(value)
 
 
 # BIOSSES ... STSBenchmark: the ten of the paper's Table 2, in mteb's first versions.
@@ -449,9 +466,7 @@ class ResultsSection(Section):
     @field_validator("seeds", "rows")
     @classmethod
     def _is_not_empty(cls, value: list[Any]) -> list[Any]:
-        if not value:
-            raise ValueError("expected one at least")
-        return value
+        return _not_empty(value)
 
 
 class Config(Section):

@@ -108,10 +108,11 @@ def read_rows(dataset: str) -> Iterator[Row]:
         yield from _hub_rows(dataset)
         return
     readers = {".json": _json, ".jsonl": _jsonl, ".txt": _lines}
-    yield from readers.get(suffix, _table)(path, _decoded(path))
+    yield from readers.get(suffix, _table)(path, decoded(path))
 
 
-def _decoded(path: Path) -> str:
+def decoded(path: Path) -> str:
+    """A file's text. Raises UserError where it cannot be read or is not UTF-8."""
     try:
         raw = path.read_bytes()
     except OSError as error:

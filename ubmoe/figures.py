@@ -1,5 +1,6 @@
 """Pictures of results: what people would rather look at than read."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import matplotlib
@@ -101,40 +102,47 @@ def probing(section: dict[str, Any]) -> dict[str, Figure]:
 
 
 def _context(models: list[dict[str, Any]]) -> Figure:
-    """Balanced accuracy at each of the five words, a panel a feature; dashed: the token before."""
-    names = list(
-        dict.fromkeys(
-            row["task"].partition("@")[0] for row in models[0]["rows"] if "@" in row["task"]
-        )
-    )
-    figure = blank(3.4 * len(names), 3.4)
+    """Balanced accuracy at each of the five words, a panel a feature; dashed: the token before.
+
+    Of the first layer and the last kind of probe, with no word on both sides of the split.
+    """
+    rows = [row for model in models for row in _context_rows(model, models[0]["rows"])]
+    names = list(dict.fromkeys(row["feature"] for row in rows))
+    position, probe = models[0]["rows"][0]["position"], models[0]["rows"][-1]["probe"]
+    figure = blank(3.0 * len(names) + 1.6, 3.4)
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
-    last = max(row["layer"] for row in models[0]["rows"])
-    probe = models[0]["rows"][-1]["probe"]
     for axes, name in zip(panels, names, strict=True):
         for number, model in enumerate(models):
-            for position, style in (("same", "-"), ("previous", "--")):
-                rows = [
-                    row
-                    for row in model["rows"]
-                    if row["task"].startswith(f"{name}@") and row["control"] == "none"
-                    if (row["position"], row["layer"], row["probe"]) == (position, last, probe)
-                ]
+            for own, style in (("same", "-"), ("previous", "--")):
+                wanted = (name, model["label"], own)
+                line = [r for r in rows if (r["feature"], r["label"], r["position"]) == wanted]
                 axes.errorbar(
-                    [int(row["task"].partition("@")[2]) for row in rows],
-                    [row["balanced_accuracy"] for row in rows],
-                    [row["balanced_accuracy_stderr"] for row in rows],
+                    [row["word"] for row in line],
+                    [row["balanced_accuracy"] for row in line],
+                    [row["balanced_accuracy_stderr"] for row in line],
                     fmt=style,
                     color=f"C{number}",
                     lw=1.3,
-                    label=model["label"] if position == "same" else None,
+                    elinewidth=0.6,
+                    label=model["label"] if own == position else None,
                 )
         axes.axhline(0.5, color="grey", lw=0.8, ls=":")
         axes.set(title=name.replace("_", " "), xlabel="word", xticks=range(1, 6), ylim=(0.3, 1.03))
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set(ylabel=f"balanced accuracy ({probe} probe)")
-    panels[-1].legend(frameon=False, fontsize=8)
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside right center", frameon=False, fontsize=8)
     return figure
+
+
+def _context_rows(model: dict[str, Any], shown: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Its rows of the first layer, the last kind of probe and a split without shared words."""
+    kept = ("none", shown[0]["layer"], shown[-1]["probe"])
+    for row in model["rows"]:
+        feature, at, word = row["task"].partition("@")
+        own = (row["control"], row["layer"], row["probe"])
+        if at and row["split"] != "random" and own == kept:
+            yield {**row, "label": model["label"], "feature": feature, "word": int(word)}
 
 
 def _anisotropy(models: list[dict[str, Any]]) -> Figure:

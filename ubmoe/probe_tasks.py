@@ -5,24 +5,46 @@ spaces, from 0), or by their form; what cannot be placed is counted and listed, 
 """
 
 import csv
+import math
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ubmoe import language
 from ubmoe.config import UserError
+from ubmoe.data import decoded
 from ubmoe.words import Word
 
 NORMS = (
     *("Vision", "Hearing", "Olfaction", "Interoception", "Taste", "Touch"),
     *("Foot_leg", "Mouth_throat", "Torso", "Head", "Hand_arm"),
 )
-# Forms that share no beginning with their lemma, in the sensorimotor norms.
-IRREGULAR = {"break": "broke", "draw": "drew", "run": "ran", "sing": "sang"}
+# Forms that share no stem with their lemma; the last of each line is the lemma.
+IRREGULAR = {
+    form: forms.split()[-1]
+    for forms in (
+        "am is are was were been being 's 're 'm be",
+        *("has had having 've have", "does did done do", "goes went gone go", "said say"),
+        *("got gotten get", "made make", "knew known know", "thought think", "took taken take"),
+        *("saw seen see", "came come", "gave given give", "found find", "told tell", "felt feel"),
+        *("became become", "left leave", "brought bring", "began begun begin", "kept keep"),
+        *("held hold", "wrote written write", "stood stand", "heard hear", "meant mean"),
+        *("met meet", "ran run", "paid pay", "sat sit", "spoke spoken speak", "lay lain lie"),
+        *("led lead", "grew grown grow", "lost lose", "fell fallen fall", "sent send"),
+        *("built build", "understood understand", "drew drawn draw", "broke broken break"),
+        *("spent spend", "rose risen rise", "drove driven drive", "bought buy", "wore worn wear"),
+        *("chose chosen choose", "sought seek", "threw thrown throw", "caught catch"),
+        *("dealt deal", "won win", "sold sell", "fought fight", "taught teach", "ate eaten eat"),
+        *("sang sung sing", "slept sleep", "flew flown fly", "drank drunk drink", "swam swum swim"),
+    )
+    for form in forms.split()
+}
 FEATURES = {"subject_animacy": 1, "verb_causative": 2, "verb_dynamic": 2, "object_animacy": 4}
 
 
@@ -30,7 +52,7 @@ FEATURES = {"subject_animacy": 1, "verb_causative": 2, "verb_dynamic": 2, "objec
 class Task:
     """N items of one or two words each, and what is to be told from their vectors.
 
-    targets: (N,) 0 or 1, or (N, K) numbers. groups: the word that each item is about, by which
+    targets: (N,) 0 or 1, or (N, K) numbers. groups: the lemma that each item is about, by which
     splits and errors are clustered. test: the shipped split, where there is one.
     """
 
@@ -75,6 +97,29 @@ class _Items:
         )
 
 
+def lemma(form: str) -> str:
+    """What inflections of a word share: an irregular one's lemma, else Porter's stem."""
+    known = IRREGULAR.get(form.lower(), form.lower())
+    return str(_stemmer().stem(known))
+
+
+@cache
+def _stemmer() -> Any:
+    from nltk.stem import PorterStemmer
+
+    return PorterStemmer()
+
+
+def bare(word: Word) -> Word:
+    """The word without the punctuation around it; punctuation alone stays."""
+    found = re.fullmatch(r"(\W*)(.*?)(\W*)", text(word), re.DOTALL)
+    before, inside, _ = found.groups() if found else ("", "", "")
+    if not inside:
+        return word
+    start = word.start + len(before)
+    return Word(word.sentence, start, start + len(inside))
+
+
 def tokens(sentence: str) -> list[Word]:
     """The words between spaces."""
     return [Word(sentence, found.start(), found.end()) for found in re.finditer(r"\S+", sentence)]
@@ -106,7 +151,10 @@ def _lines(folder: Path, pattern: str) -> Iterator[tuple[str, str]]:
     found = sorted(folder.glob(pattern))
     if not found:
         raise UserError(f"probing.data: {folder} has no {pattern}")
-    for number, line in enumerate(found[0].read_text(encoding="utf-8").split("\n"), 1):
+    lines = decoded(found[0]).split("\n")
+    if not any(line.strip() for line in lines):
+        raise UserError(f"{found[0]}: empty; expected rows")
+    for number, line in enumerate(lines, 1):
         if line.strip():
             yield f"{found[0]}:{number}", line
 
@@ -127,7 +175,7 @@ def _whole(where: str, value: str) -> int:
 def _at(where: str, words: list[Word], index: int) -> Word:
     if index >= len(words):
         raise UserError(f"{where}: word {index} of a sentence of {len(words)} words")
-    return words[index]
+    return bare(words[index])
 
 
 def _context(folder: Path) -> list[Task]:
@@ -153,13 +201,19 @@ def _context(folder: Path) -> list[Task]:
 
 
 def _aspect(folder: Path) -> list[Task]:
-    """Telicity and duration of a verb; a wrong index falls back to the verb's first occurrence."""
+    """Telicity and duration of a verb; a wrong index falls back to the verb's first occurrence.
+
+    A `verb` without a letter, of which the files have some, is none: it is listed as unplaced.
+    """
     found = []
     for name in ("telicity", "duration"):
         items = _Items()
         for where, line in _lines(folder, f"Task2*/{name}_train.txt"):
             _, sentence, verb, index, label = _columns(where, line, 5)
             words, place = tokens(sentence), _whole(where, index)
+            if not re.search(r"[^\W\d_]", verb):
+                items.unplaced.append(f"{where}: {verb}")
+                continue
             if place >= len(words) or text(words[place]) != verb:
                 same = [word for word in words if text(word) == verb]
                 if not same:
@@ -168,17 +222,20 @@ def _aspect(folder: Path) -> list[Task]:
                 words, place = same, 0
             if label.strip() not in ("0", "1"):
                 raise UserError(f"{where}: got {label!r}, expected 0 or 1")
-            items.add((words[place],), int(label), verb.lower())
+            items.add((words[place],), int(label), lemma(verb))
         found.append(items.task(name))
     return found
 
 
 def _concreteness(folder: Path) -> list[Task]:
     items = _Items()
-    for where, line in list(_lines(folder, "Task3*/*.txt"))[1:]:  # a header
+    (header, first), *lines = _lines(folder, "Task3*/*.txt")
+    if "TARGET" not in first:
+        raise UserError(f"{header}: expected a header with TARGET")
+    for where, line in lines:
         _, target, _, index, sentence, score = _columns(where, line, 6)
         word = _at(where, tokens(sentence), _whole(where, index))
-        items.add((word,), [_number(where, score)], target.lower())
+        items.add((word,), [_number(where, score)], lemma(target))
     return [items.task("concreteness")]
 
 
@@ -187,6 +244,8 @@ def _sensorimotor(folder: Path) -> list[Task]:
     items = _Items()
     lines = list(_lines(folder, "Task4*/*.txt"))
     header = next(csv.reader([lines[0][1]]))
+    if missing := {"word", "sentence", *(f"{norm}.M" for norm in NORMS)} - set(header):
+        raise UserError(f"{lines[0][0]}: no column {', '.join(sorted(missing))}")
     for where, line in lines[1:]:
         cells = next(csv.reader([line]))
         if len(cells) != len(header):
@@ -197,23 +256,19 @@ def _sensorimotor(folder: Path) -> list[Task]:
             items.unplaced.append(f"{where}: {row['word']}")
             continue
         norms = [_number(where, row[f"{norm}.M"]) for norm in NORMS]
-        items.add((word,), norms, row["word"].lower())
+        items.add((word,), norms, lemma(row["word"]))
     return [items.task("sensorimotor")]
 
 
-def _of_form(lemma: str, words: list[Word]) -> Word | None:
-    """The word that is the lemma, else an irregular form, else one that begins like it."""
-    bare = [re.sub(r"^\W+|\W+$", "", text(word)).lower() for word in words]
+def _of_form(wanted: str, words: list[Word]) -> Word | None:
+    """The word that is the wanted lemma, else an irregular form, else one that begins like it."""
     tests: tuple[Callable[[str], bool], ...] = (
-        lambda form: form == lemma,
-        lambda form: form == IRREGULAR.get(lemma),
-        lambda form: form.startswith(lemma),
+        lambda form: form == wanted,
+        lambda form: IRREGULAR.get(form) == wanted,
+        lambda form: form.startswith(wanted),
     )
-    for fits in tests:
-        for word, form in zip(words, bare, strict=True):
-            if fits(form):
-                return word
-    return None
+    inside = [bare(word) for word in words]
+    return next((word for fits in tests for word in inside if fits(text(word).lower())), None)
 
 
 def _word_in_context(folder: Path) -> list[Task]:
@@ -223,7 +278,7 @@ def _word_in_context(folder: Path) -> list[Task]:
     if len(gold) != len(rows) or set(gold) - {"T", "F"}:
         raise UserError(f"{folder}: {len(gold)} gold labels for {len(rows)} pairs, each T or F")
     for (where, line), label in zip(rows, gold, strict=True):
-        lemma, _, indices, *pair = _columns(where, line, 5)
+        word, _, indices, *pair = _columns(where, line, 5)
         places = [_whole(where, index) for index in indices.split("-")]
         if len(places) != 2:
             raise UserError(f"{where}: got {indices!r}, expected two indices as 4-4")
@@ -231,15 +286,18 @@ def _word_in_context(folder: Path) -> list[Task]:
             _at(where, tokens(sentence), place)
             for sentence, place in zip(pair, places, strict=True)
         )
-        items.add((first, second), int(label == "T"), lemma.lower())
+        items.add((first, second), int(label == "T"), lemma(word))
     return [items.task("word in context")]
 
 
 def _number(where: str, value: str) -> float:
     try:
-        return float(value)
-    except ValueError as error:
-        raise UserError(f"{where}: got {value!r}, expected a number") from error
+        found = float(value)
+    except ValueError:
+        found = math.nan
+    if not math.isfinite(found):
+        raise UserError(f"{where}: got {value!r}, expected a number")
+    return found
 
 
 READERS: dict[str, Callable[[Path], list[Task]]] = {
@@ -299,7 +357,7 @@ def _said(count: int) -> list[_Said]:
         sentence = language.express(meaning, language.ORDERS[0], wording)
         words = tokens(sentence)
         agent, verb, patient = (
-            next(w for w in words if re.sub(r"\W", "", text(w)).lower() == concept.words[form])
+            next(w for w in map(bare, words) if text(w).lower() == concept.words[form])
             for concept, form in (
                 (meaning.agent, wording[1]),
                 (meaning.verb, wording[2]),

@@ -4,10 +4,11 @@ python -m ubmoe.probing configs/tiny.yaml
 python -m ubmoe.probing configs/tiny.yaml probing.data=path/to/semantic-probing-2025
 """
 
+import os
 from pathlib import Path
 
 from ubmoe import command
-from ubmoe.config import Config
+from ubmoe.config import Config, UserError
 
 
 def main(config: Config) -> Path | None:
@@ -15,6 +16,8 @@ def main(config: Config) -> Path | None:
     # torch is imported late, so that --help and a mistyped key are answered at once.
     from ubmoe.results import recording
 
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("probing runs in one process; expected python -m ubmoe.probing")
     with recording("probing", "probing", config) as run:
         from ubmoe import comparison, figures
         from ubmoe.probe_tasks import read_tasks
@@ -23,6 +26,7 @@ def main(config: Config) -> Path | None:
         models = comparison.labelled(config)
         reports = []
         for label, which in models.items():
+            run.model = None  # before the next one is loaded
             run.model = comparison.loaded(config, which)
             kept = run.directory / "vectors"
             reports.append(comparison.probe(config, label, which, run.model, tasks, kept))

@@ -15,6 +15,7 @@ from ubmoe.tables import (
     mixed,
     model_of,
     probed,
+    probes_caption,
     spread,
     trained,
 )
@@ -171,26 +172,29 @@ def _probing_block(name: str, records: dict[str, dict[str, Any]]) -> str:
     The published ones are of another family, at the same stage of training, and of random splits.
     """
     found = [record for key, record in records.items() if key.startswith(f"{name}.probing.")]
-    return "\n\n".join(_probing_table(record["probing"]["models"]) for record in found)
+    return "\n\n".join(
+        _probing_table(
+            record["probing"]["models"], tiny=record["config"]["probing"]["data"] == "tiny"
+        )
+        for record in found
+    )
 
 
-def _probing_table(models: list[dict[str, Any]]) -> str:
+def _probing_table(models: list[dict[str, Any]], tiny: bool) -> str:
+    """tiny: the little language's own tasks, of which nothing is published."""
     lines: dict[tuple[str, str, str], dict[str, str]] = {}
     for model in models:
         for row in model["rows"]:
             if is_shown(row, models) and probed(row) in PUBLISHED_PROBES:
                 metric = "accuracy" if "accuracy" in row else "spearman"
                 line = lines.setdefault((probed(row), row["split"], metric), {})
-                line[model["label"]] = _probing_cell(row, metric, model["label"])
+                line[model["label"]] = _probing_cell(row, metric, "" if tiny else model["label"])
     header = ["task", "split", "metric", *(model["label"] for model in models)]
     body = [
         [*key, *(line.get(each, "not run") for each in header[3:])] for key, line in lines.items()
     ]
-    last = models[0]["rows"][-1]
-    return (
-        f"{markdown([header, *body])}\n\nProbes: {last['probe']}, of layer {last['layer']}; "
-        f"in brackets: published for {PUBLISHED_FAMILY}."
-    )
+    table = f"{markdown([header, *body])}\n\n{probes_caption(models)}"
+    return table if tiny else f"{table} In brackets: published for {PUBLISHED_FAMILY}."
 
 
 def _probing_cell(row: dict[str, Any], metric: str, label: str) -> str:

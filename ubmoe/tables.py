@@ -106,7 +106,7 @@ def bitune_text(result: dict[str, Any]) -> str:
 
 
 def probing_text(result: dict[str, Any]) -> str:
-    """The last layer's last probe at the words' own positions: a row a task, a column a model."""
+    """A row a task and split, a column a model."""
     models = result["probing"]["models"]
     rows = [["task", "split", "metric", *(model["label"] for model in models)]]
     found: dict[tuple[str, ...], dict[str, str]] = {}
@@ -118,15 +118,19 @@ def probing_text(result: dict[str, Any]) -> str:
                 line[model["label"]] = f"{row[metric]:.3f} ±{row[f'{metric}_stderr']:.3f}"
     for key, line in found.items():
         rows.append([*key, *(line.get(model["label"], "not run") for model in models)])
-    shown = models[0]["rows"][-1]
-    return f"Probes ({shown['probe']}, layer {shown['layer']}).\n{aligned(rows)}"
+    return f"{probes_caption(models)}\n{aligned(rows)}"
+
+
+def probes_caption(models: list[dict[str, Any]]) -> str:
+    first, last = models[0]["rows"][0], models[0]["rows"][-1]
+    return f"Probes: {last['probe']}, of layer {first['layer']} (-1: the last)."
 
 
 def is_shown(row: dict[str, Any], models: list[dict[str, Any]]) -> bool:
-    """No control, at the word's own tokens, of the last layer and the last kind of probe."""
-    last = models[0]["rows"][-1]
+    """No control, at the first position, of the first layer and the last kind of probe."""
+    first, last = models[0]["rows"][0], models[0]["rows"][-1]
     said = (row["control"], row["position"], row["layer"], row["probe"])
-    return said == ("none", "same", last["layer"], last["probe"])
+    return said == ("none", first["position"], first["layer"], last["probe"])
 
 
 def probed(row: dict[str, Any]) -> str:

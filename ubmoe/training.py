@@ -9,7 +9,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,11 +222,16 @@ def load_trainable(model: nn.Module, checkpoint: Path) -> None:
 
 def digest_of_frozen(model: nn.Module) -> str:
     """sha256 of the weights that do not train: what a checkpoint stands on."""
+    return digest((n, value) for n, value in model.named_parameters() if not value.requires_grad)
+
+
+def digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """sha256 of tensors with their names."""
     found = hashlib.sha256()
-    for name, value in model.named_parameters():
-        if not value.requires_grad:
-            found.update(f"{name} {value.dtype}".encode())
-            found.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for name, value in tensors:
+        found.update(f"{name} {value.dtype}".encode())
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        found.update(flat.view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 

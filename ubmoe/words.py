@@ -95,23 +95,27 @@ def word_vectors(
     layers: Sequence[int],
     batch_tokens: int,
     key: str,
+    positions: Sequence[str] = POSITIONS,
 ) -> np.ndarray:
-    """(words, positions, len(layers), D) float32, memory-mapped from `path`; NaN without a place.
+    """(words, len(positions), len(layers), D) float32, memory-mapped from `path`; NaN without a
+    place.
 
     layers: 0 is the embeddings, the last is after the final norm, as the library gives it. A file
-    of the same words and `key` (which says what else the vectors depend on) is reused.
+    of the same words and `key` (which says what else the vectors depend on) is reused. Raises
+    UserError for a vector that is not finite, as of a model that overflows in float16.
     """
     width = model.config.get_text_config().hidden_size
-    shape = (len(sentences.places), len(POSITIONS), len(layers), width)
+    shape = (len(sentences.places), len(positions), len(layers), width)
     mark = path.with_suffix(".json")
     said = {"key": key, "words": _digest(sentences), "layers": list(layers)}
+    said |= {"positions": list(positions)}
     if path.exists() and mark.exists() and json.loads(mark.read_text()) == said:
         return np.load(path, mmap_mode="r")
     mark.unlink(missing_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     log.info("word vectors: %.2f GB to %s", 4e-9 * math.prod(shape), path)
     vectors = reserved(path, shape)
-    vectors[:] = np.nan
+    vectors[[place is None for place in sentences.places]] = np.nan
     by_row: dict[int, list[int]] = {}
     for number, place in enumerate(sentences.places):
         if place is not None:
@@ -125,14 +129,20 @@ def word_vectors(
             states = hidden_states(model, [sentences.ids[row] for row in chosen], layers)
             numbers = [number for row in chosen for number in by_row[row]]
             lines = {row: line for line, row in enumerate(chosen)}
-            for position, name in enumerate(POSITIONS):
+            for position, name in enumerate(positions):
                 places = [sentences.places[number] for number in numbers]
                 tokens = [
                     [(lines[place.row], token) for token in getattr(place, name)]
                     for place in places
                     if place is not None
                 ]
-                vectors[numbers, position] = means(states, tokens).cpu().numpy()
+                found = means(states, tokens)
+                if not torch.isfinite(found).all():
+                    raise UserError(
+                        f"{model.name_or_path}: word vectors that are not finite in "
+                        f"{str(model.dtype).removeprefix('torch.')}; expected model.dtype=float32"
+                    )
+                vectors[numbers, position] = found.cpu().numpy()
             bar.update(sum(len(sentences.ids[row]) for row in chosen))
     vectors.flush()
     mark.write_text(json.dumps(said))
