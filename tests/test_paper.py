@@ -2,15 +2,17 @@
 
 from ubmoe import paper
 from ubmoe.config import load_config
+from ubmoe.published import published
 
 MODEL = "Qwen1.5-0.5B-Chat"
+TEN = published("ubmoe")["sts"]["columns"][:10]
 
 
 def encoder(name, seed, average, train, attention="bidirectional"):
     stages = [{"objective": "simcse", "train": train}] if train else []
     config = {"model": {"name": f"Qwen/{MODEL}"}, "seed": seed}
     config["bi"] = {"stages": stages, "attention": attention}
-    section = {"tasks": {"BIOSSES": average + 1}, "average": average}
+    section = {"tasks": dict.fromkeys(TEN, average + 1), "average": average}
     return {f"{name}.sts.seed{seed}": {"config": config, "sts": section}}
 
 
@@ -39,12 +41,13 @@ RECORDS = {
     **dependence("c", 0, f"Qwen/{MODEL}", 30.0),
     **dependence("m", 0, "ubmoe", 33.0),
     "a.evaluation.seed0": {
-        "config": {"model": {"name": "bi"}},
+        "config": {"model": {"name": "bi"}, "seed": 0},
         "generation": {**scores(20.0, 9.0), "metrics": {"mmlu": "acc"}},
     },
     "m.generation.seed0": {
         "config": {
             "model": {"name": MODEL},
+            "seed": 0,
             "ubmoe": {"top_k": 2, "objective": "chat"},
         },
         "generation": {
@@ -55,19 +58,19 @@ RECORDS = {
         "sts": [],
     },
     "t.bitune.seed0": {
-        "config": {"model": {"name": MODEL}},
+        "config": {"model": {"name": MODEL}, "seed": 0, "bitune": {"max_steps": 9, "rank": 8}},
         "bitune": {**scores(31.0, 1.0), "variant": "full", "metrics": {"mmlu": "acc"}},
     },
 }
 
 
-def lines(number, column=None, records=RECORDS):
-    header, *body = paper.rows(number, MODEL, records, column)
+def lines(number, shown=None, records=RECORDS):
+    header, *body = paper.rows(number, MODEL, records, shown)
     return header, {row[0]: row[1:] for row in body}
 
 
 def test_sts_is_ours_with_the_published_and_the_gap():
-    header, rows = lines(2, "average")
+    header, rows = lines(2, ["average"])
     assert header == ["row", "seeds", "average"]
     assert rows["ffn"] == ["2", "61.00 ±1.41 (66.96, -5.96)"]
     assert rows["ffn causal"] == ["1", "40.00"]
@@ -75,7 +78,7 @@ def test_sts_is_ours_with_the_published_and_the_gap():
     assert rows["all"] == ["0", "not run (66.93)"]
     header, rows = lines(2)
     assert header[2] == "BIOSSES" and header[-1] == "average" and len(header) == 13
-    assert rows["ffn"][1:3] == ["62.00 ±1.41 (54.01, +7.99)", "not run (69.73)"]
+    assert rows["ffn"][1:3] == ["62.00 ±1.41 (54.01, +7.99)", "62.00 ±1.41 (69.73, -7.73)"]
 
 
 def test_dependence_is_of_base_encoders_and_mixture():
@@ -91,9 +94,10 @@ def test_generation_is_of_base_mixture_encoders_and_bitune():
     header, rows = lines(4)
     assert header[2:] == ["mmlu", "winogrande", "truthfulqa_mc2", "average", "perplexity"]
     assert rows["base"][1] == "32.50 (32.50, +0.00)" and rows["base"][-1] == "4.00"
+    assert rows["base"][-2] == "32.50 (other tasks)"  # an average of one task, not of three
     assert rows[paper.UBMOE][1] == "30.00 (28.10, +1.90)"
     assert rows["ffn, read causally"] == ["1", "20.00", "not run", "not run", "20.00", "9.00"]
-    assert rows["bitune, full"][-2:] == ["31.00", "not run"]
+    assert rows["bitune, full"] == ["1", "31.00", *["not run"] * 4]
 
 
 def test_a_model_of_no_table_has_ours_alone_and_misprints_are_said():
@@ -102,3 +106,25 @@ def test_a_model_of_no_table_has_ours_alone_and_misprints_are_said():
     assert "its DP-after is probably 34.43" in said and said.count("Misprint") == 2
     other = paper.text("all", load_config(None, ["model.name=some/other"]), {})
     assert other.count("Table") == 3 and "(" not in other.splitlines()[1]
+
+
+def test_a_base_measured_in_an_encoders_folder_is_no_encoder():
+    base = {"config": {"model": {"name": MODEL}, "seed": 1}}
+    generation = {**scores(99.0, 1.0), "metrics": {"mmlu": "acc"}}
+    records = RECORDS | {"a.evaluation.seed1": base | {"generation": generation}}
+    records |= dependence("a", 1, f"Qwen/{MODEL}", 77.0)
+    _, rows = lines(4, records=records)
+    assert rows["ffn, read causally"][1] == "20.00"
+    _, rows = lines(3, records=records)
+    assert rows["ffn, after"][:2] == ["1", "40.00 (34.40, +5.60)"]
+
+
+def test_the_base_has_no_seeds_and_untrained_bitune_is_no_variant():
+    records = RECORDS | encoder("d", 5, 35.0, [])
+    records["u.bitune.seed0"] = {
+        "config": {"model": {"name": MODEL}, "seed": 0, "bitune": {"max_steps": 0, "rank": 8}},
+        "bitune": {**scores(20.0, 1.0), "variant": "full", "metrics": {"mmlu": "acc"}},
+    }
+    assert lines(2, ["average"], records)[1]["base"][0] == "1"
+    rows = lines(4, records=records)[1]
+    assert (rows["bitune, full"][1], rows["bitune, pretrained"][1]) == ("31.00", "20.00")

@@ -184,20 +184,21 @@ def test_generated_blocks_are_renewed_and_the_rest_is_left(config):
 
 
 def test_encoders_stand_beside_each_other_over_their_seeds():
-    def sts(average, *stages):
+    def sts(average, *stages, seed=0):
         stages = [{"objective": o, "train": t, "lora": lora} for o, t, lora in stages]
-        config = {"model": {"name": "small"}, "bi": {"stages": stages}}
+        config = {"model": {"name": "small"}, "bi": {"stages": stages}, "seed": seed}
         return {"config": config, "sts": {"tasks": {"A": average - 1}, "average": average}}
 
-    def dependence(after, name):
-        return {"config": {"model": {"name": name}}, "dependence": {"overall": {"after": after}}}
+    def dependence(after, name, seed=0):
+        config = {"model": {"name": name}, "seed": seed}
+        return {"config": config, "dependence": {"overall": {"after": after}}}
 
     ffn = ("simcse", ["ffn"], None)
     records = {
         "x-ffn.sts.seed0": sts(50.0, ffn),
-        "x-ffn.sts.seed1": sts(54.0, ffn),
+        "x-ffn.sts.seed1": sts(54.0, ffn, seed=1),
         "x-ffn.dependence.seed0": dependence(47.0, "bi"),
-        "x-ffn.dependence.seed1": dependence(49.0, "bi"),
+        "x-ffn.dependence.seed1": dependence(49.0, "bi", 1),
         "x-base.sts.seed0": sts(40.0),
         "x.dependence.seed0": dependence(45.0, "small"),
         "x-chain.sts.seed0": sts(30.0, ("mntp", ["ffn", "attention"], {"rank": 8}), ffn),

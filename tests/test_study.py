@@ -8,7 +8,7 @@ import pytest
 from conftest import random_model
 
 from ubmoe import results, study
-from ubmoe.config import UserError, load_config
+from ubmoe.config import ResultsSection, UserError, load_config
 
 
 def config(tmp_path, *keys):
@@ -69,6 +69,8 @@ def test_a_run_that_is_there_is_not_repeated_and_one_with_other_keys_is(tmp_path
     assert "done in" in study.plan(config(tmp_path, *keys))
     study.run(config(tmp_path, *keys, "results.rows=[base, ffn, all]"))
     assert ran == ["base", "ffn", "all"]
+    same = study.plan(config(tmp_path, *keys, "dependence.max_texts=7", "bitune.rank=3"))
+    assert same.count("done in") == 2
     changed = config(tmp_path, *keys, "evaluation.batch_size=7")
     assert "run with other keys" in study.plan(changed)
     study.run(changed)
@@ -91,8 +93,11 @@ def test_a_study_runs_as_a_program_and_its_commands_are_the_ones_it_ran(tiny_pat
     [path] = (tmp_path / "records").iterdir()
     assert json.loads(path.read_text())["sts"]["tasks"] == {}
     [command] = [line for line in study.plan(one).splitlines() if not line.startswith("#")]
-    assert re.fullmatch(r"python train_bi.py \S+study.yaml seed=0 output_dir=\S+ 'bi.*'", command)
-    assert load_config(Path(command.split()[2])) == one
+    assert re.fullmatch(
+        r"python train_bi.py \S+study-\w{8}.yaml seed=0 output_dir=\S+ 'bi.*'", command
+    )
+    given = load_config(Path(command.split()[2]))
+    assert given == one.model_copy(update={"results": ResultsSection()})
 
 
 def test_mixtures_without_their_encoder_are_refused(tmp_path):

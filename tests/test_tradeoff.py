@@ -35,7 +35,7 @@ def study(rows):
         model = f"Qwen/{MODEL}" if row == "base" else "bi"
         found |= encoder(name, 0, 50.0 + number, train) | dependence(name, 0, model, after)
         generation = {**scores(40.0 - number, perplexity), "metrics": {"mmlu": "acc"}}
-        config = {"model": {"name": "bi"}}
+        config = {"model": {"name": model}, "seed": 0}
         found[f"{name}.evaluation.seed0"] = {"config": config, "generation": generation}
     return found
 

@@ -426,6 +426,9 @@ class EvaluationSection(Section):
     generation: list[str] = key(
         TABLE4, "lm-eval task names, task YAMLs, or tiny (our own, of the embedded language)"
     )
+    language_model: bool = key(
+        False, "python -m ubmoe.evaluate: also score the model as a causal language model"
+    )
     num_fewshot: Annotated[int, Field(ge=0)] | None = key(
         None, "shots of every generation task; null: the task's own", "examples"
     )

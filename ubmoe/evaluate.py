@@ -17,7 +17,6 @@ from datasets import Dataset, DatasetDict
 from mteb.abstasks.sts import AbsTaskSTS
 from mteb.abstasks.task_metadata import TaskMetadata
 from sentence_transformers import SentenceTransformer
-from transformers import AutoConfig
 
 from ubmoe import command, language
 from ubmoe.config import Config, UserError
@@ -165,14 +164,6 @@ def load_encoder(config: Config) -> SentenceTransformer:
     return as_encoder(model, tokenizer, config.bi)
 
 
-def is_language_model(config: Config) -> bool:
-    """Whether the checkpoint is one of a causal language model, as an encoder of ours is too."""
-    from ubmoe.model import source
-
-    settings = AutoConfig.from_pretrained(source(config.model), revision=config.model.revision)
-    return any("CausalLM" in name for name in settings.architectures or [])
-
-
 def generation_of(config: Config) -> dict[str, Any]:
     """Generation tasks and perplexity of held-out chats, read causally whatever its own mask."""
     from ubmoe import generation
@@ -192,7 +183,7 @@ def generation_of(config: Config) -> dict[str, Any]:
 def main(config: Config) -> Path:
     with recording("evaluate", "evaluation", config) as run:
         tasks = [sts_task(name) for name in config.evaluation.sts]
-        if config.evaluation.generation and is_language_model(config):
+        if config.evaluation.language_model:
             run.more = {"generation": generation_of(config)}
         encoder = load_encoder(config)
         run.section = sts_scores(encoder, tasks, config.evaluation.batch_size)
@@ -202,7 +193,7 @@ def main(config: Config) -> Path:
 
 if __name__ == "__main__":
     purpose = (
-        "Score a directory or hub id on STS tasks and, if it is a causal language model, on "
+        "Score a directory or hub id on STS tasks and, with evaluation.language_model=true, on "
         "generation tasks."
     )
     command.run("python -m ubmoe.evaluate", purpose, main)

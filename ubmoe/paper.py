@@ -10,17 +10,17 @@ from typing import Any
 
 from ubmoe.config import Config
 from ubmoe.published import published
-from ubmoe.tables import aligned, mixed, model_of, spread, trained
+from ubmoe.tables import SHARES, aligned, mixed, model_of, spread, trained, variant
 
 Records = dict[str, dict[str, Any]]
-Ours = dict[str, dict[str, list[float]]]  # row -> column -> a value for each seed
+Seed = int | None
+Ours = dict[str, dict[str, dict[Seed, float]]]  # row -> column -> seed -> value
 TITLES = {
     2: "Table 2: STS by what was trained, Spearman x 100",
     3: "Table 3: dependence in percent, by length in tokens",
     4: "Table 4: generation in percent, and perplexity of held-out answers",
 }
 NAMES = {2: "sts", 3: "dependence", 4: "generation"}
-SHARES = ("main", "before", "after")
 UBMOE = "learned, top_k 2, chat"  # what the paper's second row of Table 4 is
 ENCODER = ", read causally"
 
@@ -41,29 +41,43 @@ def text(number: int | str, config: Config, records: Records) -> str:
     )
 
 
-def rows(number: int, model: str, records: Records, column: str | None = None) -> list[list[str]]:
+def rows(
+    number: int, model: str, records: Records, shown: list[str] | None = None
+) -> list[list[str]]:
     """Header and a row for each of the paper's rows and each further one of ours.
 
-    column: it alone.
+    shown: the columns; None: all that there are.
     """
-    theirs = _theirs(number, model)
-    ours = OURS[number](model, records)
-    every: list[Mapping[str, object]] = [*theirs.values(), *ours.values()]
-    columns = list(dict.fromkeys(name for row in every for name in row))
-    shown = [column] if column else columns
+    theirs, ours = _theirs(number, model), OURS[number](model, records)
+    shown = shown or columns(number, model, records)
     body = []
     for row in sorted(dict.fromkeys((*theirs, *ours)), key=lambda row: not row.startswith("base")):
         own, published_row = ours.get(row, {}), theirs.get(row, {})
-        cells = [_cell(own.get(name, []), published_row.get(name)) for name in shown]
+        # an average over other tasks is another number
+        alike = not own or all(name in own for name in published_row if name != "average")
+        cells = [
+            _cell(own.get(name, {}), published_row.get(name), alike or name != "average")
+            for name in shown
+        ]
         body.append([row, str(max(map(len, own.values()), default=0)), *cells])
     return [["row", "seeds", *shown], *body]
 
 
-def _cell(own: list[float], theirs: float | None) -> str:
+def columns(number: int, model: str, records: Records) -> list[str]:
+    """Those of the published table, and further ones of ours."""
+    theirs, ours = _theirs(number, model), OURS[number](model, records)
+    every: list[Mapping[str, object]] = [*theirs.values(), *ours.values()]
+    return list(dict.fromkeys(name for row in every for name in row))
+
+
+def _cell(own: dict[Seed, float], theirs: float | None, alike: bool) -> str:
+    values = list(own.values())
     if theirs is None:
-        return spread(own)
-    gap = f", {mean(own) - theirs:+.2f}" if own else ""
-    return f"{spread(own)} ({theirs:.2f}{gap})"
+        return spread(values)
+    if not alike:
+        return f"{spread(values)} (other tasks)"
+    gap = f", {mean(values) - theirs:+.2f}" if values else ""
+    return f"{spread(values)} ({theirs:.2f}{gap})"
 
 
 def misprints(number: int, model: str) -> list[str]:
@@ -100,10 +114,12 @@ def models() -> list[str]:
 # --- ours -----------------------------------------------------------------------------------------
 
 
-def _put(found: Ours, row: str, cells: dict[str, float | None]) -> None:
+def _put(found: Ours, row: str, record: dict[str, Any], cells: dict[str, float | None]) -> None:
+    """A value for each seed; the base has none, and is put once."""
+    seed = None if row.startswith("base") else record["config"]["seed"]
     for column, value in cells.items():
         if value is not None:
-            found.setdefault(row, {}).setdefault(column, []).append(value)
+            found.setdefault(row, {}).setdefault(column, {}).setdefault(seed, value)
 
 
 def encoders(model: str, records: Records) -> Iterator[tuple[str, str]]:
@@ -113,37 +129,15 @@ def encoders(model: str, records: Records) -> Iterator[tuple[str, str]]:
             yield trained(record), key
 
 
-def _sts(model: str, records: Records) -> Ours:
-    found: Ours = {}
-    for row, key in encoders(model, records):
-        section = records[key]["sts"]
-        _put(found, row, section["tasks"] | {"average": section["average"]})
-    return found
+def beside(key: str, program: str, records: Records) -> dict[str, Any]:
+    """What another program recorded of the model that a run of train_bi.py left; {} if nothing.
 
-
-def dependences(model: str, records: Records) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(row, section): of the base, of what train_bi.py tuned, and of the mixture."""
-    rows = {key.replace(".sts.", ".dependence."): row for row, key in encoders(model, records)}
-    for key, record in sorted(records.items()):
-        if ".dependence." not in key:
-            continue
-        measured, mixture = model_of(record), key.replace(".dependence.", ".generation.")
-        if measured == model:
-            yield "base", record["dependence"]
-        elif measured == "bi" and key in rows:
-            yield rows[key], record["dependence"]
-        elif measured == "ubmoe" and model_of(records.get(mixture, {})) == model:
-            yield UBMOE, record["dependence"]
-
-
-def _dependence(model: str, records: Records) -> Ours:
-    found: Ours = {}
-    for row, section in dependences(model, records):
-        for bucket in section["buckets"]:
-            low, high = bucket["range"]
-            for share in SHARES:
-                _put(found, f"{row}, {share}", {f"{low}-{high}": bucket[share]})
-    return found
+    In the same folder there may be a record of the base: the measured model's name tells.
+    """
+    own = records[key]
+    other = records.get(key.replace(".sts.", f".{program}."), {})
+    left = model_of(own) if trained(own) == "base" else "bi"
+    return other if model_of(other) == left else {}
 
 
 def mixtures(model: str, records: Records) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -153,40 +147,66 @@ def mixtures(model: str, records: Records) -> Iterator[tuple[str, dict[str, Any]
             yield key, record
 
 
+def _sts(model: str, records: Records) -> Ours:
+    found: Ours = {}
+    for row, key in encoders(model, records):
+        section = records[key]["sts"]
+        _put(found, row, records[key], section["tasks"] | {"average": section["average"]})
+    return found
+
+
+def dependences(model: str, records: Records) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(row, record): of the base, of what train_bi.py tuned, and of the mixtures' routers."""
+    for key, record in sorted(records.items()):
+        if ".dependence." in key and model_of(record) == model:
+            yield "base", record
+    for row, key in encoders(model, records):
+        if row != "base" and (record := beside(key, "dependence", records)):
+            yield row, record
+    for key, mixture in mixtures(model, records):
+        measured = records.get(key.replace(".generation.", ".dependence."), {})
+        if model_of(measured) == "ubmoe":
+            yield mixed(mixture, "learned"), measured
+
+
+def _dependence(model: str, records: Records) -> Ours:
+    found: Ours = {}
+    for row, record in dependences(model, records):
+        for bucket in record["dependence"]["buckets"]:
+            low, high = bucket["range"]
+            for share in SHARES:
+                _put(found, f"{row}, {share}", record, {f"{low}-{high}": bucket[share]})
+    return found
+
+
 def _generation(model: str, records: Records) -> Ours:
     """The base, every encoder as a language model again, mixtures by route, and Bitune."""
     found: Ours = {}
     for row, key in encoders(model, records):
-        section = records.get(key.replace(".sts.", ".evaluation."), {}).get("generation")
-        if section is not None:
+        record = beside(key, "evaluation", records)
+        if section := record.get("generation"):
             name = row if row == "base" else row + ENCODER
-            _put(found, name, scored(section, section["metrics"]))
+            _put(found, name, record, scored(section, section["metrics"]))
     for _, record in mixtures(model, records):
         section = record["generation"]
         for route, scores in section["routes"].items():
-            if route != "uni":
-                _put(found, mixed(record, route), scored(scores, section["metrics"]))
-            elif "base" not in found:  # that is what this route is
-                _put(found, "base", scored(scores, section["metrics"]))
-    for record in records.values():
+            row = "base" if route == "uni" else mixed(record, route)
+            _put(found, row, record, scored(scores, section["metrics"]))
+    for _, record in sorted(records.items()):
         if "bitune" in record and model_of(record) == model:
-            row = f"bitune, {record['bitune']['variant']}"
-            _put(found, row, scored_tasks(record["bitune"]))
+            tasks = main_metrics(record["bitune"], record["bitune"]["metrics"])
+            _put(found, f"bitune, {variant(record)}", record, tasks)
     return found
 
 
-def scored_tasks(section: dict[str, Any]) -> dict[str, float | None]:
-    """The main metric of each task, and their average."""
-    tasks = {
-        task: section["tasks"].get(task, {}).get(metric)
-        for task, metric in section["metrics"].items()
-    }
-    return tasks | {"average": section["average"]}
+def main_metrics(scores: dict[str, Any], metrics: dict[str, str]) -> dict[str, float | None]:
+    return {task: scores["tasks"].get(task, {}).get(metric) for task, metric in metrics.items()}
 
 
 def scored(scores: dict[str, Any], metrics: dict[str, str]) -> dict[str, float | None]:
-    """As `scored_tasks`, and the perplexity."""
-    return scored_tasks(scores | {"metrics": metrics}) | {"perplexity": scores["perplexity"]}
+    """The main metric of each task, their average, and the perplexity."""
+    rest = {name: scores[name] for name in ("average", "perplexity")}
+    return main_metrics(scores, metrics) | rest
 
 
 OURS: dict[int, Callable[[str, Records], Ours]] = {2: _sts, 3: _dependence, 4: _generation}

@@ -17,7 +17,7 @@ from ubmoe.tables import (
     probed,
     probes_caption,
     spread,
-    trained,
+    variant,
 )
 
 
@@ -49,36 +49,23 @@ def _benchmark_block(name: str, records: dict[str, dict[str, Any]]) -> str:
 
 def _sts_block(name: str, records: dict[str, dict[str, Any]]) -> str:
     """A row for what was trained on a model, over its seeds: STS by task, DP-after if measured."""
-    runs: dict[str, list[str]] = {}
-    for key, record in sorted(records.items()):
-        if ".sts." in key and model_of(record) == name:
-            runs.setdefault(trained(record), []).append(key)
-    order = sorted(runs, key=lambda label: (label != "base", label.count(" "), label))
-    rows = [_sts_row(label, runs[label], records) for label in order]
-    header = [
-        "trained",
-        "seeds",
-        *records[runs[order[0]][0]]["sts"]["tasks"],
-        "average",
-        "DP-after",
-    ]
-    return markdown([header, *rows])
-
-
-def _sts_row(label: str, keys: list[str], records: dict[str, dict[str, Any]]) -> list[str]:
-    found = [records[key]["sts"] for key in keys]
-    tasks = [spread([each["tasks"][task] for each in found]) for task in found[0]["tasks"]]
-    if label == "base":
-        name = model_of(records[keys[0]])
-        measured = [
-            r for key, r in records.items() if ".dependence." in key and model_of(r) == name
+    scores = paper.OURS[2](name, records)
+    after: dict[str, dict[Any, float]] = {}
+    for row, record in paper.dependences(name, records):
+        seed = None if row == "base" else record["config"]["seed"]
+        after.setdefault(row, {})[seed] = record["dependence"]["overall"]["after"]
+    order = sorted(scores, key=lambda row: (row != "base", row.count(" "), row))
+    columns = list(scores[order[0]])
+    body = [
+        [
+            row,
+            str(len(scores[row]["average"])),
+            *(spread(list(scores[row][column].values())) for column in columns),
+            spread(list(after.get(row, {}).values())),
         ]
-    else:  # the encoder of a run is measured under the run's name
-        beside = [records.get(key.replace(".sts.", ".dependence.")) for key in keys]
-        measured = [record for record in beside if record and model_of(record) == "bi"]
-    after = [record["dependence"]["overall"]["after"] for record in measured]
-    average = spread([each["average"] for each in found])
-    return [label, str(len(keys)), *tasks, average, spread(after)]
+        for row in order
+    ]
+    return markdown([["trained", "seeds", *columns, "DP-after"], *body])
 
 
 def _mixture_block(name: str, records: dict[str, dict[str, Any]]) -> str:
@@ -122,33 +109,25 @@ def _mixture_row(label: str, seeds: list[dict[str, Any]], metrics: dict[str, str
     return [label, str(len(seeds)), *cells]
 
 
-def _variant(record: dict[str, Any]) -> str:
-    """Its name in the paper's tables: the baseline has as many parameters at twice the rank."""
-    settings, variant = record["config"]["bitune"], record["bitune"]["variant"]
-    if settings["max_steps"] == 0:
-        return "pretrained"
-    return "lora rank 16" if variant == "lora" and settings["rank"] == 16 else variant
-
-
 def _bitune_block(name: str, records: dict[str, dict[str, Any]]) -> str:
     """A row for each variant on a model, over its seeds, beside the paper's averages."""
     runs: dict[str, list[dict[str, Any]]] = {}
     for record in records.values():
         if "bitune" in record and model_of(record) == name:
-            runs.setdefault(_variant(record), []).append(record["bitune"])
+            runs.setdefault(variant(record), []).append(record["bitune"])
     ablations = published("bitune")["ablations"]
     theirs = {row["method"]: row["scores"] for row in ablations["rows"]}
     metrics = next(iter(runs.values()))[0]["metrics"]
     rows = []
-    for variant in theirs:
-        if seeds := runs.get(variant, []):
+    for method in theirs:
+        if seeds := runs.get(method, []):
             tasks = [
                 spread([each["tasks"][task][metric] for each in seeds])
                 for task, metric in metrics.items()
             ]
             perplexity = spread([each["perplexity"] for each in seeds])
-            paper = [f"{score:.1f}" for score in theirs[variant]]
-            rows.append([variant, str(len(seeds)), perplexity, *tasks, *paper])
+            paper = [f"{score:.1f}" for score in theirs[method]]
+            rows.append([method, str(len(seeds)), perplexity, *tasks, *paper])
     paper = [f"published, {column}" for column in ablations["columns"]]
     return markdown([["variant", "seeds", "perplexity", *metrics, *paper], *rows])
 
@@ -212,13 +191,15 @@ def _published_probe(task: str, probe: str, label: str) -> float | None:
     return None
 
 
-PAPER = {"sts": (2, "average"), "dependence": (3, None), "generation": (4, None)}
+PAPER = {"sts": 2, "dependence": 3, "generation": 4}
 
 
 def _paper_block(name: str, records: dict[str, dict[str, Any]]) -> str:
     """A table of the paper, for all of its models: ours and, in brackets, published and gap."""
-    number, column = PAPER[name]
-    parts = [(model, paper.rows(number, model, records, column)) for model in paper.models()]
+    number = PAPER[name]
+    every = [paper.columns(number, model, records) for model in paper.models()]
+    shown = ["average"] if number == 2 else list(dict.fromkeys(sum(every, [])))
+    parts = [(model, paper.rows(number, model, records, shown)) for model in paper.models()]
     header = ["model", *parts[0][1][0]]
     body = [[model, *row] for model, rows in parts for row in rows[1:]]
     notes = [note for model in paper.models() for note in paper.misprints(number, model)]

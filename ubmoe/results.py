@@ -259,10 +259,10 @@ def existing(config: Config) -> list[Path]:
     return found
 
 
-def record(config: Config) -> str:
-    """Copy the results of output_dir to the folder of records, one file a program and seed."""
+def record(config: Config, paths: list[Path] | None = None) -> str:
+    """Copy results (None: all of output_dir) to the folder of records, one a program and seed."""
     written = []
-    for path in existing(config):
+    for path in paths or existing(config):
         result = read_result(path)
         name = f"{Path(config.output_dir).name}.{path.stem}.seed{result['config']['seed']}.json"
         target = Path(config.results.directory) / name
@@ -304,7 +304,8 @@ def renew_readme(config: Config) -> str:
 
 def recorded(config: Config) -> dict[str, dict[str, Any]]:
     """Every record by its file name without `.json`."""
-    return {path.stem: read_result(path) for path in Path(config.results.directory).glob("*.json")}
+    found = sorted(Path(config.results.directory).glob("*.json"))
+    return {path.stem: read_result(path) for path in found}
 
 
 def main(config: Config) -> str:
@@ -329,5 +330,5 @@ def main(config: Config) -> str:
 
 
 if __name__ == "__main__":
-    purpose = "Print the table of a run, record its results, or renew the tables of README.md."
+    purpose = "Tables of a run and of the paper; plan, run and draw the study; records; downloads."
     command.run("python -m ubmoe.results", purpose, main)

@@ -33,6 +33,8 @@ def train_stages(
             seed=config.seed,
             resume=config.resume == "auto",
             before=config.bi.stages[:number],
+            given=config.bi.model_dump(exclude={"stages"})
+            | config.model.model_dump(include={"revision", "dtype", "adapter"}),
         )
         if stage.objective == "mntp":
             report = masked.train_stage(model, tokenizer, stage, rows, work)

@@ -4,6 +4,7 @@ Every run is a command line of a program, so a cluster's array job can take the 
 instead. Nothing here imports torch.
 """
 
+import hashlib
 import logging
 import shlex
 import subprocess
@@ -14,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ubmoe.config import Config, UserError, dump_config, load_config
+from ubmoe.config import Config, ResultsSection, UserError, dump_config, load_config
 from ubmoe.results import read_result, record, replace
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,14 @@ MIXTURES = {
     "ubmoe-causal": ("ffn causal", ["ubmoe.routes=[learned, bi]"]),
 }
 BITUNE = ("lora", "full")
-WITHOUT_EFFECT = {"resume", "dry_run", "results"}  # keys that change no number of a run
+# What a program's result depends on, besides the seed.
+READS = {
+    "sts": ("model", "bi", "evaluation"),
+    "dependence": ("model", "dependence"),
+    "evaluation": ("model", "bi", "ubmoe", "evaluation"),
+    "generation": ("model", "ubmoe", "evaluation"),
+    "bitune": ("model", "bitune", "evaluation"),
+}
 
 
 @dataclass(frozen=True)
@@ -58,18 +66,21 @@ class Step:
             return "missing"
         kept = read_result(self.path)["config"]
         own = self.config.model_dump()
-        same = all(kept.get(key) == own[key] for key in own.keys() - WITHOUT_EFFECT)
+        same = all(kept.get(key) == own[key] for key in ("seed", *READS[self.result]))
         return "there" if same else "other"
 
 
 def steps(config: Config) -> list[Step]:
     """The runs of `results.table`, in an order in which each finds what it needs.
 
-    They read the study's own file, study.yaml beside them: what this program was given.
+    They read a file of the study's own, what this program was given; its name holds a digest, so
+    that another plan does not change what waiting runs will read.
     """
-    file = Path(config.output_dir) / "study" / "study.yaml"
+    text = dump_config(config.model_copy(update={"results": ResultsSection()}))
+    name = f"study-{hashlib.sha256(text.encode()).hexdigest()[:8]}.yaml"
+    file = Path(config.output_dir) / "study" / name
     file.parent.mkdir(parents=True, exist_ok=True)
-    replace(file, lambda path: path.write_text(dump_config(config), encoding="utf-8"))
+    replace(file, lambda path: path.write_text(text, encoding="utf-8"))
     first, *others = config.results.seeds
     rows = config.results.rows
     without_base = [row for row in rows if row != "base"]  # it has no seeds
@@ -97,7 +108,8 @@ def _of_seed(config: Config, config_file: str, seed: int, rows: Sequence[str]) -
         if table in (3, "all"):
             yield step("calculate_dp.py", row, "dependence", *tuned)
         if table == "all":
-            yield step("-m ubmoe.evaluate", row, "evaluation", *tuned)
+            both = "evaluation.language_model=true"
+            yield step("-m ubmoe.evaluate", row, "evaluation", both, *tuned)
     if table in (4, "all"):
         for name, (encoder, keys) in MIXTURES.items():
             if encoder not in rows:
@@ -158,7 +170,7 @@ def run(config: Config) -> str:
         else:
             log.info("%s", say)
             _execute(step)
-        record(step.config.model_copy(update={"results": config.results}))
+        record(step.config.model_copy(update={"results": config.results}), [step.path])
     return f"{len(wanted)} runs in {Path(config.output_dir) / 'study'}"
 
 

@@ -189,3 +189,11 @@ def mixed(record: dict[str, Any], route: str) -> str:
     label = ROUTES.get(route, f"learned, top_k {settings['top_k']}, {settings['objective']}")
     causal = record["generation"]["bi_attention"] == "causal" and route != "uni"
     return label + (", causally tuned expert" if causal else "")
+
+
+def variant(record: dict[str, Any]) -> str:
+    """Its name in the paper's tables: the baseline has as many parameters at twice the rank."""
+    settings, variant = record["config"]["bitune"], record["bitune"]["variant"]
+    if settings["max_steps"] == 0:
+        return "pretrained"
+    return "lora rank 16" if variant == "lora" and settings["rank"] == 16 else variant

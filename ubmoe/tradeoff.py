@@ -1,8 +1,9 @@
 """Two pictures of a study: what embedding costs in generation, and whether dependence tells it.
 
 From the records alone. The first plane has a point for every model of the study, STS average to the
-right, generation upwards, and its Pareto front; the second tests the paper's central claim: the
-more a tuned model attends to later tokens (DP-after), the more of its generation is lost.
+right (a mixture reads bidirectionally for it, an encoder as it was tuned), generation upwards, and
+its Pareto front. The second tests the paper's central claim: the more a tuned model attends to
+later tokens (DP-after), the more of its generation is lost.
 """
 
 import math
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ubmoe.config import Config, UserError
-from ubmoe.paper import Records, encoders, mixtures
+from ubmoe.paper import Records, beside, encoders, mixtures
 from ubmoe.tables import mixed, model_of
 
 RESAMPLES = 2000
@@ -41,7 +42,7 @@ def points(model: str, records: Records) -> dict[str, Point]:
     """Every model of the study that both uses were scored of, by its row's name."""
     found: dict[str, Point] = {}
     for row, key in encoders(model, records):
-        section = records.get(key.replace(".sts.", ".evaluation."), {}).get("generation")
+        section = beside(key, "evaluation", records).get("generation")
         sts = records[key]["sts"]["average"]
         if section is not None and sts is not None:
             kind = "base" if row == "base" else "encoder"
@@ -79,8 +80,8 @@ def tuned(model: str, records: Records) -> list[Tuned]:
     """Every bidirectional encoder whose dependence and generation were measured."""
     scored, after = {}, {}
     for row, key in encoders(model, records):
-        evaluated = records.get(key.replace(".sts.", ".evaluation."), {})
-        measured = records.get(key.replace(".sts.", ".dependence."), {})
+        evaluated = beside(key, "evaluation", records)
+        measured = beside(key, "dependence", records)
         if "generation" in evaluated and "dependence" in measured:
             scored[row, key] = evaluated["generation"]["perplexity"]
             after[row, key] = measured["dependence"]["overall"]["after"]
@@ -150,19 +151,23 @@ def _plane(model: str, placed: dict[str, Point]) -> Any:
     right.invert_yaxis()
     names = {"tasks": "generation, average of tasks (%)", "perplexity": "perplexity (better: up)"}
     for axes, (what, label) in zip((left, right), names.items(), strict=True):
-        shown = {name: point for name, point in placed.items() if getattr(point, what)}
-        pairs = [(mean(point.sts), mean(getattr(point, what))) for point in shown.values()]
+        shown = [
+            (number, name, point)
+            for number, (name, point) in enumerate(placed.items(), 1)
+            if getattr(point, what)
+        ]
+        pairs = [(mean(point.sts), mean(getattr(point, what))) for _, _, point in shown]
         sign = 1 if what == "tasks" else -1
         edge = [pairs[each] for each in front([(x, sign * y) for x, y in pairs])]
         axes.plot(*zip(*edge, strict=True), color="grey", lw=1, ls="--", zorder=0)
-        for number, ((name, point), (x, y)) in enumerate(zip(shown.items(), pairs, strict=True), 1):
+        for (number, name, point), (x, y) in zip(shown, pairs, strict=True):
             axes.errorbar(
                 *(x, y, _error(getattr(point, what)), _error(point.sts)),
                 fmt="o", ms=4, lw=0.8, color=COLOURS[point.kind],
                 label=f"{number} {name}",
             )  # fmt: skip
             axes.annotate(str(number), (x, y), (4, 3), textcoords="offset points", fontsize=7)
-        axes.set(xlabel="STS average, bidirectional (Spearman x 100)", ylabel=label)
+        axes.set(xlabel="STS average (Spearman x 100)", ylabel=label)
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(
         *right.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=7

@@ -11,7 +11,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +84,16 @@ def train_only(model: PreTrainedModel, modules: Sequence[str]) -> dict[str, int]
 
 @dataclass(frozen=True)
 class Work:
-    """Where a stage keeps its checkpoints, its seed, and the stages that it stands on."""
+    """Where a stage keeps its checkpoints, its seed, and the stages that it stands on.
+
+    given: settings besides the stage's own that its weights depend on.
+    """
 
     directory: Path
     seed: int
     resume: bool = False
     before: Sequence[StageSection] = ()
+    given: dict[str, Any] = field(default_factory=dict)
 
 
 @contextmanager
@@ -161,7 +165,7 @@ def begin(stage: TrainingSection, work: Work, **mark: Any) -> Path | None:
     """
     directory, state = work.directory, PartialState()
     stages = [each.model_dump(exclude=WITHOUT_EFFECT) for each in (*work.before, stage)]
-    mark |= {"stages": stages, "seed": work.seed}
+    mark |= {"stages": stages, "seed": work.seed, "given": work.given}
     path, text = directory / "stage.json", json.dumps(mark, indent=1)
     same = path.exists() and path.read_text() == text
     state.wait_for_everyone()
