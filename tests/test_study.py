@@ -107,3 +107,30 @@ def test_mixtures_without_their_encoder_are_refused(tmp_path):
         results.main(config(tmp_path, "results.action=run"))
     with pytest.raises(UserError, match="expected one at least"):
         config(tmp_path, "results.rows=[]")
+
+
+def test_a_plan_extrapolates_from_a_few_steps(tmp_path):
+    one = config(tmp_path, "results.table=2", "results.rows=[ffn]", "results.seeds=[0]")
+    [step] = study.steps(one)
+    assert one.bi.stages[0].max_steps == 60
+    log = [{"loss": 1.0}, {"train_runtime": 10.0}]
+    result = {"seconds": 25.0, "sts": {"stages": [{"log": log, "rows": 4000}]}}
+    assert study._extrapolated(step, result, 5) == 15 + 10 * 60 / 5
+    epochs = study.replace_keys(
+        step, ["bi.stages.0.max_steps=-1", "bi.stages.0.num_train_epochs=2"]
+    )
+    assert study._extrapolated(epochs, result, 5) == 15 + 10 * (2 * (4000 // 64)) / 5
+
+
+def test_a_plan_times_steps_once_and_says_what_it_cannot_time(tiny_path, tmp_path):
+    keys = ["results.table=all", "results.rows=[base, ffn, ffn causal]", "results.seeds=[0]"]
+    given = config(tmp_path, *keys, "results.timed_steps=2", "model.device=cpu", "bi.stages=[]")
+    base = [step for step in study.steps(given) if step.row == "base"]
+    assert study.estimate(base[2], 2) == "not timed: it only scores"
+    said = study.estimate(base[1], 2)
+    assert re.fullmatch(r"about \S+ h and \S+ GB, from 2 steps, without scoring", said)
+    before = (tmp_path / "small/study/timed/base/dependence.json").stat().st_mtime_ns
+    assert study.estimate(base[1], 2) == said
+    assert (tmp_path / "small/study/timed/base/dependence.json").stat().st_mtime_ns == before
+    mixture = next(step for step in study.steps(given) if step.row == "ubmoe")
+    assert "small-ffn/bi is not there yet" in study.estimate(mixture, 2)

@@ -464,6 +464,9 @@ class ResultsSection(Section):
     )
     seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = key([0, 1, 2], "of the study's runs")
     rows: list[Row] = key(list(get_args(Row)), "what is trained; ffn causal is a control")
+    timed_steps: Positive | None = key(
+        None, "plan: run this many steps of each row to estimate its hours and memory; null: none"
+    )
     directory: str = key("results", "folder of the recorded runs")
 
     @field_validator("seeds", "rows")

@@ -4,8 +4,10 @@ Every run is a command line of a program, so a cluster's array job can take the 
 instead. Nothing here imports torch.
 """
 
+import dataclasses
 import hashlib
 import logging
+import math
 import shlex
 import subprocess
 import sys
@@ -15,7 +17,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ubmoe.config import Config, ResultsSection, UserError, dump_config, load_config
+from ubmoe.config import (
+    Config,
+    ResultsSection,
+    TrainingSection,
+    UserError,
+    dump_config,
+    load_config,
+)
 from ubmoe.results import read_result, record, replace
 
 log = logging.getLogger(__name__)
@@ -141,9 +150,81 @@ def label(config: Config) -> str:
 def plan(config: Config) -> str:
     """The commands, one a line, with what is there yet as a comment above each."""
     lines = []
+    estimates: dict[tuple[str, str], str] = {}  # a row's seeds take as long as each other
     for step in steps(config):
-        lines += [f"# {step.row}, seed {step.config.seed}: {_known(step)}", step.command]
+        known = _known(step)
+        if step.state() == "missing" and config.results.timed_steps:
+            row = (step.row, step.result)
+            if row not in estimates:
+                estimates[row] = estimate(step, config.results.timed_steps)
+            known += f"; {estimates[row]}"
+        lines += [f"# {step.row}, seed {step.config.seed}: {known}", step.command]
     return "\n".join(lines)
+
+
+def _short(step: Step, count: int) -> list[str] | None:
+    """Keys for a few steps of a run, without any scoring; None where scoring is all it does."""
+    stages = range(len(step.config.bi.stages))
+    scoring = ["evaluation.sts=[]", "evaluation.generation=[]"]
+    return {
+        "sts": [*(f"bi.stages.{each}.max_steps={count}" for each in stages), *scoring],
+        "generation": [f"ubmoe.max_steps={count}", "ubmoe.export=[]", *scoring],
+        "bitune": [f"bitune.max_steps={count}", "bitune.generation=[]"],
+        "dependence": [f"dependence.max_texts={count}"],
+        "evaluation": None,
+    }[step.result]
+
+
+def estimate(step: Step, count: int) -> str:
+    """Hours and memory of a run, from a few of its steps; scoring is not counted."""
+    keys = _short(step, count)
+    if keys is None:
+        return "not timed: it only scores"
+    for needed in (step.config.model.name, step.config.ubmoe.bi):
+        if needed and "/study/" in needed and not Path(needed).exists():
+            return f"not timed: {needed} is not there yet"
+    folder = f"output_dir={Path(step.config.output_dir).parent.parent / 'timed' / step.row}"
+    timed = replace_keys(step, [*keys, folder])
+    if timed.state() != "there":
+        _execute(timed)
+    result = read_result(timed.path)
+    hours = _extrapolated(step, result, count) / 3600
+    memory = result["peak_memory_bytes"] / 1e9
+    return f"about {hours:.2g} h and {memory:.1f} GB, from {count} steps, without scoring"
+
+
+def replace_keys(step: Step, keys: list[str]) -> Step:
+    """The same run with further keys; later ones win."""
+    return dataclasses.replace(step, keys=(*step.keys, *keys))
+
+
+def _extrapolated(step: Step, result: dict[str, Any], count: int) -> float:
+    """Seconds: what does not grow with the steps, and the steps at the pace of the few."""
+    section, config = result[step.result], step.config
+    if step.result == "dependence":
+        wanted = config.dependence.max_texts or count
+        return result["seconds"] * max(1.0, wanted / max(1, section["texts"]))
+    seconds = result["seconds"]
+    for settings, log_rows, rows in _trained(config, section):
+        total = settings.max_steps
+        if total < 0:
+            epochs = settings.num_train_epochs
+            total = math.ceil(rows // settings.per_device_train_batch_size * epochs)
+        seconds += log_rows[-1]["train_runtime"] * (total / count - 1)
+    return float(seconds)
+
+
+def _trained(
+    config: Config, section: dict[str, Any]
+) -> list[tuple[TrainingSection, list[dict[str, Any]], int]]:
+    """(settings, log, rows) of whatever a result says that it trained."""
+    if "stages" in section:
+        reports = zip(config.bi.stages, section["stages"], strict=True)
+        return [(stage, report["log"], report["rows"]) for stage, report in reports]
+    if "router" in section:
+        router = section["router"]
+        return [(config.ubmoe, router["log"], router["counts"]["chats"])]
+    return [(config.bitune, section["log"], section["counts"]["examples"])]
 
 
 def _known(step: Step) -> str:
