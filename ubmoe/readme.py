@@ -10,12 +10,12 @@ from ubmoe.tables import (
     ROUTES,
     dependence_caption,
     dependence_rows,
-    is_shown,
     markdown,
     mixed,
     model_of,
     probed,
     probes_caption,
+    probing_rows,
     spread,
     variant,
 )
@@ -161,25 +161,17 @@ def _probing_block(name: str, records: dict[str, dict[str, Any]]) -> str:
 
 def _probing_table(models: list[dict[str, Any]], tiny: bool) -> str:
     """tiny: the little language's own tasks, of which nothing is published."""
-    lines: dict[tuple[str, str, str], dict[str, str]] = {}
-    for model in models:
-        for row in model["rows"]:
-            if is_shown(row, models) and probed(row) in PUBLISHED_PROBES:
-                metric = "accuracy" if "accuracy" in row else "spearman"
-                line = lines.setdefault((probed(row), row["split"], metric), {})
-                line[model["label"]] = _probing_cell(row, metric, "" if tiny else model["label"])
-    header = ["task", "split", "metric", *(model["label"] for model in models)]
-    body = [
-        [*key, *(line.get(each, "not run") for each in header[3:])] for key, line in lines.items()
-    ]
-    table = f"{markdown([header, *body])}\n\n{probes_caption(models)}"
+
+    def beside(row: dict[str, Any], label: str) -> str:
+        if tiny or row["split"] != "random" or probed(row) not in PUBLISHED_PROBES:
+            return ""
+        theirs = _published_probe(probed(row), row["probe"], label)
+        return "" if theirs is None else f" ({theirs:.3f})"
+
+    header, *rows = probing_rows(models, "accuracy", beside)
+    rows = [row for row in rows if row[0] in PUBLISHED_PROBES]
+    table = f"{markdown([header, *rows])}\n\n{probes_caption(models)}"
     return table if tiny else f"{table} In brackets: published for {PUBLISHED_FAMILY}."
-
-
-def _probing_cell(row: dict[str, Any], metric: str, label: str) -> str:
-    own = f"{row[metric]:.3f} ±{row[f'{metric}_stderr']:.3f}"
-    theirs = _published_probe(probed(row), row["probe"], label)
-    return own if theirs is None or row["split"] != "random" else f"{own} ({theirs:.3f})"
 
 
 def _published_probe(task: str, probe: str, label: str) -> float | None:

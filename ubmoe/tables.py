@@ -1,6 +1,7 @@
 """Tables of results as text for a terminal, and what their rows and cells are called."""
 
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -108,17 +109,32 @@ def bitune_text(result: dict[str, Any]) -> str:
 def probing_text(result: dict[str, Any]) -> str:
     """A row a task and split, a column a model."""
     models = result["probing"]["models"]
-    rows = [["task", "split", "metric", *(model["label"] for model in models)]]
+    return f"{probes_caption(models)}\n{aligned(probing_rows(models, 'balanced_accuracy'))}"
+
+
+def probing_rows(
+    models: list[dict[str, Any]],
+    binary: str,
+    beside: Callable[[dict[str, Any], str], str] = lambda *_: "",
+) -> list[list[str]]:
+    """Header and a row a task and split: score ± standard error, by model.
+
+    binary: the metric of tasks with two classes; the others have Spearman's. beside: what stands
+    behind the score of a row of a label's.
+    """
     found: dict[tuple[str, ...], dict[str, str]] = {}
     for model in models:
         for row in model["rows"]:
             if is_shown(row, models):
-                metric = "balanced_accuracy" if "balanced_accuracy" in row else "spearman"
+                metric = binary if binary in row else "spearman"
+                cell = f"{row[metric]:.3f} ±{row[f'{metric}_stderr']:.3f}"
                 line = found.setdefault((probed(row), row["split"], metric), {})
-                line[model["label"]] = f"{row[metric]:.3f} ±{row[f'{metric}_stderr']:.3f}"
-    for key, line in found.items():
-        rows.append([*key, *(line.get(model["label"], "not run") for model in models)])
-    return f"{probes_caption(models)}\n{aligned(rows)}"
+                line[model["label"]] = cell + beside(row, model["label"])
+    labels = [model["label"] for model in models]
+    body = [
+        [*key, *(line.get(label, "not run") for label in labels)] for key, line in found.items()
+    ]
+    return [["task", "split", "metric", *labels], *body]
 
 
 def probes_caption(models: list[dict[str, Any]]) -> str:
