@@ -3,11 +3,13 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 from test_scripts import run
 
 from ubmoe import comparison, probing, results
-from ubmoe.config import UserError, load_config
+from ubmoe.config import ProbingSection, UserError, load_config
+from ubmoe.probe_tasks import read_tasks
 
 KEYS = ["model.device=cpu", "probing.probes=[linear]", "probing.seeds=[0]"]
 
@@ -111,6 +113,18 @@ def test_a_run_that_goes_on_keeps_the_models_that_are_done(tiny_path, tmp_path, 
     assert [model["attention"] for model in section["models"]] == ["causal", "bidirectional"]
 
 
+def test_words_that_were_cut_away_are_left_out_and_none_left_is_said():
+    settings = ProbingSection(probes=["linear"], seeds=[0])
+    [task] = read_tasks("tiny", ["concreteness"])
+    vectors = np.random.default_rng(0).normal(size=(len(task.words), 1, 8))
+    vectors[::2] = np.nan
+    rows = comparison._probed(task, vectors, "none", settings)
+    assert {row["split"] for row in rows} == {"random", "lemma"}
+    vectors[:] = np.nan
+    with pytest.raises(UserError, match="512 cuts every word of concreteness away"):
+        comparison._probed(task, vectors, "none", settings)
+
+
 def test_models_need_labels_of_their_own():
     def labels(models):
         return list(comparison.labelled(load_config(None, [f"probing.models={models}"])))
@@ -130,7 +144,6 @@ def test_models_need_labels_of_their_own():
         (["probing.models=[{{name: tiny, route: half}}]"], "is no mixture of two experts"),
         (["probing.tasks=[contxt]"], "expected 'context'"),
         (["probing.seeds=[]"], "expected one at least"),
-        (["probing.tasks=[concreteness]", "probing.max_tokens=1"], "1 cuts every word of concrete"),
     ],
 )
 def test_bad_input_is_one_last_line_and_exit_2(tiny_path, tmp_path, arguments, expected):

@@ -143,12 +143,16 @@ COLOURS = {"base": "black", "encoder": "C0", "mixture": "C1"}
 
 def _plane(model: str, placed: dict[str, Point]) -> Any:
     """Two panels: the average of the tasks, and the perplexity (downwards is worse)."""
+    from matplotlib.ticker import ScalarFormatter
+
     from ubmoe.figures import blank
 
     figure = blank(11.0, 4.6)
     left, right = figure.subplots(1, 2)
     right.set_yscale("log")
     right.invert_yaxis()
+    for axis in (right.yaxis.set_major_formatter, right.yaxis.set_minor_formatter):
+        axis(ScalarFormatter())
     names = {"tasks": "generation, average of tasks (%)", "perplexity": "perplexity (better: up)"}
     for axes, (what, label) in zip((left, right), names.items(), strict=True):
         shown = [
