@@ -282,6 +282,7 @@ def test_probes_stand_beside_the_papers():
         row("telicity", "lemma", 0.6),
         row("word in context", "random", 0.5, features="cosine"),
         row("concreteness", "random", 0.4),
+        row("object_animacy@4", "shipped", 0.55),
     ]
     models = [
         {"label": "Uni", "rows": uni},
@@ -299,6 +300,7 @@ def test_probes_stand_beside_the_papers():
         "| telicity | lemma | accuracy | 0.600 ±0.010 | not run |",
         "| word in context (cosine) | random | accuracy | 0.500 ±0.010 (0.536) | not run |",
         "| concreteness | random | spearman | 0.400 ±0.010 (0.763) | not run |",
+        "| object_animacy@4 | shipped | accuracy | 0.550 ±0.010 (0.510) | not run |",
         "",
         "Probes: mlp, of layer -1 (-1: the last). In brackets: published for Llama-2-7B.",
     ]

@@ -146,9 +146,10 @@ PUBLISHED_FAMILY = "Llama-2-7B"
 
 
 def _probing_block(name: str, records: dict[str, dict[str, Any]]) -> str:
-    """Tasks two to five: a row a task and split, a column a model, published numbers in brackets.
+    """A row a task and split, a column a model, published numbers in brackets.
 
-    The published ones are of another family, at the same stage of training, and of random splits.
+    The published ones are of another family, at the same stage of training, and of the random or
+    the shipped splits.
     """
     found = [record for key, record in records.items() if key.startswith(f"{name}.probing.")]
     return "\n\n".join(
@@ -163,22 +164,24 @@ def _probing_table(models: list[dict[str, Any]], tiny: bool) -> str:
     """tiny: the little language's own tasks, of which nothing is published."""
 
     def beside(row: dict[str, Any], label: str) -> str:
-        if tiny or row["split"] != "random" or probed(row) not in PUBLISHED_PROBES:
+        if tiny or row["split"] == "lemma":
             return ""
         theirs = _published_probe(probed(row), row["probe"], label)
         return "" if theirs is None else f" ({theirs:.3f})"
 
-    header, *rows = probing_rows(models, "accuracy", beside)
-    rows = [row for row in rows if row[0] in PUBLISHED_PROBES]
-    table = f"{markdown([header, *rows])}\n\n{probes_caption(models)}"
+    table = f"{markdown(probing_rows(models, 'accuracy', beside))}\n\n{probes_caption(models)}"
     return table if tiny else f"{table} In brackets: published for {PUBLISHED_FAMILY}."
 
 
 def _published_probe(task: str, probe: str, label: str) -> float | None:
-    table, column = PUBLISHED_PROBES[task]
-    found = published("feng")[f"{table}_{probe}"]
+    feature, at, word = task.partition("@")
+    if at and probe != "mlp":
+        return None  # the context tasks are published for MLPs alone
+    name, column = ("context", f"word {word}") if at else PUBLISHED_PROBES[task]
+    found = published("feng")[name if at else f"{name}_{probe}"]
     for row in found["rows"]:
-        if (row["model"], row["method"]) == (PUBLISHED_FAMILY, label):
+        own = (PUBLISHED_FAMILY, label, feature if at else None)
+        if (row["model"], row["method"], row.get("task")) == own:
             return row["scores"][found["columns"].index(column)]
     return None
 
