@@ -11,7 +11,7 @@ from ubmoe import comparison, probing, results
 from ubmoe.config import ProbingSection, UserError, load_config
 from ubmoe.probe_tasks import read_tasks
 
-KEYS = ["model.device=cpu", "probing.probes=[linear]", "probing.seeds=[0]"]
+KEYS = ["model.device=cpu"]
 
 
 @pytest.fixture(scope="module")
