@@ -236,6 +236,7 @@ def test_mixtures_stand_beside_each_other_over_their_seeds():
         "b.generation.seed0": mixture(0, {"learned": 55.0}, objective="both"),
         "c.generation.seed0": mixture(0, {"learned": 40.0}, "causal", objective="chat"),
         "a.sts.seed0": {"config": {"model": {"name": "small"}}},
+        "base.evaluation.seed0": {"config": {"model": {"name": "small"}}, "generation": {}},
     }
     found = readme.renewed("<!-- mixture: small -->\n<!-- end -->", records).splitlines()
     assert found[1:-1] == [

@@ -74,12 +74,11 @@ def _mixture_block(name: str, records: dict[str, dict[str, Any]]) -> str:
     Generation under the causal mask, STS (the average) under both.
     """
     rows: dict[str, dict[int, dict[str, Any]]] = {}
-    for record in records.values():
-        if "generation" in record and model_of(record) == name:
-            for route, scores in record["generation"]["routes"].items():
-                seeds = rows.setdefault(mixed(record, route), {})
-                seeds[record["config"]["seed"]] = {"scores": scores, "sts": _sts_of(record, route)}
-            metrics = record["generation"]["metrics"]
+    for _, record in paper.mixtures(name, records):
+        for route, scores in record["generation"]["routes"].items():
+            seeds = rows.setdefault(mixed(record, route), {})
+            seeds[record["config"]["seed"]] = {"scores": scores, "sts": _sts_of(record, route)}
+        metrics = record["generation"]["metrics"]
     body = [_mixture_row(label, list(rows[label].values()), metrics) for label in _ordered(rows)]
     header = ["generates with", "seeds", *metrics, "perplexity", "STS bidirectional", "STS causal"]
     return markdown([header, *body])
