@@ -77,6 +77,23 @@ def test_a_run_that_is_there_is_not_repeated_and_one_with_other_keys_is(tmp_path
     assert ran == ["base", "ffn", "all", "base", "ffn"]
 
 
+def test_what_was_measured_of_another_encoder_is_measured_again(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(
+        study, "_execute", lambda step: (ran.append((step.row, step.result)), finish(step))
+    )
+    keys = ["results.table=all", "results.seeds=[1]", "results.rows=[base, ffn, ffn causal]"]
+    study.run(config(tmp_path, *keys))
+    ran.clear()
+    study.run(config(tmp_path, *keys, "bi.stages.0.max_steps=7"))
+    made = [(row, result) for row in ("ffn", "ffn causal") for result in ("sts", "dependence")]
+    assert {*made, ("ubmoe", "generation"), ("ubmoe", "dependence")} <= set(ran)
+    assert ("base", "dependence") not in ran and "bitune" not in {result for _, result in ran}
+    ran.clear()
+    study.run(config(tmp_path, *keys, "bi.stages.0.max_steps=7", "ubmoe.learning_rate=0.5"))
+    assert ("ubmoe", "dependence") in ran and ("ffn", "dependence") not in ran
+
+
 def test_a_failed_run_ends_the_study_with_its_last_line(tiny_path, tmp_path):
     keys = ["results.table=2", "results.rows=[ffn]", "results.seeds=[0]"]
     wrong = config(tmp_path, *keys, "bi.stages.0.dataset=none.txt", "model.device=cpu")

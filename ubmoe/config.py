@@ -4,6 +4,7 @@ Nothing heavy is imported here, so that --help and every complaint about a key c
 loaded.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from difflib import get_close_matches
@@ -146,6 +147,12 @@ class TrainingSection(Section):
     save_steps: Positive = key(200, "between two checkpoints", "steps")
     save_total_limit: Positive = key(2, "checkpoints kept")
     report_to: str = key("none", "none, wandb, tensorboard, ...")
+
+    def steps(self, rows: int) -> int:
+        """Optimiser steps over `rows` rows on one device; the last batch of an epoch is dropped."""
+        if self.max_steps >= 0:
+            return self.max_steps
+        return math.ceil(rows // self.per_device_train_batch_size * self.num_train_epochs)
 
 
 class LoraSection(Section):
@@ -494,6 +501,21 @@ class Config(Section):
     probing: ProbingSection = key(ProbingSection(), "")
     evaluation: EvaluationSection = key(EvaluationSection(), "")
     results: ResultsSection = key(ResultsSection(), "")
+
+
+# What a program's result depends on, besides the seed and what made its model.
+READS = {
+    "evaluation": ("model", "bi", "ubmoe", "evaluation"),
+    "generation": ("model", "bi", "ubmoe", "evaluation"),
+    "sts": ("model", "bi", "evaluation"),
+    "dependence": ("model", "dependence"),
+    "bitune": ("model", "bitune", "evaluation"),
+}
+# Keys that change nothing of what is trained: an interrupted run goes on whatever they are now.
+WITHOUT_EFFECT = {
+    *("save_steps", "save_total_limit", "logging_steps", "report_to"),
+    *("route", "routes", "export", "generation"),
+}
 
 
 # --- reading --------------------------------------------------------------------------------------

@@ -213,10 +213,7 @@ def _batch_of_stage(stage: StageSection, data: Any, tokenizer: Any) -> Batch:
 
 def _steps(section: TrainingSection, rows: int) -> str:
     batch = section.per_device_train_batch_size
-    steps = section.max_steps
-    if steps < 0:
-        steps = math.ceil(rows // batch * section.num_train_epochs)
-    return f"{steps} steps of {batch} on one device, {rows} rows"
+    return f"{section.steps(rows)} steps of {batch} on one device, {rows} rows"
 
 
 # --- what is said ---------------------------------------------------------------------------------

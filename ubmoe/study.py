@@ -7,7 +7,6 @@ instead. Nothing here imports torch.
 import dataclasses
 import hashlib
 import logging
-import math
 import shlex
 import subprocess
 import sys
@@ -17,7 +16,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from ubmoe.config import (
+    READS,
     Config,
     ResultsSection,
     TrainingSection,
@@ -37,25 +39,21 @@ MIXTURES = {
     "ubmoe-causal": ("ffn causal", ["ubmoe.routes=[learned, bi]"]),
 }
 BITUNE = ("lora", "full")
-# What a program's result depends on, besides the seed.
-READS = {
-    "sts": ("model", "bi", "evaluation"),
-    "dependence": ("model", "dependence"),
-    "evaluation": ("model", "bi", "ubmoe", "evaluation"),
-    "generation": ("model", "ubmoe", "evaluation"),
-    "bitune": ("model", "bitune", "evaluation"),
-}
 
 
 @dataclass(frozen=True)
 class Step:
-    """One run of one program; `row` names its line in the tables, over the seeds."""
+    """One run of one program; `row` names its line in the tables, over the seeds.
+
+    made_by: the sections of the configuration that an earlier run made its model by.
+    """
 
     program: tuple[str, ...]
     row: str
     result: str
     config_file: str
     keys: tuple[str, ...]
+    made_by: tuple[str, ...] = ()
 
     @cached_property
     def config(self) -> Config:
@@ -75,7 +73,8 @@ class Step:
             return "missing"
         kept = read_result(self.path)["config"]
         own = self.config.model_dump()
-        same = all(kept.get(key) == own[key] for key in ("seed", *READS[self.result]))
+        read = ("seed", *READS[self.result], *self.made_by)
+        same = all(kept.get(key) == own[key] for key in read)
         return "there" if same else "other"
 
 
@@ -102,9 +101,11 @@ def steps(config: Config) -> list[Step]:
 def _of_seed(config: Config, config_file: str, seed: int, rows: Sequence[str]) -> Iterator[Step]:
     table = config.results.table
 
-    def step(program: str, name: str, result: str, *keys: str, row: str | None = None) -> Step:
+    def step(
+        program: str, name: str, result: str, *keys: str, made_by: tuple[str, ...] = ()
+    ) -> Step:
         given = (f"seed={seed}", f"output_dir={folder(name)}", *keys)
-        return Step(tuple(program.split()), row or name, result, config_file, given)
+        return Step(tuple(program.split()), name, result, config_file, given, made_by)
 
     def folder(name: str) -> Path:
         slug = name.replace("+", "-").replace(" ", "-")
@@ -114,11 +115,12 @@ def _of_seed(config: Config, config_file: str, seed: int, rows: Sequence[str]) -
     for row in [row for row in rows if row in needed]:
         yield step("train_bi.py", row, "sts", *_trains(config, row))
         tuned = () if row == "base" else (f"model.name={folder(row)}/bi",)
+        made_by: tuple[str, ...] = ("bi",) if tuned else ()
         if table in (3, "all"):
-            yield step("calculate_dp.py", row, "dependence", *tuned)
+            yield step("calculate_dp.py", row, "dependence", *tuned, made_by=made_by)
         if table == "all":
             both = "evaluation.language_model=true"
-            yield step("-m ubmoe.evaluate", row, "evaluation", both, *tuned)
+            yield step("-m ubmoe.evaluate", row, "evaluation", both, *tuned, made_by=made_by)
     if table in (4, "all"):
         for name, (encoder, keys) in MIXTURES.items():
             if encoder not in rows:
@@ -127,7 +129,8 @@ def _of_seed(config: Config, config_file: str, seed: int, rows: Sequence[str]) -
             yield step("train_ubmoe.py", name, "generation", bi, *keys)
     if table == "all":
         mixture = f"model.name={folder('ubmoe')}/ubmoe"
-        yield step("calculate_dp.py", "ubmoe", "dependence", mixture)
+        made_by = ("bi", "ubmoe")
+        yield step("calculate_dp.py", "ubmoe", "dependence", mixture, made_by=made_by)
         for variant in BITUNE:
             key = f"bitune.variant={variant}"
             yield step("-m ubmoe.bitune", f"bitune {variant}", "bitune", key)
@@ -206,11 +209,7 @@ def _extrapolated(step: Step, result: dict[str, Any], count: int) -> float:
         return result["seconds"] * max(1.0, wanted / max(1, section["texts"]))
     seconds = result["seconds"]
     for settings, log_rows, rows in _trained(config, section):
-        total = settings.max_steps
-        if total < 0:
-            epochs = settings.num_train_epochs
-            total = math.ceil(rows // settings.per_device_train_batch_size * epochs)
-        seconds += log_rows[-1]["train_runtime"] * (total / count - 1)
+        seconds += log_rows[-1]["train_runtime"] * (settings.steps(rows) / count - 1)
     return float(seconds)
 
 
@@ -244,14 +243,17 @@ def run(config: Config) -> str:
     on from there when it is called again.
     """
     wanted = steps(config)
-    for number, step in enumerate(wanted, 1):
-        say = f"[{number}/{len(wanted)}] {step.row}, seed {step.config.seed}, {step.result}"
-        if step.state() == "there":
-            log.info("%s: done", say)
-        else:
-            log.info("%s", say)
-            _execute(step)
-        record(step.config.model_copy(update={"results": config.results}), [step.path])
+    there = [step.state() == "there" for step in wanted]
+    keys: dict[str, Any] = {"desc": "study", "unit": "run", "disable": None}
+    with tqdm(total=len(wanted), initial=sum(there), **keys) as bar:
+        for number, (step, before) in enumerate(zip(wanted, there, strict=True), 1):
+            say = f"[{number}/{len(wanted)}] {step.row}, seed {step.config.seed}, {step.result}"
+            done = step.state() == "there"  # now: another process may have made it meanwhile
+            log.info("%s%s", say, ": done" if done else "")
+            if not done:
+                _execute(step)
+            record(step.config.model_copy(update={"results": config.results}), [step.path])
+            bar.update(not before)
     return f"{len(wanted)} runs in {Path(config.output_dir) / 'study'}"
 
 

@@ -29,14 +29,10 @@ from transformers import (
 )
 
 from ubmoe import lora
-from ubmoe.config import StageSection, TrainingSection, UserError
+from ubmoe.config import WITHOUT_EFFECT, StageSection, TrainingSection, UserError
 
 log = logging.getLogger(__name__)
 WEIGHTS = "trainable.safetensors"
-# Keys that may change between an interruption and its resumption.
-WITHOUT_EFFECT = {"save_steps", "save_total_limit", "logging_steps", "report_to"} | {
-    *("route", "routes", "export", "generation")
-}
 
 # Parts of parameter names, by the words of the paper's Table 2 (ffn_up_down: FNN_GATE in its code).
 MODULES = {
