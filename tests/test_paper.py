@@ -128,3 +128,31 @@ def test_the_base_has_no_seeds_and_untrained_bitune_is_no_variant():
     assert lines(2, ["average"], records)[1]["base"][0] == "1"
     rows = lines(4, records=records)[1]
     assert (rows["bitune, full"][1], rows["bitune, pretrained"][1]) == ("31.00", "20.00")
+
+
+def test_a_row_of_unlike_runs_says_in_what_they_differ():
+    second = {"evaluation": {"batch_size": 3, "limit": 50}, "bi": {"max_tokens": 64.0}}
+    first = {"evaluation": {"batch_size": 8, "limit": 50}, "bi": {"max_tokens": 64}}
+    entries = []
+    for seed, settings in enumerate((first, second)):
+        record = {"config": {"seed": seed, "model": {"device": str(seed)}, **settings}, "sts": {}}
+        entries.append(("ffn", record, {}))
+    assert paper.notes(entries) == []  # neither where it ran nor how large its batches were
+    entries[1][1]["config"]["bi"] = {"max_tokens": 64, "stages": [{"learning_rate": 1.0}]}
+    entries[0][1]["config"]["bi"] = {"max_tokens": 65, "stages": [{"learning_rate": 2.0}]}
+    said = "Unlike runs in one row, ffn: bi.max_tokens, bi.stages.0.learning_rate."
+    assert paper.notes(entries) == [said]
+    as_base = [("base", record, {}) for _, record, _ in entries]
+    assert paper.notes(as_base) == []  # its numbers do not depend on how others were trained
+
+
+def test_shots_and_limits_are_said_beside_the_published_numbers():
+    record = RECORDS["m.generation.seed0"]
+    asked = {"shots": {"mmlu": 5, "group": None}, "limit": 100}
+    records = RECORDS | {
+        "m.generation.seed0": record | {"generation": record["generation"] | asked}
+    }
+    config = load_config(None, [f"model.name=Qwen/{MODEL}"])
+    said = paper.text(4, config, records)
+    assert "Shots of ours: mmlu 5; the first 100 questions of each task." in said.splitlines()
+    assert "Shots" not in paper.text(4, config, RECORDS)

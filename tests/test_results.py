@@ -80,6 +80,26 @@ def test_a_result_says_what_its_numbers_depend_on(config):
     assert again == config
 
 
+def test_the_commit_is_edited_where_code_is_and_not_where_records_are(tmp_path, monkeypatch):
+    def git(*words):
+        given = ["-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path), *words]
+        subprocess.run(["git", *given], check=True, capture_output=True)
+
+    files = [tmp_path / name for name in ("ubmoe/results.py", "train_bi.py", "results/a.json")]
+    for path in files:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("1")
+    git("init"), git("add", "."), git("commit", "-m", "a")
+    monkeypatch.setattr(results, "__file__", str(files[0]))
+    files[2].write_text("2")
+    commit = results.git_commit()
+    assert len(commit) == 40
+    for path in files[:2]:
+        path.write_text("2")
+        assert results.git_commit() == f"{commit}+changes"
+        path.write_text("1")
+
+
 def test_a_failed_run_leaves_an_earlier_result_as_it_was(config):
     before = recorded(config).read_bytes()
     with pytest.raises(KeyError), results.recording("calculate_dp", "dependence", config):
@@ -218,7 +238,7 @@ def test_encoders_stand_beside_each_other_over_their_seeds():
 def test_mixtures_stand_beside_each_other_over_their_seeds():
     def mixture(seed, routes, attention="bidirectional", **keys):
         scores = {
-            route: {"tasks": {"T": {"acc": value}}, "perplexity": value / 10}
+            route: {"tasks": {"T": {"acc": value}}, "average": value, "perplexity": value / 10}
             for route, value in routes.items()
         }
         sts = [

@@ -183,4 +183,6 @@ def environment(model: PreTrainedModel) -> dict[str, Any]:
         if model.device.type == "cuda"
         else str(model.device),
         "attn_implementation": model.config._attn_implementation,
+        # sums on a CPU depend on it in their last digits
+        "threads": torch.get_num_threads() if model.device.type == "cpu" else None,
     }

@@ -49,7 +49,7 @@ def _benchmark_block(name: str, records: dict[str, dict[str, Any]]) -> str:
 
 def _sts_block(name: str, records: dict[str, dict[str, Any]]) -> str:
     """A row for what was trained on a model, over its seeds: STS by task, DP-after if measured."""
-    scores = paper.OURS[2](name, records)
+    scores = paper.ours(2, name, records)
     after: dict[str, dict[Any, float]] = {}
     for row, record in paper.dependences(name, records):
         seed = None if row == "base" else record["config"]["seed"]
@@ -65,7 +65,8 @@ def _sts_block(name: str, records: dict[str, dict[str, Any]]) -> str:
         ]
         for row in order
     ]
-    return markdown([["trained", "seeds", *columns, "DP-after"], *body])
+    rows = [["trained", "seeds", *columns, "DP-after"], *body]
+    return _noted(rows, paper.notes(paper.ENTRIES[2](name, records)))
 
 
 def _mixture_block(name: str, records: dict[str, dict[str, Any]]) -> str:
@@ -81,7 +82,12 @@ def _mixture_block(name: str, records: dict[str, dict[str, Any]]) -> str:
         metrics = record["generation"]["metrics"]
     body = [_mixture_row(label, list(rows[label].values()), metrics) for label in _ordered(rows)]
     header = ["generates with", "seeds", *metrics, "perplexity", "STS bidirectional", "STS causal"]
-    return markdown([header, *body])
+    return _noted([header, *body], paper.notes(paper.by_route(name, records)))
+
+
+def _noted(rows: list[list[str]], notes: list[str]) -> str:
+    """A table, and below it a paragraph of notes."""
+    return "\n".join([markdown(rows), *([""] if notes else []), *notes])
 
 
 def _ordered(labels: Iterable[str]) -> list[str]:
@@ -125,10 +131,11 @@ def _bitune_block(name: str, records: dict[str, dict[str, Any]]) -> str:
                 for task, metric in metrics.items()
             ]
             perplexity = spread([each["perplexity"] for each in seeds])
-            paper = [f"{score:.1f}" for score in theirs[method]]
-            rows.append([method, str(len(seeds)), perplexity, *tasks, *paper])
-    paper = [f"published, {column}" for column in ablations["columns"]]
-    return markdown([["variant", "seeds", "perplexity", *metrics, *paper], *rows])
+            printed = [f"{score:.1f}" for score in theirs[method]]
+            rows.append([method, str(len(seeds)), perplexity, *tasks, *printed])
+    printed = [f"published, {column}" for column in ablations["columns"]]
+    header = ["variant", "seeds", "perplexity", *metrics, *printed]
+    return _noted([header, *rows], paper.notes(paper.by_variant(name, records)))
 
 
 # The published column of a task, and where it stands.
@@ -196,8 +203,16 @@ def _paper_block(name: str, records: dict[str, dict[str, Any]]) -> str:
     parts = [(model, paper.rows(number, model, records, shown)) for model in paper.models()]
     header = ["model", *parts[0][1][0]]
     body = [[model, *row] for model, rows in parts for row in rows[1:]]
-    notes = [note for model in paper.models() for note in paper.misprints(number, model)]
-    return "\n".join([markdown([header, *body]), *([""] if notes else []), *notes])
+    notes = [
+        note
+        for model in paper.models()
+        for found in (
+            paper.notes(paper.ENTRIES[number](model, records)),
+            paper.misprints(number, model),
+        )
+        for note in found
+    ]
+    return _noted([header, *body], notes)
 
 
 def _number(value: Any) -> str:

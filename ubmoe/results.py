@@ -38,6 +38,8 @@ PACKAGES = (
     "peft",
     "numpy",
 )
+# Of git, seen from this package: it and the scripts; a study that records its runs changes neither.
+CODE = (".", ":(top,glob)*.py")
 # One JSON a program, so that none overwrites another's.
 RESULTS = ("dependence", "sts", "generation", "bitune", "probing", "evaluation")
 
@@ -214,7 +216,10 @@ def git_commit() -> str | None:
             [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
         ).stdout.strip()
         changed = subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
+            [*git, "status", "--porcelain", "-uno", "--", *CODE],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -298,7 +303,12 @@ def table(config: Config) -> str:
 def renew_readme(config: Config) -> str:
     """Renew the generated tables of README.md from the recorded results."""
     path = Path("README.md")
-    replace(path, partial(_write_text, text=readme.renewed(path.read_text(), recorded(config))))
+    replace(
+        path,
+        partial(
+            _write_text, text=readme.renewed(path.read_text(encoding="utf-8"), recorded(config))
+        ),
+    )
     return str(path)
 
 
