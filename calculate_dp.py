@@ -11,16 +11,12 @@ from ubmoe import command
 from ubmoe.config import Config
 
 
-def main(config: Config) -> Path | str | None:
+def main(config: Config) -> Path:
     """Read the texts, load the model, measure, and record. Returns the path of the result."""
     # torch is imported late, so that --help, a mistyped key and a bad row are answered at once.
     from ubmoe.data import read_texts
     from ubmoe.results import recording
 
-    if config.dry_run:
-        from ubmoe import dry_run
-
-        return dry_run.calculate_dp(config)
     with recording("calculate_dp", "dependence", config) as run:
         texts = read_texts(config.dependence.dataset, config.dependence.max_texts)
 

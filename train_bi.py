@@ -11,15 +11,11 @@ from ubmoe import command
 from ubmoe.config import Config
 
 
-def main(config: Config) -> Path | str | None:
+def main(config: Config) -> Path:
     """Load the model, train its stages, save the encoder, score it. Returns the result's path."""
     # torch is imported late, so that --help and a mistyped key are answered at once.
     from ubmoe.results import recording
 
-    if config.dry_run:
-        from ubmoe import dry_run
-
-        return dry_run.train_bi(config)
     with recording("train_bi", "sts", config) as run:
         from ubmoe import evaluate, figures
         from ubmoe.encoder import as_encoder, rendered, save_encoder

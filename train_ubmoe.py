@@ -11,15 +11,11 @@ from ubmoe import command
 from ubmoe.config import Config
 
 
-def main(config: Config) -> Path | str | None:
+def main(config: Config) -> Path:
     """Load uni and bi, join them, train, save, score. Returns the result's path."""
     # torch is imported late, so that --help and a mistyped key are answered at once.
     from ubmoe.results import recording
 
-    if config.dry_run:
-        from ubmoe import dry_run
-
-        return dry_run.train_ubmoe(config)
     with recording("train_ubmoe", "generation", config) as run:
         from ubmoe import export, figures, mixture
         from ubmoe.moe import join

@@ -86,3 +86,16 @@ def test_help_and_bad_arguments(monkeypatch, capsys):
     )
     code, _, errors = outcome(monkeypatch, capsys, arguments=["sed=1"])
     assert code == 2 and "did you mean seed?" in errors
+
+
+def test_a_dry_run_is_refused_where_there_is_none_and_never_runs(monkeypatch, capsys):
+    code, output, errors = outcome(monkeypatch, capsys, arguments=["dry_run=true"])
+    assert (code, output) == (2, "")
+    assert "dry_run: program has none; expected false, or one of calculate_dp.py" in errors
+
+
+def test_another_process_says_what_the_first_one_did_not_meet(monkeypatch, capsys):
+    monkeypatch.setattr(command, "WAIT", 0.01)
+    monkeypatch.setenv("RANK", "3")
+    code, _, errors = outcome(monkeypatch, capsys, MemoryError())
+    assert code == 2 and errors.startswith("error (process 3): out of memory")

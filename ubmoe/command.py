@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,10 @@ LOWER = {  # what to lower when memory runs out, by program
     "python -m ubmoe.evaluate": "evaluation.batch_size",
 }
 
+DRY_RUN = ("calculate_dp.py", "train_bi.py", "train_ubmoe.py")
+INTERRUPTED = 130
+WAIT = 3.0  # seconds in which torchrun ends the other processes when the first one failed
+
 
 def run(program: str, purpose: str, main: Callable[[Config], Path | str | None]) -> None:
     """Parse sys.argv, run `main`, print what it returns as the last line, and exit.
@@ -35,8 +40,10 @@ def run(program: str, purpose: str, main: Callable[[Config], Path | str | None])
     try:
         if {"-h", "--help"} & set(sys.argv[1:]):
             print(help_text(program, purpose))
-        elif (last_line := main(parse(sys.argv[1:]))) is not None and is_first_process():
-            print(last_line)
+        else:
+            last_line = _called(program, main, parse(sys.argv[1:]))
+            if last_line is not None and is_first_process():
+                print(last_line)
         sys.stdout.flush()
     except UserError as error:
         fail(str(error))
@@ -46,7 +53,7 @@ def run(program: str, purpose: str, main: Callable[[Config], Path | str | None])
     except OSError as error:
         fail(f"{error.filename or 'system'}: {error.strerror or error}")
     except KeyboardInterrupt:
-        fail("interrupted; resume=auto goes on from what was complete", status=130)
+        fail("interrupted; resume=auto goes on from what was complete", status=INTERRUPTED)
     except Exception as error:
         if _says(error, NO_MEMORY):
             lower = LOWER.get(program, "the batch size")
@@ -54,6 +61,21 @@ def run(program: str, purpose: str, main: Callable[[Config], Path | str | None])
         if _says(error, NO_SPACE):
             fail("no space left for output_dir or the cache; make some and add resume=auto")
         raise
+
+
+def _called(
+    program: str, main: Callable[[Config], Path | str | None], config: Config
+) -> Path | str | None:
+    """What a program returns, or what it would do."""
+    if not config.dry_run:
+        return main(config)
+    if program not in DRY_RUN:
+        raise UserError(
+            f"dry_run: {program} has none; expected false, or one of {', '.join(DRY_RUN)}"
+        )
+    from ubmoe import dry_run
+
+    return getattr(dry_run, program.removesuffix(".py"))(config)
 
 
 def _says(error: BaseException | None, words: tuple[str, ...]) -> bool:
@@ -83,11 +105,18 @@ def parse(arguments: list[str]) -> Config:
 
 
 def fail(message: str, status: int = 2) -> None:
-    """One line on stderr, below any progress bar, then exit."""
+    """One line on stderr, below any progress bar, then exit.
+
+    Of several processes the first one says what all have met, and torchrun ends the others before
+    they repeat it; what one of the others alone has met, it says itself.
+    """
     if tqdm := sys.modules.get("tqdm"):
         for bar in list(getattr(tqdm.tqdm, "_instances", ())):
             bar.close()
-    if is_first_process():
-        print("error: " + " ".join(message.split()), file=sys.stderr)
+    who = "" if is_first_process() else f" (process {os.environ['RANK']})"
+    if who:
+        time.sleep(WAIT)
+    if not (who and status == INTERRUPTED):  # which all are told at once
+        print(f"error{who}: " + " ".join(message.split()), file=sys.stderr)
     sys.stderr.flush()
     sys.exit(status)

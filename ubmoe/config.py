@@ -491,7 +491,8 @@ class Config(Section):
         "never", "auto: go on from what an interrupted run left in output_dir"
     )
     dry_run: bool = key(
-        False, "of the three scripts: say parameters, steps, memory and files, and run nothing"
+        False,
+        "of the three scripts alone: say parameters, steps, memory and files, and run nothing",
     )
     model: ModelSection = key(ModelSection(), "")
     dependence: DependenceSection = key(DependenceSection(), "")
