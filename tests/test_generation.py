@@ -205,3 +205,11 @@ def test_perplexity_is_that_of_each_answer_token_alone(model, tokenizer):
     expected = math.exp(sum(losses) / len(losses))
     for budget in (1, 500, 10**6):
         assert generation.perplexity(model, chats, budget) == pytest.approx(expected, rel=1e-5)
+
+
+def test_shares_become_percent_and_nothing_else_does():
+    raw = {"acc,none": 0.25, "acc_stderr,none": 0.1, "bleu_acc,none": 0.5, "bleu_max,none": 0.9}
+    raw |= {"word_perplexity,none": 0.5, "ter,none": 1.0, "f1,none": 12.5, "alias": "x"}
+    raw |= {"exact_match,strict-match": 0.5, "exact_match,flexible-extract": 0.75}
+    expected = {"acc": 25.0, "bleu_acc": 50.0, "bleu_max": 0.9, "word_perplexity": 0.5}
+    assert generation._percent(raw) == expected | {"ter": 1.0, "f1": 12.5, "exact_match": 50.0}

@@ -5,6 +5,7 @@ A bidirectional model is refused: its likelihoods would read the future.
 
 import logging
 import math
+import re
 import sys
 from contextlib import redirect_stdout
 from difflib import get_close_matches
@@ -26,7 +27,10 @@ from ubmoe.config import EvaluationSection, UserError
 from ubmoe.prediction import predictions
 
 BATCH_TOKENS = 8192  # padded tokens of a forward, for perplexity
-UNBOUNDED = ("perplexity", "bits_per_byte", "brier_score")  # no shares, so no percent
+# Metrics of lm-eval that are no shares, or are percent already; truthfulqa's bleu_acc is a share.
+NO_SHARES = re.compile(
+    r"perplexity|bits_per_byte|brier|likelihood|(bleu|rouge|chrf|^ter$)(?!.*acc)"
+)
 
 log = logging.getLogger(__name__)
 
@@ -173,13 +177,16 @@ def _result_names(asked: str) -> list[str]:
 
 
 def _percent(result: dict[str, Any]) -> dict[str, float]:
-    """{metric: value}; shares as percent, standard errors and filters' names left out."""
+    """{metric: value}; shares as percent, standard errors and filters' names left out.
+
+    What is above 1 is no share, whatever it is called.
+    """
     found: dict[str, float] = {}
     for key, value in result.items():
         metric = key.split(",")[0]
         if isinstance(value, int | float) and not metric.endswith("_stderr") and "," in key:
-            scale = 1 if any(word in metric for word in UNBOUNDED) else 100
-            found.setdefault(metric, value * scale)
+            share = abs(value) <= 1 and not NO_SHARES.search(metric)
+            found.setdefault(metric, value * (100 if share else 1))
     return found
 
 
