@@ -87,10 +87,8 @@ def test_a_word_is_found_by_its_form(folder):
     ],
 )
 def test_a_bad_row_is_refused_by_file_and_line(folder, file, line, kind, expected):
-    with (folder / file).open("a") as stream:
-        stream.write(line + "\n")
-    with pytest.raises(UserError, match=expected):
-        read_tasks(str(folder), [kind])
+    path = folder / file
+    test_a_bad_file_is_refused(folder, file, f"{path.read_text()}{line}\n", kind, expected)
 
 
 @pytest.mark.parametrize(

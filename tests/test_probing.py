@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_scripts import run
 
-from ubmoe import comparison, probing, results
+from ubmoe import comparison, figures, probing, results
 from ubmoe.config import ProbingSection, UserError, load_config
 from ubmoe.probe_tasks import read_tasks
 
@@ -90,6 +90,18 @@ def test_anisotropy_is_there_for_every_layer(section):
             values = model["anisotropy"][kind]
             assert len(values) == 5 and all(-1 <= value <= 1 for value in values)
         assert model["anisotropy"]["between"][1:] != model["anisotropy"]["within"][1:]
+
+
+def test_where_no_two_words_are_left_anisotropy_is_null_and_a_gap(tmp_path):
+    one = np.array([[1.0, 2.0], [np.nan, np.nan]])
+    assert comparison._cosine(one) is None and comparison._mean_known([None, None]) is None
+    assert comparison._mean_known([comparison._cosine(np.ones((2, 2))), None]) == pytest.approx(1)
+    model = {"label": "a", "anisotropy": {"between": [0.5, 0.25], "within": [None, 0.5]}}
+    figure = figures._anisotropy([model])
+    results.save_figure(figure, tmp_path / "a.png")
+    for axes, first in zip(figure.axes, (0.5, np.nan), strict=True):
+        drawn = np.asarray(axes.lines[0].get_ydata(), float)
+        assert np.array_equal(drawn[:1], [first], equal_nan=True)
 
 
 def test_a_run_that_goes_on_keeps_the_models_that_are_done(tiny_path, tmp_path, caplog):

@@ -299,8 +299,11 @@ def anisotropy(
     count: int,
     settings: ProbingSection,
     keys: dict[str, Any],
-) -> dict[str, list[float]]:
-    """By layer: mean cosine of sampled word vectors, and of the words inside a sentence."""
+) -> dict[str, list[float | None]]:
+    """By layer: mean cosine of sampled word vectors, and of the words inside a sentence.
+
+    None where there are no two words to compare.
+    """
     pool = [word for task in tasks if task.paired for words in task.words for word in words]
     pool = pool or [word for task in tasks for words in task.words for word in words]
     rng = np.random.default_rng(0)
@@ -314,18 +317,20 @@ def anisotropy(
     vectors = word_vectors(model, sentences, file, list(range(count)), **keys, positions=["same"])
     vectors = vectors[:, 0]
     ends = np.cumsum([len(sampled), *(len(sentence) for sentence in whole)])
+    inside = list(zip(ends[:-1], ends[1:], strict=True))
     return {
-        "between": [_cosine(vectors[: len(sampled), layer]) for layer in range(count)],
-        "within": [
-            np.nanmean(
-                [_cosine(vectors[a:b, layer]) for a, b in zip(ends[:-1], ends[1:], strict=True)]
-            ).item()
-            for layer in range(count)
-        ],
+        name: [
+            _mean_known([_cosine(vectors[a:b, layer]) for a, b in spans]) for layer in range(count)
+        ]
+        for name, spans in {"between": [(0, len(sampled))], "within": inside}.items()
     }
 
 
-def _cosine(vectors: np.ndarray) -> float:
-    """NaN of fewer than two vectors."""
+def _mean_known(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.mean(known) if known else None
+
+
+def _cosine(vectors: np.ndarray) -> float | None:
     there = vectors[~np.isnan(vectors).any(1)]
-    return probes.mean_cosine(there) if len(there) > 1 else math.nan
+    return probes.mean_cosine(there) if len(there) > 1 else None

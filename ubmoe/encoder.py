@@ -122,10 +122,13 @@ def save_encoder(
         model.config.use_cache = cached
         tokenizer.save_pretrained(folder)
         path = folder / "sentence_bert_config.json"
-        form = json.loads(path.read_text()) | {"max_seq_length": settings.max_tokens}
-        path.write_text(json.dumps(form, indent=4, ensure_ascii=False))
+        form = json.loads(path.read_text(encoding="utf-8")) | {
+            "max_seq_length": settings.max_tokens
+        }
+        path.write_text(json.dumps(form, indent=4, ensure_ascii=False), encoding="utf-8")
         card = folder / "README.md"
-        card.write_text(card.read_text() + CARD.format(attention=settings.attention))
+        text = card.read_text(encoding="utf-8") + CARD.format(attention=settings.attention)
+        card.write_text(text, encoding="utf-8")
 
     replace_directory(directory, write)
 

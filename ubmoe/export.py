@@ -153,9 +153,11 @@ def _finish(
         copy = shutil.copytree if (encoder / name).is_dir() else shutil.copy
         copy(encoder / name, folder / name)  # type: ignore[operator]
     own = {"is_causal": attention_of(encoder) == "causal"}
-    form = json.loads((encoder / FORM).read_text()) | {"config_kwargs": own | switch}
-    (folder / FORM).write_text(json.dumps(form, indent=4, ensure_ascii=False))
-    (folder / "README.md").write_text(card)
+    form = json.loads((encoder / FORM).read_text(encoding="utf-8")) | {
+        "config_kwargs": own | switch
+    }
+    (folder / FORM).write_text(json.dumps(form, indent=4, ensure_ascii=False), encoding="utf-8")
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 USE = """

@@ -400,7 +400,7 @@ def _tiny_wic() -> list[Task]:
     roles: dict[str, tuple[list[Word], list[Word]]] = {}
     for said in _said(TINY_ITEMS * 2):
         for role, word in enumerate((said.agent, said.patient)):
-            roles.setdefault(re.sub(r"\W", "", text(word)).lower(), ([], []))[role].append(word)
+            roles.setdefault(text(word).lower(), ([], []))[role].append(word)
     both = sorted(noun for noun, (acts, suffers) in roles.items() if len(acts) > 1 < len(suffers))
     for number in range(TINY_ITEMS // 2):
         noun = rng.choice(both)

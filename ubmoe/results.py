@@ -90,7 +90,7 @@ class Run:
             )
         }
         for name, figure in self.figures.items():
-            writes[self.directory / name] = partial(_draw, figure)
+            writes[self.directory / name] = partial(save_figure, figure)
         replace_all({**writes, self.path: partial(_write_text, text=text)})
         for leftover in self.directory.glob(f"{self.name}.partial-*"):
             leftover.unlink()
@@ -177,7 +177,8 @@ def json_text(record: dict[str, Any]) -> str:
     return json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 
 
-def _draw(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a matplotlib figure as PNG."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of glyphs that the font lacks
         figure.savefig(path, format="png")

@@ -9,6 +9,7 @@ later tokens (DP-after), the more of its generation is lost.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 
 from ubmoe.config import Config, UserError
 from ubmoe.paper import Records, beside, encoders, mixtures
+from ubmoe.results import replace_all, save_figure
 from ubmoe.tables import mixed, model_of
 
 RESAMPLES = 2000
@@ -133,8 +135,7 @@ def draw(config: Config, records: Records) -> str:
     figures = {"tradeoff.png": _plane(model, placed)}
     if len({each.row for each in encoded}) > 2:
         figures["claim.png"] = _claim(model, encoded)
-    for name, figure in figures.items():
-        figure.savefig(folder / name, format="png")
+    replace_all({folder / name: partial(save_figure, each) for name, each in figures.items()})
     return "\n".join(str(folder / name) for name in figures)
 
 

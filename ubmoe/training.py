@@ -27,6 +27,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations import get_available_reporting_integrations
 
 from ubmoe import lora
 from ubmoe.config import WITHOUT_EFFECT, StageSection, TrainingSection, UserError
@@ -138,7 +139,16 @@ def announce(stage: StageSection, model: PreTrainedModel, report: dict[str, Any]
 
 
 def arguments(section: TrainingSection, work: Work, device: torch.device) -> dict[str, Any]:
-    """Keyword arguments of transformers' TrainingArguments, the same for every trainer of ours."""
+    """Keyword arguments of transformers' TrainingArguments, the same for every trainer of ours.
+
+    Raises UserError for a report_to that is not installed.
+    """
+    reporters = ["none", *get_available_reporting_integrations()]
+    if section.report_to not in reporters:
+        raise UserError(
+            f"report_to: {section.report_to!r} is not known or not installed; expected one of "
+            f"{', '.join(reporters)}"
+        )
     flat = {name: getattr(section, name) for name in TrainingSection.model_fields}
     flat["activation_checkpointing_kwargs"] = {"use_reentrant": False}
     return flat | {
