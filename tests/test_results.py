@@ -233,6 +233,13 @@ def test_encoders_stand_beside_each_other_over_their_seeds():
         "| ffn | 2 | 51.00 ±2.83 | 52.00 ±2.83 | 48.00 ±1.41 |",
         "| mntp ffn+attention (LoRA) then ffn | 1 | 29.00 | 30.00 | not run |",
     ]
+    generation = {"tasks": {}, "metrics": {}, "average": None, "perplexity": 3.0}
+    evaluated = dependence(0.0, "bi", 1) | {"generation": generation}
+    again = readme.renewed(
+        "<!-- sts: small -->\n<!-- end -->", records | {"x-ffn.evaluation.seed1": evaluated}
+    ).splitlines()
+    assert again[1].endswith("| DP-after | perplexity |")
+    assert [line.split(" | ")[-1] for line in again[3:-1]] == ["not run |", "3.00 |", "not run |"]
 
 
 def test_mixtures_stand_beside_each_other_over_their_seeds():
@@ -280,7 +287,8 @@ def test_variants_of_bitune_stand_beside_the_papers():
     records["d"] = bitune("lora", 9.0, max_steps=0)
     found = readme.renewed("<!-- bitune: small -->\n<!-- end -->", records).splitlines()
     assert found[1:-1] == [
-        "| variant | seeds | perplexity | T | published, Gemma-2B | published, Llama3-8B |",
+        "| variant | seeds | perplexity | T | "
+        "published average, Gemma-2B | published average, Llama3-8B |",
         "|---:|---:|---:|---:|---:|---:|",
         "| pretrained | 1 | 9.00 | 90.00 | 40.4 | 64.2 |",
         "| lora | 1 | 7.00 | 70.00 | 45.7 | 70.4 |",
@@ -349,18 +357,32 @@ def test_a_table_needs_a_result(config):
         results.table(config)
 
 
-def test_the_table_is_printed_without_torch(config):
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ([], "Attention dependence"),
+        (["results.table=all"], "Table 4"),
+        (["results.action=figure"], "claim.png"),
+    ],
+)
+def test_tables_and_pictures_are_made_without_torch(config, keys, expected):
     recorded(config)
     program = (
-        "import sys, runpy; sys.argv = ['results', sys.argv[1]];"
+        "import sys, runpy; sys.argv = ['results', *sys.argv[1:]];"
         "runpy.run_module('ubmoe.results', run_name='__main__', alter_sys=True)"
     )
     check = "import atexit; atexit.register(lambda: print('torch' in sys.modules));"
     done = subprocess.run(
-        [sys.executable, "-c", "import sys;" + check + program, f"output_dir={config.output_dir}"],
+        [
+            sys.executable,
+            "-c",
+            "import sys;" + check + program,
+            f"output_dir={config.output_dir}",
+            *keys,
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.rstrip().endswith("False") and "Attention dependence" in done.stdout
+    assert done.stdout.rstrip().endswith("False") and expected in done.stdout

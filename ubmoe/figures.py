@@ -1,16 +1,19 @@
-"""Pictures of results: what people would rather look at than read."""
+"""Pictures of results: what people would rather look at than read.
+
+torch is imported where a model is drawn alone: pictures of records do without.
+"""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import numpy as np
 from matplotlib.figure import Figure
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ubmoe.attention import mean_attention
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SHARES = {
     "before": "#4c78a8",
@@ -251,9 +254,11 @@ def _heads(section: dict[str, Any]) -> Figure:
 
 
 def attention_map(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[list[int]]
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", texts: list[list[int]]
 ) -> dict[str, Figure]:
     """The mean unmasked attention of the shortest text, its parts marked as in Figure 3."""
+    from ubmoe.attention import mean_attention
+
     ids = min(texts, key=len)[:MAP_TOKENS]
     attention = mean_attention(model, ids).numpy()
     figure = blank(5.6, 5.2)

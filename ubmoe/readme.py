@@ -48,12 +48,16 @@ def _benchmark_block(name: str, records: dict[str, dict[str, Any]]) -> str:
 
 
 def _sts_block(name: str, records: dict[str, dict[str, Any]]) -> str:
-    """A row for what was trained on a model, over its seeds: STS by task, DP-after if measured."""
+    """A row for what was trained on a model, over its seeds: STS by task, DP-after if measured.
+
+    Where it was read causally again, the perplexity of that, too.
+    """
     scores = paper.ours(2, name, records)
     after: dict[str, dict[Any, float]] = {}
     for row, record in paper.dependences(name, records):
         seed = None if row == "base" else record["config"]["seed"]
         after.setdefault(row, {})[seed] = record["dependence"]["overall"]["after"]
+    again = _perplexities(name, records)
     order = sorted(scores, key=lambda row: (row != "base", row.count(" "), row))
     columns = list(scores[order[0]])
     body = [
@@ -62,11 +66,23 @@ def _sts_block(name: str, records: dict[str, dict[str, Any]]) -> str:
             str(len(scores[row]["average"])),
             *(spread(list(scores[row][column].values())) for column in columns),
             spread(list(after.get(row, {}).values())),
+            *([spread(again.get(row, []))] if again else []),
         ]
         for row in order
     ]
-    rows = [["trained", "seeds", *columns, "DP-after"], *body]
-    return _noted(rows, paper.notes(paper.ENTRIES[2](name, records)))
+    header = ["trained", "seeds", *columns, "DP-after", *(["perplexity"] if again else [])]
+    return _noted([header, *body], paper.notes(paper.ENTRIES[2](name, records)))
+
+
+def _perplexities(name: str, records: dict[str, dict[str, Any]]) -> dict[str, list[float]]:
+    """Of what train_bi.py tuned, read causally; the base has no seeds."""
+    found: dict[str, dict[Any, float]] = {}
+    for entry, record, cells in paper.read_again(name, records):
+        row = entry.removesuffix(paper.ENCODER)
+        seed = None if row == "base" else record["config"]["seed"]
+        if (perplexity := cells["perplexity"]) is not None:
+            found.setdefault(row, {})[seed] = perplexity
+    return {row: list(seeds.values()) for row, seeds in found.items()}
 
 
 def _mixture_block(name: str, records: dict[str, dict[str, Any]]) -> str:
@@ -133,7 +149,7 @@ def _bitune_block(name: str, records: dict[str, dict[str, Any]]) -> str:
             perplexity = spread([each["perplexity"] for each in seeds])
             printed = [f"{score:.1f}" for score in theirs[method]]
             rows.append([method, str(len(seeds)), perplexity, *tasks, *printed])
-    printed = [f"published, {column}" for column in ablations["columns"]]
+    printed = [f"published average, {column}" for column in ablations["columns"]]
     header = ["variant", "seeds", "perplexity", *metrics, *printed]
     return _noted([header, *rows], paper.notes(paper.by_variant(name, records)))
 
