@@ -67,6 +67,7 @@ def test_a_script_says_what_it_would_do_and_does_nothing(tiny_path, tmp_path, sc
     code, output, errors = run(*keys, script=script)
     assert code == 0, errors
     assert output.endswith("nothing was run\n") and "peak memory, estimated" in output
+    assert dry_run.MEASURED in output
     assert all(each in output for each in said), output
     assert not (tmp_path / "run").exists()
 

@@ -34,6 +34,8 @@ from ubmoe.tables import aligned
 from ubmoe.training import MODULES, train_only
 
 SAMPLE = 1000  # texts whose lengths are looked at
+# Of the embedded model's three scripts; each is in README.md.
+MEASURED = "counts tensors: on a CPU the measured peaks were 0.9 to 2.2 times it; on a GPU: not run"
 ADAM, GRADIENT = 8, 4  # bytes of a trainable float32 parameter
 
 
@@ -263,6 +265,7 @@ def _said(
             *trained,
             *work,
             aligned(parts),
+            MEASURED,
             "writes:",
             *written,
             "nothing was run",
