@@ -142,6 +142,18 @@ def test_the_saved_adapter_loads_to_the_merged_model(saved, tmp_path):
         torch.testing.assert_close(again.state_dict()[name], value, atol=1e-6, rtol=0)
 
 
+def test_an_adapter_of_other_weights_of_the_same_shape_is_refused(saved, tmp_path):
+    model = load_model(section(saved), bidirectional=True)
+    with tuning(model, stage(), Work(tmp_path / "stage", 0)):
+        pass
+    path = str(tmp_path / "stage" / "adapter")
+    load_model(section(saved, adapter=path, dtype="bfloat16"), bidirectional=True)  # the same model
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 5] += 0.1
+    model.save_pretrained(tmp_path / "other")
+    assert "trained on other weights of the same shape" in refused(tmp_path / "other", path)
+
+
 def test_modules_without_linear_layers_have_no_adapters(tmp_path):
     model = random_model("gpt2", n_embd=32, n_layer=2, n_head=4)  # its Conv1D is no Linear
     with (

@@ -340,6 +340,10 @@ def test_another_model_or_no_directory_is_refused(tiny_path, tmp_path):
     prefill.save(tuned(), AutoTokenizer.from_pretrained(tiny_path), None, tmp_path / "bitune")
     with pytest.raises(UserError, match="no Bitune model of"):
         prefill.load(random_model("qwen2", hidden_size=16), tmp_path / "bitune")
+    other = random_model("qwen2")
+    other.model.norm.weight.data += 0.1
+    with pytest.raises(UserError, match="trained on other weights of the same shape"):
+        prefill.load(other, tmp_path / "bitune")
 
 
 @pytest.mark.parametrize("adapter", ["dora", "ia3"])

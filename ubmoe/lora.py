@@ -1,9 +1,11 @@
 """Low-rank adapters: trained in place of the modules, saved with their attention mode, merged.
 
-An adapter does not say whether it was trained under the causal or the bidirectional mask, and read
-under the wrong one it is silently wrong (cosine 0.5 to 0.6): ubmoe.json beside it says so.
+An adapter does not say whether it was trained under the causal or the bidirectional mask, nor on
+which weights, and read under the wrong mask (cosine 0.5 to 0.6) or on another model of the same
+shape it is silently wrong: ubmoe.json beside it says both.
 """
 
+import hashlib
 import json
 import warnings
 from collections.abc import Iterator, Sequence
@@ -22,6 +24,8 @@ from ubmoe.results import replace_directory, write_json
 
 MODE = "ubmoe.json"
 ATTENTION = ("causal", "bidirectional")
+ADAPTERS = ("lora_", "ia3_")  # how peft calls what it adds
+FIRST = 1024  # numbers of each weight that tell a model from another
 
 
 def attach(model: PreTrainedModel, parameters: Sequence[str], settings: LoraSection) -> PeftModel:
@@ -57,15 +61,41 @@ def attach(model: PreTrainedModel, parameters: Sequence[str], settings: LoraSect
 
 
 def save(wrapped: PeftModel, directory: Path, stages_before: int) -> None:
-    """The adapter as peft saves it, and ubmoe.json: its mask, and how many stages it sits on."""
+    """The adapter as peft saves it, and ubmoe.json, which says how it was trained."""
     causal = getattr(wrapped.config, "is_causal", True)
 
     def write(folder: Path) -> None:
         wrapped.save_pretrained(str(folder))
-        mode = {"attention": ATTENTION[not causal], "stages_before": stages_before}
-        write_json(folder / MODE, mode)
+        write_mode(folder, wrapped, ATTENTION[not causal], stages_before)
 
     replace_directory(directory, write)
+
+
+def write_mode(folder: Path, wrapped: PeftModel, attention: str, stages_before: int = 0) -> None:
+    """The mask, how many stages an adapter sits on, and what tells its base apart."""
+    said = {"attention": attention, "stages_before": stages_before}
+    write_json(folder / MODE, said | {"base": fingerprint(wrapped)})
+
+
+def check_base(model: nn.Module, adapter: Path) -> None:
+    """Raises ValueError for an adapter that says that it was trained on other weights."""
+    base = json.loads((adapter / MODE).read_text()).get("base")
+    if base is not None and base != fingerprint(model):
+        raise ValueError("it was trained on other weights of the same shape")
+
+
+def fingerprint(model: nn.Module) -> str:
+    """sha256 of the first numbers of each weight, adapters and head left out.
+
+    In bfloat16, so that it is the same for a bfloat16 and a float32 copy of one model.
+    """
+    found = hashlib.sha256()
+    below: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    for name, value in below.base_model.named_parameters():
+        if not any(part in name for part in ADAPTERS):
+            first = value.detach().flatten()[:FIRST].to("cpu", torch.bfloat16)
+            found.update(first.contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 @torch.no_grad()
@@ -117,6 +147,7 @@ def merged(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
         )
     attention_of(adapter)
     try:
+        check_base(model, Path(adapter))
         with strict():
             wrapped, headed = _wrapped(model, adapter, weights)
         inside: Any = wrapped.merge_and_unload()

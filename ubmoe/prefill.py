@@ -31,7 +31,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, set_se
 
 from ubmoe.bidirectional import attending, prove_attention
 from ubmoe.config import BituneSection, UserError
-from ubmoe.lora import MODE, strict
+from ubmoe.lora import check_base, strict, write_mode
 from ubmoe.prediction import predictions
 from ubmoe.results import replace_directory, write_json
 
@@ -341,12 +341,12 @@ def save(
 
     Beside each adapter stands its mask, without which it would be silently wrong.
     """
-    masks = {CAUSAL: "causal", BIDIRECTIONAL: bitune.variant.second}
+    masks = {CAUSAL: "causal", BIDIRECTIONAL: str(bitune.variant.second)}
 
     def write(folder: Path) -> None:
         bitune.model.save_pretrained(str(folder))
         for kind in bitune.model.peft_config:
-            write_json(folder / kind / MODE, {"attention": masks[kind], "stages_before": 0})
+            write_mode(folder / kind, bitune.model, masks[kind])
         if theta := bitune.theta():
             save_file({name: value.detach().cpu() for name, value in theta.items()}, folder / THETA)
         tokenizer.save_pretrained(folder)
@@ -362,6 +362,8 @@ def load(model: PreTrainedModel, directory: Path) -> Bitune:
         said = json.loads((directory / FORM).read_text())
         own = VARIANTS[said["variant"]].own
         kinds = [CAUSAL, *([BIDIRECTIONAL] if own else [])]
+        for kind in kinds:
+            check_base(model, directory / kind)
         with strict():
             wrapped = PeftModel.from_pretrained(model, str(directory / CAUSAL), adapter_name=CAUSAL)
             for kind in kinds[1:]:
