@@ -84,3 +84,8 @@ def test_points_and_pictures_come_from_the_records(tmp_path):
 def test_a_picture_needs_models(tmp_path):
     with pytest.raises(UserError, match="0 models of tiny with STS and generation"):
         tradeoff.draw(load_config(None, [f"output_dir={tmp_path}"]), {})
+
+
+def test_points_that_are_close_share_a_label():
+    points = [(0.9, 0.5), (0.1, 0.5), (0.12, 0.51), (0.12, 0.9), (0.14, 0.5)]
+    assert tradeoff.close(points, 0.025) == [[1, 2, 4], [3], [0]]

@@ -171,7 +171,12 @@ def _plane(model: str, placed: dict[str, Point]) -> Any:
                 fmt="o", ms=4, lw=0.8, color=COLOURS[point.kind],
                 label=f"{number} {name}",
             )  # fmt: skip
-            axes.annotate(str(number), (x, y), (4, 3), textcoords="offset points", fontsize=7)
+        axes.autoscale_view()  # now, so that places are final
+        fractions = axes.transLimits.transform(axes.transScale.transform(pairs))
+        for together in close(fractions, NEAR):
+            text = ", ".join(str(shown[each][0]) for each in together)
+            place = pairs[together[-1]]
+            axes.annotate(text, place, (4, 3), textcoords="offset points", fontsize=7)
         axes.set(xlabel="STS average (Spearman x 100)", ylabel=label)
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(
@@ -179,6 +184,26 @@ def _plane(model: str, placed: dict[str, Point]) -> Any:
     )
     figure.suptitle(f"{model}: embedding against generation; dashed: Pareto front", fontsize=10)
     return figure
+
+
+NEAR = 0.05  # of the width or height of a panel: labels of such points would overlap
+
+
+def close(points: Sequence[tuple[float, float]], near: float) -> list[list[int]]:
+    """Indices of points that share a label: each within `near`, in both coordinates, of the next.
+
+    In the order of the first coordinate.
+    """
+    groups: list[list[int]] = []
+    for each in sorted(range(len(points)), key=lambda each: points[each][0]):
+        for group in groups:
+            last = points[group[-1]]
+            if max(abs(a - b) for a, b in zip(points[each], last, strict=True)) <= near:
+                group.append(each)
+                break
+        else:
+            groups.append([each])
+    return groups
 
 
 def _error(values: list[float]) -> float | None:
