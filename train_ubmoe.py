@@ -18,6 +18,7 @@ def main(config: Config) -> Path:
 
     with recording("train_ubmoe", "generation", config) as run:
         from ubmoe import export, figures, mixture
+        from ubmoe.lora import fingerprint
         from ubmoe.moe import join
 
         inputs = mixture.read(config)
@@ -27,6 +28,7 @@ def main(config: Config) -> Path:
         if run.is_main and "modes" in config.ubmoe.export:
             made = mixture.made(config, inputs, routed=False)
             export.save_modes(uni, bi, tokenizer, encoder, out / "modes", made)
+        bi_weights = fingerprint(bi)
         del uni, bi  # the mixture holds both
         router = mixture.train(config, inputs, model)
         run.model = model
@@ -35,7 +37,7 @@ def main(config: Config) -> Path:
                 made = mixture.made(config, inputs, routed=True)
                 export.save_mixture(model, tokenizer, encoder, out / "ubmoe", made)
             scores = mixture.generation_of(config, inputs, model)
-            run.section = scores | {"router": router}
+            run.section = scores | {"router": router, "bi_weights": bi_weights}
             run.more = {"sts": mixture.sts_of(config, inputs, model)}
             run.figures = figures.routing(router["log"], router["bi_weight_by_role"])
     return run.path

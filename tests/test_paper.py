@@ -3,13 +3,14 @@
 from ubmoe import paper
 from ubmoe.config import load_config
 from ubmoe.published import published
+from ubmoe.tables import SHARES
 
 MODEL = "Qwen1.5-0.5B-Chat"
 TEN = published("ubmoe")["sts"]["columns"][:10]
 
 
 def encoder(name, seed, average, train, attention="bidirectional"):
-    stages = [{"objective": "simcse", "train": train}] if train else []
+    stages = [{"objective": "simcse", "train": train, "learning_rate": 1.0}] if train else []
     config = {"model": {"name": f"Qwen/{MODEL}"}, "seed": seed}
     config["bi"] = {"stages": stages, "attention": attention}
     section = {"tasks": dict.fromkeys(TEN, average + 1), "average": average}
@@ -21,7 +22,7 @@ def dependence(name, seed, model, after):
         {"range": [0, 256], "main": 2.0, "before": 98 - after, "after": after},
         {"range": [256, 512], "main": None, "before": None, "after": None},
     ]
-    config = {"model": {"name": model}, "seed": seed}
+    config = {"model": {"name": model}, "seed": seed, "dependence": {"max_tokens": 32}}
     section = {"buckets": buckets, "overall": {"after": after}}
     return {f"{name}.dependence.seed{seed}": {"config": config, "dependence": section}}
 
@@ -64,8 +65,11 @@ RECORDS = {
 }
 
 
-def lines(number, shown=None, records=RECORDS):
-    header, *body = paper.rows(number, MODEL, records, shown)
+SEEDS = [0, 1, 2]
+
+
+def lines(number, shown=None, records=RECORDS, seeds=SEEDS):
+    header, *body = paper.rows(number, MODEL, records, seeds, shown)
     return header, {row[0]: row[1:] for row in body}
 
 
@@ -92,12 +96,16 @@ def test_dependence_is_of_base_encoders_and_mixture():
 
 def test_generation_is_of_base_mixture_encoders_and_bitune():
     header, rows = lines(4)
-    assert header[2:] == ["mmlu", "winogrande", "truthfulqa_mc2", "average", "perplexity"]
-    assert rows["base"][1] == "32.50 (32.50, +0.00)" and rows["base"][-1] == "4.00"
-    assert rows["base"][-2] == "32.50 (other tasks)"  # an average of one task, not of three
+    tasks = ["mmlu", "winogrande", "truthfulqa_mc2", "average", "perplexity"]
+    assert header[2:] == [*tasks, "STS bidirectional"]
+    assert rows["base"][1] == "32.50 (32.50, +0.00)" and rows["base"][-2] == "4.00"
+    assert rows["base"][-3] == "32.50 (other tasks)"  # an average of one task, not of three
     assert rows[paper.UBMOE][1] == "30.00 (28.10, +1.90)"
-    assert rows["ffn, read causally"] == ["1", "20.00", "not run", "not run", "20.00", "9.00"]
-    assert rows["bitune, full"] == ["1", "31.00", *["not run"] * 4]
+    again = ["1", "20.00", "not run", "not run", "20.00", "9.00", "60.00"]
+    assert rows["ffn, read causally"] == again
+    assert rows["bitune, full"] == [
+        *("1", "31.00", "not run", "not run", "31.00", "other chats", "not run")
+    ]
 
 
 def test_a_model_of_no_table_has_ours_alone_and_misprints_are_said():
@@ -131,19 +139,93 @@ def test_the_base_has_no_seeds_and_untrained_bitune_is_no_variant():
 
 
 def test_a_row_of_unlike_runs_says_in_what_they_differ():
-    second = {"evaluation": {"batch_size": 3, "limit": 50}, "bi": {"max_tokens": 64.0}}
-    first = {"evaluation": {"batch_size": 8, "limit": 50}, "bi": {"max_tokens": 64}}
-    entries = []
-    for seed, settings in enumerate((first, second)):
-        record = {"config": {"seed": seed, "model": {"device": str(seed)}, **settings}, "sts": {}}
-        entries.append(("ffn", record, {}))
-    assert paper.notes(entries) == []  # neither where it ran nor how large its batches were
-    entries[1][1]["config"]["bi"] = {"max_tokens": 64, "stages": [{"learning_rate": 1.0}]}
-    entries[0][1]["config"]["bi"] = {"max_tokens": 65, "stages": [{"learning_rate": 2.0}]}
-    said = "Unlike runs in one row, ffn: bi.max_tokens, bi.stages.0.learning_rate."
-    assert paper.notes(entries) == [said]
-    as_base = [("base", record, {}) for _, record, _ in entries]
-    assert paper.notes(as_base) == []  # its numbers do not depend on how others were trained
+    def notes(number, **changes):
+        records = dict(RECORDS)
+        for key, keys in changes.items():
+            name = key.replace("__", ".")
+            record = records[name]
+            config = {
+                section: record["config"].get(section, {}) | keys.get(section, {})
+                for section in {*record["config"], *keys}
+                if section != "seed"
+            }
+            records[name] = record | {"config": config | {"seed": record["config"]["seed"]}}
+        return paper.notes(paper.NAMES[number], MODEL, records, SEEDS)
+
+    stages = [{"objective": "simcse", "train": ["ffn"], "learning_rate": 2.0}]
+    second = {"bi": {"stages": stages, "prompt": "x"}, "evaluation": {"generation": ["a"]}}
+    said = "Unlike runs in one row, ffn: bi.prompt, bi.stages.0.learning_rate."
+    assert notes(2, a__sts__seed1=second) == [said]
+    assert notes(2, a__sts__seed1={"model": {"device": "cuda"}}) == []  # where it ran
+    tuned = [
+        f"Unlike runs in one row, ffn, {share}: bi.stages.0.learning_rate." for share in SHARES
+    ]
+    assert notes(3, a__sts__seed1=second) == tuned  # by what made the measured model
+    other = {"dependence": {"max_tokens": 64}}
+    assert len(notes(3, a__dependence__seed1=other)) == 3
+    assert notes(2, c__sts__seed0=second) == []  # one base alone is like itself
+
+
+def test_what_was_measured_of_another_model_stands_beside_none():
+    def of(name, weights):
+        return RECORDS[name] | {"environment": {"weights": weights}}
+
+    records = RECORDS | {"a.sts.seed0": of("a.sts.seed0", "new")}
+    records["a.dependence.seed0"] = of("a.dependence.seed0", "old")
+    records["a.evaluation.seed0"] = of("a.evaluation.seed0", "old")
+    assert lines(3, records=records)[1]["ffn, after"][:2] == ["1", "42.00 (34.40, +7.60)"]
+    assert "ffn, read causally" not in lines(4, records=records)[1]
+    records["a.dependence.seed0"] = of("a.dependence.seed0", "new")
+    assert lines(3, records=records)[1]["ffn, after"][0] == "2"
+
+
+def test_bases_of_another_mask_flow_or_adapter_are_not_the_base():
+    records = RECORDS | encoder("a0", 0, 20.0, [], "causal")
+    for name, change in (
+        ("b0", {"dependence": {"flow": "bidirectional"}}),
+        ("b1", {"model": {"name": MODEL, "adapter": "some/lora"}}),
+    ):
+        [[_, record]] = dependence(name, 0, MODEL, 10.0).items()
+        record["config"] |= change
+        records[f"{name}.dependence.seed0"] = record
+    rows = lines(2, ["average"], records)[1]
+    assert rows["base"] == ["1", "34.00 (34.96, -0.96)"] and rows["base causal"] == ["1", "20.00"]
+    rows = lines(3, records=records)[1]
+    assert rows["base, after"][1] == "30.00"
+    assert rows["base, bidirectional flow, after"][1] == "10.00"
+
+
+def test_an_average_is_of_the_published_tasks_or_is_said_to_be_of_others():
+    def evaluated(seed, *tasks):
+        cells = {task: {"acc": 40.0} for task in tasks}
+        section = {"tasks": cells, "average": 40.0, "perplexity": 1.0}
+        metrics = dict.fromkeys(tasks, "acc")
+        config = {"model": {"name": "bi"}, "seed": seed}
+        return {"config": config, "generation": {**section, "metrics": metrics}, "evaluation": {}}
+
+    def average(*seeds):
+        records = dict(RECORDS)
+        for seed, tasks in enumerate(seeds):
+            records[f"a.evaluation.seed{seed}"] = evaluated(seed, *tasks)
+        theirs = {"ffn, read causally": dict.fromkeys((*three, "average"), 42.0)}
+        own = paper.by_row("generation", MODEL, records, SEEDS)
+        row = "ffn, read causally"
+        return paper._cell(row, own[row], "average", theirs[row])
+
+    three = ("mmlu", "winogrande", "truthfulqa_mc2")
+    assert average(three, three) == "40.00 ±0.00 (42.00, -2.00)"
+    assert average((*three, "piqa"), (*three, "piqa")) == "40.00 ±0.00 (other tasks)"
+    assert average(three, three[:1]) == "unlike tasks"
+
+
+def test_only_runs_of_the_studys_seeds_are_averaged_and_missing_ones_are_counted():
+    records = RECORDS | encoder("z", 42, 90.0, ["ffn"])
+    del records["a.dependence.seed1"]
+    assert lines(2, ["average"], records)[1]["ffn"][:2] == ["2", "61.00 ±1.41 (66.96, -5.96)"]
+    assert lines(2, ["average"], records, [42])[1]["ffn"] == ["1", "90.00 (66.96, +23.04)"]
+    own = paper.by_row("sts", MODEL, records, SEEDS)["ffn"]
+    own[1].cells["STS12"] = None
+    assert paper._cell("ffn", own, "STS12", {}) == "61.00 of 1"
 
 
 def test_shots_and_limits_are_said_beside_the_published_numbers():

@@ -12,6 +12,7 @@ from ubmoe import readme, results
 from ubmoe.config import UserError, load_config
 from ubmoe.published import published
 
+SEEDS = [0, 1, 2]
 SECTION = {
     "overall": {"main": 10.0, "before": 60.0, "after": 30.0},
     "stderr": {"main": 1.0, "before": 2.0, "after": 3.0},
@@ -196,17 +197,18 @@ def test_the_table_shows_errors_the_uniform_share_and_empty_buckets(config):
 def test_generated_blocks_are_renewed_and_the_rest_is_left(config):
     record = json.loads(recorded(config).read_text())
     text = "a\n<!-- dependence: some -->\nold\nold\n<!-- end -->\nb"
-    after = readme.renewed(text, {"some.dependence.seed5": record})
+    after = readme.renewed(text, {"some.dependence.seed5": record}, SEEDS)
     assert after.startswith("a\n<!-- dependence: some -->\n| tokens | texts | main |")
     assert "old" not in after and after.endswith("\n<!-- end -->\nb")
     assert "| 0-256 | 7 | 10.00 ±1.00 (20.00) | 60.00" in after
-    assert readme.renewed(after, {"some.dependence.seed5": record}) == after
+    assert readme.renewed(after, {"some.dependence.seed5": record}, SEEDS) == after
 
 
 def test_encoders_stand_beside_each_other_over_their_seeds():
     def sts(average, *stages, seed=0):
         stages = [{"objective": o, "train": t, "lora": lora} for o, t, lora in stages]
-        config = {"model": {"name": "small"}, "bi": {"stages": stages}, "seed": seed}
+        bi = {"stages": stages, "attention": "bidirectional"}
+        config = {"model": {"name": "small"}, "bi": bi, "seed": seed}
         return {"config": config, "sts": {"tasks": {"A": average - 1}, "average": average}}
 
     def dependence(after, name, seed=0):
@@ -225,7 +227,7 @@ def test_encoders_stand_beside_each_other_over_their_seeds():
         "x-chain.dependence.seed0": dependence(99.0, "other"),  # not of the encoder
         "benchmark.y": {"rows": []},
     }
-    found = readme.renewed("<!-- sts: small -->\n<!-- end -->", records).splitlines()
+    found = readme.renewed("<!-- sts: small -->\n<!-- end -->", records, SEEDS).splitlines()
     assert found[1:-1] == [
         "| trained | seeds | A | average | DP-after |",
         "|---:|---:|---:|---:|---:|",
@@ -236,7 +238,7 @@ def test_encoders_stand_beside_each_other_over_their_seeds():
     generation = {"tasks": {}, "metrics": {}, "average": None, "perplexity": 3.0}
     evaluated = dependence(0.0, "bi", 1) | {"generation": generation}
     again = readme.renewed(
-        "<!-- sts: small -->\n<!-- end -->", records | {"x-ffn.evaluation.seed1": evaluated}
+        "<!-- sts: small -->\n<!-- end -->", records | {"x-ffn.evaluation.seed1": evaluated}, SEEDS
     ).splitlines()
     assert again[1].endswith("| DP-after | perplexity |")
     assert [line.split(" | ")[-1] for line in again[3:-1]] == ["not run |", "3.00 |", "not run |"]
@@ -265,7 +267,7 @@ def test_mixtures_stand_beside_each_other_over_their_seeds():
         "a.sts.seed0": {"config": {"model": {"name": "small"}}},
         "base.evaluation.seed0": {"config": {"model": {"name": "small"}}, "generation": {}},
     }
-    found = readme.renewed("<!-- mixture: small -->\n<!-- end -->", records).splitlines()
+    found = readme.renewed("<!-- mixture: small -->\n<!-- end -->", records, SEEDS).splitlines()
     assert found[1:-1] == [
         "| generates with | seeds | T | perplexity | STS bidirectional | STS causal |",
         "|---:|---:|---:|---:|---:|---:|",
@@ -277,15 +279,16 @@ def test_mixtures_stand_beside_each_other_over_their_seeds():
 
 
 def test_variants_of_bitune_stand_beside_the_papers():
-    def bitune(variant, perplexity, max_steps=10):
+    def bitune(variant, perplexity, seed=0, max_steps=10):
         section = {"variant": variant, "perplexity": perplexity, "metrics": {"T": "acc"}}
         tasks = {"T": {"acc": perplexity * 10}}
-        config = {"model": {"name": "small"}, "bitune": {"max_steps": max_steps, "rank": 8}}
+        settings = {"max_steps": max_steps, "rank": 8}
+        config = {"model": {"name": "small"}, "bitune": settings, "seed": seed}
         return {"config": config, "bitune": section | {"tasks": tasks}}
 
-    records = {"a": bitune("full", 4.0), "b": bitune("full", 6.0), "c": bitune("lora", 7.0)}
+    records = {"a": bitune("full", 4.0), "b": bitune("full", 6.0, 1), "c": bitune("lora", 7.0)}
     records["d"] = bitune("lora", 9.0, max_steps=0)
-    found = readme.renewed("<!-- bitune: small -->\n<!-- end -->", records).splitlines()
+    found = readme.renewed("<!-- bitune: small -->\n<!-- end -->", records, SEEDS).splitlines()
     assert found[1:-1] == [
         "| variant | seeds | perplexity | T | "
         "published average, Gemma-2B | published average, Llama3-8B |",
@@ -319,8 +322,7 @@ def test_probes_stand_beside_the_papers():
     ]
     record = {"probing": {"models": models}, "config": {"probing": {"data": "folder"}}}
     found = readme.renewed(
-        "<!-- probing: small -->\n<!-- end -->",
-        {"small.probing.seed0": record},
+        "<!-- probing: small -->\n<!-- end -->", {"small.probing.seed0": record}, SEEDS
     ).splitlines()
     assert found[1:-1] == [
         "| task | split | metric | Uni | Bi, untrained |",
@@ -348,7 +350,7 @@ def test_published_rows_have_a_score_for_every_column_and_right_averages():
 def test_the_tables_of_the_readme_are_not_stale():
     text = (ROOT / "README.md").read_text()
     config = load_config(None, [f"results.directory={ROOT}/results"])
-    assert readme.renewed(text, results.recorded(config)) == text
+    assert readme.renewed(text, results.recorded(config), SEEDS) == text
     assert text.count("| all |") >= 1 and text.count("ours/plain") >= 1
 
 

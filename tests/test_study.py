@@ -1,10 +1,13 @@
 """A study's runs find what they need, are not repeated, and fail aloud."""
 
+import dataclasses
 import json
 import re
+import zlib
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import random_model
 
 from ubmoe import results, study
@@ -53,9 +56,19 @@ def test_every_run_finds_what_it_needs_in_an_earlier_one(tmp_path, table):
 
 
 def finish(step):
-    """What a program would leave."""
+    """What a program would leave; what it trains depends on how."""
     with results.recording("x", step.result, step.config) as run:
         run.model = random_model("qwen2")
+        trains = {"sts": step.config.bi, "generation": step.config.ubmoe}.get(step.result)
+        shift = zlib.crc32(repr((step.config.model.name, trains)).encode()) / 2**32
+        if step.after is not None:
+            read = json.loads(step.after.path.read_text())
+            run.section = {"bi_weights": read["environment"]["weights"]}
+            if trains is None:
+                shift = read["shift"]
+        run.more = {"shift": shift}
+        with torch.no_grad():
+            run.model.model.norm.weight += shift
 
 
 def test_a_run_that_is_there_is_not_repeated_and_one_with_other_keys_is(tmp_path, monkeypatch):
@@ -71,7 +84,7 @@ def test_a_run_that_is_there_is_not_repeated_and_one_with_other_keys_is(tmp_path
     assert ran == ["base", "ffn", "all"]
     same = study.plan(config(tmp_path, *keys, "dependence.max_texts=7", "bitune.rank=3"))
     assert same.count("done in") == 2
-    changed = config(tmp_path, *keys, "evaluation.batch_size=7")
+    changed = config(tmp_path, *keys, "evaluation.sts=[]")
     assert "run with other keys" in study.plan(changed)
     study.run(changed)
     assert ran == ["base", "ffn", "all", "base", "ffn"]
@@ -83,15 +96,40 @@ def test_what_was_measured_of_another_encoder_is_measured_again(tmp_path, monkey
         study, "_execute", lambda step: (ran.append((step.row, step.result)), finish(step))
     )
     keys = ["results.table=all", "results.seeds=[1]", "results.rows=[base, ffn, ffn causal]"]
-    study.run(config(tmp_path, *keys))
-    ran.clear()
-    study.run(config(tmp_path, *keys, "bi.stages.0.max_steps=7"))
-    made = [(row, result) for row in ("ffn", "ffn causal") for result in ("sts", "dependence")]
-    assert {*made, ("ubmoe", "generation"), ("ubmoe", "dependence")} <= set(ran)
-    assert ("base", "dependence") not in ran and "bitune" not in {result for _, result in ran}
-    ran.clear()
-    study.run(config(tmp_path, *keys, "bi.stages.0.max_steps=7", "ubmoe.learning_rate=0.5"))
-    assert ("ubmoe", "dependence") in ran and ("ffn", "dependence") not in ran
+
+    def again(*more):
+        ran.clear()
+        study.run(config(tmp_path, *keys, *more))
+        return set(ran)
+
+    first = again()
+    assert ("ubmoe", "dependence") in first and len(first) == 15
+    for step in study.steps(config(tmp_path, *keys)):
+        if step.result in study.LEFT:
+            step.left.mkdir()
+    assert again() == set()
+    bitune = {(f"bitune {variant}", "bitune") for variant in study.BITUNE}
+    base = {("base", result) for result in ("sts", "dependence", "evaluation")}
+    assert again("bi.stages.0.max_steps=7") == first - base - bitune
+    assert again("bi.stages.0.max_steps=7", "ubmoe.learning_rate=0.5") == {
+        *((name, "generation") for name in study.MIXTURES),
+        ("ubmoe", "dependence"),
+    }
+    assert again("model.name=other") == first
+    assert again("model.name=other", "evaluation.batch_size=7", "bitune.logging_steps=3") == set()
+
+
+def test_a_model_that_was_removed_is_made_again_where_it_is_needed(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(
+        study, "_execute", lambda step: (ran.append((step.row, step.result)), finish(step))
+    )
+    keys = ["results.seeds=[1]", "results.rows=[ffn]"]
+    study.run(config(tmp_path, *keys, "results.table=2"))
+    study.run(config(tmp_path, *keys, "results.table=2"))
+    assert ran == [("ffn", "sts")]
+    study.run(config(tmp_path, *keys, "results.table=3"))
+    assert ran[1:] == [("ffn", "sts"), ("ffn", "dependence")]
 
 
 def test_a_failed_run_ends_the_study_with_its_last_line(tiny_path, tmp_path):
@@ -127,16 +165,36 @@ def test_mixtures_without_their_encoder_are_refused(tmp_path):
 
 
 def test_a_plan_extrapolates_from_a_few_steps(tmp_path):
-    one = config(tmp_path, "results.table=2", "results.rows=[ffn]", "results.seeds=[0]")
-    [step] = study.steps(one)
+    one = config(tmp_path, "results.table=3", "results.rows=[ffn]", "results.seeds=[0]")
+    step, dependence = study.steps(one)
     assert one.bi.stages[0].max_steps == 60
-    log = [{"loss": 1.0}, {"train_runtime": 10.0}]
+    log = [{"loss": 1.0}, {"step": 5, "seconds_per_step": 2.0, "train_runtime": 99.0}]
     result = {"seconds": 25.0, "sts": {"stages": [{"log": log, "rows": 4000}]}}
-    assert study._extrapolated(step, result, 5) == 15 + 10 * 60 / 5
-    epochs = study.replace_keys(
-        step, ["bi.stages.0.max_steps=-1", "bi.stages.0.num_train_epochs=2"]
+    assert study._extrapolated(step, result) == 25 + 2 * 55
+    epochs = dataclasses.replace(
+        step, keys=(*step.keys, "bi.stages.0.max_steps=-1", "bi.stages.0.num_train_epochs=2")
     )
-    assert study._extrapolated(epochs, result, 5) == 15 + 10 * (2 * (4000 // 64)) / 5
+    assert study._extrapolated(epochs, result) == 25 + 2 * (2 * (4000 // 64) - 5)
+    measured = {"seconds": 25.0, "dependence": {"seconds": 3.0, "texts": 5}}
+    assert study._extrapolated(dependence, measured) == 25 + 3 * (400 / 5 - 1)
+    lines = tmp_path / "lines.txt"
+    lines.write_text("a line\n" * 7)
+    keys = (f"dependence.dataset={lines}", "dependence.max_texts=null")
+    every = dataclasses.replace(dependence, keys=(*dependence.keys, *keys))
+    assert study._extrapolated(every, measured) == pytest.approx(25 + 3 * (7 / 5 - 1))
+
+
+def test_a_timed_run_leaves_neither_models_nor_checkpoints(tiny_path, tmp_path):
+    keys = ["results.table=2", "results.rows=[ffn]", "results.seeds=[0]", "model.device=cpu"]
+    [step] = study.steps(config(tmp_path, *keys))
+    said = study.estimate(step, 2)
+    assert re.fullmatch(r"about \S+ min and \S+ GB, from 2 steps, without scoring", said)
+    folder = tmp_path / "small/study/timed/ffn"
+    assert (folder / "sts.json").exists() and not [
+        each for each in folder.iterdir() if each.is_dir()
+    ]
+    pace = json.loads((folder / "sts.json").read_text())["sts"]["stages"][0]["log"][-1]
+    assert 0 < pace["seconds_per_step"] <= pace["train_runtime"]
 
 
 def test_a_plan_times_steps_once_and_says_what_it_cannot_time(tiny_path, tmp_path):
@@ -145,9 +203,12 @@ def test_a_plan_times_steps_once_and_says_what_it_cannot_time(tiny_path, tmp_pat
     base = [step for step in study.steps(given) if step.row == "base"]
     assert study.estimate(base[2], 2) == "not timed: it only scores"
     said = study.estimate(base[1], 2)
-    assert re.fullmatch(r"about \S+ h and \S+ GB, from 2 steps, without scoring", said)
+    assert re.fullmatch(r"about \S+ min and \S+ GB, from 2 texts, without scoring", said)
     before = (tmp_path / "small/study/timed/base/dependence.json").stat().st_mtime_ns
     assert study.estimate(base[1], 2) == said
     assert (tmp_path / "small/study/timed/base/dependence.json").stat().st_mtime_ns == before
     mixture = next(step for step in study.steps(given) if step.row == "ubmoe")
     assert "small-ffn/bi is not there yet" in study.estimate(mixture, 2)
+    assert "# ubmoe, seed 0, after train of ffn: not run" in study.plan(
+        config(tmp_path, *keys, "model.device=cpu")
+    )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_paper import MODEL, RECORDS, dependence, encoder, scores
+from test_paper import MODEL, RECORDS, SEEDS, dependence, encoder, scores
 
 from ubmoe import tradeoff
 from ubmoe.config import UserError, load_config
@@ -44,23 +44,48 @@ ROWS = {"ffn": (31.0, 5.0), "attention": (33.0, 8.0), "all": (36.0, 7.0)}
 
 
 def test_lost_generation_is_the_log_of_the_perplexity_over_the_base():
-    found = tradeoff.tuned(MODEL, study(ROWS))
+    found = tradeoff.tuned(MODEL, study(ROWS), SEEDS)
     assert [(each.row, each.after) for each in found] == [
         ("ffn", 1.0),
         ("attention", 3.0),
         ("all", 6.0),
     ]
     assert [math.exp(each.lost) for each in found] == pytest.approx([1.25, 2.0, 1.75])
-    r, low, high = tradeoff.correlation(found)
-    assert r == pytest.approx(np.corrcoef([1, 3, 6], np.log([5, 8, 7]))[0, 1])
-    assert low < r < high
+    correlation = tradeoff.correlation(found)
+    assert correlation.r == pytest.approx(np.corrcoef([1, 3, 6], np.log([5, 8, 7]))[0, 1])
+    assert (correlation.interval, correlation.rows) == (None, 3)  # of so few, none
+    assert str(correlation).endswith("over 3 rows (too few for an interval)")
 
 
 def test_seeds_of_one_row_are_no_new_evidence():
     rng = np.random.default_rng(0)
     rows = [tradeoff.Tuned(str(n), *pair) for n, pair in enumerate(rng.normal(size=(6, 2)))]
     once, thrice = tradeoff.correlation(rows), tradeoff.correlation(rows * 3)
-    assert thrice == pytest.approx(once)
+    assert thrice.r == pytest.approx(once.r) and thrice.interval == pytest.approx(once.interval)
+    assert once.interval[0] < once.r < once.interval[1]
+
+
+def test_the_causal_control_is_drawn_and_told_apart(tmp_path):
+    records = study(ROWS)
+    control = {key.replace("r1.", "r9."): value for key, value in records.items() if "r1." in key}
+    sts = control["r9.sts.seed0"]
+    config = sts["config"] | {"bi": sts["config"]["bi"] | {"attention": "causal"}}
+    records |= control | {"r9.sts.seed0": sts | {"config": config}}
+    found = tradeoff.tuned(MODEL, records, SEEDS)
+    assert [each.row for each in found if each.is_control] == ["ffn causal"]
+    axes = tradeoff._claim(MODEL, found).axes[0]
+    assert "over 4 rows" in axes.get_title() and "causally: r = " in axes.get_title()
+    assert "over 3 rows" in axes.get_title().splitlines()[1]
+    drawn = {line.get_label(): line for line in axes.lines}
+    assert list(drawn["ffn"].get_xdata()) == list(drawn["ffn causal"].get_xdata()) == [1.0]
+    assert drawn["ffn causal"].get_fillstyle() == "none" != drawn["ffn"].get_fillstyle()
+
+
+def test_a_claim_of_too_few_rows_leaves_no_old_picture(tmp_path):
+    keys = [f"model.name=Qwen/{MODEL}", f"output_dir={tmp_path}"]
+    tradeoff.draw(load_config(None, keys), study(ROWS))
+    said = tradeoff.draw(load_config(None, keys), study({"ffn": (31.0, 5.0)}))
+    assert said == f"{tmp_path}/tradeoff.png" and not (tmp_path / "claim.png").exists()
 
 
 def test_points_and_pictures_come_from_the_records(tmp_path):
@@ -72,7 +97,7 @@ def test_points_and_pictures_come_from_the_records(tmp_path):
         for route in ("learned", "uni")
     ]
     records["m.generation.seed0"] = mixture
-    found = tradeoff.points(MODEL, records)
+    found = tradeoff.points(MODEL, records, SEEDS)
     assert list(found) == ["base", "ffn", "attention", "all", "learned, top_k 2, chat"]
     assert (found["attention"].sts, found["attention"].tasks) == ([52.0], [38.0])
     assert found["learned, top_k 2, chat"].perplexity == [5.0]

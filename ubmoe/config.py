@@ -4,9 +4,10 @@ Nothing heavy is imported here, so that --help and every complaint about a key c
 loaded.
 """
 
+import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
@@ -504,19 +505,57 @@ class Config(Section):
     results: ResultsSection = key(ResultsSection(), "")
 
 
-# What a program's result depends on, besides the seed and what made its model.
-READS = {
-    "evaluation": ("model", "bi", "ubmoe", "evaluation"),
-    "generation": ("model", "bi", "ubmoe", "evaluation"),
-    "sts": ("model", "bi", "evaluation"),
+# --- what results depend on -----------------------------------------------------------------------
+
+FORM = tuple(f"bi.{name}" for name in BiSection.model_fields if name != "stages")
+CHATS = tuple(f"ubmoe.{name}" for name in ("dataset", "max_rows", "held_out", "max_tokens"))
+ASKED = tuple(f"evaluation.{name}" for name in ("num_fewshot", "limit", "apply_chat_template"))
+# Sections and keys of how a model is scored, by the result that says it; and of how it was made.
+SCORED = {
+    "evaluation": ("model", *FORM, "evaluation", *CHATS),
+    "generation": ("model", *FORM, "evaluation", *CHATS),
+    "sts": ("model", *FORM, "evaluation.sts"),
     "dependence": ("model", "dependence"),
-    "bitune": ("model", "bitune", "evaluation"),
+    "bitune": ("model", "bitune", *ASKED),
 }
+MADE = {"sts": ("bi.stages",), "generation": ("ubmoe",)}
 # Keys that change nothing of what is trained: an interrupted run goes on whatever they are now.
 WITHOUT_EFFECT = {
     *("save_steps", "save_total_limit", "logging_steps", "report_to"),
     *("route", "routes", "export", "generation"),
 }
+# Keys that change no number of a result.
+ASIDE = {
+    *("device", "cache", "batch_size"),
+    *("save_steps", "save_total_limit", "logging_steps", "report_to"),
+}
+
+
+def leaves(config: dict[str, Any], names: Iterable[str]) -> dict[str, str]:
+    """{dotted key: value as text} below some sections and keys of a dumped configuration.
+
+    0.0 is 0; what is in no number (`ASIDE`) is left out, and so is what the configuration lacks.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        value: Any = config
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        found |= _leaves(value, name)
+    return found
+
+
+def _leaves(value: Any, name: str) -> dict[str, str]:
+    if isinstance(value, list) and any(isinstance(each, dict) for each in value):
+        value = {str(place): each for place, each in enumerate(value)}
+    if isinstance(value, dict):
+        found: dict[str, str] = {}
+        for part, each in value.items():
+            if part not in ASIDE:
+                found |= _leaves(each, f"{name}.{part}")
+        return found
+    whole = isinstance(value, float) and value.is_integer()
+    return {name: json.dumps(int(value) if whole else value)}
 
 
 # --- reading --------------------------------------------------------------------------------------

@@ -119,7 +119,7 @@ def measure(
     and all return the same numbers. A run that is interrupted leaves its sums in `directory`, where
     `resume` finds them.
     """
-    state = PartialState()
+    began, state = time.monotonic(), PartialState()
     _check_vocabulary(model, texts)
     batches = batches_by_length(texts, settings.batch_tokens)[
         state.process_index :: state.num_processes
@@ -148,7 +148,8 @@ def measure(
     gathered = Totals()
     for part in gather_object([totals]):
         gathered.merge(part)
-    return summary(gathered, settings.buckets)
+    seconds = round(time.monotonic() - began, 3)  # of measuring; the run's has the loading, too
+    return summary(gathered, settings.buckets) | {"seconds": seconds}
 
 
 def bucket_of(tokens: int, edges: list[int]) -> int:

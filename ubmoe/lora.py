@@ -25,7 +25,7 @@ from ubmoe.results import replace_directory, write_json
 MODE = "ubmoe.json"
 ATTENTION = ("causal", "bidirectional")
 ADAPTERS = ("lora_", "ia3_")  # how peft calls what it adds
-FIRST = 1024  # numbers of each weight that tell a model from another
+SAMPLED = 1024  # numbers of each weight that tell a model from another
 
 
 def attach(model: PreTrainedModel, parameters: Sequence[str], settings: LoraSection) -> PeftModel:
@@ -85,7 +85,7 @@ def check_base(model: nn.Module, adapter: Path) -> None:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """sha256 of the first numbers of each weight, adapters and head left out.
+    """sha256 of evenly spaced numbers of each weight, adapters and head left out.
 
     In bfloat16, so that it is the same for a bfloat16 and a float32 copy of one model.
     """
@@ -93,8 +93,9 @@ def fingerprint(model: nn.Module) -> str:
     below: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     for name, value in below.base_model.named_parameters():
         if not any(part in name for part in ADAPTERS):
-            first = value.detach().flatten()[:FIRST].to("cpu", torch.bfloat16)
-            found.update(first.contiguous().view(torch.uint8).numpy().tobytes())
+            step = max(1, value.numel() // SAMPLED)
+            some = value.detach().flatten()[::step].to("cpu", torch.bfloat16)
+            found.update(some.contiguous().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 

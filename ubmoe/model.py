@@ -178,6 +178,7 @@ def environment(model: PreTrainedModel) -> dict[str, Any]:
     return {
         "model_class": type(model).__name__,
         "parameters": model.num_parameters(),
+        "weights": lora.fingerprint(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(model.device)
         if model.device.type == "cuda"

@@ -4,40 +4,41 @@ A cell of ours is the mean over seeds and their standard deviation, `not run` wh
 the published number and the gap stand in brackets. Nothing is averaged over missing cells.
 """
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Any
 
-from ubmoe.config import READS, WITHOUT_EFFECT, Config
+from ubmoe.config import MADE, SCORED, Config, leaves
 from ubmoe.published import published
-from ubmoe.tables import SHARES, aligned, mixed, model_of, spread, trained, variant
+from ubmoe.tables import ROUTES, SHARES, aligned, mixed, model_of, spread, trained, variant
 
-Records = dict[str, dict[str, Any]]
-Seed = int | None
+Record = dict[str, Any]
+Records = dict[str, Record]
 Cells = dict[str, float | None]
-Entry = tuple[str, dict[str, Any], Cells]  # row, its record, a value a column
-Ours = dict[str, dict[str, dict[Seed, float]]]  # row -> column -> seed -> value
 TITLES = {
     2: "Table 2: STS by what was trained, Spearman x 100",
     3: "Table 3: dependence in percent, by length in tokens",
-    4: "Table 4: generation in percent, and perplexity of held-out answers",
+    4: "Table 4: generation in percent, perplexity of held-out answers, and STS averages",
 }
 NAMES = {2: "sts", 3: "dependence", 4: "generation"}
 UBMOE = "learned, top_k 2, chat"  # what the paper's second row of Table 4 is
 ENCODER = ", read causally"
+NO_TASKS = ("average", "perplexity", "STS bidirectional", "STS causal")
+# Columns that a row has, but of other data than the rows beside it.
+ELSEWHERE = {("bitune", "perplexity"): "other chats"}
 
 
 def text(number: int | str, config: Config, records: Records) -> str:
     """One table, or all three, of config's model for a terminal."""
-    model = model_of({"config": config.model_dump()})
+    model, seeds = model_of({"config": config.model_dump()}), config.results.seeds
     numbers = NAMES if number == "all" else [int(number)]
     return "\n\n".join(
         "\n".join(
             [
                 f"{TITLES[each]}, {model}: ours (published, ours minus published).",
-                aligned(rows(each, model, records)),
-                *notes(ENTRIES[each](model, records)),
+                aligned(rows(each, model, records, seeds)),
+                *notes(NAMES[each], model, records, seeds),
                 *misprints(each, model),
             ]
         )
@@ -46,45 +47,48 @@ def text(number: int | str, config: Config, records: Records) -> str:
 
 
 def rows(
-    number: int, model: str, records: Records, shown: list[str] | None = None
+    number: int,
+    model: str,
+    records: Records,
+    seeds: Sequence[int],
+    shown: list[str] | None = None,
 ) -> list[list[str]]:
     """Header and a row for each of the paper's rows and each further one of ours.
 
     shown: the columns; None: all that there are.
     """
-    theirs, own_rows = _theirs(number, model), ours(number, model, records)
-    shown = shown or columns(number, model, records)
+    theirs, ours = _theirs(number, model), by_row(NAMES[number], model, records, seeds)
+    shown = shown or columns(number, model, records, seeds)
+    every = dict.fromkeys((*theirs, *ours))
     body = []
-    every = dict.fromkeys((*theirs, *own_rows))
     for row in sorted(every, key=lambda row: not row.startswith("base")):
-        own, published_row = own_rows.get(row, {}), theirs.get(row, {})
-        # an average over other tasks is another number
-        alike = not own or all(name in own for name in published_row if name != "average")
-        cells = [
-            _cell(own.get(name, {}), published_row.get(name), alike or name != "average")
-            for name in shown
-        ]
-        body.append([row, str(max(map(len, own.values()), default=0)), *cells])
+        own, published_row = ours.get(row, []), theirs.get(row, {})
+        cells = [_cell(row, own, name, published_row) for name in shown]
+        body.append([row, str(len(own)), *cells])
     return [["row", "seeds", *shown], *body]
 
 
-def columns(number: int, model: str, records: Records) -> list[str]:
+def columns(number: int, model: str, records: Records, seeds: Sequence[int]) -> list[str]:
     """Those of the published table, and further ones of ours."""
-    every: list[Mapping[str, object]] = [
-        *_theirs(number, model).values(),
-        *ours(number, model, records).values(),
-    ]
+    ours = entries(NAMES[number], model, records, seeds)
+    every: list[Iterable[str]] = [*_theirs(number, model).values(), *(each.cells for each in ours)]
     return list(dict.fromkeys(name for row in every for name in row))
 
 
-def _cell(own: dict[Seed, float], theirs: float | None, alike: bool) -> str:
-    values = list(own.values())
-    if theirs is None:
-        return spread(values)
-    if not alike:
-        return f"{spread(values)} (other tasks)"
+def _cell(row: str, own: list["Entry"], name: str, published_row: dict[str, float]) -> str:
+    values = [value for each in own if (value := each.cells.get(name)) is not None]
+    if not values and own and (said := ELSEWHERE.get((row.partition(",")[0], name))):
+        return said
+    tasks = {each.tasks for each in own}
+    if name == "average" and len(tasks) > 1:
+        return "unlike tasks"
+    cell = spread(values) + (f" of {len(values)}" if 0 < len(values) < len(own) else "")
+    if (theirs := published_row.get(name)) is None:
+        return cell
+    if name == "average" and values and tasks != {frozenset(published_row) - {"average"}}:
+        return f"{cell} (other tasks)"  # an average of which is another number
     gap = f", {mean(values) - theirs:+.2f}" if values else ""
-    return f"{spread(values)} ({theirs:.2f}{gap})"
+    return f"{cell} ({theirs:.2f}{gap})"
 
 
 def misprints(number: int, model: str) -> list[str]:
@@ -121,154 +125,159 @@ def models() -> list[str]:
 # --- ours -----------------------------------------------------------------------------------------
 
 
-def ours(number: int, model: str, records: Records) -> Ours:
-    """The values of every row by column and seed; the base has no seeds, and one value."""
-    found: Ours = {}
-    for row, record, cells in ENTRIES[number](model, records):
-        seed = None if row.startswith("base") else record["config"]["seed"]
-        for column, value in cells.items():
-            if value is not None:
-                found.setdefault(row, {}).setdefault(column, {}).setdefault(seed, value)
+@dataclass(frozen=True)
+class Entry:
+    """What a record says in a row of a table; `made`: the record of how its model was made."""
+
+    row: str
+    record: Record
+    cells: Cells
+    made: Record
+
+    @property
+    def is_base(self) -> bool:
+        return self.row.startswith("base")
+
+    @property
+    def seed(self) -> int | None:
+        """The base has none."""
+        return None if self.is_base else self.record["config"]["seed"]
+
+    @property
+    def tasks(self) -> frozenset[str]:
+        return frozenset(name for name in self.cells if name not in NO_TASKS)
+
+
+def entries(kind: str, model: str, records: Records, seeds: Sequence[int]) -> list[Entry]:
+    """The first record of each row and seed, of these seeds and of the base."""
+    found: dict[tuple[str, int | None], Entry] = {}
+    for each in _all(kind, model, records, seeds):
+        found.setdefault((each.row, each.seed), each)
+    return list(found.values())
+
+
+def _all(kind: str, model: str, records: Records, seeds: Sequence[int]) -> list[Entry]:
+    return [each for each in KINDS[kind](model, records) if each.seed is None or each.seed in seeds]
+
+
+def by_row(kind: str, model: str, records: Records, seeds: Sequence[int]) -> dict[str, list[Entry]]:
+    """The entries of a kind, a list for each row."""
+    found: dict[str, list[Entry]] = {}
+    for each in entries(kind, model, records, seeds):
+        found.setdefault(each.row, []).append(each)
     return found
 
 
-def notes(entries: Iterable[Entry]) -> list[str]:
-    """What the numbers do not say: rows of unlike runs, and how generation was asked."""
-    runs: dict[str, list[dict[str, Any]]] = {}
-    for row, record, _ in entries:
-        runs.setdefault(row, []).append(record)
-    unlike = {row: found for row, every in runs.items() if (found := _unlike(every, row))}
-    said = [f"Unlike runs in one row, {row}: {', '.join(keys)}." for row, keys in unlike.items()]
-    return said + _asked([each for every in runs.values() for each in every])
-
-
-def _unlike(records: list[dict[str, Any]], row: str) -> list[str]:
-    """The keys, of those that their results depend on, in which the runs of a row differ."""
-    values: dict[str, set[str]] = {}
-    for record in records:
-        kind = next(name for name in READS if name in record)
-        # whatever else its run was about, the base is only scored
-        sections = ("model", "evaluation") if row.startswith("base") else READS[kind]
-        for section in sections:
-            for key, value in _flat(record["config"].get(section), section):
-                values.setdefault(key, set()).add(value)
-    return sorted(key for key, found in values.items() if len(found) > 1)
-
-
-# Where a run was, and what it scored beside; neither is a setting of its numbers.
-ASIDE = {"device", "cache", "name", "bi", "batch_size", "language_model"} | WITHOUT_EFFECT
-
-
-def _flat(value: Any, name: str) -> Iterator[tuple[str, str]]:
-    """(dotted key, value as text) of every leaf that a result depends on; 0.0 is 0."""
-    if isinstance(value, list) and any(isinstance(each, dict) for each in value):
-        value = {str(place): each for place, each in enumerate(value)}
-    if isinstance(value, dict):
-        for key, each in value.items():
-            if key not in ASIDE:
-                yield from _flat(each, f"{name}.{key}")
-    else:
-        whole = isinstance(value, float) and value.is_integer()
-        yield name, json.dumps(int(value) if whole else value)
-
-
-def _asked(records: list[dict[str, Any]]) -> list[str]:
-    """How many shots and questions a task had; the paper does not say its own."""
-    found = set()
-    for record in records:
-        section = record.get("generation") or record.get("bitune", {})
-        known = {
-            task: count for task, count in section.get("shots", {}).items() if count is not None
-        }
-        if shots := ", ".join(f"{task} {count}" for task, count in known.items()):
-            limit = section["limit"]
-            only = f"; the first {limit} questions of each task" if limit else ""
-            found.add(f"Shots of ours: {shots}{only}.")
-    return sorted(found)
-
-
-def encoders(model: str, records: Records) -> Iterator[tuple[str, str]]:
-    """(row, record's name) of every run of train_bi.py on a model."""
+def _sts(model: str, records: Records) -> Iterator[Entry]:
+    """STS by task, and its average, of every run of train_bi.py."""
     for key, record in sorted(records.items()):
         if ".sts." in key and model_of(record) == model:
-            yield trained(record), key
+            section = record["sts"]
+            cells = section["tasks"] | {"average": section["average"]}
+            yield Entry(trained(record), record, cells, record)
 
 
-def beside(key: str, program: str, records: Records) -> dict[str, Any]:
+def _beside(key: str, program: str, records: Records) -> Record:
     """What another program recorded of the model that a run of train_bi.py left; {} if nothing.
 
-    In the same folder there may be a record of the base: the measured model's name tells.
+    In the same folder there may be a record of the base, or of an earlier encoder: the measured
+    model's name and weights tell.
     """
-    own = records[key]
-    other = records.get(key.replace(".sts.", f".{program}."), {})
-    left = model_of(own) if trained(own) == "base" else "bi"
-    return other if model_of(other) == left else {}
+    own, name = records[key], key.replace(".sts.", f".{program}.")
+    left = model_of(own) if trained(own).startswith("base") else "bi"
+    return _of_the_same(own, records.get(name, {}), left)
 
 
-def mixtures(model: str, records: Records) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(record's name, record) of every run of train_ubmoe.py on a model."""
-    for key, record in sorted(records.items()):
-        if ".generation." in key and model_of(record) == model:
-            yield key, record
+def _of_the_same(made: Record, measured: Record, name: str) -> Record:
+    """The second record, if it is of the model that the first one made; else {}."""
+    known = [each.get("environment", {}).get("weights") for each in (made, measured)]
+    unlike = None not in known and known[0] != known[1]
+    return {} if unlike or model_of(measured) != name else measured
 
 
-def _sts(model: str, records: Records) -> Iterator[Entry]:
-    for row, key in encoders(model, records):
-        section = records[key]["sts"]
-        yield row, records[key], section["tasks"] | {"average": section["average"]}
-
-
-def dependences(model: str, records: Records) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(row, record): of the base, of what train_bi.py tuned, and of the mixtures' routers."""
+def _measured(model: str, records: Records) -> Iterator[tuple[str, Record, Record]]:
+    """(row, dependence record, how its model was made): base, encoders, and mixtures' routers."""
     for key, record in sorted(records.items()):
         if ".dependence." in key and model_of(record) == model:
-            yield "base", record
-    for row, key in encoders(model, records):
-        if row != "base" and (record := beside(key, "dependence", records)):
-            yield row, record
-    for key, mixture in mixtures(model, records):
-        measured = records.get(key.replace(".generation.", ".dependence."), {})
-        if model_of(measured) == "ubmoe":
-            yield mixed(mixture, "learned"), measured
+            yield "base", record, record
+    for key, made in sorted(records.items()):
+        if ".sts." in key and model_of(made) == model and not trained(made).startswith("base"):
+            yield trained(made), _beside(key, "dependence", records), made
+        if ".generation." in key and model_of(made) == model:
+            measured = records.get(key.replace(".generation.", ".dependence."), {})
+            yield mixed(made, "learned"), _of_the_same(made, measured, "ubmoe"), made
+
+
+def _dependences(model: str, records: Records) -> Iterator[tuple[str, Record, Record]]:
+    """Those that are there; under another flow than the paper's they are other rows."""
+    for row, record, made in _measured(model, records):
+        if record:
+            flow = record["config"].get("dependence", {}).get("flow", "causal")
+            yield row + (f", {flow} flow" if flow != "causal" else ""), record, made
 
 
 def _dependence(model: str, records: Records) -> Iterator[Entry]:
-    for row, record in dependences(model, records):
-        for bucket in record["dependence"]["buckets"]:
-            low, high = bucket["range"]
-            for share in SHARES:
-                yield f"{row}, {share}", record, {f"{low}-{high}": bucket[share]}
+    """Three rows for each model: a share in every bucket."""
+    for row, record, made in _dependences(model, records):
+        for share in SHARES:
+            buckets = record["dependence"]["buckets"]
+            cells = {"-".join(map(str, each["range"])): each[share] for each in buckets}
+            yield Entry(f"{row}, {share}", record, cells, made)
 
 
-def read_again(model: str, records: Records) -> Iterator[Entry]:
-    """Generation of the base, and of every encoder as a language model again."""
-    for row, key in encoders(model, records):
-        record = beside(key, "evaluation", records)
+def _after(model: str, records: Records) -> Iterator[Entry]:
+    """DP-after over all texts."""
+    for row, record, made in _dependences(model, records):
+        yield Entry(row, record, {"after": record["dependence"]["overall"]["after"]}, made)
+
+
+def _again(model: str, records: Records) -> Iterator[Entry]:
+    """Generation of the base, and of every encoder as a language model again; STS as it is."""
+    for key, made in sorted(records.items()):
+        if ".sts." not in key or model_of(made) != model:
+            continue
+        record = _beside(key, "evaluation", records)
         if section := record.get("generation"):
-            name = row if row == "base" else row + ENCODER
-            yield name, record, scored(section, section["metrics"])
+            sts = {f"STS {made['config']['bi']['attention']}": made["sts"]["average"]}
+            cells = scored(section, section["metrics"]) | sts
+            yield Entry(trained(made), record, cells, made)
 
 
-def by_route(model: str, records: Records) -> Iterator[Entry]:
-    """Generation of the mixtures; forced to uni, one is the base."""
-    for _, record in mixtures(model, records):
+def _routes(model: str, records: Records) -> Iterator[Entry]:
+    """The mixtures by route: generation, read causally, and STS under both masks."""
+    for key, record in sorted(records.items()):
+        if ".generation." not in key or model_of(record) != model:
+            continue
         section = record["generation"]
         for route, scores in section["routes"].items():
-            row = "base" if route == "uni" else mixed(record, route)
-            yield row, record, scored(scores, section["metrics"])
+            sts = {
+                f"STS {row['attention']}": row["average"]
+                for row in record["sts"]
+                if row["route"] == route
+            }
+            cells = scored(scores, section["metrics"]) | sts
+            yield Entry(mixed(record, route), record, cells, record)
 
 
-def by_variant(model: str, records: Records) -> Iterator[Entry]:
-    """Generation of Bitune's variants; its perplexity is of other chats than the mixtures'."""
+def _bitune(model: str, records: Records) -> Iterator[Entry]:
+    """Bitune's variants: generation; its perplexity is of other chats than the mixtures'."""
     for _, record in sorted(records.items()):
         if "bitune" in record and model_of(record) == model:
-            tasks = main_metrics(record["bitune"], record["bitune"]["metrics"])
-            yield f"bitune, {variant(record)}", record, tasks
+            section = record["bitune"]
+            cells = main_metrics(section, section["metrics"]) | {"average": section.get("average")}
+            yield Entry(f"bitune, {variant(record)}", record, cells, record)
 
 
 def _generation(model: str, records: Records) -> Iterator[Entry]:
-    for entries in (read_again, by_route, by_variant):
-        yield from entries(model, records)
+    """All of these; of the base's, first the one that has STS under both masks."""
+    routes = list(_routes(model, records))
+    for each in routes:
+        if each.row == ROUTES["uni"]:
+            yield replace(each, row="base")
+    for each in _again(model, records):
+        yield each if each.is_base else replace(each, row=each.row + ENCODER)
+    yield from (each for each in routes if each.row != ROUTES["uni"])
+    yield from _bitune(model, records)
 
 
 def main_metrics(scores: dict[str, Any], metrics: dict[str, str]) -> Cells:
@@ -281,8 +290,61 @@ def scored(scores: dict[str, Any], metrics: dict[str, str]) -> Cells:
     return main_metrics(scores, metrics) | rest
 
 
-ENTRIES: dict[int, Callable[[str, Records], Iterator[Entry]]] = {
-    2: _sts,
-    3: _dependence,
-    4: _generation,
+KINDS: dict[str, Callable[[str, Records], Iterator[Entry]]] = {
+    "sts": _sts,
+    "dependence": _dependence,
+    "after": _after,
+    "again": _again,
+    "routes": _routes,
+    "bitune": _bitune,
+    "generation": _generation,
 }
+
+
+# --- what the numbers do not say ------------------------------------------------------------------
+
+# What a run scored beside, and where its models were: no setting of a number.
+NO_SETTINGS = {
+    *("model.name", "ubmoe.bi", "evaluation.language_model"),
+    *("ubmoe.route", "ubmoe.routes", "ubmoe.export"),
+}
+
+
+def notes(kind: str, model: str, records: Records, seeds: Sequence[int]) -> list[str]:
+    """In what the runs of a row differ, where they do, and how generation was asked."""
+    every = _all(kind, model, records, seeds)
+    values: dict[str, dict[str, set[str]]] = {}
+    for each in every:
+        for key, value in _settings(each).items():
+            values.setdefault(each.row, {}).setdefault(key, set()).add(value)
+    said = []
+    for row, keys in values.items():
+        if unlike := sorted(key for key, found in keys.items() if len(found) > 1):
+            said.append(f"Unlike runs in one row, {row}: {', '.join(unlike)}.")
+    return said + _asked(every)
+
+
+def _settings(entry: Entry) -> dict[str, str]:
+    """What an entry's numbers depend on besides the seed: how it was scored, and how made."""
+    found = leaves(entry.record["config"], SCORED[_kind(entry.record)])
+    if not entry.is_base:
+        found |= leaves(entry.made["config"], MADE.get(_kind(entry.made), ()))
+    return {key: value for key, value in found.items() if key not in NO_SETTINGS}
+
+
+def _kind(record: Record) -> str:
+    return next(name for name in SCORED if name in record)
+
+
+def _asked(every: Iterable[Entry]) -> list[str]:
+    """How many shots and questions a task had; the paper does not say its own."""
+    found = set()
+    for each in every:
+        section = each.record.get("generation") or each.record.get("bitune", {})
+        counts = section.get("shots", {})
+        known = [f"{task} {count}" for task, count in counts.items() if count is not None]
+        if known:
+            limit = section["limit"]
+            only = f"; the first {limit} questions of each task" if limit else ""
+            found.add(f"Shots of ours: {', '.join(known)}{only}.")
+    return sorted(found)

@@ -1,43 +1,49 @@
 """The generated tables of README.md, from the records."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ubmoe import paper
+from ubmoe.config import UserError
 from ubmoe.published import published
 from ubmoe.tables import (
     ROUTES,
     dependence_caption,
     dependence_rows,
     markdown,
-    mixed,
-    model_of,
     probed,
     probes_caption,
     probing_rows,
     spread,
-    variant,
 )
 
+Records = dict[str, dict[str, Any]]
 
-def renewed(text: str, records: dict[str, dict[str, Any]]) -> str:
-    """The text with every block between `<!-- kind: name -->` and `<!-- end -->` made anew."""
+
+def renewed(text: str, records: Records, seeds: Sequence[int]) -> str:
+    """The text with every block between `<!-- kind: name -->` and `<!-- end -->` made anew.
+
+    seeds: those whose runs are averaged. Raises UserError for a block without any record.
+    """
 
     def block(match: re.Match[str]) -> str:
-        return f"{match[1]}\n{BLOCKS[match[2]](match[3], records)}\n<!-- end -->"
+        made = BLOCKS[match[2]](match[3], records, seeds)
+        if not made:
+            raise UserError(f"README.md: no records for the block {match[2]}: {match[3]}")
+        return f"{match[1]}\n{made}\n<!-- end -->"
 
     return re.sub(r"(<!-- (\w+): ([\w.-]+) -->)\n.*?<!-- end -->", block, text, flags=re.DOTALL)
 
 
-def _dependence_block(name: str, records: dict[str, dict[str, Any]]) -> str:
+def _dependence_block(name: str, records: Records, _: Sequence[int]) -> str:
     found = [record for key, record in records.items() if key.startswith(f"{name}.dependence.")]
     return "\n\n".join(
         f"{markdown(dependence_rows(record))}\n\n{dependence_caption(record)}" for record in found
     )
 
 
-def _benchmark_block(name: str, records: dict[str, dict[str, Any]]) -> str:
+def _benchmark_block(name: str, records: Records, _: Sequence[int]) -> str:
     parts = []
     for key, record in sorted(records.items()):
         if key.startswith(f"benchmark.{name}."):
@@ -47,62 +53,58 @@ def _benchmark_block(name: str, records: dict[str, dict[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
-def _sts_block(name: str, records: dict[str, dict[str, Any]]) -> str:
+def _column(every: Iterable[paper.Entry], name: str) -> str:
+    return spread([value for each in every if (value := each.cells.get(name)) is not None])
+
+
+def _names(rows: dict[str, list[paper.Entry]]) -> list[str]:
+    """The columns that are tasks."""
+    every = (name for row in rows.values() for each in row for name in each.cells)
+    return [name for name in dict.fromkeys(every) if name not in paper.NO_TASKS]
+
+
+def _sts_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     """A row for what was trained on a model, over its seeds: STS by task, DP-after if measured.
 
     Where it was read causally again, the perplexity of that, too.
     """
-    scores = paper.ours(2, name, records)
-    after: dict[str, dict[Any, float]] = {}
-    for row, record in paper.dependences(name, records):
-        seed = None if row == "base" else record["config"]["seed"]
-        after.setdefault(row, {})[seed] = record["dependence"]["overall"]["after"]
-    again = _perplexities(name, records)
-    order = sorted(scores, key=lambda row: (row != "base", row.count(" "), row))
-    columns = list(scores[order[0]])
+    rows, after, again = (
+        paper.by_row(kind, name, records, seeds) for kind in ("sts", "after", "again")
+    )
+    columns = [*_names(rows), "average"]
     body = [
         [
             row,
-            str(len(scores[row]["average"])),
-            *(spread(list(scores[row][column].values())) for column in columns),
-            spread(list(after.get(row, {}).values())),
-            *([spread(again.get(row, []))] if again else []),
+            str(len(rows[row])),
+            *(_column(rows[row], column) for column in columns),
+            _column(after.get(row, []), "after"),
+            *([_column(again.get(row, []), "perplexity")] if again else []),
         ]
-        for row in order
+        for row in sorted(rows, key=lambda row: (row != "base", row.count(" "), row))
     ]
     header = ["trained", "seeds", *columns, "DP-after", *(["perplexity"] if again else [])]
-    return _noted([header, *body], paper.notes(paper.ENTRIES[2](name, records)))
+    return _noted([header, *body], paper.notes("sts", name, records, seeds))
 
 
-def _perplexities(name: str, records: dict[str, dict[str, Any]]) -> dict[str, list[float]]:
-    """Of what train_bi.py tuned, read causally; the base has no seeds."""
-    found: dict[str, dict[Any, float]] = {}
-    for entry, record, cells in paper.read_again(name, records):
-        row = entry.removesuffix(paper.ENCODER)
-        seed = None if row == "base" else record["config"]["seed"]
-        if (perplexity := cells["perplexity"]) is not None:
-            found.setdefault(row, {})[seed] = perplexity
-    return {row: list(seeds.values()) for row, seeds in found.items()}
-
-
-def _mixture_block(name: str, records: dict[str, dict[str, Any]]) -> str:
+def _mixture_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     """A row for each route and router of a model's mixtures, over the seeds.
 
     Generation under the causal mask, STS (the average) under both.
     """
-    rows: dict[str, dict[int, dict[str, Any]]] = {}
-    for _, record in paper.mixtures(name, records):
-        for route, scores in record["generation"]["routes"].items():
-            seeds = rows.setdefault(mixed(record, route), {})
-            seeds[record["config"]["seed"]] = {"scores": scores, "sts": _sts_of(record, route)}
-        metrics = record["generation"]["metrics"]
-    body = [_mixture_row(label, list(rows[label].values()), metrics) for label in _ordered(rows)]
-    header = ["generates with", "seeds", *metrics, "perplexity", "STS bidirectional", "STS causal"]
-    return _noted([header, *body], paper.notes(paper.by_route(name, records)))
+    rows = paper.by_row("routes", name, records, seeds)
+    columns = [*_names(rows), "perplexity", "STS bidirectional", "STS causal"]
+    body = [
+        [row, str(len(rows[row])), *(_column(rows[row], column) for column in columns)]
+        for row in _ordered(rows)
+    ]
+    header = ["generates with", "seeds", *columns]
+    return _noted([header, *body], paper.notes("routes", name, records, seeds))
 
 
 def _noted(rows: list[list[str]], notes: list[str]) -> str:
-    """A table, and below it a paragraph of notes."""
+    """A table, and below it a paragraph of notes; nothing where there are no rows."""
+    if len(rows) == 1:
+        return ""
     return "\n".join([markdown(rows), *([""] if notes else []), *notes])
 
 
@@ -113,45 +115,20 @@ def _ordered(labels: Iterable[str]) -> list[str]:
     return sorted(place, key=lambda label: (", causal" in label, place[label], label))
 
 
-def _sts_of(record: dict[str, Any], route: str) -> dict[str, float]:
-    return {row["attention"]: row["average"] for row in record["sts"] if row["route"] == route}
-
-
-def _mixture_row(label: str, seeds: list[dict[str, Any]], metrics: dict[str, str]) -> list[str]:
-    columns = [
-        *(
-            [each["scores"]["tasks"].get(task, {}).get(metric) for each in seeds]
-            for task, metric in metrics.items()
-        ),
-        [each["scores"]["perplexity"] for each in seeds],
-        *([each["sts"].get(mask) for each in seeds] for mask in ("bidirectional", "causal")),
-    ]
-    cells = [spread([value for value in column if value is not None]) for column in columns]
-    return [label, str(len(seeds)), *cells]
-
-
-def _bitune_block(name: str, records: dict[str, dict[str, Any]]) -> str:
+def _bitune_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     """A row for each variant on a model, over its seeds, beside the paper's averages."""
-    runs: dict[str, list[dict[str, Any]]] = {}
-    for record in records.values():
-        if "bitune" in record and model_of(record) == name:
-            runs.setdefault(variant(record), []).append(record["bitune"])
-    ablations = published("bitune")["ablations"]
-    theirs = {row["method"]: row["scores"] for row in ablations["rows"]}
-    metrics = next(iter(runs.values()))[0]["metrics"]
+    runs = paper.by_row("bitune", name, records, seeds)
+    ablations, columns = published("bitune")["ablations"], _names(runs)
     rows = []
-    for method in theirs:
-        if seeds := runs.get(method, []):
-            tasks = [
-                spread([each["tasks"][task][metric] for each in seeds])
-                for task, metric in metrics.items()
-            ]
-            perplexity = spread([each["perplexity"] for each in seeds])
-            printed = [f"{score:.1f}" for score in theirs[method]]
-            rows.append([method, str(len(seeds)), perplexity, *tasks, *printed])
+    for theirs in ablations["rows"]:
+        if own := runs.get(f"bitune, {theirs['method']}", []):
+            perplexity = spread([each.record["bitune"]["perplexity"] for each in own])
+            printed = [f"{score:.1f}" for score in theirs["scores"]]
+            cells = [perplexity, *(_column(own, column) for column in columns), *printed]
+            rows.append([theirs["method"], str(len(own)), *cells])
     printed = [f"published average, {column}" for column in ablations["columns"]]
-    header = ["variant", "seeds", "perplexity", *metrics, *printed]
-    return _noted([header, *rows], paper.notes(paper.by_variant(name, records)))
+    header = ["variant", "seeds", "perplexity", *columns, *printed]
+    return _noted([header, *rows], paper.notes("bitune", name, records, seeds))
 
 
 # The published column of a task, and where it stands.
@@ -167,7 +144,7 @@ PUBLISHED_PROBES = {
 PUBLISHED_FAMILY = "Llama-2-7B"
 
 
-def _probing_block(name: str, records: dict[str, dict[str, Any]]) -> str:
+def _probing_block(name: str, records: Records, _: Sequence[int]) -> str:
     """A row a task and split, a column a model, published numbers in brackets.
 
     The published ones are of another family, at the same stage of training, and of the random or
@@ -211,24 +188,18 @@ def _published_probe(task: str, probe: str, label: str) -> float | None:
 PAPER = {"sts": 2, "dependence": 3, "generation": 4}
 
 
-def _paper_block(name: str, records: dict[str, dict[str, Any]]) -> str:
+def _paper_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     """A table of the paper, for all of its models: ours and, in brackets, published and gap."""
-    number = PAPER[name]
-    every = [paper.columns(number, model, records) for model in paper.models()]
-    shown = ["average"] if number == 2 else list(dict.fromkeys(sum(every, [])))
-    parts = [(model, paper.rows(number, model, records, shown)) for model in paper.models()]
-    header = ["model", *parts[0][1][0]]
-    body = [[model, *row] for model, rows in parts for row in rows[1:]]
-    notes = [
-        note
-        for model in paper.models()
-        for found in (
-            paper.notes(paper.ENTRIES[number](model, records)),
-            paper.misprints(number, model),
-        )
-        for note in found
-    ]
-    return _noted([header, *body], notes)
+    number, found, notes = PAPER[name], [], []
+    for model in paper.models():
+        found += paper.columns(number, model, records, seeds)
+        notes += paper.notes(name, model, records, seeds) + paper.misprints(number, model)
+    shown = ["average"] if number == 2 else list(dict.fromkeys(found))
+    body = []
+    for model in paper.models():
+        header, *rows = paper.rows(number, model, records, seeds, shown)
+        body += [[model, *row] for row in rows]
+    return _noted([["model", *header], *body], notes)
 
 
 def _number(value: Any) -> str:

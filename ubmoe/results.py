@@ -247,9 +247,14 @@ def peak_memory_bytes() -> int:
 def read_result(path: Path) -> dict[str, Any]:
     """Raises UserError for a file that is not a result."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or not ({"config", "rows"} & set(found)):
+            raise ValueError("no config in it")
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no result ({error}); run calculate_dp.py first") from error
+        raise UserError(
+            f"{path}: no result ({error}); expected what a run wrote: remove it, and run again"
+        ) from error
+    return found
 
 
 def existing(config: Config) -> list[Path]:
@@ -302,14 +307,10 @@ def table(config: Config) -> str:
 
 
 def renew_readme(config: Config) -> str:
-    """Renew the generated tables of README.md from the recorded results."""
+    """Renew the generated tables of README.md from the recorded results of `results.seeds`."""
     path = Path("README.md")
-    replace(
-        path,
-        partial(
-            _write_text, text=readme.renewed(path.read_text(encoding="utf-8"), recorded(config))
-        ),
-    )
+    text = readme.renewed(path.read_text(encoding="utf-8"), recorded(config), config.results.seeds)
+    replace(path, partial(_write_text, text=text))
     return str(path)
 
 

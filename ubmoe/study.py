@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import logging
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,14 +20,17 @@ from typing import Any
 from tqdm import tqdm
 
 from ubmoe.config import (
-    READS,
+    MADE,
+    SCORED,
     Config,
     ResultsSection,
     TrainingSection,
     UserError,
     dump_config,
+    leaves,
     load_config,
 )
+from ubmoe.data import read_texts
 from ubmoe.results import read_result, record, replace
 
 log = logging.getLogger(__name__)
@@ -41,11 +45,15 @@ MIXTURES = {
 BITUNE = ("lora", "full")
 
 
+# What a later step reads of an earlier one.
+LEFT = {"sts": "bi", "generation": "ubmoe"}
+
+
 @dataclass(frozen=True)
 class Step:
     """One run of one program; `row` names its line in the tables, over the seeds.
 
-    made_by: the sections of the configuration that an earlier run made its model by.
+    after: the step whose model this one reads; None: it reads the base alone.
     """
 
     program: tuple[str, ...]
@@ -53,7 +61,7 @@ class Step:
     result: str
     config_file: str
     keys: tuple[str, ...]
-    made_by: tuple[str, ...] = ()
+    after: "Step | None" = None
 
     @cached_property
     def config(self) -> Config:
@@ -64,18 +72,31 @@ class Step:
         return Path(self.config.output_dir) / f"{self.result}.json"
 
     @property
+    def left(self) -> Path:
+        """The model that later steps read."""
+        return Path(self.config.output_dir) / LEFT[self.result]
+
+    @property
     def command(self) -> str:
         return shlex.join(["python", *self.program, self.config_file, *self.keys])
 
     def state(self) -> str:
-        """`there`, with this very configuration; `other`, with another; or `missing`."""
+        """`there`, with these very settings and of this very model; `other`; or `missing`."""
         if not self.path.exists():
             return "missing"
-        kept = read_result(self.path)["config"]
-        own = self.config.model_dump()
-        read = ("seed", *READS[self.result], *self.made_by)
-        same = all(kept.get(key) == own[key] for key in read)
-        return "there" if same else "other"
+        kept = read_result(self.path)
+        read = ("seed", *SCORED[self.result], *MADE.get(self.result, ()))
+        same = leaves(kept["config"], read) == leaves(self.config.model_dump(), read)
+        return "there" if same and self._is_of_what_it_reads(kept) else "other"
+
+    def _is_of_what_it_reads(self, kept: dict[str, Any]) -> bool:
+        if self.after is None:
+            return True
+        if self.after.state() != "there":
+            return False
+        own = kept["generation"].get("bi_weights") if self.result == "generation" else None
+        own = own or kept["environment"].get("weights")
+        return own == read_result(self.after.path)["environment"].get("weights")
 
 
 def steps(config: Config) -> list[Step]:
@@ -101,36 +122,39 @@ def steps(config: Config) -> list[Step]:
 def _of_seed(config: Config, config_file: str, seed: int, rows: Sequence[str]) -> Iterator[Step]:
     table = config.results.table
 
-    def step(
-        program: str, name: str, result: str, *keys: str, made_by: tuple[str, ...] = ()
-    ) -> Step:
-        given = (f"seed={seed}", f"output_dir={folder(name)}", *keys)
-        return Step(tuple(program.split()), name, result, config_file, given, made_by)
-
-    def folder(name: str) -> Path:
+    def step(program: str, name: str, result: str, *keys: str, after: Step | None = None) -> Step:
         slug = name.replace("+", "-").replace(" ", "-")
-        return Path(config.output_dir) / "study" / f"seed{seed}" / f"{label(config)}-{slug}"
+        folder = Path(config.output_dir) / "study" / f"seed{seed}" / f"{label(config)}-{slug}"
+        given = (f"seed={seed}", f"output_dir={folder}", *keys)
+        return Step(tuple(program.split()), name, result, config_file, given, after)
 
+    encoders = {}
     needed = {encoder for encoder, _ in MIXTURES.values()} if table == 4 else set(rows)
     for row in [row for row in rows if row in needed]:
-        yield step("train_bi.py", row, "sts", *_trains(config, row))
-        tuned = () if row == "base" else (f"model.name={folder(row)}/bi",)
-        made_by: tuple[str, ...] = ("bi",) if tuned else ()
+        encoders[row] = step("train_bi.py", row, "sts", *_trains(config, row))
+        yield encoders[row]
+        after = None if row == "base" else encoders[row]
+        tuned = () if after is None else (f"model.name={after.left}",)
         if table in (3, "all"):
-            yield step("calculate_dp.py", row, "dependence", *tuned, made_by=made_by)
+            yield step("calculate_dp.py", row, "dependence", *tuned, after=after)
         if table == "all":
             both = "evaluation.language_model=true"
-            yield step("-m ubmoe.evaluate", row, "evaluation", both, *tuned, made_by=made_by)
+            yield step("-m ubmoe.evaluate", row, "evaluation", both, *tuned, after=after)
+    mixtures = {}
     if table in (4, "all"):
-        for name, (encoder, keys) in MIXTURES.items():
-            if encoder not in rows:
-                raise UserError(f"results.rows: {name} needs {encoder!r}; add it")
-            bi = f"ubmoe.bi={folder(encoder)}/bi"
-            yield step("train_ubmoe.py", name, "generation", bi, *keys)
+        for name, (row, keys) in MIXTURES.items():
+            if row not in encoders:
+                raise UserError(f"results.rows: {name} needs {row!r}; add it")
+            bi = f"ubmoe.bi={encoders[row].left}"
+            mixtures[name] = step(
+                "train_ubmoe.py", name, "generation", bi, *keys, after=encoders[row]
+            )
+            yield mixtures[name]
     if table == "all":
-        mixture = f"model.name={folder('ubmoe')}/ubmoe"
-        made_by = ("bi", "ubmoe")
-        yield step("calculate_dp.py", "ubmoe", "dependence", mixture, made_by=made_by)
+        after = mixtures["ubmoe"]
+        yield step(
+            "calculate_dp.py", "ubmoe", "dependence", f"model.name={after.left}", after=after
+        )
         for variant in BITUNE:
             key = f"bitune.variant={variant}"
             yield step("-m ubmoe.bitune", f"bitune {variant}", "bitune", key)
@@ -161,69 +185,9 @@ def plan(config: Config) -> str:
             if row not in estimates:
                 estimates[row] = estimate(step, config.results.timed_steps)
             known += f"; {estimates[row]}"
-        lines += [f"# {step.row}, seed {step.config.seed}: {known}", step.command]
+        after = f", after train of {step.after.row}" if step.after else ""
+        lines += [f"# {step.row}, seed {step.config.seed}{after}: {known}", step.command]
     return "\n".join(lines)
-
-
-def _short(step: Step, count: int) -> list[str] | None:
-    """Keys for a few steps of a run, without any scoring; None where scoring is all it does."""
-    stages = range(len(step.config.bi.stages))
-    scoring = ["evaluation.sts=[]", "evaluation.generation=[]"]
-    return {
-        "sts": [*(f"bi.stages.{each}.max_steps={count}" for each in stages), *scoring],
-        "generation": [f"ubmoe.max_steps={count}", "ubmoe.export=[]", *scoring],
-        "bitune": [f"bitune.max_steps={count}", "bitune.generation=[]"],
-        "dependence": [f"dependence.max_texts={count}"],
-        "evaluation": None,
-    }[step.result]
-
-
-def estimate(step: Step, count: int) -> str:
-    """Hours and memory of a run, from a few of its steps; scoring is not counted."""
-    keys = _short(step, count)
-    if keys is None:
-        return "not timed: it only scores"
-    for needed in (step.config.model.name, step.config.ubmoe.bi):
-        if needed and "/study/" in needed and not Path(needed).exists():
-            return f"not timed: {needed} is not there yet"
-    folder = f"output_dir={Path(step.config.output_dir).parent.parent / 'timed' / step.row}"
-    timed = replace_keys(step, [*keys, folder])
-    if timed.state() != "there":
-        _execute(timed)
-    result = read_result(timed.path)
-    hours = _extrapolated(step, result, count) / 3600
-    memory = result["peak_memory_bytes"] / 1e9
-    return f"about {hours:.2g} h and {memory:.1f} GB, from {count} steps, without scoring"
-
-
-def replace_keys(step: Step, keys: list[str]) -> Step:
-    """The same run with further keys; later ones win."""
-    return dataclasses.replace(step, keys=(*step.keys, *keys))
-
-
-def _extrapolated(step: Step, result: dict[str, Any], count: int) -> float:
-    """Seconds: what does not grow with the steps, and the steps at the pace of the few."""
-    section, config = result[step.result], step.config
-    if step.result == "dependence":
-        wanted = config.dependence.max_texts or count
-        return result["seconds"] * max(1.0, wanted / max(1, section["texts"]))
-    seconds = result["seconds"]
-    for settings, log_rows, rows in _trained(config, section):
-        seconds += log_rows[-1]["train_runtime"] * (settings.steps(rows) / count - 1)
-    return float(seconds)
-
-
-def _trained(
-    config: Config, section: dict[str, Any]
-) -> list[tuple[TrainingSection, list[dict[str, Any]], int]]:
-    """(settings, log, rows) of whatever a result says that it trained."""
-    if "stages" in section:
-        reports = zip(config.bi.stages, section["stages"], strict=True)
-        return [(stage, report["log"], report["rows"]) for stage, report in reports]
-    if "router" in section:
-        router = section["router"]
-        return [(config.ubmoe, router["log"], router["counts"]["chats"])]
-    return [(config.bitune, section["log"], section["counts"]["examples"])]
 
 
 def _known(step: Step) -> str:
@@ -233,7 +197,9 @@ def _known(step: Step) -> str:
         return "not run"
     result = read_result(step.path)
     took = f"{result['seconds'] / 3600:.2f} h, {result['peak_memory_bytes'] / 1e9:.1f} GB"
-    return f"done in {took}" if state == "there" else f"run with other keys ({took}); runs again"
+    if state == "there":
+        return f"done in {took}"
+    return f"run with other keys, or of another model ({took}); runs again"
 
 
 def run(config: Config) -> str:
@@ -251,20 +217,87 @@ def run(config: Config) -> str:
             done = step.state() == "there"  # now: another process may have made it meanwhile
             log.info("%s%s", say, ": done" if done else "")
             if not done:
+                if step.after is not None and not step.after.left.exists():
+                    _execute(step.after)  # somebody removed its model to make room
                 _execute(step)
             record(step.config.model_copy(update={"results": config.results}), [step.path])
             bar.update(not before)
     return f"{len(wanted)} runs in {Path(config.output_dir) / 'study'}"
 
 
-def _execute(step: Step) -> None:
+def _execute(step: Step, resume: str = "auto") -> None:
     folder = Path(step.config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     log_file = folder / f"{step.result}.log"
     program = [str(ROOT / each) if each.endswith(".py") else each for each in step.program]
-    command = [sys.executable, *program, step.config_file, *step.keys]
+    command = [sys.executable, *program, step.config_file, *step.keys, f"resume={resume}"]
     with log_file.open("a") as file:
-        done = subprocess.run([*command, "resume=auto"], stdout=file, stderr=file)
+        done = subprocess.run(command, stdout=file, stderr=file)
     if done.returncode:
-        last: Any = log_file.read_text().strip().splitlines()[-1:]
+        last: Any = log_file.read_text(encoding="utf-8").strip().splitlines()[-1:]
         raise UserError(f"{step.command} failed ({' '.join(last)}); see {log_file}")
+
+
+# --- hours and memory, from a few steps -----------------------------------------------------------
+
+
+def estimate(step: Step, count: int) -> str:
+    """Hours and memory of a run, from a few of its steps; scoring and checkpoints not counted."""
+    keys = _short(step, count)
+    if keys is None:
+        return "not timed: it only scores"
+    if step.after is not None and not step.after.left.exists():
+        return f"not timed: {step.after.left} is not there yet"
+    folder = Path(step.config.output_dir).parent.parent / "timed" / step.row
+    timed = dataclasses.replace(step, keys=(*step.keys, *keys, f"output_dir={folder}"), after=None)
+    if timed.state() != "there":
+        _execute(timed, resume="never")
+        for each in folder.iterdir():  # models and checkpoints, as large as the run's
+            if each.is_dir():
+                shutil.rmtree(each)
+    result = read_result(timed.path)
+    seconds = _extrapolated(step, result)
+    took = f"{seconds / 3600:.1f} h" if seconds > 360 else f"{seconds / 60:.1f} min"
+    memory = result["peak_memory_bytes"] / 1e9
+    what = "texts" if step.result == "dependence" else "steps"
+    return f"about {took} and {memory:.1f} GB, from {count} {what}, without scoring"
+
+
+def _short(step: Step, count: int) -> list[str] | None:
+    """Keys for a few steps of a run, without any scoring; None where scoring is all it does."""
+    stages = range(len(step.config.bi.stages))
+    scoring = ["evaluation.sts=[]", "evaluation.generation=[]"]
+    return {
+        "sts": [*(f"bi.stages.{each}.max_steps={count}" for each in stages), *scoring],
+        "generation": [f"ubmoe.max_steps={count}", "ubmoe.export=[]", *scoring],
+        "bitune": [f"bitune.max_steps={count}", "bitune.generation=[]"],
+        "dependence": [f"dependence.max_texts={count}"],
+        "evaluation": None,
+    }[step.result]
+
+
+def _extrapolated(step: Step, result: dict[str, Any]) -> float:
+    """Seconds: what does not grow with the work, and the work at the pace of its small part."""
+    section, config = result[step.result], step.config
+    seconds = float(result["seconds"])
+    if step.result == "dependence":
+        texts = len(read_texts(config.dependence.dataset, config.dependence.max_texts))
+        return seconds + section["seconds"] * (texts / section["texts"] - 1)
+    for settings, log_rows, rows in _trained(config, section):
+        if log_rows:  # none where nothing trains
+            done = log_rows[-1]
+            seconds += done["seconds_per_step"] * (settings.steps(rows) - done["step"])
+    return seconds
+
+
+def _trained(
+    config: Config, section: dict[str, Any]
+) -> list[tuple[TrainingSection, list[dict[str, Any]], int]]:
+    """(settings, log, rows) of whatever a result says that it trained."""
+    if "stages" in section:
+        reports = zip(config.bi.stages, section["stages"], strict=True)
+        return [(stage, report["log"], report["rows"]) for stage, report in reports]
+    if "router" in section:
+        router = section["router"]
+        return [(config.ubmoe, router["log"], router["counts"]["chats"])]
+    return [(config.bitune, section["log"], section["counts"]["examples"])]

@@ -43,13 +43,12 @@ def dependence_text(result: dict[str, Any]) -> str:
     return f"{dependence_caption(result)}\n{aligned(dependence_rows(result))}"
 
 
-def sts_rows(result: dict[str, Any], name: str) -> list[list[str]]:
+def sts_rows(section: dict[str, Any], what: str, label: str) -> list[list[str]]:
     """Header and one row: Spearman x 100 by task, and the average."""
-    section = result[name]
     average = "not run" if section["average"] is None else f"{section['average']:.2f}"
     return [
-        ["trained", *section["tasks"], "average"],
-        [trained(result), *(f"{score:.2f}" for score in section["tasks"].values()), average],
+        [what, *section["tasks"], "average"],
+        [label, *(f"{score:.2f}" for score in section["tasks"].values()), average],
     ]
 
 
@@ -57,8 +56,7 @@ def trained(result: dict[str, Any]) -> str:
     """What train_bi.py trained, in the words of Table 2; `causal` where under that mask."""
     settings = result["config"]["bi"]
     words = " then ".join(map(_stage, settings["stages"])) or "base"
-    causal = settings.get("attention") == "causal" and settings["stages"]
-    return f"{words} causal" if causal else words
+    return f"{words} causal" if settings.get("attention") == "causal" else words
 
 
 def _stage(stage: dict[str, Any]) -> str:
@@ -68,9 +66,28 @@ def _stage(stage: dict[str, Any]) -> str:
 
 
 def sts_text(result: dict[str, Any]) -> str:
-    name = "sts" if "sts" in result else "evaluation"
-    model = Path(result["config"]["model"]["name"]).name
-    return f"STS of {model}, Spearman x 100.\n{aligned(sts_rows(result, name))}"
+    rows = sts_rows(result["sts"], "trained", trained(result))
+    return f"STS of {model_of(result)}, Spearman x 100.\n{aligned(rows)}"
+
+
+def evaluation_text(result: dict[str, Any]) -> str:
+    """STS of whatever model was scored, and what it generates where that was asked."""
+    model = model_of(result)
+    rows = sts_rows(result["evaluation"], "model", model)
+    parts = [f"STS of {model}, Spearman x 100.\n{aligned(rows)}"]
+    if section := result.get("generation"):
+        names = list(section["metrics"])
+        cells = _generated(section, names, section["metrics"])
+        rows = [["model", *names, "average", "perplexity"], [model, *cells]]
+        parts.append(f"Generation of {model}, read causally, percent.\n{aligned(rows)}")
+    return "\n\n".join(parts)
+
+
+def _generated(scores: dict[str, Any], names: list[str], metrics: dict[str, str]) -> list[str]:
+    """The main metric of each task, their average, and the perplexity."""
+    tasks = [f"{scores['tasks'][name][metrics[name]]:.2f}" for name in names]
+    average = "not run" if scores["average"] is None else f"{scores['average']:.2f}"
+    return [*tasks, average, f"{scores['perplexity']:.2f}"]
 
 
 def generation_text(result: dict[str, Any]) -> str:
@@ -79,9 +96,7 @@ def generation_text(result: dict[str, Any]) -> str:
     names = list(section["metrics"])
     rows = [["route", *names, "average", "perplexity"]]
     for route, each in section["routes"].items():
-        scores = [f"{each['tasks'][name][section['metrics'][name]]:.2f}" for name in names]
-        average = "not run" if each["average"] is None else f"{each['average']:.2f}"
-        rows.append([route, *scores, average, f"{each['perplexity']:.2f}"])
+        rows.append([route, *_generated(each, names, section["metrics"])])
     parts = [f"Generation of the mixture on {model}, percent.\n{aligned(rows)}"]
     if sts := result["sts"]:
         tasks = list(sts[0]["tasks"])
@@ -97,12 +112,8 @@ def bitune_text(result: dict[str, Any]) -> str:
     """Tasks, their average, and perplexity of held-out answers."""
     section, model = result["bitune"], Path(result["config"]["model"]["name"]).name
     names = list(section["metrics"])
-    scores = [f"{section['tasks'][name][section['metrics'][name]]:.2f}" for name in names]
-    average = "not run" if section["average"] is None else f"{section['average']:.2f}"
-    rows = [
-        ["variant", *names, "average", "perplexity"],
-        [section["variant"], *scores, average, f"{section['perplexity']:.2f}"],
-    ]
+    cells = _generated(section, names, section["metrics"])
+    rows = [["variant", *names, "average", "perplexity"], [section["variant"], *cells]]
     return f"Bitune on {model}, percent.\n{aligned(rows)}"
 
 
@@ -160,7 +171,7 @@ TEXT = {
     "generation": generation_text,
     "bitune": bitune_text,
     "probing": probing_text,
-    "evaluation": sts_text,
+    "evaluation": evaluation_text,
 }
 
 
@@ -186,7 +197,10 @@ def spread(values: list[float]) -> str:
 
 
 def model_of(record: dict[str, Any]) -> str:
-    return Path(record["config"]["model"]["name"]).name if "config" in record else ""
+    """What a record is of: the last part of the model's name, and its adapter's."""
+    settings = record["config"]["model"] if "config" in record else {"name": ""}
+    adapter = settings.get("adapter")
+    return Path(settings["name"]).name + (f" with {Path(adapter).name}" if adapter else "")
 
 
 # What a forced route is; `uni` and `bi` are the two models themselves, without a mixture.

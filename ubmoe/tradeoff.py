@@ -6,6 +6,7 @@ its Pareto front. The second tests the paper's central claim: the more a tuned m
 later tokens (DP-after), the more of its generation is lost.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,12 +17,17 @@ from typing import Any
 
 import numpy as np
 
+from ubmoe import paper
 from ubmoe.config import Config, UserError
-from ubmoe.paper import Records, beside, encoders, mixtures
+from ubmoe.paper import Cells, Records
 from ubmoe.results import replace_all, save_figure
-from ubmoe.tables import mixed, model_of
+from ubmoe.tables import ROUTES, model_of
 
+log = logging.getLogger(__name__)
 RESAMPLES = 2000
+FEWEST = 6  # rows of an interval: of fewer, most draws are of two or three
+NO_MIXTURES = (ROUTES["uni"], ROUTES["bi"])  # the two models themselves, forced
+CAUSAL = " causal"
 
 
 @dataclass
@@ -33,28 +39,25 @@ class Point:
     tasks: list[float] = field(default_factory=list)
     perplexity: list[float] = field(default_factory=list)
 
-    def add(self, sts: float, generation: dict[str, Any]) -> None:
+    def add(self, sts: float, cells: Cells) -> None:
         self.sts.append(sts)
-        self.perplexity.append(generation["perplexity"])
-        if generation["average"] is not None:
-            self.tasks.append(generation["average"])
+        for name, values in (("perplexity", self.perplexity), ("average", self.tasks)):
+            if (value := cells[name]) is not None:
+                values.append(value)
 
 
-def points(model: str, records: Records) -> dict[str, Point]:
+def points(model: str, records: Records, seeds: Sequence[int]) -> dict[str, Point]:
     """Every model of the study that both uses were scored of, by its row's name."""
     found: dict[str, Point] = {}
-    for row, key in encoders(model, records):
-        section = beside(key, "evaluation", records).get("generation")
-        sts = records[key]["sts"]["average"]
-        if section is not None and sts is not None:
-            kind = "base" if row == "base" else "encoder"
-            found.setdefault(row, Point(kind)).add(sts, section)
-    for _, record in mixtures(model, records):
-        for row in record["sts"]:
-            if row["attention"] == "bidirectional" and row["route"] not in ("uni", "bi"):
-                scores = record["generation"]["routes"][row["route"]]
-                name = mixed(record, row["route"])
-                found.setdefault(name, Point("mixture")).add(row["average"], scores)
+    for each in paper.entries("again", model, records, seeds):
+        sts = each.made["sts"]["average"]
+        if sts is not None:
+            kind = "base" if each.is_base else "encoder"
+            found.setdefault(each.row, Point(kind)).add(sts, each.cells)
+    for each in paper.entries("routes", model, records, seeds):
+        sts = each.cells.get("STS bidirectional")
+        if sts is not None and not each.row.startswith(NO_MIXTURES):
+            found.setdefault(each.row, Point("mixture")).add(sts, each.cells)
     return found
 
 
@@ -77,38 +80,59 @@ class Tuned:
     after: float  # percentage points
     lost: float  # log of the perplexity over the base's
 
+    @property
+    def is_control(self) -> bool:
+        """Tuned under the causal mask, which the paper did not."""
+        return self.row.endswith(CAUSAL)
 
-def tuned(model: str, records: Records) -> list[Tuned]:
-    """Every bidirectional encoder whose dependence and generation were measured."""
-    scored, after = {}, {}
-    for row, key in encoders(model, records):
-        evaluated = beside(key, "evaluation", records)
-        measured = beside(key, "dependence", records)
-        if "generation" in evaluated and "dependence" in measured:
-            scored[row, key] = evaluated["generation"]["perplexity"]
-            after[row, key] = measured["dependence"]["overall"]["after"]
-    base = next((each for each in scored if each[0] == "base"), None)
-    if base is None:
+
+def tuned(model: str, records: Records, seeds: Sequence[int]) -> list[Tuned]:
+    """Every encoder whose dependence and generation were measured."""
+    after, perplexity = (
+        {
+            (each.row, each.seed): value
+            for each in paper.entries(kind, model, records, seeds)
+            if (value := each.cells[name]) is not None
+        }
+        for kind, name in (("after", "after"), ("again", "perplexity"))
+    )
+    base = ("base", None)
+    if base not in after.keys() & perplexity.keys():
         return []
     return [
-        Tuned(row, after[row, key] - after[base], math.log(perplexity / scored[base]))
-        for (row, key), perplexity in scored.items()
-        if row != "base" and not row.endswith(" causal")
+        Tuned(key[0], after[key] - after[base], math.log(perplexity[key] / perplexity[base]))
+        for key in perplexity
+        if key in after and not key[0].startswith("base")
     ]
 
 
-def correlation(found: Sequence[Tuned], seed: int = 0) -> tuple[float, float, float]:
-    """Pearson's r of `after` and `lost`, and its 95 % interval.
+@dataclass(frozen=True)
+class Correlation:
+    """Pearson's r of `after` and `lost`, and its 95 % interval where there are rows enough."""
 
-    The bootstrap draws rows, each with all of its seeds: seeds of one row are no new evidence.
-    """
+    r: float
+    interval: tuple[float, float] | None
+    rows: int
+
+    def __str__(self) -> str:
+        low, high = self.interval or (math.nan, math.nan)
+        said = (
+            f"95 % interval {low:.2f} to {high:.2f}" if self.interval else "too few for an interval"
+        )
+        return f"r = {self.r:.2f} over {self.rows} rows ({said})"
+
+
+def correlation(found: Sequence[Tuned], seed: int = 0) -> Correlation:
+    """The bootstrap draws rows, each with all of its seeds, which are no new evidence."""
     rows = sorted({each.row for each in found})
+    if len(rows) < FEWEST:
+        return Correlation(_pearson(found), None, len(rows))
     rng, drawn = np.random.default_rng(seed), []
     for _ in range(RESAMPLES):
         chosen = [rows[each] for each in rng.integers(len(rows), size=len(rows))]
         drawn.append(_pearson([each for row in chosen for each in found if each.row == row]))
     low, high = np.nanpercentile(drawn, [2.5, 97.5])
-    return _pearson(found), float(low), float(high)
+    return Correlation(_pearson(found), (float(low), float(high)), len(rows))
 
 
 def _pearson(found: Sequence[Tuned]) -> float:
@@ -123,8 +147,8 @@ def _pearson(found: Sequence[Tuned]) -> float:
 
 def draw(config: Config, records: Records) -> str:
     """Write tradeoff.png and claim.png to output_dir; returns their paths. Raises UserError."""
-    model = model_of({"config": config.model_dump()})
-    placed, encoded = points(model, records), tuned(model, records)
+    model, seeds = model_of({"config": config.model_dump()}), config.results.seeds
+    placed, encoded = points(model, records, seeds), tuned(model, records, seeds)
     if len(placed) < 2:
         raise UserError(
             f"{config.results.directory}: {len(placed)} models of {model} with STS and generation; "
@@ -132,9 +156,12 @@ def draw(config: Config, records: Records) -> str:
         )
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    figures = {"tradeoff.png": _plane(model, placed)}
-    if len({each.row for each in encoded}) > 2:
+    figures, rows = {"tradeoff.png": _plane(model, placed)}, {each.row for each in encoded}
+    if len(rows) > 2:
         figures["claim.png"] = _claim(model, encoded)
+    else:
+        (folder / "claim.png").unlink(missing_ok=True)  # of other records
+        log.info("claim.png: not drawn, of %d rows with dependence and perplexity", len(rows))
     replace_all({folder / name: partial(save_figure, each) for name, each in figures.items()})
     return "\n".join(str(folder / name) for name in figures)
 
@@ -177,7 +204,7 @@ def _plane(model: str, placed: dict[str, Point]) -> Any:
             text = ", ".join(str(shown[each][0]) for each in together)
             place = pairs[together[-1]]
             axes.annotate(text, place, (4, 3), textcoords="offset points", fontsize=7)
-        axes.set(xlabel="STS average (Spearman x 100)", ylabel=label)
+        axes.set(xlabel="STS average (mixtures: bidirectional)", ylabel=label)
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(
         *right.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=7
@@ -213,22 +240,26 @@ def _error(values: list[float]) -> float | None:
 def _claim(model: str, encoded: list[Tuned]) -> Any:
     from ubmoe.figures import blank
 
-    figure = blank(5.6, 4.0)
+    figure = blank(6.2, 4.4)
     axes = figure.subplots()
     for number, row in enumerate(dict.fromkeys(each.row for each in encoded)):
         own = [each for each in encoded if each.row == row]
         axes.plot(
             *([each.after for each in own], [each.lost for each in own]),
-            marker="o", ls="", ms=4, color=f"C{number}", label=row,
+            marker="o", ls="", ms=5, color=f"C{number}", label=row,
+            fillstyle="none" if own[0].is_control else "full",
         )  # fmt: skip
-    r, low, high = correlation(encoded)
     axes.axhline(0, color="grey", lw=0.6)
     axes.axvline(0, color="grey", lw=0.6)
     axes.set(
         xlabel="DP-after, minus the base's (percentage points)",
         ylabel="lost generation: log perplexity over the base's",
     )
-    axes.set_title(f"{model}: r = {r:.2f}, 95 % interval {low:.2f} to {high:.2f}", fontsize=10)
+    own = [each for each in encoded if not each.is_control]
+    said = [f"{model}: {correlation(encoded)}"]
+    if len(own) < len(encoded):
+        said.append(f"without the control that was tuned causally: {correlation(own)}")
+    axes.set_title("\n".join(said), fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
     return figure

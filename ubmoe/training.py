@@ -9,6 +9,8 @@ import json
 import logging
 import re
 import shutil
+import statistics
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -209,11 +211,31 @@ def fit(trainer: Trainer, checkpoint: Path | None) -> list[dict[str, Any]]:
         load_trainable(model, checkpoint)
         log.info("%s: trained to the end before", checkpoint.parent)
         return state.log_history
+    pace = Pace()
+    trainer.add_callback(pace)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     for name, value in model.named_parameters():
         if value.requires_grad and not torch.isfinite(value).all():
             raise UserError(f"the last step made {name} infinite; lower learning_rate")
+    trainer.state.log_history[-1] |= {"seconds_per_step": pace.seconds_per_step()}
     return trainer.state.log_history
+
+
+class Pace(TrainerCallback):
+    """Seconds of a step, once the first one has warmed everything up; no checkpoint is in them."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.began = 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.began = time.monotonic()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.seconds.append(time.monotonic() - self.began)
+
+    def seconds_per_step(self) -> float:
+        return statistics.mean(self.seconds[1:] or self.seconds)
 
 
 def trainable(model: nn.Module) -> dict[str, torch.Tensor]:
