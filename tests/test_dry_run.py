@@ -1,5 +1,7 @@
 """Shapes instead of models: the same parameters, the same bytes kept, and nothing written."""
 
+import re
+
 import pytest
 import torch
 from conftest import random_model
@@ -8,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from ubmoe import dry_run
-from ubmoe.config import load_config
+from ubmoe.config import UserError, load_config
 
 
 class Toy(nn.Module):
@@ -72,6 +74,48 @@ def test_a_script_says_what_it_would_do_and_does_nothing(tiny_path, tmp_path, sc
     assert not (tmp_path / "run").exists()
 
 
+def test_memory_follows_the_prompt_the_dtype_and_each_stage_alone(tiny_path):
+    def parts(*keys):
+        said = dry_run.train_bi(load_config(None, ["model.device=cpu", *keys]))
+        found = re.findall(r"(gradients|Adam|activations of \d+ x \d+ tokens) +([\d.]+) GB", said)
+        return {name: float(value) for name, value in found}, said
+
+    plain, _ = parts("bi.prompt=null")
+    [short] = [name for name in plain if "activations" in name]
+    prompted, _ = parts(f"bi.prompt={'a word of many ' * 9}{{text}}")
+    [long] = [name for name in prompted if "activations" in name]
+    assert int(long.split()[4]) > int(short.split()[4]) + 30
+    for dtype, number in (("float32", 4), ("bfloat16", 2)):
+        config = load_config(None, [f"model.dtype={dtype}", "model.device=cpu"])
+        with dry_run.shapes():
+            found = dry_run._training(dry_run.fake(config), config.ubmoe, dry_run.Batch(1, 2), 0.0)
+        assert found["gradients"] == 884_608 * number
+        assert found["Adam"] == 2 * 884_608 * number
+    stage = "{objective: simcse, dataset: tiny, per_device_train_batch_size: 64, dropout: 0.3%s}"
+    alone, _ = parts(f"bi.stages=[{stage % ''}]")
+    checkpointed = stage % ", activation_checkpointing: true"
+    assert (
+        parts(f"bi.stages=[{checkpointed}, {stage % ''}]")[0]
+        == alone
+        != parts(f"bi.stages=[{checkpointed}]")[0]
+    )
+    _, none = parts("bi.stages=[]")
+    assert "training.png" not in none and "stages/" not in none and "sts.json" in none
+
+
+def test_a_backend_that_is_not_installed_is_one_line(tiny_path):
+    keys = ["model.attn_implementation=flash_attention_2", "model.device=cpu"]
+    with pytest.raises(UserError, match="cannot be loaded as a decoder: .*[Ff]lash"):
+        dry_run.train_bi(load_config(None, keys))
+
+
+def test_the_second_objective_of_routers_is_counted(tiny_path):
+    keys = ["ubmoe.objective=both", "ubmoe.export=[modes]", "model.device=cpu"]
+    said = dry_run.train_ubmoe(load_config(None, keys))
+    assert re.search(r"activations of 16 sentences of \d+ tokens", said)
+    assert "/modes" in said and "/ubmoe\n" not in said
+
+
 def test_lora_and_masked_stages_are_estimated_too(tiny_path):
     stages = (
         "bi.stages=[{objective: mntp, train: [ffn], dataset: tiny, max_tokens: 64, lora: {rank: 4},"
@@ -79,3 +123,4 @@ def test_lora_and_masked_stages_are_estimated_too(tiny_path):
     )
     said = dry_run.train_bi(load_config(None, [stages, "model.device=cpu"]))
     assert "stage 0 (mntp)" in said and "activations of 8 x 64 tokens" in said
+    assert "trains adapters 24,576" in said  # 4 layers x 3 matrices x rank 4 x (128 + 384)

@@ -25,18 +25,18 @@ from ubmoe import moe
 from ubmoe.chats import read_chats
 from ubmoe.config import Config, StageSection, TrainingSection
 from ubmoe.contrastive import attention_dropout
-from ubmoe.data import held_out, read_texts
+from ubmoe.data import SENTENCE, cell, held_out, read_texts, training_rows
 from ubmoe.dependence import tokenize
-from ubmoe.model import load_tokenizer, source
+from ubmoe.model import explained, load_tokenizer, source
 from ubmoe.results import peak_memory_bytes
 from ubmoe.stages import read_data
 from ubmoe.tables import aligned
 from ubmoe.training import MODULES, train_only
 
 SAMPLE = 1000  # texts whose lengths are looked at
-# Of the embedded model's three scripts; each is in README.md.
+# Of the three scripts on two small models; the numbers are in README.md.
 MEASURED = "counts tensors: on a CPU the measured peaks were 0.9 to 2.2 times it; on a GPU: not run"
-ADAM, GRADIENT = 8, 4  # bytes of a trainable float32 parameter
+ADAM, GRADIENT = 8, 4  # bytes of an adapter's number; adapters are float32 whatever the model is
 
 
 @dataclass(frozen=True)
@@ -67,26 +67,25 @@ def train_bi(config: Config) -> str:
     """A stage after the other; the memory is the largest of theirs."""
     tokenizer, work, trained = load_tokenizer(config.model), [], []
     most: dict[str, int] = {}
-    with shapes() as mode:
+    with shapes():
         model = fake(config)
     for number, stage in enumerate(config.bi.stages):
         data = read_data(stage, tokenizer)  # outside of the shapes: it is real
-        batch = _batch_of_stage(stage, data, tokenizer)
-        with mode:
+        batch = _batch_of_stage(stage, data, tokenizer, config.bi.prompt)
+        with shapes():
+            model = fake(config)  # anew: checkpointing leaves its hooks
             counts = train_only(model, stage.train)
-            found = _training(model, stage, batch, stage.dropout)
+            found = _training(model, stage, batch, stage.dropout * (stage.objective == "simcse"))
         if stage.lora is not None:
-            shrunk = _adapters(model, stage) / max(1, sum(counts.values()))
-            found = {
-                name: round(value * (shrunk if name in ("gradients", "Adam") else 1))
-                for name, value in found.items()
-            }
+            adapters = _adapters(model, stage)
+            counts = {"adapters": adapters}
+            found |= {"gradients": GRADIENT * adapters, "Adam": ADAM * adapters}
         named = ", ".join(f"{name} {count:,}" for name, count in counts.items())
         trained.append(f"stage {number} ({stage.objective}) trains {named}")
         work.append(f"stage {number}: {_steps(stage, len(data))}")
         most = max(most, found, key=lambda each: sum(each.values()))
     memory = {"weights": size(model)} | most | baseline("ubmoe.evaluate")
-    files = ["bi/", "stages/", "sts.json", "training.png"]
+    files = ["bi/", "sts.json", *(["stages/", "training.png"] if config.bi.stages else [])]
     return _said(config, model, trained, work, memory, files)
 
 
@@ -98,6 +97,10 @@ def train_ubmoe(config: Config) -> str:
     longest = max(chats, key=lambda chat: len(chat.ids))
     texts = settings.per_device_train_batch_size
     batch = Batch(texts, len(longest.ids), texts * max(sum(chat.answer) for chat in chats))
+    sentences = []
+    if settings.objective == "both":
+        rows = training_rows(settings.sentences, SAMPLE)
+        sentences = [cell(row, SENTENCE) for row in rows]
     with shapes():
         dense = fake(config)
         # every token to both experts, whatever top_k: which it would choose is not known
@@ -108,13 +111,20 @@ def train_ubmoe(config: Config) -> str:
         for value in moe.routers(mixture).values():
             value.requires_grad = True
         training = _training(mixture, settings, batch, 0.0)
+    if sentences:  # real, so not made among shapes
+        tokens = _mean_tokens(sentences, tokenizer, config.bi.prompt, config.bi.max_tokens)
+        with shapes():
+            kept = kept_for_backward(mixture, Batch(texts, tokens), settings.bf16)
+        training[f"activations of {texts} sentences of {tokens} tokens"] = kept
     joining = {"weights, three models while joining": size(mixture) + 2 * size(dense)}
     after = {"weights": size(mixture)} | training
     memory = max(joining, after, key=lambda each: sum(each.values()))
     memory |= baseline("ubmoe.evaluate", "lm_eval.models.huggingface")
     routers = sum(value.numel() for value in moe.routers(mixture).values())
     work = [f"routers: {_steps(settings, len(chats))}"]
-    files = ["ubmoe/", "modes/", "routers/", "generation.json", "routing.png"]
+    saved = {"mixture": "ubmoe/", "modes": "modes/"}
+    files = [saved[name] for name in settings.export]
+    files += ["routers/", "generation.json", "routing.png"]
     return _said(config, mixture, [f"trains routers {routers:,}"], work, memory, files)
 
 
@@ -122,19 +132,20 @@ def train_ubmoe(config: Config) -> str:
 
 
 @contextmanager
-def shapes() -> Iterator[FakeTensorMode]:
+def shapes() -> Iterator[None]:
     """Inside, every tensor that is made is a shape without memory."""
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        yield mode
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield
 
 
 def fake(config: Config) -> Any:
     """The causal language model of `config.model`, as shapes. Raises UserError."""
     path = source(config.model)
-    settings = AutoConfig.from_pretrained(path, revision=config.model.revision)
     keys = {"attn_implementation": config.model.attn_implementation}
     dtype = getattr(torch, config.model.dtype)
-    return AutoModelForCausalLM.from_config(settings, dtype=dtype, **keys)
+    with explained(config.model):
+        settings = AutoConfig.from_pretrained(path, revision=config.model.revision)
+        return AutoModelForCausalLM.from_config(settings, dtype=dtype, **keys)
 
 
 def size(model: nn.Module) -> int:
@@ -157,7 +168,7 @@ def kept_for_backward(
 
     ids = torch.zeros(batch.texts, batch.tokens, dtype=torch.long)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     cast = torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext()
     with saved_tensors_hooks(keep, lambda value: value), cast:
         states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
@@ -171,13 +182,13 @@ def kept_for_backward(
 
 
 def _training(model: Any, section: TrainingSection, batch: Batch, dropout: float) -> dict[str, int]:
-    trainable = sum(value.numel() for value in model.parameters() if value.requires_grad)
+    trainable = sum(value.nbytes for value in model.parameters() if value.requires_grad)
     with attention_dropout(model, dropout) if dropout else nullcontext():
         kept = kept_for_backward(
             model.train(), batch, section.bf16, section.activation_checkpointing
         )
     name = f"activations of {batch.texts} x {batch.tokens} tokens"
-    return {"gradients": GRADIENT * trainable, "Adam": ADAM * trainable, name: kept}
+    return {"gradients": trainable, "Adam": 2 * trainable, name: kept}  # in the weights' dtype
 
 
 def _states(model: Any, tokens: int) -> int:
@@ -198,7 +209,7 @@ def _adapters(model: Any, stage: StageSection) -> int:
 # --- batches and steps ----------------------------------------------------------------------------
 
 
-def _batch_of_stage(stage: StageSection, data: Any, tokenizer: Any) -> Batch:
+def _batch_of_stage(stage: StageSection, data: Any, tokenizer: Any, prompt: str | None) -> Batch:
     """Contrastive: texts of the mean length, since a batch is sorted into mini-batches of like
     lengths; cached, one mini-batch. mntp: chunks, all of one length.
     """
@@ -207,10 +218,16 @@ def _batch_of_stage(stage: StageSection, data: Any, tokenizer: Any) -> Batch:
         tokens = data.shape[1]
         return Batch(texts, tokens, math.ceil(texts * tokens * stage.mlm_probability))
     sample = [text for column in data.column_names for text in data[column][:SAMPLE]]
-    ids = tokenizer(sample, truncation=True, max_length=stage.max_tokens)["input_ids"]
-    tokens = math.ceil(statistics.mean(map(len, ids)))
+    tokens = _mean_tokens(sample, tokenizer, prompt, stage.max_tokens)
     texts *= len(data.column_names)
     return Batch(min(texts, stage.mini_batch_tokens // tokens) if stage.cached else texts, tokens)
+
+
+def _mean_tokens(texts: Sequence[str], tokenizer: Any, prompt: str | None, most: int) -> int:
+    """Of texts in their prompt."""
+    said = [(prompt or "{text}").replace("{text}", text) for text in texts]
+    ids = tokenizer(said, truncation=True, max_length=most)["input_ids"]
+    return math.ceil(statistics.mean(map(len, ids)))
 
 
 def _steps(section: TrainingSection, rows: int) -> str:

@@ -65,7 +65,7 @@ def source(config: ModelSection) -> str:
 
 def load_tokenizer(config: ModelSection) -> PreTrainedTokenizerBase:
     """The model's own tokenizer, with a padding token where it has none. Raises UserError."""
-    with _explained(config):
+    with explained(config):
         tokenizer = AutoTokenizer.from_pretrained(source(config), revision=config.revision)
     # Without tokenizer files transformers 5 makes an empty tokenizer, and says nothing.
     if not tokenizer("any text", add_special_tokens=False)["input_ids"]:
@@ -77,7 +77,7 @@ def load_tokenizer(config: ModelSection) -> PreTrainedTokenizerBase:
 
 def saved_attention(config: ModelSection) -> str:
     """The mask that config.json names, causal or bidirectional. Raises UserError."""
-    with _explained(config):
+    with explained(config):
         settings = AutoConfig.from_pretrained(source(config), revision=config.revision)
     return "bidirectional" if getattr(settings, "is_causal", True) is False else "causal"
 
@@ -96,7 +96,7 @@ def load_model(config: ModelSection, bidirectional: bool = False) -> PreTrainedM
             f"model.name: {path} has no weights; expected model.safetensors beside config.json"
         )
     dtype = getattr(torch, config.dtype)
-    with _explained(config):
+    with explained(config):
         settings = AutoConfig.from_pretrained(path, revision=config.revision)
         if settings.is_encoder_decoder:
             raise UserError(
@@ -128,7 +128,7 @@ def load_model(config: ModelSection, bidirectional: bool = False) -> PreTrainedM
 
 
 @contextmanager
-def _explained(config: ModelSection) -> Iterator[None]:
+def explained(config: ModelSection) -> Iterator[None]:
     """The libraries' many ways to say that a model cannot be loaded, as one line."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

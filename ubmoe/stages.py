@@ -26,8 +26,11 @@ def train_stages(
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[dict[str, Any]]:
     """Train `model`, the encoder's inner model with its head, in place; a report for each stage."""
-    reports = []
+    reports: list[dict[str, Any]] = []
     for number, (stage, rows) in enumerate(zip(config.bi.stages, data, strict=True)):
+        if stage.max_steps == 0:  # transformers would take it for no limit
+            reports.append({"objective": stage.objective, "rows": len(rows), "log": []})
+            continue
         work = Work(
             directory=Path(config.output_dir) / "stages" / str(number),
             seed=config.seed,
