@@ -39,6 +39,15 @@ def test_what_was_fetched_is_written_down(tmp_path, monkeypatch):
     }
     assert asked["some/model"]["revision"] == "abc"
     assert not {"*.bin", "*.py"} & set(asked["some/model"]["allow_patterns"])
+    (folder / "model.safetensors").rename(folder / "model.bin")
+    with pytest.raises(UserError, match="no .safetensors weights, and pickles are not fetched"):
+        prefetch.run(load_config(None, keys))
+
+
+def test_a_model_of_two_revisions_is_fetched_twice():
+    probed = "probing.models=[{name: a/b, revision: one}, {name: a/b, revision: two}, {name: a/b}]"
+    config = load_config(None, [probed, "model.name=a/b"])
+    assert [name for _, name in prefetch.needs(config)] == ["a/b", "a/b@one", "a/b@two"]
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def run(config: Config) -> str:
     with tqdm(wanted, desc="prefetch", disable=None) as bar:
         for kind, name in bar:
             bar.set_postfix_str(f"{kind} {name}")
-            fetched.append({"kind": kind, "name": name} | FETCH[kind](name, config))
+            fetched.append({"kind": kind, "name": name.partition("@")[0]} | FETCH[kind](name))
             log.info("%s %s: here", kind, name)
     path = Path(config.output_dir) / "prefetch.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,11 +34,15 @@ def run(config: Config) -> str:
 
 
 def needs(config: Config) -> Iterator[tuple[str, str]]:
-    """(kind, name) of all that is not on this machine by nature: no local file, and no tiny."""
-    models = [config.model.name, *(each.name for each in config.probing.models)]
-    for name in dict.fromkeys(models):
+    """(kind, name) of all that is not on this machine by nature: no local file, and no tiny.
+
+    A model's name is followed by @ and its revision, where one is asked for.
+    """
+    models = [(config.model.name, config.model.revision)]
+    models += [(each.name, each.revision) for each in config.probing.models]
+    for name, revision in dict.fromkeys(models):
         if name != "tiny" and not Path(name).expanduser().exists():
-            yield "model", name
+            yield "model", f"{name}@{revision}" if revision else name
     both = [config.ubmoe.sentences] if config.ubmoe.objective == "both" else []
     stages = [stage.dataset for stage in config.bi.stages]
     texts = [config.dependence.dataset, config.ubmoe.dataset, config.bitune.dataset]
@@ -53,23 +57,28 @@ def needs(config: Config) -> Iterator[tuple[str, str]]:
             yield "generation", name
 
 
-def _model(name: str, config: Config) -> dict[str, Any]:
+def _model(name: str) -> dict[str, Any]:
     from huggingface_hub import snapshot_download
 
-    revision = config.model.revision if name == config.model.name else None
+    name, _, revision = name.partition("@")
     try:
-        folder = snapshot_download(name, revision=revision, allow_patterns=list(FILES))
+        folder = snapshot_download(name, revision=revision or None, allow_patterns=list(FILES))
     except Exception as error:  # the hub's library raises nearly every type here
         raise _missing("model.name", name, error) from error
     sizes = [path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()]
+    if not any(Path(folder).glob("*.safetensors")):
+        raise UserError(
+            f"model.name: {name} has no .safetensors weights, and pickles are not fetched; "
+            "expected a model that has them"
+        )
     return {"revision": Path(folder).name, "bytes": sum(sizes)}
 
 
-def _dataset(name: str, _: Config) -> dict[str, Any]:
+def _dataset(name: str) -> dict[str, Any]:
     return {"rows": sum(1 for _ in read_rows(name))}
 
 
-def _sts(name: str, _: Config) -> dict[str, Any]:
+def _sts(name: str) -> dict[str, Any]:
     from ubmoe.evaluate import sts_task
 
     task: Any = sts_task(name)
@@ -80,7 +89,7 @@ def _sts(name: str, _: Config) -> dict[str, Any]:
     return dict(task.metadata.dataset)
 
 
-def _generation(name: str, _: Config) -> dict[str, Any]:
+def _generation(name: str) -> dict[str, Any]:
     from lm_eval.tasks import get_task_dict
 
     from ubmoe.generation import check_tasks, manager
