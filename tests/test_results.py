@@ -349,7 +349,7 @@ def test_published_rows_have_a_score_for_every_column_and_right_averages():
 
 def test_the_papers_rows_add_up_where_no_misprint_is_flagged():
     wrong = []
-    rounding = {"sts": 0.011, "dependence": 0.03, "generation": 0.1}  # two digits, three, one
+    rounding = {"sts": 0.011, "dependence": 0.03, "generation": 0.1}  # of averages and of sums
     for name, table in published("ubmoe").items():
         for row in table["rows"]:
             assert len(row["scores"]) == len(table["columns"]), (name, row)

@@ -185,7 +185,7 @@ def plan(config: Config) -> str:
             if row not in estimates:
                 estimates[row] = estimate(step, config.results.timed_steps)
             known += f"; {estimates[row]}"
-        after = f", after train of {step.after.row}" if step.after else ""
+        after = f", after {step.after.row}" if step.after else ""
         lines += [f"# {step.row}, seed {step.config.seed}{after}: {known}", step.command]
     return "\n".join(lines)
 
