@@ -99,8 +99,10 @@ def test_memory_follows_the_prompt_the_dtype_and_each_stage_alone(tiny_path):
         == alone
         != parts(f"bi.stages=[{checkpointed}]")[0]
     )
-    _, none = parts("bi.stages=[]")
-    assert "training.png" not in none and "stages/" not in none and "sts.json" in none
+    for nothing in ("bi.stages=[]", "bi.stages.0.max_steps=0"):
+        found, none = parts(nothing)
+        assert found == {} and "trains" not in none
+        assert "training.png" not in none and "stages/" not in none and "sts.json" in none
 
 
 def test_a_backend_that_is_not_installed_is_one_line(tiny_path):

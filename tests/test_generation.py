@@ -209,7 +209,10 @@ def test_perplexity_is_that_of_each_answer_token_alone(model, tokenizer):
 
 def test_shares_become_percent_and_nothing_else_does():
     raw = {"acc,none": 0.25, "acc_stderr,none": 0.1, "bleu_acc,none": 0.5, "bleu_max,none": 0.9}
-    raw |= {"word_perplexity,none": 0.5, "ter,none": 1.0, "f1,none": 12.5, "alias": "x"}
+    raw |= {"word_perplexity,none": 0.5, "ter,none": 1.0, "f1,none": 0.5, "alias": "x"}
     raw |= {"exact_match,strict-match": 0.5, "exact_match,flexible-extract": 0.75}
     expected = {"acc": 25.0, "bleu_acc": 50.0, "bleu_max": 0.9, "word_perplexity": 0.5}
-    assert generation._percent(raw) == expected | {"ter": 1.0, "f1": 12.5, "exact_match": 50.0}
+    expected |= {"ter": 1.0, "f1": 50.0, "exact_match": 50.0}
+    assert generation._percent("some", raw) == expected
+    squad = {"exact,none": 0.8, "f1,none": 0.9, "HasAns_f1,none": 85.0}
+    assert generation._percent("squadv2", squad) == {"exact": 0.8, "f1": 0.9, "HasAns_f1": 85.0}

@@ -12,7 +12,7 @@ TEN = published("ubmoe")["sts"]["columns"][:10]
 def encoder(name, seed, average, train, attention="bidirectional"):
     stages = [{"objective": "simcse", "train": train, "learning_rate": 1.0}] if train else []
     config = {"model": {"name": f"Qwen/{MODEL}"}, "seed": seed}
-    config["bi"] = {"stages": stages, "attention": attention}
+    config["bi"] = {"stages": stages, "attention": attention, "prompt": "p"}
     section = {"tasks": dict.fromkeys(TEN, average + 1), "average": average}
     return {f"{name}.sts.seed{seed}": {"config": config, "sts": section}}
 
@@ -157,13 +157,13 @@ def test_a_row_of_unlike_runs_says_in_what_they_differ():
     said = "Unlike runs in one row, ffn: bi.prompt, bi.stages.0.learning_rate."
     assert notes(2, a__sts__seed1=second) == [said]
     assert notes(2, a__sts__seed1={"model": {"device": "cuda"}}) == []  # where it ran
-    tuned = [
-        f"Unlike runs in one row, ffn, {share}: bi.stages.0.learning_rate." for share in SHARES
-    ]
+    tuned = [said.replace("ffn:", f"ffn, {share}:") for share in SHARES]
     assert notes(3, a__sts__seed1=second) == tuned  # by what made the measured model
     other = {"dependence": {"max_tokens": 64}}
     assert len(notes(3, a__dependence__seed1=other)) == 3
-    assert notes(2, c__sts__seed0=second) == []  # one base alone is like itself
+    assert notes(2, c__sts__seed0={"bi": {"prompt": "x"}}) == []  # one base is like itself
+    prompt = {"a__sts__seed1": {"bi": {"prompt": "x"}}, "a__sts__seed0": {"bi": {"prompt": "y"}}}
+    assert notes(3, **prompt)[0] == "Unlike runs in one row, ffn, main: bi.prompt."
 
 
 def test_what_was_measured_of_another_model_stands_beside_none():
@@ -177,6 +177,39 @@ def test_what_was_measured_of_another_model_stands_beside_none():
     assert "ffn, read causally" not in lines(4, records=records)[1]
     records["a.dependence.seed0"] = of("a.dependence.seed0", "new")
     assert lines(3, records=records)[1]["ffn, after"][0] == "2"
+
+
+def test_mixtures_of_unlike_encoders_are_told():
+    records = dict(RECORDS)
+    for seed in (0, 1):
+        encoded = records[f"a.sts.seed{seed}"]
+        tuned = encoded["config"]["bi"] | {"prompt": str(seed)}
+        config = encoded["config"] | {"bi": tuned}
+        weights = {"weights": f"w{seed}"}
+        records[f"a.sts.seed{seed}"] = encoded | {"config": config, "environment": weights}
+        mixture = RECORDS["m.generation.seed0"]
+        section = mixture["generation"] | {"bi_weights": f"w{seed}"}
+        config = mixture["config"] | {"seed": seed}
+        records[f"m.generation.seed{seed}"] = mixture | {"config": config, "generation": section}
+    said = paper.notes("routes", MODEL, records, SEEDS)
+    assert f"Unlike runs in one row, {paper.UBMOE}: bi.prompt." in said
+
+
+def test_what_was_measured_of_one_run_never_stands_beside_another_of_its_row():
+    """The first folder lacks the perplexity, and the second the dependence."""
+    twin = encoder("z", 0, 99.0, ["ffn"])
+    evaluated = {"z.evaluation.seed0": RECORDS["a.evaluation.seed0"]}
+    records = {key: each for key, each in RECORDS.items() if key != "a.evaluation.seed0"}
+    [first] = [
+        each
+        for each in paper.entries("encoders", MODEL, records | twin | evaluated, [0])
+        if each.row == "ffn"
+    ]
+    assert ("DP-after" in first.cells) != ("perplexity" in first.cells)
+    whole = dependence("z", 0, "bi", 77.0)
+    entries = paper.entries("encoders", MODEL, records | twin | evaluated | whole, [0])
+    [first] = [each for each in entries if each.row == "ffn"]
+    assert (first.cells["average"], first.cells["DP-after"]) == (99.0, 77.0)  # of which more is
 
 
 def test_bases_of_another_mask_flow_or_adapter_are_not_the_base():
@@ -223,6 +256,9 @@ def test_only_runs_of_the_studys_seeds_are_averaged_and_missing_ones_are_counted
     del records["a.dependence.seed1"]
     assert lines(2, ["average"], records)[1]["ffn"][:2] == ["2", "61.00 ±1.41 (66.96, -5.96)"]
     assert lines(2, ["average"], records, [42])[1]["ffn"] == ["1", "90.00 (66.96, +23.04)"]
+    config = load_config(None, [f"model.name=Qwen/{MODEL}"])
+    assert "Not shown: runs of seed 42; see results.seeds." in paper.text(2, config, records)
+    assert "Not shown" not in paper.text(2, config, RECORDS)
     own = paper.by_row("sts", MODEL, records, SEEDS)["ffn"]
     own[1].cells["STS12"] = None
     assert paper._cell("ffn", own, "STS12", {}) == "61.00 of 1"

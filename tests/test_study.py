@@ -70,6 +70,8 @@ def finish(step):
         run.more = {"shift": shift}
         with torch.no_grad():
             run.model.model.norm.weight += shift
+    if step.result in study.LEFT:
+        step.left.mkdir(exist_ok=True)
 
 
 def test_a_run_that_is_there_is_not_repeated_and_one_with_other_keys_is(tmp_path, monkeypatch):
@@ -105,9 +107,6 @@ def test_what_was_measured_of_another_encoder_is_measured_again(tmp_path, monkey
 
     first = again()
     assert ("ubmoe", "dependence") in first and len(first) == 15
-    for step in study.steps(config(tmp_path, *keys)):
-        if step.result in study.LEFT:
-            step.left.mkdir()
     assert again() == set()
     bitune = {(f"bitune {variant}", "bitune") for variant in study.BITUNE}
     base = {("base", result) for result in ("sts", "dependence", "evaluation")}
@@ -120,17 +119,65 @@ def test_what_was_measured_of_another_encoder_is_measured_again(tmp_path, monkey
     assert again("model.name=other", "evaluation.batch_size=7", "bitune.logging_steps=3") == set()
 
 
-def test_a_model_that_was_removed_is_made_again_where_it_is_needed(tmp_path, monkeypatch):
+def test_what_was_removed_is_made_again_all_the_way_down(tmp_path, monkeypatch):
     ran = []
     monkeypatch.setattr(
         study, "_execute", lambda step: (ran.append((step.row, step.result)), finish(step))
     )
-    keys = ["results.seeds=[1]", "results.rows=[ffn]"]
-    study.run(config(tmp_path, *keys, "results.table=2"))
-    study.run(config(tmp_path, *keys, "results.table=2"))
-    assert ran == [("ffn", "sts")]
-    study.run(config(tmp_path, *keys, "results.table=3"))
-    assert ran[1:] == [("ffn", "sts"), ("ffn", "dependence")]
+    keys = ["results.table=all", "results.seeds=[1]", "results.rows=[ffn, ffn causal]"]
+    study.run(config(tmp_path, *keys))
+    steps = study.steps(config(tmp_path, *keys))
+    [last] = [step for step in steps if (step.row, step.result) == ("ubmoe", "dependence")]
+    ran.clear()
+    for step in steps:
+        if step.result in study.LEFT:
+            step.left.rmdir()
+    study.run(config(tmp_path, *keys))
+    assert ran == []  # nothing needs them
+    last.path.unlink()
+    study.run(config(tmp_path, *keys))
+    assert ran == [("ffn", "sts"), ("ubmoe", "generation"), ("ubmoe", "dependence")]
+
+
+def test_a_model_that_came_out_otherwise_makes_what_was_measured_of_it_stale(tmp_path, monkeypatch):
+    ran, shifts = [], iter([0.0, 0.5])
+    monkeypatch.setattr(study, "_execute", lambda step: ran.append(step.result) or other(step))
+
+    def other(step):
+        finish(step)
+        if step.result == "sts":  # as on another device
+            record = json.loads(step.path.read_text())
+            record["environment"]["weights"] += str(next(shifts))
+            step.path.write_text(json.dumps(record))
+        else:
+            read = json.loads(step.after.path.read_text())["environment"]["weights"]
+            record = json.loads(step.path.read_text())
+            record["environment"]["weights"] = read
+            step.path.write_text(json.dumps(record))
+
+    keys = ["results.table=3", "results.seeds=[1]", "results.rows=[ffn]"]
+    study.run(config(tmp_path, *keys))
+    assert ran == ["sts", "dependence"]
+    [encoder, dependence] = study.steps(config(tmp_path, *keys))
+    encoder.left.rmdir()
+    dependence.path.unlink()
+    study.run(config(tmp_path, *keys))
+    assert ran == ["sts", "dependence", "sts", "dependence"]
+    records = [json.loads(path.read_text()) for path in (tmp_path / "records").iterdir()]
+    assert len({each["environment"]["weights"] for each in records}) == 1
+
+
+def test_a_result_of_a_version_without_weights_runs_again_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "_execute", finish)
+    keys = ["results.table=2", "results.seeds=[1]", "results.rows=[base]"]
+    study.run(config(tmp_path, *keys))
+    [step] = study.steps(config(tmp_path, *keys))
+    record = json.loads(step.path.read_text())
+    del record["environment"]["weights"]
+    step.path.write_text(json.dumps(record))
+    assert step.state() == "other"
+    study.run(config(tmp_path, *keys))
+    assert step.state() == "there"
 
 
 def test_a_failed_run_ends_the_study_with_its_last_line(tiny_path, tmp_path):

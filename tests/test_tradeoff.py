@@ -81,6 +81,18 @@ def test_the_causal_control_is_drawn_and_told_apart(tmp_path):
     assert drawn["ffn causal"].get_fillstyle() == "none" != drawn["ffn"].get_fillstyle()
 
 
+def test_without_tasks_the_plane_is_of_perplexity_alone(tmp_path):
+    records = study(ROWS)
+    for key, record in records.items():
+        if ".evaluation." in key:
+            record["generation"] |= {"average": None, "tasks": {}, "metrics": {}}
+    keys = [f"model.name=Qwen/{MODEL}", f"output_dir={tmp_path}"]
+    assert "tradeoff.png" in tradeoff.draw(load_config(None, keys), records)
+    left, right = tradeoff._plane(MODEL, tradeoff.points(MODEL, records, SEEDS)).axes
+    assert [each.get_text() for each in left.texts] == ["not run"]
+    assert len(right.texts) == len(ROWS) + 1 - sum("," in each.get_text() for each in right.texts)
+
+
 def test_a_claim_of_too_few_rows_leaves_no_old_picture(tmp_path):
     keys = [f"model.name=Qwen/{MODEL}", f"output_dir={tmp_path}"]
     tradeoff.draw(load_config(None, keys), study(ROWS))

@@ -518,7 +518,7 @@ SCORED = {
     "dependence": ("model", "dependence"),
     "bitune": ("model", "bitune", *ASKED),
 }
-MADE = {"sts": ("bi.stages",), "generation": ("ubmoe",)}
+MADE = {"sts": ("model", *FORM, "bi.stages"), "generation": ("model", "ubmoe")}
 # Keys that change nothing of what is trained: an interrupted run goes on whatever they are now.
 WITHOUT_EFFECT = {
     *("save_steps", "save_total_limit", "logging_steps", "report_to"),
@@ -529,6 +529,7 @@ ASIDE = {
     *("device", "cache", "batch_size"),
     *("save_steps", "save_total_limit", "logging_steps", "report_to"),
 }
+MISSING = object()
 
 
 def leaves(config: dict[str, Any], names: Iterable[str]) -> dict[str, str]:
@@ -540,8 +541,8 @@ def leaves(config: dict[str, Any], names: Iterable[str]) -> dict[str, str]:
     for name in names:
         value: Any = config
         for part in name.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        found |= _leaves(value, name)
+            value = value.get(part, MISSING) if isinstance(value, dict) else MISSING
+        found |= {} if value is MISSING else _leaves(value, name)
     return found
 
 

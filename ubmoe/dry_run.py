@@ -69,7 +69,8 @@ def train_bi(config: Config) -> str:
     most: dict[str, int] = {}
     with shapes():
         model = fake(config)
-    for number, stage in enumerate(config.bi.stages):
+    training = [stage for stage in config.bi.stages if stage.max_steps != 0]
+    for number, stage in enumerate(training):
         data = read_data(stage, tokenizer)  # outside of the shapes: it is real
         batch = _batch_of_stage(stage, data, tokenizer, config.bi.prompt)
         with shapes():
@@ -85,7 +86,7 @@ def train_bi(config: Config) -> str:
         work.append(f"stage {number}: {_steps(stage, len(data))}")
         most = max(most, found, key=lambda each: sum(each.values()))
     memory = {"weights": size(model)} | most | baseline("ubmoe.evaluate")
-    files = ["bi/", "sts.json", *(["stages/", "training.png"] if config.bi.stages else [])]
+    files = ["bi/", "sts.json", *(["stages/", "training.png"] if training else [])]
     return _said(config, model, trained, work, memory, files)
 
 

@@ -27,10 +27,9 @@ from ubmoe.config import EvaluationSection, UserError
 from ubmoe.prediction import predictions
 
 BATCH_TOKENS = 8192  # padded tokens of a forward, for perplexity
-# Metrics of lm-eval that are no shares, or are percent already; truthfulqa's bleu_acc is a share.
-NO_SHARES = re.compile(
-    r"perplexity|bits_per_byte|brier|likelihood|(bleu|rouge|chrf|^ter$)(?!.*acc)"
-)
+# Metrics of lm-eval that are shares of 1, and tasks whose metrics are percent already.
+SHARES = re.compile(r"acc|^exact_match|^em$|^f1$|^mcc$|^pass@|^mc[12]$")
+PERCENT = ("squadv2", "scrolls", "longbench")
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +127,7 @@ def generation_scores(
     tasks, metrics = {}, {}
     for asked in settings.generation:
         for name in _result_names(asked):
-            tasks[name] = _percent(found["results"][name])
+            tasks[name] = _percent(name, found["results"][name])
             metrics[name] = _main_metric(found["configs"].get(name), tasks[name])
     for name, metric in metrics.items():
         if not math.isfinite(tasks[name].get(metric, math.nan)):
@@ -176,16 +175,13 @@ def _result_names(asked: str) -> list[str]:
     return [_name_in(Path(asked))] if asked.endswith((".yaml", ".yml")) else [asked]
 
 
-def _percent(result: dict[str, Any]) -> dict[str, float]:
-    """{metric: value}; shares as percent, standard errors and filters' names left out.
-
-    What is above 1 is no share, whatever it is called.
-    """
+def _percent(task: str, result: dict[str, Any]) -> dict[str, float]:
+    """{metric: value}; known shares as percent, standard errors and filters' names left out."""
     found: dict[str, float] = {}
     for key, value in result.items():
         metric = key.split(",")[0]
         if isinstance(value, int | float) and not metric.endswith("_stderr") and "," in key:
-            share = abs(value) <= 1 and not NO_SHARES.search(metric)
+            share = SHARES.search(metric) and abs(value) <= 1 and not task.startswith(PERCENT)
             found.setdefault(metric, value * (100 if share else 1))
     return found
 

@@ -24,7 +24,10 @@ TITLES = {
 NAMES = {2: "sts", 3: "dependence", 4: "generation"}
 UBMOE = "learned, top_k 2, chat"  # what the paper's second row of Table 4 is
 ENCODER = ", read causally"
-NO_TASKS = ("average", "perplexity", "STS bidirectional", "STS causal")
+NO_TASKS = {
+    *("average", "perplexity", "STS bidirectional", "STS causal"),
+    *("DP-after", "generation"),
+}
 # Columns that a row has, but of other data than the rows beside it.
 ELSEWHERE = {("bitune", "perplexity"): "other chats"}
 
@@ -39,6 +42,7 @@ def text(number: int | str, config: Config, records: Records) -> str:
                 f"{TITLES[each]}, {model}: ours (published, ours minus published).",
                 aligned(rows(each, model, records, seeds)),
                 *notes(NAMES[each], model, records, seeds),
+                *left_out(NAMES[each], model, records, seeds),
                 *misprints(each, model),
             ]
         )
@@ -127,12 +131,16 @@ def models() -> list[str]:
 
 @dataclass(frozen=True)
 class Entry:
-    """What a record says in a row of a table; `made`: the record of how its model was made."""
+    """What a record says in a row of a table.
+
+    made: the records of how its model was made; beside: further ones that its cells are from.
+    """
 
     row: str
     record: Record
     cells: Cells
-    made: Record
+    made: tuple[Record, ...]
+    beside: tuple[Record, ...] = ()
 
     @property
     def is_base(self) -> bool:
@@ -168,13 +176,37 @@ def by_row(kind: str, model: str, records: Records, seeds: Sequence[int]) -> dic
     return found
 
 
+def _encoders(model: str, records: Records) -> Iterator[Entry]:
+    """What train_bi.py left, and what was measured of it; first those of which more was.
+
+    STS by task and its average, DP-after, and the perplexity and tasks when read causally again.
+    """
+    found = []
+    bases = [record for row, record, _ in _dependences(model, records) if row == "base"]
+    for key, record in sorted(records.items()):
+        if ".sts." not in key or model_of(record) != model:
+            continue
+        row, section, beside = trained(record), record["sts"], []
+        cells: Cells = section["tasks"] | {"average": section["average"]}
+        measured = _beside(key, "dependence", records)
+        if row == "base" and not measured and bases:
+            measured = bases[0]  # measured by itself, in another folder
+        if measured and _flow(measured) == "causal":
+            cells["DP-after"] = measured["dependence"]["overall"]["after"]
+            beside.append(measured)
+        evaluated = _beside(key, "evaluation", records)
+        if again := evaluated.get("generation"):
+            cells |= {"perplexity": again["perplexity"], "generation": again["average"]}
+            beside.append(evaluated)
+        found.append(Entry(row, record, cells, (record,), tuple(beside)))
+    yield from sorted(found, key=lambda each: -len(each.beside))
+
+
 def _sts(model: str, records: Records) -> Iterator[Entry]:
     """STS by task, and its average, of every run of train_bi.py."""
-    for key, record in sorted(records.items()):
-        if ".sts." in key and model_of(record) == model:
-            section = record["sts"]
-            cells = section["tasks"] | {"average": section["average"]}
-            yield Entry(trained(record), record, cells, record)
+    for each in _encoders(model, records):
+        cells = {name: each.cells[name] for name in (*each.record["sts"]["tasks"], "average")}
+        yield Entry(each.row, each.record, cells, each.made)
 
 
 def _beside(key: str, program: str, records: Records) -> Record:
@@ -190,7 +222,7 @@ def _beside(key: str, program: str, records: Records) -> Record:
 
 def _of_the_same(made: Record, measured: Record, name: str) -> Record:
     """The second record, if it is of the model that the first one made; else {}."""
-    known = [each.get("environment", {}).get("weights") for each in (made, measured)]
+    known = _weights(made), _weights(measured)
     unlike = None not in known and known[0] != known[1]
     return {} if unlike or model_of(measured) != name else measured
 
@@ -212,8 +244,12 @@ def _dependences(model: str, records: Records) -> Iterator[tuple[str, Record, Re
     """Those that are there; under another flow than the paper's they are other rows."""
     for row, record, made in _measured(model, records):
         if record:
-            flow = record["config"].get("dependence", {}).get("flow", "causal")
+            flow = _flow(record)
             yield row + (f", {flow} flow" if flow != "causal" else ""), record, made
+
+
+def _flow(record: Record) -> str:
+    return record["config"].get("dependence", {}).get("flow", "causal")
 
 
 def _dependence(model: str, records: Records) -> Iterator[Entry]:
@@ -222,13 +258,7 @@ def _dependence(model: str, records: Records) -> Iterator[Entry]:
         for share in SHARES:
             buckets = record["dependence"]["buckets"]
             cells = {"-".join(map(str, each["range"])): each[share] for each in buckets}
-            yield Entry(f"{row}, {share}", record, cells, made)
-
-
-def _after(model: str, records: Records) -> Iterator[Entry]:
-    """DP-after over all texts."""
-    for row, record, made in _dependences(model, records):
-        yield Entry(row, record, {"after": record["dependence"]["overall"]["after"]}, made)
+            yield Entry(f"{row}, {share}", record, cells, (made,))
 
 
 def _again(model: str, records: Records) -> Iterator[Entry]:
@@ -240,7 +270,7 @@ def _again(model: str, records: Records) -> Iterator[Entry]:
         if section := record.get("generation"):
             sts = {f"STS {made['config']['bi']['attention']}": made["sts"]["average"]}
             cells = scored(section, section["metrics"]) | sts
-            yield Entry(trained(made), record, cells, made)
+            yield Entry(trained(made), record, cells, (made,))
 
 
 def _routes(model: str, records: Records) -> Iterator[Entry]:
@@ -249,6 +279,7 @@ def _routes(model: str, records: Records) -> Iterator[Entry]:
         if ".generation." not in key or model_of(record) != model:
             continue
         section = record["generation"]
+        made = (record, *_encoder_of(record, records))
         for route, scores in section["routes"].items():
             sts = {
                 f"STS {row['attention']}": row["average"]
@@ -256,7 +287,18 @@ def _routes(model: str, records: Records) -> Iterator[Entry]:
                 if row["route"] == route
             }
             cells = scored(scores, section["metrics"]) | sts
-            yield Entry(mixed(record, route), record, cells, record)
+            yield Entry(mixed(record, route), record, cells, made)
+
+
+def _encoder_of(mixture: Record, records: Records) -> list[Record]:
+    """How its bi expert was tuned, if that run is among the records: its weights tell."""
+    weights = mixture["generation"].get("bi_weights")
+    tuned = [record for key, record in sorted(records.items()) if ".sts." in key]
+    return [each for each in tuned if weights and _weights(each) == weights][:1]
+
+
+def _weights(record: Record) -> str | None:
+    return record.get("environment", {}).get("weights")
 
 
 def _bitune(model: str, records: Records) -> Iterator[Entry]:
@@ -265,7 +307,7 @@ def _bitune(model: str, records: Records) -> Iterator[Entry]:
         if "bitune" in record and model_of(record) == model:
             section = record["bitune"]
             cells = main_metrics(section, section["metrics"]) | {"average": section.get("average")}
-            yield Entry(f"bitune, {variant(record)}", record, cells, record)
+            yield Entry(f"bitune, {variant(record)}", record, cells, ())
 
 
 def _generation(model: str, records: Records) -> Iterator[Entry]:
@@ -291,9 +333,9 @@ def scored(scores: dict[str, Any], metrics: dict[str, str]) -> Cells:
 
 
 KINDS: dict[str, Callable[[str, Records], Iterator[Entry]]] = {
+    "encoders": _encoders,
     "sts": _sts,
     "dependence": _dependence,
-    "after": _after,
     "again": _again,
     "routes": _routes,
     "bitune": _bitune,
@@ -324,11 +366,20 @@ def notes(kind: str, model: str, records: Records, seeds: Sequence[int]) -> list
     return said + _asked(every)
 
 
+def left_out(kind: str, model: str, records: Records, seeds: Sequence[int]) -> list[str]:
+    """The seeds of runs that are not shown."""
+    others = {each.seed for each in KINDS[kind](model, records)} - {None, *seeds}
+    said = ", ".join(map(str, sorted(seed for seed in others if seed is not None)))
+    return [f"Not shown: runs of seed {said}; see results.seeds."] if others else []
+
+
 def _settings(entry: Entry) -> dict[str, str]:
     """What an entry's numbers depend on besides the seed: how it was scored, and how made."""
-    found = leaves(entry.record["config"], SCORED[_kind(entry.record)])
-    if not entry.is_base:
-        found |= leaves(entry.made["config"], MADE.get(_kind(entry.made), ()))
+    found: dict[str, str] = {}
+    for record in (entry.record, *entry.beside):
+        found |= leaves(record["config"], SCORED[_kind(record)])
+    for record in () if entry.is_base else entry.made:
+        found |= leaves(record["config"], MADE[_kind(record)])
     return {key: value for key, value in found.items() if key not in NO_SETTINGS}
 
 

@@ -30,7 +30,10 @@ def renewed(text: str, records: Records, seeds: Sequence[int]) -> str:
     def block(match: re.Match[str]) -> str:
         made = BLOCKS[match[2]](match[3], records, seeds)
         if not made:
-            raise UserError(f"README.md: no records for the block {match[2]}: {match[3]}")
+            raise UserError(
+                f"README.md: no records of seeds {', '.join(map(str, seeds))} for its block "
+                f"{match[2]}: {match[3]}"
+            )
         return f"{match[1]}\n{made}\n<!-- end -->"
 
     return re.sub(r"(<!-- (\w+): ([\w.-]+) -->)\n.*?<!-- end -->", block, text, flags=re.DOTALL)
@@ -68,22 +71,15 @@ def _sts_block(name: str, records: Records, seeds: Sequence[int]) -> str:
 
     Where it was read causally again, the perplexity of that, too.
     """
-    rows, after, again = (
-        paper.by_row(kind, name, records, seeds) for kind in ("sts", "after", "again")
-    )
-    columns = [*_names(rows), "average"]
+    rows = paper.by_row("encoders", name, records, seeds)
+    again = any("perplexity" in each.cells for row in rows.values() for each in row)
+    columns = [*_names(rows), "average", "DP-after", *(["perplexity"] if again else [])]
     body = [
-        [
-            row,
-            str(len(rows[row])),
-            *(_column(rows[row], column) for column in columns),
-            _column(after.get(row, []), "after"),
-            *([_column(again.get(row, []), "perplexity")] if again else []),
-        ]
+        [row, str(len(rows[row])), *(_column(rows[row], column) for column in columns)]
         for row in sorted(rows, key=lambda row: (row != "base", row.count(" "), row))
     ]
-    header = ["trained", "seeds", *columns, "DP-after", *(["perplexity"] if again else [])]
-    return _noted([header, *body], paper.notes("sts", name, records, seeds))
+    header = ["trained", "seeds", *columns]
+    return _noted([header, *body], paper.notes("encoders", name, records, seeds))
 
 
 def _mixture_block(name: str, records: Records, seeds: Sequence[int]) -> str:

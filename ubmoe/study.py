@@ -38,7 +38,13 @@ ROOT = Path(__file__).parent.parent  # where the three scripts are
 CAUSAL = " causal"  # after a row's modules: tuned under the causal mask, a control
 # The mixtures of Table 4 and the controls that it lacks: their encoder's row, and their own keys.
 MIXTURES = {
-    "ubmoe": ("ffn", ["ubmoe.routes=[learned, half, average, uni, bi, mode]"]),
+    "ubmoe": (
+        "ffn",
+        [
+            "ubmoe.routes=[learned, half, average, uni, bi, mode]",
+            "ubmoe.export=[mixture, modes]",
+        ],
+    ),
     "ubmoe-top-1": ("ffn", ["ubmoe.top_k=1", "ubmoe.router_init=uni", "ubmoe.routes=[learned]"]),
     "ubmoe-causal": ("ffn causal", ["ubmoe.routes=[learned, bi]"]),
 }
@@ -87,16 +93,17 @@ class Step:
         kept = read_result(self.path)
         read = ("seed", *SCORED[self.result], *MADE.get(self.result, ()))
         same = leaves(kept["config"], read) == leaves(self.config.model_dump(), read)
-        return "there" if same and self._is_of_what_it_reads(kept) else "other"
+        known = "weights" in kept["environment"]  # an older version did not say them
+        return "there" if same and known and self._is_of_what_it_reads(kept) else "other"
 
     def _is_of_what_it_reads(self, kept: dict[str, Any]) -> bool:
         if self.after is None:
             return True
         if self.after.state() != "there":
             return False
-        own = kept["generation"].get("bi_weights") if self.result == "generation" else None
-        own = own or kept["environment"].get("weights")
-        return own == read_result(self.after.path)["environment"].get("weights")
+        mixture = self.result == "generation"  # whose weights are not those that it reads
+        own = kept["generation"].get("bi_weights") if mixture else kept["environment"]["weights"]
+        return own == read_result(self.after.path)["environment"]["weights"]
 
 
 def steps(config: Config) -> list[Step]:
@@ -209,20 +216,35 @@ def run(config: Config) -> str:
     on from there when it is called again.
     """
     wanted = steps(config)
-    there = [step.state() == "there" for step in wanted]
-    keys: dict[str, Any] = {"desc": "study", "unit": "run", "disable": None}
-    with tqdm(total=len(wanted), initial=sum(there), **keys) as bar:
-        for number, (step, before) in enumerate(zip(wanted, there, strict=True), 1):
-            say = f"[{number}/{len(wanted)}] {step.row}, seed {step.config.seed}, {step.result}"
-            done = step.state() == "there"  # now: another process may have made it meanwhile
-            log.info("%s%s", say, ": done" if done else "")
-            if not done:
-                if step.after is not None and not step.after.left.exists():
-                    _execute(step.after)  # somebody removed its model to make room
-                _execute(step)
-            record(step.config.model_copy(update={"results": config.results}), [step.path])
-            bar.update(not before)
+    for _ in range(2):  # a model that was made anew on another machine makes others stale
+        _run(config, wanted)
     return f"{len(wanted)} runs in {Path(config.output_dir) / 'study'}"
+
+
+def _run(config: Config, wanted: list[Step]) -> None:
+    missing = [step for step in wanted if step.state() != "there"]
+    keys: dict[str, Any] = {"desc": "study", "unit": "run", "disable": None if missing else True}
+    with tqdm(total=len(missing), **keys) as bar:
+        for number, step in enumerate(wanted, 1):
+            if step.state() != "there":
+                say = f"{step.row}, seed {step.config.seed}, {step.result}"
+                log.info("[%d/%d] %s", number, len(wanted), say)
+                _remake(step, config)
+                _execute(step)
+                bar.update()
+            _record(step, config)
+
+
+def _remake(step: Step, config: Config) -> None:
+    """Make again what a step reads, where somebody removed that model to make room."""
+    if step.after is not None and not step.after.left.exists():
+        _remake(step.after, config)
+        _execute(step.after)
+        _record(step.after, config)
+
+
+def _record(step: Step, config: Config) -> None:
+    record(step.config.model_copy(update={"results": config.results}), [step.path])
 
 
 def _execute(step: Step, resume: str = "auto") -> None:

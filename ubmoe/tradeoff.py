@@ -19,7 +19,7 @@ import numpy as np
 
 from ubmoe import paper
 from ubmoe.config import Config, UserError
-from ubmoe.paper import Cells, Records
+from ubmoe.paper import Records
 from ubmoe.results import replace_all, save_figure
 from ubmoe.tables import ROUTES, model_of
 
@@ -39,25 +39,25 @@ class Point:
     tasks: list[float] = field(default_factory=list)
     perplexity: list[float] = field(default_factory=list)
 
-    def add(self, sts: float, cells: Cells) -> None:
-        self.sts.append(sts)
-        for name, values in (("perplexity", self.perplexity), ("average", self.tasks)):
-            if (value := cells[name]) is not None:
-                values.append(value)
+    def add(self, *values: float | None) -> None:
+        for found, value in zip((self.sts, self.tasks, self.perplexity), values, strict=True):
+            if value is not None:
+                found.append(value)
 
 
 def points(model: str, records: Records, seeds: Sequence[int]) -> dict[str, Point]:
     """Every model of the study that both uses were scored of, by its row's name."""
     found: dict[str, Point] = {}
-    for each in paper.entries("again", model, records, seeds):
-        sts = each.made["sts"]["average"]
-        if sts is not None:
-            kind = "base" if each.is_base else "encoder"
-            found.setdefault(each.row, Point(kind)).add(sts, each.cells)
+    for each in paper.entries("encoders", model, records, seeds):
+        cells = each.cells
+        if cells["average"] is not None and "perplexity" in cells:
+            point = found.setdefault(each.row, Point("base" if each.is_base else "encoder"))
+            point.add(cells["average"], cells["generation"], cells["perplexity"])
     for each in paper.entries("routes", model, records, seeds):
-        sts = each.cells.get("STS bidirectional")
+        cells, sts = each.cells, each.cells.get("STS bidirectional")
         if sts is not None and not each.row.startswith(NO_MIXTURES):
-            found.setdefault(each.row, Point("mixture")).add(sts, each.cells)
+            point = found.setdefault(each.row, Point("mixture"))
+            point.add(sts, cells["average"], cells["perplexity"])
     return found
 
 
@@ -88,21 +88,19 @@ class Tuned:
 
 def tuned(model: str, records: Records, seeds: Sequence[int]) -> list[Tuned]:
     """Every encoder whose dependence and generation were measured."""
-    after, perplexity = (
-        {
-            (each.row, each.seed): value
-            for each in paper.entries(kind, model, records, seeds)
-            if (value := each.cells[name]) is not None
-        }
-        for kind, name in (("after", "after"), ("again", "perplexity"))
-    )
-    base = ("base", None)
-    if base not in after.keys() & perplexity.keys():
+    found: dict[str, list[tuple[float, float]]] = {}
+    for each in paper.entries("encoders", model, records, seeds):
+        after, perplexity = (each.cells.get(name) for name in ("DP-after", "perplexity"))
+        if after is not None and perplexity is not None:
+            found.setdefault(each.row, []).append((after, perplexity))
+    if "base" not in found:
         return []
+    [base] = found["base"]
     return [
-        Tuned(key[0], after[key] - after[base], math.log(perplexity[key] / perplexity[base]))
-        for key in perplexity
-        if key in after and not key[0].startswith("base")
+        Tuned(row, after - base[0], math.log(perplexity / base[1]))
+        for row, every in found.items()
+        if not row.startswith("base")
+        for after, perplexity in every
     ]
 
 
@@ -188,6 +186,11 @@ def _plane(model: str, placed: dict[str, Point]) -> Any:
             for number, (name, point) in enumerate(placed.items(), 1)
             if getattr(point, what)
         ]
+        axes.set(xlabel="STS average (mixtures: bidirectional)", ylabel=label)
+        axes.spines[["top", "right"]].set_visible(False)
+        if not shown:
+            axes.text(0.5, 0.5, "not run", transform=axes.transAxes, ha="center")
+            continue
         pairs = [(mean(point.sts), mean(getattr(point, what))) for _, _, point in shown]
         sign = 1 if what == "tasks" else -1
         edge = [pairs[each] for each in front([(x, sign * y) for x, y in pairs])]
@@ -204,8 +207,6 @@ def _plane(model: str, placed: dict[str, Point]) -> Any:
             text = ", ".join(str(shown[each][0]) for each in together)
             place = pairs[together[-1]]
             axes.annotate(text, place, (4, 3), textcoords="offset points", fontsize=7)
-        axes.set(xlabel="STS average (mixtures: bidirectional)", ylabel=label)
-        axes.spines[["top", "right"]].set_visible(False)
     figure.legend(
         *right.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=7
     )
