@@ -5,6 +5,7 @@ python calculate_dp.py configs/qwen2.5-0.5b.yaml dependence.max_texts=200
 torchrun --nproc-per-node 8 calculate_dp.py configs/qwen2.5-7b.yaml
 """
 
+import time
 from pathlib import Path
 
 from ubmoe import command
@@ -27,10 +28,11 @@ def main(config: Config) -> Path:
         ids = dependence.tokenize(tokenizer, texts, config.dependence.chat_template)
         model = load_model(config.model, bidirectional=config.dependence.flow == "bidirectional")
         ids, truncated = dependence.cut(model, ids, config.dependence.max_tokens)
-        resume = config.resume == "auto"
+        resume, began = config.resume == "auto", time.monotonic()
         section = dependence.measure(model, ids, config.dependence, run.directory, resume)
         run.model = model
-        run.section = section | {"truncated": truncated}
+        seconds = round(time.monotonic() - began, 3)  # the run's has the loading, too
+        run.section = section | {"truncated": truncated, "seconds": seconds}
         run.figures = figures.dependence(section) | figures.attention_map(model, tokenizer, ids)
     return run.path
 

@@ -297,11 +297,15 @@ def test_supervised_rows_and_hard_negatives(tokenizer, tmp_path):
         f"{a},{b},{c}" for a, b, c in zip(SENTENCES, SENTENCES[1:], SENTENCES[2:], strict=False)
     ]
     path.write_text("\n".join(["sent0,sent1,hard_neg", *rows]))
-    keys = {"objective": "supervised", "dataset": str(path), "per_device_train_batch_size": 3}
+    keys = {"objective": "supervised", "dataset": str(path), "per_device_train_batch_size": 2}
     encoder, model = build(tokenizer)
     settings = stage(tmp_path, loss="simcse", max_steps=1, **keys)
     report = train(encoder, model, settings, tmp_path)
-    assert report["negatives_per_anchor"] == 5  # two other positives, three hard negatives
+    assert report["negatives_per_anchor"] == 3  # the other positive, two hard negatives
+    assert report["log"][-1]["step"] == 1
+    three = settings.model_copy(update={"per_device_train_batch_size": 3})
+    with pytest.raises(UserError, match="nothing was trained: the rows make no batch of 3"):
+        train(encoder, model, three, tmp_path / "three")  # each text is in three rows
     with pytest.raises(UserError, match="nt_xent knows no hard negatives"):
         train(encoder, model, stage(tmp_path, **keys), tmp_path)
 

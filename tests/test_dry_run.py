@@ -4,12 +4,12 @@ import re
 
 import pytest
 import torch
-from conftest import random_model
+from conftest import ROOT, random_model
 from test_scripts import run
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from ubmoe import dry_run
+from ubmoe import command, dry_run
 from ubmoe.config import UserError, load_config
 
 
@@ -59,19 +59,24 @@ def test_parameters_are_counted_by_module_and_a_tied_head_once():
 @pytest.mark.parametrize(
     ("script", "said"),
     [
-        ("calculate_dp.py", ["400 texts, 50603 tokens", "dependence.json"]),
-        ("train_bi.py", ["trains ffn 589,824", "60 steps of 64 on one device", "/bi"]),
-        ("train_ubmoe.py", ["trains routers 1,024", "40 steps of 16", "modes"]),
+        (dry_run.calculate_dp, ["400 texts, 50603 tokens", "dependence.json"]),
+        (dry_run.train_bi, ["trains ffn 589,824", "60 steps of 64 on one device", "/bi"]),
+        (dry_run.train_ubmoe, ["trains routers 1,024", "40 steps of 16", "modes"]),
     ],
 )
-def test_a_script_says_what_it_would_do_and_does_nothing(tiny_path, tmp_path, script, said):
-    keys = ["dry_run=true", f"output_dir={tmp_path}/run", "model.device=cpu"]
-    code, output, errors = run(*keys, script=script)
-    assert code == 0, errors
-    assert output.endswith("nothing was run\n") and "peak memory, estimated" in output
-    assert dry_run.MEASURED in output
-    assert all(each in output for each in said), output
+def test_it_says_what_would_be_done_and_does_nothing(tiny_path, tmp_path, script, said):
+    output = script(load_config(None, [f"output_dir={tmp_path}/run", "model.device=cpu"]))
+    assert output.endswith("nothing was run") and "peak memory, estimated" in output
+    assert dry_run.MEASURED in output and all(each in output for each in said), output
     assert not (tmp_path / "run").exists()
+
+
+def test_a_script_asked_so_says_it(tiny_path, tmp_path):
+    code, output, errors = run(f"output_dir={tmp_path}/run", "model.device=cpu", "dry_run=true")
+    assert code == 0 and output.endswith("nothing was run\n"), errors
+    assert not (tmp_path / "run").exists()
+    assert all((ROOT / script).exists() for script in command.DRY_RUN)
+    assert all(hasattr(dry_run, script.removesuffix(".py")) for script in command.DRY_RUN)
 
 
 def test_memory_follows_the_prompt_the_dtype_and_each_stage_alone(tiny_path):

@@ -5,10 +5,12 @@ import json
 import shutil
 
 import pytest
+import torch
 from conftest import random_model
 from safetensors.torch import load_file, save_file
 
 from ubmoe.config import ModelSection, UserError
+from ubmoe.lora import fingerprint
 from ubmoe.model import best_device, context_length, environment, load_model, load_tokenizer
 
 
@@ -26,9 +28,12 @@ def refused(path, **keys):
 def test_dtype_device_and_attention_are_those_asked_for(saved):
     model = load_model(section(saved, dtype="bfloat16", attn_implementation="eager"))
     assert not model.training and model.config.is_causal is True
-    assert environment(model) | {"parameters": 0} == {
+    threads = torch.get_num_threads()
+    assert environment(model) | {"parameters": 0, "threads": threads} == {
         "model_class": "Qwen2ForCausalLM",
         "parameters": 0,
+        "weights": fingerprint(load_model(section(saved))),  # the same in either dtype
+        "threads": threads,
         "dtype": "bfloat16",
         "device": "cpu",
         "attn_implementation": "eager",

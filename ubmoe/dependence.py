@@ -119,7 +119,7 @@ def measure(
     and all return the same numbers. A run that is interrupted leaves its sums in `directory`, where
     `resume` finds them.
     """
-    began, state = time.monotonic(), PartialState()
+    state = PartialState()
     _check_vocabulary(model, texts)
     batches = batches_by_length(texts, settings.batch_tokens)[
         state.process_index :: state.num_processes
@@ -148,8 +148,7 @@ def measure(
     gathered = Totals()
     for part in gather_object([totals]):
         gathered.merge(part)
-    seconds = round(time.monotonic() - began, 3)  # of measuring; the run's has the loading, too
-    return summary(gathered, settings.buckets) | {"seconds": seconds}
+    return summary(gathered, settings.buckets)
 
 
 def bucket_of(tokens: int, edges: list[int]) -> int:

@@ -201,7 +201,7 @@ def enough_rows(rows: int, section: TrainingSection, key: str) -> None:
 def fit(trainer: Trainer, checkpoint: Path | None) -> list[dict[str, Any]]:
     """Train, or go on from a checkpoint, or only load one that is the end; returns the log.
 
-    Raises UserError where what was trained is not finite.
+    Raises UserError where nothing was trained, or what was is not finite.
     """
     model: Any = trainer.model
     state = None
@@ -217,6 +217,12 @@ def fit(trainer: Trainer, checkpoint: Path | None) -> list[dict[str, Any]]:
     for name, value in model.named_parameters():
         if value.requires_grad and not torch.isfinite(value).all():
             raise UserError(f"the last step made {name} infinite; lower learning_rate")
+    if not pace.seconds:  # transformers only warns of it
+        size = trainer.args.train_batch_size
+        raise UserError(
+            f"nothing was trained: the rows make no batch of {size}; lower "
+            "per_device_train_batch_size, or add rows (a contrastive batch holds no text twice)"
+        )
     trainer.state.log_history[-1] |= {"seconds_per_step": pace.seconds_per_step()}
     return trainer.state.log_history
 
