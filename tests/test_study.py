@@ -180,12 +180,14 @@ def test_a_result_of_a_version_without_weights_runs_again_once(tmp_path, monkeyp
     assert step.state() == "there"
 
 
-def test_a_failed_run_ends_the_study_with_its_last_line(tiny_path, tmp_path):
-    keys = ["results.table=2", "results.rows=[ffn]", "results.seeds=[0]"]
-    wrong = config(tmp_path, *keys, "bi.stages.0.dataset=none.txt", "model.device=cpu")
-    with pytest.raises(UserError, match=r"none.txt: cannot be read.*see .*sts.log"):
+def test_a_failed_run_ends_the_study_with_its_last_line(tmp_path):
+    keys = ["results.table=3", "results.rows=[base]", "results.seeds=[0]", "model.device=cpu"]
+    wrong = config(tmp_path, *keys, "dependence.dataset=none.txt")
+    encoder, _ = study.steps(wrong)
+    finish(encoder)
+    with pytest.raises(UserError, match=r"none.txt: cannot be read.*see .*dependence.log"):
         study.run(wrong)
-    assert not (tmp_path / "records").exists()
+    assert [path.name for path in (tmp_path / "records").iterdir()] == ["small-base.sts.seed0.json"]
 
 
 def test_a_study_runs_as_a_program_and_its_commands_are_the_ones_it_ran(tiny_path, tmp_path):
