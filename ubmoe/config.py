@@ -519,16 +519,11 @@ SCORED = {
     "bitune": ("model", "bitune", *ASKED),
 }
 MADE = {"sts": ("model", *FORM, "bi.stages"), "generation": ("model", "ubmoe")}
+WATCHING = {"save_steps", "save_total_limit", "logging_steps", "report_to"}
 # Keys that change nothing of what is trained: an interrupted run goes on whatever they are now.
-WITHOUT_EFFECT = {
-    *("save_steps", "save_total_limit", "logging_steps", "report_to"),
-    *("route", "routes", "export", "generation"),
-}
+WITHOUT_EFFECT = WATCHING | {"route", "routes", "export", "generation"}
 # Keys that change no number of a result.
-ASIDE = {
-    *("device", "cache", "batch_size"),
-    *("save_steps", "save_total_limit", "logging_steps", "report_to"),
-}
+ASIDE = WATCHING | {"device", "cache", "batch_size"}
 MISSING = object()
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from ubmoe import paper
 from ubmoe.config import UserError
+from ubmoe.paper import Records
 from ubmoe.published import published
 from ubmoe.tables import (
     ROUTES,
@@ -17,8 +18,6 @@ from ubmoe.tables import (
     probing_rows,
     spread,
 )
-
-Records = dict[str, dict[str, Any]]
 
 
 def renewed(text: str, records: Records, seeds: Sequence[int]) -> str:

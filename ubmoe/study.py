@@ -32,10 +32,10 @@ from ubmoe.config import (
 )
 from ubmoe.data import read_texts
 from ubmoe.results import read_result, record, replace
+from ubmoe.tables import CAUSAL
 
 log = logging.getLogger(__name__)
 ROOT = Path(__file__).parent.parent  # where the three scripts are
-CAUSAL = " causal"  # after a row's modules: tuned under the causal mask, a control
 # The mixtures of Table 4 and the controls that it lacks: their encoder's row, and their own keys.
 MIXTURES = {
     "ubmoe": (

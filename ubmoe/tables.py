@@ -7,6 +7,7 @@ from typing import Any
 
 SHARES = ("main", "before", "after")
 NO_TEXTS = "no texts"
+CAUSAL = " causal"  # after a row's modules: tuned under the causal mask, a control
 
 
 def dependence_rows(result: dict[str, Any]) -> list[list[str]]:
@@ -56,7 +57,7 @@ def trained(result: dict[str, Any]) -> str:
     """What train_bi.py trained, in the words of Table 2; `causal` where under that mask."""
     settings = result["config"]["bi"]
     words = " then ".join(map(_stage, settings["stages"])) or "base"
-    return f"{words} causal" if settings.get("attention") == "causal" else words
+    return words + CAUSAL if settings.get("attention") == "causal" else words
 
 
 def _stage(stage: dict[str, Any]) -> str:

@@ -21,13 +21,12 @@ from ubmoe import paper
 from ubmoe.config import Config, UserError
 from ubmoe.paper import Records
 from ubmoe.results import replace_all, save_figure
-from ubmoe.tables import ROUTES, model_of
+from ubmoe.tables import CAUSAL, ROUTES, model_of
 
 log = logging.getLogger(__name__)
 RESAMPLES = 2000
 FEWEST = 6  # rows of an interval: of fewer, most draws are of two or three
 NO_MIXTURES = (ROUTES["uni"], ROUTES["bi"])  # the two models themselves, forced
-CAUSAL = " causal"
 
 
 @dataclass
@@ -113,10 +112,9 @@ class Correlation:
     rows: int
 
     def __str__(self) -> str:
-        low, high = self.interval or (math.nan, math.nan)
-        said = (
-            f"95 % interval {low:.2f} to {high:.2f}" if self.interval else "too few for an interval"
-        )
+        said = "too few for an interval"
+        if self.interval is not None:
+            said = "95 % interval {:.2f} to {:.2f}".format(*self.interval)
         return f"r = {self.r:.2f} over {self.rows} rows ({said})"
 
 
