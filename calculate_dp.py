@@ -8,21 +8,22 @@ torchrun --nproc-per-node 8 calculate_dp.py configs/qwen2.5-7b.yaml
 import time
 from pathlib import Path
 
-from ubmoe import command
+from ubmoe import cli as command
 from ubmoe.config import Config
 
 
 def main(config: Config) -> Path:
     """Read the texts, load the model, measure, and record. Returns the path of the result."""
     # torch is imported late, so that --help, a mistyped key and a bad row are answered at once.
-    from ubmoe.data import read_texts
-    from ubmoe.results import recording
+    from ubmoe.data.rows import read_texts
+    from ubmoe.recording import recording
 
     with recording("calculate_dp", "dependence", config) as run:
         texts = read_texts(config.dependence.dataset, config.dependence.max_texts)
 
-        from ubmoe import dependence, figures
-        from ubmoe.model import load_model, load_tokenizer
+        from ubmoe.dependence import measure as dependence
+        from ubmoe.models.loading import load_model, load_tokenizer
+        from ubmoe.report import figures
 
         tokenizer = load_tokenizer(config.model)
         ids = dependence.tokenize(tokenizer, texts, config.dependence.chat_template)

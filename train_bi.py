@@ -7,20 +7,21 @@ torchrun --nproc-per-node 8 train_bi.py configs/qwen2.5-7b.yaml
 
 from pathlib import Path
 
-from ubmoe import command
+from ubmoe import cli as command
 from ubmoe.config import Config
 
 
 def main(config: Config) -> Path:
     """Load the model, train its stages, save the encoder, score it. Returns the result's path."""
     # torch is imported late, so that --help and a mistyped key are answered at once.
-    from ubmoe.results import recording
+    from ubmoe.recording import recording
 
     with recording("train_bi", "sts", config) as run:
-        from ubmoe import evaluate, figures
-        from ubmoe.encoder import as_encoder, rendered, save_encoder
-        from ubmoe.model import load_model, load_tokenizer
-        from ubmoe.stages import read_data, train_stages
+        from ubmoe.encoder.sentence_encoder import as_encoder, rendered, save_encoder
+        from ubmoe.encoder.stages import read_data, train_stages
+        from ubmoe.evaluate import sts as evaluate
+        from ubmoe.models.loading import load_model, load_tokenizer
+        from ubmoe.report import figures
 
         tokenizer = load_tokenizer(config.model)
         data = [read_data(stage, tokenizer) for stage in config.bi.stages]

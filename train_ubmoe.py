@@ -7,19 +7,21 @@ torchrun --nproc-per-node 8 train_ubmoe.py configs/qwen2.5-7b.yaml
 
 from pathlib import Path
 
-from ubmoe import command
+from ubmoe import cli as command
 from ubmoe.config import Config
 
 
 def main(config: Config) -> Path:
     """Load uni and bi, join them, train, save, score. Returns the result's path."""
     # torch is imported late, so that --help and a mistyped key are answered at once.
-    from ubmoe.results import recording
+    from ubmoe.recording import recording
 
     with recording("train_ubmoe", "generation", config) as run:
-        from ubmoe import export, figures, mixture
-        from ubmoe.lora import fingerprint
-        from ubmoe.moe import join
+        from ubmoe.models.lora import fingerprint
+        from ubmoe.moe import export
+        from ubmoe.moe import pipeline as mixture
+        from ubmoe.moe.model import join
+        from ubmoe.report import figures
 
         inputs = mixture.read(config)
         out, tokenizer, encoder = run.directory, inputs.tokenizer, inputs.encoder

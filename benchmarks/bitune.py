@@ -18,10 +18,10 @@ from torch import nn
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.common import medians, qwen_layers, write
-from ubmoe import prefill
-from ubmoe.answers import Example, batch
+from ubmoe.bitune import model as prefill
+from ubmoe.bitune.examples import Example, batch
 from ubmoe.config import BituneSection
-from ubmoe.prediction import mean_loss
+from ubmoe.training.losses import mean_loss
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HIDDEN = (64, 128, 512)

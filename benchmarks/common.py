@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from transformers import Qwen2Config
 
-from ubmoe.results import git_commit, write_json
-from ubmoe.tables import aligned
+from ubmoe.recording import git_commit, write_json
+from ubmoe.report.tables import aligned
 
 RESULTS = Path(__file__).parent.parent / "results"
 

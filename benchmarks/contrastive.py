@@ -31,11 +31,11 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen2To
 from benchmarks.common import medians, peak_of_child, write
 from ubmoe.bidirectional import make_bidirectional
 from ubmoe.config import BiSection, StageSection
-from ubmoe.contrastive import CachedContrastiveLoss, ContrastiveLoss, attention_dropout
-from ubmoe.encoder import as_encoder
-from ubmoe.results import peak_memory_bytes
-from ubmoe.tiny import train_tokenizer
-from ubmoe.training import train_only
+from ubmoe.encoder.contrastive import CachedContrastiveLoss, ContrastiveLoss, attention_dropout
+from ubmoe.encoder.sentence_encoder import as_encoder
+from ubmoe.recording import peak_memory_bytes
+from ubmoe.tiny.model import train_tokenizer
+from ubmoe.training.trainer import train_only
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LAYERS, HEADS = (24, 14) if DEVICE.type == "cuda" else (2, 7)

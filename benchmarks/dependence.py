@@ -18,8 +18,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, Qwen2ForCau
 from transformers.masking_utils import eager_mask
 
 from benchmarks.common import medians, peak_of_child, qwen_layers, write
-from ubmoe.attention import dependence_of, probing
-from ubmoe.results import peak_memory_bytes
+from ubmoe.dependence.recorder import dependence_of, probing
+from ubmoe.recording import peak_memory_bytes
 
 LAYERS = 4
 REPEATS = 5

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, Qwen2ForCausalLM
 
 from benchmarks.common import medians, peak_of_child, qwen_layers, write
-from ubmoe import moe
-from ubmoe.prediction import mean_loss, predictions
-from ubmoe.results import peak_memory_bytes
+from ubmoe.moe import model as moe
+from ubmoe.recording import peak_memory_bytes
+from ubmoe.training.losses import mean_loss, predictions
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LAYERS = 24 if DEVICE.type == "cuda" else 4

@@ -17,8 +17,8 @@ import torch
 from transformers import Qwen2ForCausalLM
 
 from benchmarks.common import medians, qwen_layers, write
-from ubmoe.batches import batches_by_length, padded_with_mask
-from ubmoe.words import Place, Sentences, word_vectors
+from ubmoe.data.padding import batches_by_length, padded_with_mask
+from ubmoe.probing.word_vectors import Place, Sentences, word_vectors
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LAYERS = 24 if DEVICE.type == "cuda" else 4

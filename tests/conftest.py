@@ -61,7 +61,7 @@ def random_model(family: str, **changes: Any) -> PreTrainedModel:
 @pytest.fixture(scope="session")
 def tiny_path() -> Path:
     """The embedded model's directory, built where the cache has none."""
-    from ubmoe.tiny import tiny_directory
+    from ubmoe.tiny.model import tiny_directory
 
     return tiny_directory()
 

@@ -6,10 +6,10 @@ import pytest
 from conftest import random_model  # noqa: F401  (sets the libraries offline)
 from transformers import AutoTokenizer
 
-from ubmoe.answers import Example, batch, read_examples
-from ubmoe.chats import read_chats
+from ubmoe.bitune.examples import Example, batch, read_examples
 from ubmoe.config import QUESTION, UserError
-from ubmoe.prediction import IGNORED
+from ubmoe.data.chats import read_chats
+from ubmoe.training.losses import IGNORED
 
 TALK = [
     {"role": "user", "content": "Where does Anna live?"},

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from ubmoe.attention import (
+from ubmoe.config import UserError
+from ubmoe.dependence.recorder import (
     ROWS,
     Rule,
     attention_layers,
@@ -23,7 +24,6 @@ from ubmoe.attention import (
     row_shares,
     unmasked_attention,
 )
-from ubmoe.config import UserError
 
 PLAIN = ["qwen2", "qwen3", "llama", "mistral", "gemma"]
 LENGTHS = [1, 2, 7, ROWS, 300]

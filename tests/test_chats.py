@@ -5,9 +5,9 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
-from ubmoe.chats import Chat, labelled, read_chats
 from ubmoe.config import UserError
-from ubmoe.prediction import IGNORED
+from ubmoe.data.chats import Chat, labelled, read_chats
+from ubmoe.training.losses import IGNORED
 
 LLAMA = (
     "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'].strip() }} [/INST]"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from ubmoe import command
+from ubmoe import cli as command
 from ubmoe.config import UserError, keys
 
 

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from ubmoe import command
+from ubmoe import cli as command
 from ubmoe.config import Config, UserError, dump_config, help_text, keys, load_config
 
 

@@ -6,7 +6,7 @@ import shlex
 import pytest
 from conftest import ROOT
 
-from ubmoe import command
+from ubmoe import cli as command
 from ubmoe.config import load_config
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))

@@ -10,11 +10,11 @@ from sentence_transformers import SentenceTransformer
 from torch.nn.functional import cross_entropy, normalize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ubmoe import contrastive
 from ubmoe.config import BiSection, LoraSection, StageSection, UserError
-from ubmoe.contrastive import CachedContrastiveLoss, ContrastiveLoss, attention_dropout
-from ubmoe.encoder import as_encoder
-from ubmoe.training import Work, named_by, train_only
+from ubmoe.encoder import contrastive
+from ubmoe.encoder.contrastive import CachedContrastiveLoss, ContrastiveLoss, attention_dropout
+from ubmoe.encoder.sentence_encoder import as_encoder
+from ubmoe.training.trainer import Work, named_by, train_only
 
 SENTENCES = [
     f"The {noun} {verb} the {other}."

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ubmoe.config import UserError
-from ubmoe.data import Row, read_rows, read_texts, spaced
+from ubmoe.data.rows import Row, read_rows, read_texts, spaced
 
 CHAT = {
     "messages": [

@@ -11,10 +11,10 @@ import torch
 from conftest import ROOT, random_model
 from transformers import AutoTokenizer
 
-from ubmoe import dependence
-from ubmoe.attention import dependence_of, probing
 from ubmoe.config import DependenceSection, UserError
-from ubmoe.data import Text
+from ubmoe.data.rows import Text
+from ubmoe.dependence import measure as dependence
+from ubmoe.dependence.recorder import dependence_of, probing
 
 EDGES = [0, 4, 16, 32, 64]
 SETTINGS = DependenceSection(buckets=EDGES, batch_tokens=80)

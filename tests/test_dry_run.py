@@ -9,7 +9,8 @@ from test_scripts import run
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from ubmoe import command, dry_run
+from ubmoe import cli as command
+from ubmoe import dry_run
 from ubmoe.config import UserError, load_config
 
 

@@ -13,8 +13,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from ubmoe.bidirectional import prove_attention
 from ubmoe.config import PROMPT, BiSection, ModelSection, UserError
-from ubmoe.encoder import as_encoder, rendered, save_encoder
-from ubmoe.model import load_tokenizer
+from ubmoe.encoder.sentence_encoder import as_encoder, rendered, save_encoder
+from ubmoe.models.loading import load_tokenizer
 
 TEXTS = ["The cat slept.", "A much longer sentence about {braces} and 'quotes' in the garden."]
 

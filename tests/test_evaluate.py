@@ -6,9 +6,10 @@ from conftest import random_model
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ubmoe import evaluate, language
 from ubmoe.config import TABLE2, BiSection, UserError, load_config
-from ubmoe.encoder import as_encoder
+from ubmoe.encoder.sentence_encoder import as_encoder
+from ubmoe.evaluate import sts as evaluate
+from ubmoe.tiny import language
 
 
 @pytest.fixture

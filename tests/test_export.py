@@ -10,11 +10,11 @@ from sentence_transformers import SentenceTransformer
 from test_moe import IDS, drawn, logits, pair
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from ubmoe import export
 from ubmoe.bidirectional import prove_attention
 from ubmoe.config import BiSection, UserError
-from ubmoe.encoder import as_encoder, save_encoder
-from ubmoe.moe import join, routers
+from ubmoe.encoder.sentence_encoder import as_encoder, save_encoder
+from ubmoe.moe import export
+from ubmoe.moe.model import join, routers
 
 MADE = "\nMade in a test.\n"
 TEXTS = ["The cat slept.", "A much longer sentence about the small horse in the garden.", "No."]

@@ -10,8 +10,8 @@ from conftest import ROOT, random_model
 from transformers import AutoTokenizer
 
 from ubmoe.config import BiSection
-from ubmoe.contrastive import CachedContrastiveLoss, ContrastiveLoss
-from ubmoe.encoder import as_encoder
+from ubmoe.encoder.contrastive import CachedContrastiveLoss, ContrastiveLoss
+from ubmoe.encoder.sentence_encoder import as_encoder
 
 WORDS = [
     "The",

@@ -10,10 +10,11 @@ from lm_eval.models.huggingface import HFLM
 from test_moe import drawn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ubmoe import generation, tiny_tasks
-from ubmoe.chats import read_chats
 from ubmoe.config import EvaluationSection, UserError
-from ubmoe.moe import join
+from ubmoe.data.chats import read_chats
+from ubmoe.evaluate import generation
+from ubmoe.moe.model import join
+from ubmoe.tiny import tasks as tiny_tasks
 
 TASK = """
 task: my_facts
@@ -107,7 +108,7 @@ def test_the_embedded_model_knows_its_facts_and_its_grammar(model, tokenizer):
 
 
 def test_facts_have_four_answers_of_one_kind_and_one_right():
-    from ubmoe import language
+    from ubmoe.tiny import language
 
     right = {fact.question: fact.answer for fact in language.facts()}
     rows = tiny_tasks.facts()

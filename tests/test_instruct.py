@@ -8,11 +8,11 @@ from conftest import KilledError, random_model
 from test_prefill import EXAMPLES, tuned
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ubmoe import instruct
-from ubmoe.answers import Example, read_examples
+from ubmoe.bitune import training as instruct
+from ubmoe.bitune.examples import Example, read_examples
+from ubmoe.bitune.model import attach
 from ubmoe.config import BituneSection, UserError, load_config
-from ubmoe.prefill import attach
-from ubmoe.training import Work
+from ubmoe.training.trainer import Work
 
 
 def settings(**keys):

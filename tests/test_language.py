@@ -13,8 +13,8 @@ import pytest
 from conftest import ROOT
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ubmoe import language
-from ubmoe.language import ORDERS, Meaning, Noun
+from ubmoe.tiny import language
+from ubmoe.tiny.language import ORDERS, Meaning, Noun
 
 BUCKETS = ((0, 64), (64, 128), (128, 256), (256, 512))
 

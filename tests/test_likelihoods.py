@@ -9,12 +9,12 @@ from lm_eval.models.huggingface import HFLM
 from test_prefill import tuned
 from transformers import AutoTokenizer
 
-from ubmoe import tiny_tasks
-from ubmoe.answers import Example
+from ubmoe.bitune.examples import Example
+from ubmoe.bitune.likelihoods import Likelihoods
+from ubmoe.bitune.model import attach
+from ubmoe.bitune.training import batch
 from ubmoe.config import BituneSection
-from ubmoe.instruct import batch
-from ubmoe.likelihoods import Likelihoods
-from ubmoe.prefill import attach
+from ubmoe.tiny import tasks as tiny_tasks
 
 
 @pytest.fixture(scope="module")

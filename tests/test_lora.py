@@ -8,10 +8,10 @@ from conftest import random_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from ubmoe import lora
 from ubmoe.config import LoraSection, ModelSection, StageSection, UserError
-from ubmoe.model import load_model
-from ubmoe.training import Work, named_by, tuning
+from ubmoe.models import lora
+from ubmoe.models.loading import load_model
+from ubmoe.training.trainer import Work, named_by, tuning
 
 
 def section(path, **keys):

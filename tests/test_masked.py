@@ -7,10 +7,10 @@ from conftest import KilledError, random_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ubmoe import masked
 from ubmoe.config import StageSection, UserError
-from ubmoe.masked import IGNORED, Chunks, Masking, Places, chunked
-from ubmoe.training import Work, named_by
+from ubmoe.encoder import mntp as masked
+from ubmoe.encoder.mntp import IGNORED, Chunks, Masking, Places, chunked
+from ubmoe.training.trainer import Work, named_by
 
 
 @pytest.fixture(scope="module")

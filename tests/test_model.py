@@ -10,8 +10,14 @@ from conftest import random_model
 from safetensors.torch import load_file, save_file
 
 from ubmoe.config import ModelSection, UserError
-from ubmoe.lora import fingerprint
-from ubmoe.model import best_device, context_length, environment, load_model, load_tokenizer
+from ubmoe.models.loading import (
+    best_device,
+    context_length,
+    environment,
+    load_model,
+    load_tokenizer,
+)
+from ubmoe.models.lora import fingerprint
 
 
 def section(path, **keys):

@@ -9,10 +9,11 @@ from conftest import random_model
 from torch.nn.functional import linear, silu, softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ubmoe import language, moe
 from ubmoe.bidirectional import set_attention
 from ubmoe.config import UserError
-from ubmoe.moe import BI, UNI, blocks, join, route_of, routers, set_route
+from ubmoe.moe import model as moe
+from ubmoe.moe.model import BI, UNI, blocks, join, route_of, routers, set_route
+from ubmoe.tiny import language
 
 IDS = torch.randint(97, (3, 11), generator=torch.Generator().manual_seed(1))
 

@@ -1,9 +1,9 @@
 """Ours beside the paper's: means of seeds, gaps, misprints, and nothing where nothing was run."""
 
-from ubmoe import paper
 from ubmoe.config import load_config
-from ubmoe.published import published
-from ubmoe.tables import SHARES
+from ubmoe.report.tables import SHARES
+from ubmoe.results import paper
+from ubmoe.results.published import published
 
 MODEL = "Qwen1.5-0.5B-Chat"
 TEN = published("ubmoe")["sts"]["columns"][:10]

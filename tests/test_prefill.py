@@ -12,11 +12,11 @@ from torch.nn.functional import silu
 from transformers import AutoTokenizer, GenerationConfig
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
-from ubmoe import prefill
-from ubmoe.answers import Example, batch
+from ubmoe.bitune import model as prefill
+from ubmoe.bitune.examples import Example, batch
+from ubmoe.bitune.model import BIDIRECTIONAL, CAUSAL, VARIANTS, attach, mix
 from ubmoe.config import BituneSection, UserError
-from ubmoe.prediction import mean_loss
-from ubmoe.prefill import BIDIRECTIONAL, CAUSAL, VARIANTS, attach, mix
+from ubmoe.training.losses import mean_loss
 
 EXAMPLES = [
     Example([5, 6, 7, 8, 9, 10, 11], [12, 13, 14]),

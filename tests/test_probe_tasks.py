@@ -4,7 +4,7 @@ import pytest
 from conftest import random_model  # noqa: F401  (sets the libraries offline)
 
 from ubmoe.config import UserError
-from ubmoe.probe_tasks import FEATURES, READERS, TINY, lemma, read_tasks, text
+from ubmoe.probing.tasks import FEATURES, READERS, TINY, lemma, read_tasks, text
 
 NORMS = [f"{each}.M" for each in ("Vision", "Hearing", "Olfaction", "Interoception", "Taste")]
 NORMS += [f"{each}.M" for each in ("Touch", "Foot_leg", "Mouth_throat", "Torso", "Head")]

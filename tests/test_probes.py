@@ -5,8 +5,8 @@ import pytest
 from conftest import random_model  # noqa: F401  (sets the libraries offline)
 from sklearn.metrics import balanced_accuracy_score
 
-from ubmoe import probes
-from ubmoe.probe_tasks import Task, Word
+from ubmoe.probing import probes
+from ubmoe.probing.tasks import Task, Word
 
 
 def task(targets, groups=None, pair=False, test=None):

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 from test_scripts import run
 
-from ubmoe import comparison, figures, probing, results
+from ubmoe import recording as results
 from ubmoe.config import ProbingSection, UserError, load_config
-from ubmoe.probe_tasks import read_tasks
+from ubmoe.probing import __main__ as probing
+from ubmoe.probing import experiment as comparison
+from ubmoe.probing.tasks import read_tasks
+from ubmoe.report import figures
 
 KEYS = ["model.device=cpu"]
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, random_model
 
-from ubmoe import readme, results
+from ubmoe import recording as results
 from ubmoe.config import UserError, load_config
-from ubmoe.published import published
+from ubmoe.results import pages as readme
+from ubmoe.results.published import published
 
 SEEDS = [0, 1, 2]
 SECTION = {

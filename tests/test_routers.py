@@ -6,14 +6,16 @@ from conftest import KilledError, random_model
 from test_moe import drawn, pair
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ubmoe import lora, moe, routers
-from ubmoe.both import Both
-from ubmoe.chats import Chat, labelled, read_chats
 from ubmoe.config import BiSection, LoraSection, MixtureSection, UserError, load_config
-from ubmoe.encoder import as_encoder
-from ubmoe.moe import join
-from ubmoe.prediction import IGNORED, mean_loss, predictions
-from ubmoe.training import Work
+from ubmoe.data.chats import Chat, labelled, read_chats
+from ubmoe.encoder.sentence_encoder import as_encoder
+from ubmoe.models import lora
+from ubmoe.moe import model as moe
+from ubmoe.moe import routers
+from ubmoe.moe.distillation import Both
+from ubmoe.moe.model import join
+from ubmoe.training.losses import IGNORED, mean_loss, predictions
+from ubmoe.training.trainer import Work
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import time
 import pytest
 from conftest import ROOT, random_model
 
-from ubmoe import results
+from ubmoe import recording as results
 from ubmoe.config import load_config
 
 FAST = ["dependence.max_texts=12", "model.device=cpu"]

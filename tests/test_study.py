@@ -10,8 +10,9 @@ import pytest
 import torch
 from conftest import random_model
 
-from ubmoe import results, study
+from ubmoe import recording as results
 from ubmoe.config import ResultsSection, UserError, load_config
+from ubmoe.results import plan as study
 
 
 def config(tmp_path, *keys):

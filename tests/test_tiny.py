@@ -23,8 +23,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ubmoe import language, tiny
 from ubmoe.config import UserError
+from ubmoe.tiny import language
+from ubmoe.tiny import model as tiny
 
 STEPS = 3  # the laws of building and caching do not depend on how well it is trained
 HELD_OUT_SEED = 4321

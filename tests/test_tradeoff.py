@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_paper import MODEL, RECORDS, SEEDS, dependence, encoder, scores
 
-from ubmoe import tradeoff
 from ubmoe.config import UserError, load_config
+from ubmoe.results import tradeoff
 
 NUMBERS = st.integers(0, 9)
 

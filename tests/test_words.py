@@ -7,8 +7,8 @@ from conftest import random_model
 from transformers import AutoTokenizer
 
 from ubmoe.config import UserError
-from ubmoe.probe_tasks import text, tokens
-from ubmoe.words import Sentences, Word, word_vectors
+from ubmoe.probing.tasks import text, tokens
+from ubmoe.probing.word_vectors import Sentences, Word, word_vectors
 
 TALES = [
     "The cook burned the pie near the hill.",

@@ -21,17 +21,17 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ubmoe import moe
-from ubmoe.chats import read_chats
 from ubmoe.config import Config, StageSection, TrainingSection
-from ubmoe.contrastive import attention_dropout
-from ubmoe.data import SENTENCE, cell, held_out, read_texts, training_rows
-from ubmoe.dependence import tokenize
-from ubmoe.model import explained, load_tokenizer, source
-from ubmoe.results import peak_memory_bytes
-from ubmoe.stages import read_data
-from ubmoe.tables import aligned
-from ubmoe.training import MODULES, train_only
+from ubmoe.data.chats import read_chats
+from ubmoe.data.rows import SENTENCE, cell, held_out, read_texts, training_rows
+from ubmoe.dependence.measure import tokenize
+from ubmoe.encoder.contrastive import attention_dropout
+from ubmoe.encoder.stages import read_data
+from ubmoe.models.loading import explained, load_tokenizer, source
+from ubmoe.moe import model as moe
+from ubmoe.recording import peak_memory_bytes
+from ubmoe.report.tables import aligned
+from ubmoe.training.trainer import MODULES, train_only
 
 SAMPLE = 1000  # texts whose lengths are looked at
 # Of the three scripts on two small models; the numbers are in README.md.

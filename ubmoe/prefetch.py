@@ -11,8 +11,8 @@ from typing import Any
 from tqdm import tqdm
 
 from ubmoe.config import Config, UserError
-from ubmoe.data import SUFFIXES, read_rows
-from ubmoe.results import write_json
+from ubmoe.data.rows import SUFFIXES, read_rows
+from ubmoe.recording import write_json
 
 log = logging.getLogger(__name__)
 FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")  # no code, no pickles
@@ -79,7 +79,7 @@ def _dataset(name: str) -> dict[str, Any]:
 
 
 def _sts(name: str) -> dict[str, Any]:
-    from ubmoe.evaluate import sts_task
+    from ubmoe.evaluate.sts import sts_task
 
     task: Any = sts_task(name)
     try:
@@ -92,7 +92,7 @@ def _sts(name: str) -> dict[str, Any]:
 def _generation(name: str) -> dict[str, Any]:
     from lm_eval.tasks import get_task_dict
 
-    from ubmoe.generation import check_tasks, manager
+    from ubmoe.evaluate.generation import check_tasks, manager
 
     check_tasks([name])
     try:

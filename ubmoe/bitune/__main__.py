@@ -1,0 +1,56 @@
+"""Tune a model to read its prompt twice, causally and in both directions, and score its answers.
+
+python -m ubmoe.bitune configs/tiny.yaml
+python -m ubmoe.bitune configs/qwen2.5-0.5b.yaml bitune.variant=lora
+"""
+
+from pathlib import Path
+
+from ubmoe import cli as command
+from ubmoe.config import Config
+
+
+def main(config: Config) -> Path | None:
+    """Load the model, train adapters and theta, save, score. Returns the result's path."""
+    # torch is imported late, so that --help and a mistyped key are answered at once.
+    from ubmoe.recording import recording
+
+    with recording("bitune", "bitune", config) as run:
+        from ubmoe.bitune import model as prefill
+        from ubmoe.bitune import training as instruct
+        from ubmoe.bitune.examples import read_examples
+        from ubmoe.bitune.likelihoods import Likelihoods
+        from ubmoe.data.rows import held_out
+        from ubmoe.evaluate import generation
+        from ubmoe.models.loading import load_model, load_tokenizer
+        from ubmoe.report import figures
+        from ubmoe.training.trainer import Work
+
+        settings = config.bitune
+        scoring = config.evaluation.model_copy(update={"generation": settings.generation})
+        generation.check_tasks(scoring.generation)
+        tokenizer = load_tokenizer(config.model)
+        found = read_examples(
+            settings.dataset, tokenizer, settings.template, settings.max_tokens, settings.max_rows
+        )
+        chats, apart = held_out(found.chats, settings.held_out, "bitune.held_out")
+        examples, kept = ([each for chat in some for each in chat] for some in (chats, apart))
+        counts = {"examples": len(examples), "held_out": len(kept), "dropped": found.dropped}
+        run.log("examples: %s", counts)
+        bitune = prefill.attach(load_model(config.model), settings, config.seed)
+        work = Work(run.directory / "adapters", config.seed, config.resume == "auto")
+        log = instruct.train(bitune, settings, examples, work)
+        run.model = bitune.decoder
+        if run.is_main:
+            prefill.save(bitune, tokenizer, settings.template, run.directory / "bitune")
+            lm = Likelihoods(bitune, tokenizer, scoring.batch_size)
+            scores = generation.generation_scores(bitune.decoder, tokenizer, scoring, lm)
+            perplexity = instruct.perplexity(bitune, kept)
+            said = {"variant": settings.variant, "perplexity": perplexity, "counts": counts}
+            run.section = scores | said | instruct.alphas(bitune) | {"log": log}
+            run.figures = figures.mixing(run.section)
+    return run.path
+
+
+if __name__ == "__main__":
+    command.run("python -m ubmoe.bitune", __doc__ or "", main)

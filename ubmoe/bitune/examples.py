@@ -1,0 +1,118 @@
+"""Prompts and answers as tokens: every assistant turn of a chat, with all that came before it."""
+
+import sys
+from dataclasses import dataclass
+from itertools import groupby
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ubmoe.config import UserError
+from ubmoe.data.chats import Chat, read_chats
+from ubmoe.data.padding import padded
+from ubmoe.data.rows import Text, read_texts
+from ubmoe.training.losses import IGNORED
+
+EMPTY = "an empty answer; remove the row"
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt of P >= 1 tokens and its answer, end token included."""
+
+    prompt: list[int]
+    answer: list[int]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.answer)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The examples of each chat, and how many were dropped: too long to have an end.
+
+    A chat's turns stay together: the prompt of a later one holds the answers of the earlier ones.
+    """
+
+    chats: list[list[Example]]
+    dropped: int
+
+
+def read_examples(
+    dataset: str,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str | None,
+    max_tokens: int,
+    most: int | None = None,
+) -> Examples:
+    """Every assistant turn of a data set of chats.
+
+    template: a user's turn stands in it, at {prompt}, and the answer follows after a space, with
+    the end token; None: the tokenizer's chat template. Raises UserError naming the row.
+    """
+    if template is None:
+        found = [_parted(chat) for chat in read_chats(dataset, tokenizer, sys.maxsize, most).chats]
+    else:
+        texts = read_texts(dataset, most)
+        found = [_templated(text, tokenizer, template) for text in texts]
+    kept = [[each for each in chat if len(each) <= max_tokens] for chat in found]
+    total, left = (sum(map(len, chats)) for chats in (found, kept))
+    if not left:
+        raise UserError(
+            f"{dataset}: none of {total} examples has at most bitune.max_tokens={max_tokens}"
+        )
+    return Examples([chat for chat in kept if chat], total - left)
+
+
+def _parted(chat: Chat) -> list[Example]:
+    """An example for each run of answer tokens that has something before it."""
+    found, place = [], 0
+    for own, run in groupby(chat.answer):
+        end = place + len(list(run))
+        if own and place:
+            if set(chat.roles[place:end]) == {"template"}:
+                raise UserError(f"{chat.where}: {EMPTY}")
+            found.append(Example(chat.ids[:place], chat.ids[place:end]))
+        place = end
+    return found
+
+
+def _templated(text: Text, tokenizer: PreTrainedTokenizerBase, template: str) -> list[Example]:
+    if isinstance(text.content, str):
+        raise UserError(f"{text.where}: a text, no chat; expected messages")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{tokenizer.name_or_path}: its tokenizer has no end token")
+    before, asked, found = "", "", []
+    for message in text.content:
+        content = message["content"].strip()
+        if message["role"] != "assistant":
+            asked = f"{asked}\n{content}".strip()
+            continue
+        if not content:
+            raise UserError(f"{text.where}: {EMPTY}")
+        if not asked:
+            raise UserError(f"{text.where}: an answer to nothing; remove the row")
+        prompt = before + template.replace("{prompt}", asked)
+        answer = tokenizer(f" {content}", add_special_tokens=False)["input_ids"]
+        ids = tokenizer(prompt, verbose=False)["input_ids"]
+        found.append(Example(ids, [*answer, tokenizer.eos_token_id]))
+        before, asked = f"{prompt} {content}\n\n", ""
+    if not found:
+        raise UserError(f"{text.where}: no assistant turn; expected one at least")
+    return found
+
+
+def batch(examples: list[Example]) -> dict[str, Tensor]:
+    """The inputs of `prefill.Bitune`: prompts without their last tokens, padded left; then these
+    and the answers, padded right, with the answers' tokens as labels.
+    """
+    prompts = [each.prompt[:-1] for each in examples]
+    answers = [[each.prompt[-1], *each.answer] for each in examples]
+    labels = [[IGNORED, *each.answer] for each in examples]
+    return {
+        "prompt_ids": padded(prompts, left=True),
+        "prompt_mask": padded([[1] * len(row) for row in prompts], left=True),
+        "answer_ids": padded(answers),
+        "answer_mask": padded([[1] * len(row) for row in answers]),
+        "labels": padded(labels, IGNORED),
+    }

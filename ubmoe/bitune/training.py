@@ -1,0 +1,112 @@
+"""Instruction tuning of a Bitune model on answers, and its perplexity on held-out ones."""
+
+import logging
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import Sampler
+from tqdm import tqdm
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from ubmoe.bitune.examples import Example, batch
+from ubmoe.bitune.model import Bitune
+from ubmoe.config import BituneSection
+from ubmoe.data.padding import batches_by_length
+from ubmoe.training.losses import mean_loss
+from ubmoe.training.trainer import (
+    Careful,
+    StopOnBadLoss,
+    Work,
+    arguments,
+    begin,
+    digest_of_frozen,
+    enough_rows,
+    fit,
+)
+
+log = logging.getLogger(__name__)
+
+
+class LikeLengths(Sampler[int]):
+    """Rows in an order of each epoch's own, in which those of a batch have like lengths."""
+
+    epoch = 0
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+
+class _Trainer(Careful, Trainer):
+    def _get_train_sampler(self, train_dataset: Any = None) -> LikeLengths:
+        examples: Any = self.train_dataset
+        size = self.args.train_batch_size * self.args.world_size
+        return LikeLengths([len(each) for each in examples], size, self.args.seed)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Any:
+        return mean_loss(*model(**inputs))
+
+    def log(self, logs: dict[str, float], *rest: Any) -> None:
+        bitune = self.accelerator.unwrap_model(self.model)
+        super().log(logs | (alphas(bitune) if "loss" in logs else {}), *rest)
+
+
+def alphas(bitune: Bitune) -> dict[str, Any]:
+    """The second pass's learned share by layer, as `alpha_keys` and `alpha_values`; {} if none."""
+    if not bitune.variant.mixed:
+        return {}
+    return {f"alpha_{what}": bitune.alpha(what).tolist() for what in ("keys", "values")}
+
+
+def train(
+    bitune: Bitune, settings: BituneSection, examples: list[Example], work: Work
+) -> list[dict[str, Any]]:
+    """Train the adapters and theta in place; returns the log."""
+    if settings.max_steps == 0:
+        return []
+    enough_rows(len(examples), settings, "bitune.dataset")
+    trainable = sum(value.numel() for value in bitune.parameters() if value.requires_grad)
+    log.info("%s: %d examples; %s parameters train", bitune.name, len(examples), f"{trainable:,}")
+    keys = arguments(settings, work, bitune.decoder.device)
+    with redirect_stdout(sys.stderr):
+        trainer = _Trainer(
+            bitune,
+            TrainingArguments(**keys, remove_unused_columns=False, label_names=["labels"]),
+            train_dataset=examples,  # type: ignore[arg-type]
+            data_collator=batch,  # type: ignore[arg-type]
+            callbacks=[StopOnBadLoss()],
+        )
+        checkpoint = begin(settings, work, weights=digest_of_frozen(bitune), rows=len(examples))
+        history = fit(trainer, checkpoint)
+    bitune.eval()
+    return history
+
+
+@torch.no_grad()
+def perplexity(bitune: Bitune, examples: list[Example], batch_tokens: int = 8192) -> float:
+    """exp of the mean negative log-likelihood of the answers' tokens, end tokens included."""
+    loss, tokens = 0.0, 0
+    device = bitune.decoder.device
+    whole = [each.prompt + each.answer for each in examples]
+    for chosen in tqdm(batches_by_length(whole, batch_tokens), desc="perplexity", disable=None):
+        inputs = batch([examples[index] for index in chosen])
+        logits, wanted = bitune(**{name: value.to(device) for name, value in inputs.items()})
+        loss += cross_entropy(logits, wanted, reduction="sum").item()
+        tokens += len(wanted)
+    return math.exp(loss / tokens)

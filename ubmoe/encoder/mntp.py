@@ -1,0 +1,171 @@
+"""Masked next token prediction (LLM2Vec): a masked token is predicted from the position before it.
+
+Chunks of raw text, masks that are a function of (seed, epoch, row), transformers' Trainer. The
+tokenizer is never told of the mask token, so nothing of it is saved.
+"""
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+from ubmoe.config import StageSection, UserError
+from ubmoe.data.rows import SENTENCE, cell, training_rows
+from ubmoe.training.losses import IGNORED, mean_loss, predictions
+from ubmoe.training.trainer import (
+    Careful,
+    StopOnBadLoss,
+    Work,
+    announce,
+    arguments,
+    begin,
+    fit,
+    tuning,
+)
+
+log = logging.getLogger(__name__)
+
+
+class Chunks(Dataset[dict[str, Tensor]]):
+    """(epoch, row) -> (T,) tokens and labels, masked as this epoch masks this row."""
+
+    def __init__(self, chunks: Tensor, settings: "Masking", seed: int) -> None:
+        self.chunks, self.settings, self.seed = chunks, settings, seed
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __getitem__(self, place: tuple[int, int]) -> dict[str, Tensor]:
+        ids, labels = self.settings(
+            self.chunks[place[1]], np.random.default_rng((self.seed, *place))
+        )
+        return {"input_ids": ids, "labels": labels}
+
+
+class Places(Sampler[tuple[int, int]]):
+    """(epoch, row) in an order of each epoch's own.
+
+    The sampler says the epoch because accelerate 1.15 tells every sampler of it, but a data set
+    neither after a resumption nor under DDP.
+    """
+
+    epoch = 0
+
+    def __init__(self, rows: int, seed: int) -> None:
+        self.rows, self.seed = rows, seed
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.rows)
+        return ((self.epoch, int(row)) for row in order)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+
+class Masking:
+    """(T,) tokens -> the same with some masked, and labels that are IGNORED elsewhere.
+
+    Every ordinary token is chosen with `mlm_probability`. `bert`: of the chosen, 80 % become the
+    mask token, 10 % a random one, 10 % stay; `all`: every one becomes the mask token. Raises
+    UserError for a mask token that is not one token.
+    """
+
+    def __init__(self, stage: StageSection, tokenizer: PreTrainedTokenizerBase) -> None:
+        found = tokenizer(stage.mask_token, add_special_tokens=False)["input_ids"]
+        if len(found) != 1:
+            raise UserError(
+                f"bi.stages.N.mask_token: {stage.mask_token!r} is {len(found)} tokens of this "
+                "tokenizer; expected one"
+            )
+        [self.mask] = found
+        self.probability, self.style = stage.mlm_probability, stage.masking
+        self.special = np.array(sorted(tokenizer.all_special_ids), dtype=np.int64)
+        self.vocabulary = len(tokenizer)
+
+    def __call__(self, ids: Tensor, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
+        tokens = ids.numpy().copy()
+        chosen = generator.random(len(tokens)) < self.probability
+        chosen &= ~np.isin(tokens, self.special)
+        labels = np.where(chosen, tokens, IGNORED)
+        fate = generator.random(len(tokens))
+        strangers = generator.integers(self.vocabulary, size=len(tokens))
+        if self.style == "all":
+            tokens[chosen] = self.mask
+        else:
+            tokens[chosen & (fate < 0.8)] = self.mask
+            tokens = np.where(chosen & (fate >= 0.9), strangers, tokens)
+        return torch.from_numpy(tokens), torch.from_numpy(labels)
+
+
+def chunked(stage: StageSection, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """(rows, max_tokens): the texts, a line each, end to end and cut; the rest is dropped.
+
+    Raises UserError where the texts do not fill one chunk.
+    """
+    texts = [
+        cell(row, SENTENCE, blank=True) for row in training_rows(stage.dataset, stage.max_rows)
+    ]
+    lines = [f"{text}\n" for text in texts if text]
+    ids = [token for line in tokenizer(lines)["input_ids"] for token in line] if lines else []
+    rows = len(ids) // stage.max_tokens
+    if not rows:
+        raise UserError(
+            f"{stage.dataset}: {len(ids)} tokens; expected one chunk of "
+            f"bi.stages.N.max_tokens={stage.max_tokens} at least"
+        )
+    return torch.tensor(ids[: rows * stage.max_tokens]).view(rows, stage.max_tokens)
+
+
+class _Trainer(Careful, Trainer):
+    """Mean cross-entropy over the masked tokens of a batch, and the share that was right."""
+
+    accuracy = 0.0
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Places:
+        return Places(len(self.train_dataset), self.args.seed)  # type: ignore[arg-type]
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Any:
+        head = self.accelerator.unwrap_model(model).get_output_embeddings()
+        ids = {"input_ids": inputs["input_ids"]}
+        logits, wanted = predictions(model, head, ids, inputs["labels"])
+        self.accuracy = (logits.argmax(-1) == wanted).float().mean().item() if len(wanted) else 0.0
+        return mean_loss(logits, wanted)
+
+    def log(self, logs: dict[str, float], *arguments: Any) -> None:
+        extra = {"masked_accuracy": self.accuracy} if "loss" in logs else {}
+        super().log(logs | extra, *arguments)
+
+
+def train_stage(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    stage: StageSection,
+    chunks: Tensor,
+    work: Work,
+) -> dict[str, Any]:
+    """Train the stage's modules of `model` in place on (rows, T) chunks.
+
+    Returns what the record says of the stage: counts by module, rows, log.
+    """
+    data = Chunks(chunks, Masking(stage, tokenizer), work.seed)
+    with tuning(model, stage, work) as counts:
+        settings = TrainingArguments(
+            **arguments(stage, work, model.device), remove_unused_columns=False
+        )
+        trainer = _Trainer(model, settings, train_dataset=data, callbacks=[StopOnBadLoss()])
+        report = {"trainable": counts, "rows": len(chunks), "tokens": chunks.numel()}
+        announce(stage, model, report)
+        checkpoint = begin(stage, work, model=model.name_or_path, rows=len(chunks))
+        with redirect_stdout(sys.stderr):
+            history = fit(trainer, checkpoint)
+    return report | {"log": history}

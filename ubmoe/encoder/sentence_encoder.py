@@ -1,0 +1,144 @@
+"""A causal language model as a sentence encoder, saved so that stock libraries load it both ways.
+
+sentence-transformers pushes every string through a tokenizer's chat template where there is one
+(Qwen's system prompt included), so the input form is pinned in what is saved. The inner model is
+shared with the causal LM: training the one trains the other, and the lm_head is kept.
+"""
+
+import copy
+import json
+import string
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ubmoe.config import BiSection, UserError
+from ubmoe.recording import replace_directory
+
+POOLING = {"mean": "mean", "last": "lasttoken"}
+OWN = "own"  # name of the prompt that every text gets
+PROBES = (*string.ascii_letters, *string.digits, *string.punctuation, "é", "你", "ж")
+TEXT_FORM = {"method": "forward", "method_output_name": "last_hidden_state"}
+
+
+def as_encoder(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: BiSection
+) -> SentenceTransformer:
+    """A SentenceTransformer that shares `model`'s inner model: texts -> (N, D)."""
+    tokenizer = copy.deepcopy(tokenizer)  # the length is the encoder's, not the language model's
+    tokenizer.model_max_length = settings.max_tokens
+    tokenizer.padding_side = "right"
+    forms: dict[str, dict[str, str]] = {"text": TEXT_FORM}
+    keys: dict[str, Any] = {"modality_config": forms, "module_output_name": "token_embeddings"}
+    prefix = prefix_of(tokenizer, settings)
+    if settings.prompt is not None and prefix is None:
+        forms["message"] = TEXT_FORM | {"format": "flat"}
+        template = input_template(tokenizer, settings.prompt)
+        keys["processing_kwargs"] = {"chat_template": {"chat_template": template}}
+    with TemporaryDirectory() as folder:
+        model.config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        module = _Given(folder, model_kwargs={"given": model.base_model}, **keys)
+    module.__class__ = Transformer  # what modules.json names must be the library's own
+    width = model.config.get_text_config().hidden_size
+    pooling = Pooling(width, POOLING[settings.pooling], include_prompt=prefix is None)
+    return SentenceTransformer(
+        modules=[module, pooling],
+        device=str(model.device),
+        prompts=None if prefix is None else {OWN: prefix},
+        default_prompt_name=None if prefix is None else OWN,
+    )
+
+
+class _Given(Transformer):
+    """Takes the inner model that it is given, where its parent would load a second one."""
+
+    def _load_model(self, *arguments: Any, **model_kwargs: Any) -> PreTrainedModel:
+        return model_kwargs["given"]
+
+
+def prefix_of(tokenizer: PreTrainedTokenizerBase, settings: BiSection) -> str | None:
+    """The prompt's text where it is to stay out of the mean; None where it belongs to it.
+
+    Out of the mean means: not its first tokens, as many as the prompt alone has. Raises UserError
+    where a text melts into these, as after a prompt that ends in a space.
+    """
+    if settings.prompt_in_mean:
+        return None
+    prefix = str(settings.prompt).removesuffix("{text}")
+    alone = tokenizer(prefix)["input_ids"]
+    for first in PROBES:
+        if tokenizer(f"{prefix}{first}")["input_ids"][: len(alone)] != alone:
+            raise UserError(
+                f"bi.prompt_in_mean: a text that begins with {first!r} changes the tokens of the "
+                "prompt; expected a prompt that ends in a line break or a colon, or true"
+            )
+    return prefix
+
+
+def input_template(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """The Jinja template of a text in its prompt, after the BOS token that some tokenizers add."""
+    prefix, suffix = prompt.split("{text}")
+    first = tokenizer("text")["input_ids"][0]
+    bos = tokenizer.bos_token if first == tokenizer.bos_token_id else ""
+    quoted = [json.dumps(part, ensure_ascii=False) for part in (f"{bos}{prefix}", suffix)]
+    return "{{ " + f"{quoted[0]} + messages[-1]['content'] + {quoted[1]}" + " }}"
+
+
+def rendered(encoder: SentenceTransformer, text: str) -> str:
+    """What the model reads for a text, special tokens and all."""
+    ids = encoder.preprocess([text], prompt=own_prompt(encoder))["input_ids"][0]
+    return str(encoder.tokenizer.decode(ids))
+
+
+def own_prompt(encoder: SentenceTransformer) -> str | None:
+    """What `encode` puts before a text by itself, and `preprocess` and the trainer do not."""
+    return encoder.prompts.get(OWN) if encoder.default_prompt_name == OWN else None
+
+
+def save_encoder(
+    encoder: SentenceTransformer,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: BiSection,
+    directory: Path,
+) -> None:
+    """One directory for SentenceTransformer, AutoModel and AutoModelForCausalLM, or nothing.
+
+    sentence-transformers saves first: it would drop the lm_head and the true model_max_length.
+    """
+
+    def write(folder: Path) -> None:
+        encoder.save_pretrained(str(folder))
+        for weights in folder.glob("*.safetensors*"):
+            weights.unlink()  # of the headless model; its shards may be named otherwise
+        model.config.use_cache, cached = True, model.config.use_cache
+        model.save_pretrained(folder)  # for generation; an encoder switches it off on loading
+        model.config.use_cache = cached
+        tokenizer.save_pretrained(folder)
+        path = folder / "sentence_bert_config.json"
+        form = json.loads(path.read_text(encoding="utf-8")) | {
+            "max_seq_length": settings.max_tokens
+        }
+        path.write_text(json.dumps(form, indent=4, ensure_ascii=False), encoding="utf-8")
+        card = folder / "README.md"
+        text = card.read_text(encoding="utf-8") + CARD.format(attention=settings.attention)
+        card.write_text(text, encoding="utf-8")
+
+    replace_directory(directory, write)
+
+
+CARD = """
+## Made with ubmoe
+
+A causal language model tuned into an encoder with {attention} attention; its head is still there.
+
+- As an encoder: `SentenceTransformer(directory)`. The prompt, the pooling and the length are saved.
+- As a language model: `AutoModelForCausalLM.from_pretrained(directory, is_causal=True)`. Without
+  `is_causal=True` a bidirectional encoder would read its own future: its likelihoods mean nothing.
+"""

@@ -1,0 +1,212 @@
+"""Generation scores by lm-eval, and the perplexity of held-out answers.
+
+A bidirectional model is refused: its likelihoods would read the future.
+"""
+
+import logging
+import math
+import re
+import sys
+from contextlib import redirect_stdout
+from difflib import get_close_matches
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ubmoe.config import EvaluationSection, UserError
+from ubmoe.data.chats import Chat, labelled
+from ubmoe.data.padding import batches_by_length
+from ubmoe.tiny import tasks as tiny_tasks
+from ubmoe.training.losses import predictions
+
+BATCH_TOKENS = 8192  # padded tokens of a forward, for perplexity
+# Metrics of lm-eval that are shares of 1, and tasks whose metrics are percent already.
+SHARES = re.compile(r"acc|^exact_match|^em$|^f1$|^mcc$|^pass@|^mc[12]$")
+PERCENT = ("squadv2", "scrolls", "longbench")
+
+log = logging.getLogger(__name__)
+
+
+@cache
+def manager() -> Any:
+    """lm-eval's own tasks, their list read once: it takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def check_tasks(names: list[str]) -> None:
+    """Raises UserError for a name that is no lm-eval task, no task YAML and not tiny."""
+    for name in names:
+        if name.endswith((".yaml", ".yml")):
+            _check_yaml(Path(name))
+        elif name != "tiny" and name in manager().all_tags:
+            raise UserError(
+                f"evaluation.generation: {name} is a tag of several tasks; name the tasks"
+            )
+        elif name != "tiny" and name not in manager().all_tasks:
+            close = get_close_matches(name, manager().all_tasks, 3)
+            near = (
+                f"did you mean {' or '.join(close)}?" if close else "expected one, a YAML or tiny"
+            )
+            raise UserError(f"evaluation.generation: {name}: no lm-eval task; {near}")
+
+
+def _name_in(path: Path) -> str:
+    """The name that a task YAML gives its task."""
+
+    class Loader(yaml.SafeLoader):
+        """Passes over lm-eval's own tags, such as !function."""
+
+    Loader.add_multi_constructor("!", lambda *_: None)
+    try:
+        return str(yaml.load(path.read_text(), Loader=Loader)["task"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"evaluation.generation: {path}: no lm-eval task YAML with a task: name ({reason})"
+        ) from error
+
+
+def _check_yaml(path: Path) -> None:
+    """Build the task, its data too: what is wrong with it should not wait until it is scored."""
+    from lm_eval.tasks import TaskManager, get_task_dict
+
+    _name_in(path)
+    try:
+        with redirect_stdout(sys.stderr):
+            get_task_dict([str(path)], TaskManager(include_defaults=False))
+    except Exception as error:  # lm-eval raises nearly every type here
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"evaluation.generation: {path}: no lm-eval task ({type(error).__name__}: {reason})"
+        ) from error
+
+
+def check_causal(model: PreTrainedModel) -> None:
+    if getattr(model.config, "is_causal", True) is False:
+        raise UserError(
+            f"evaluation.generation: {model.name_or_path} is bidirectional: its likelihoods would "
+            "read the future; expected a causal model, or is_causal=True"
+        )
+
+
+def generation_scores(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: EvaluationSection,
+    lm: Any = None,
+) -> dict[str, Any]:
+    """Every metric of every task, in percent, and the average of the tasks' main metrics.
+
+    The main metric of a task is the first that its YAML names; a group's is acc. lm: lm-eval's way
+    to ask the model; None: transformers' causal forward and generate. Raises UserError
+    for a bidirectional model and for a score that is not finite: it is never averaged.
+    """
+    check_causal(model)
+    said = {
+        "lm_eval": version("lm_eval"),
+        "apply_chat_template": settings.apply_chat_template,
+        "limit": settings.limit,
+    }
+    if not settings.generation:
+        return {"tasks": {}, "metrics": {}, "average": None, **said}
+    with redirect_stdout(sys.stderr):
+        if lm is None:
+            from lm_eval.models.huggingface import HFLM
+
+            lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size)
+        found = _evaluated(lm, settings)
+    tasks, metrics = {}, {}
+    for asked in settings.generation:
+        for name in _result_names(asked):
+            tasks[name] = _percent(name, found["results"][name])
+            metrics[name] = _main_metric(found["configs"].get(name), tasks[name])
+    for name, metric in metrics.items():
+        if not math.isfinite(tasks[name].get(metric, math.nan)):
+            raise UserError(f"evaluation.generation: {name} has no finite {metric}: {tasks[name]}")
+    average = sum(tasks[name][metric] for name, metric in metrics.items()) / len(tasks)
+    shots = {name: found["n-shot"].get(name) for name in tasks}
+    versions = {name: found["versions"].get(name) for name in tasks}
+    return {
+        **{"tasks": tasks, "metrics": metrics, "average": average},
+        **{"shots": shots, "versions": versions, **said},
+    }
+
+
+def _evaluated(lm: Any, settings: EvaluationSection) -> dict[str, Any]:
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    asked = settings.generation
+    theirs = any(not name.endswith((".yaml", ".yml")) and name != "tiny" for name in asked)
+    tasks: list[Any] = [
+        task for name in asked for task in (tiny_tasks.TASKS if name == "tiny" else [name])
+    ]
+    try:
+        found = lm_eval.simple_evaluate(
+            lm,
+            tasks=tasks,
+            num_fewshot=settings.num_fewshot,
+            limit=settings.limit,
+            apply_chat_template=settings.apply_chat_template,
+            task_manager=manager() if theirs else TaskManager(include_defaults=False),
+            bootstrap_iters=0,
+            log_samples=False,
+        )
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        # a data set that is not here, and no network; or a task that is wrong in itself
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"evaluation.generation: {', '.join(asked)}: {reason}") from error
+    return dict(found or {})
+
+
+def _result_names(asked: str) -> list[str]:
+    if asked == "tiny":
+        return [str(task["task"]) for task in tiny_tasks.TASKS]
+    return [_name_in(Path(asked))] if asked.endswith((".yaml", ".yml")) else [asked]
+
+
+def _percent(task: str, result: dict[str, Any]) -> dict[str, float]:
+    """{metric: value}; known shares as percent, standard errors and filters' names left out."""
+    found: dict[str, float] = {}
+    for key, value in result.items():
+        metric = key.split(",")[0]
+        if isinstance(value, int | float) and not metric.endswith("_stderr") and "," in key:
+            share = SHARES.search(metric) and abs(value) <= 1 and not task.startswith(PERCENT)
+            found.setdefault(metric, value * (100 if share else 1))
+    return found
+
+
+def _main_metric(task: Any, scores: dict[str, float]) -> str:
+    named = [each["metric"] for each in (task or {}).get("metric_list") or []]
+    return next((str(name) for name in [*named, "acc", *scores] if name in scores), "acc")
+
+
+@torch.no_grad()
+def perplexity(
+    model: PreTrainedModel, chats: list[Chat], batch_tokens: int = BATCH_TOKENS
+) -> float:
+    """exp of the mean negative log-likelihood of the answers' tokens, end tokens included.
+
+    Raises UserError for a bidirectional model.
+    """
+    check_causal(model)
+    head: Any = model.get_output_embeddings()
+    loss, tokens = 0.0, 0
+    batches = batches_by_length([chat.ids for chat in chats], batch_tokens)
+    for batch in tqdm(batches, desc="perplexity", disable=None, leave=False):
+        inputs = labelled([chats[index] for index in batch])
+        inputs = {name: value.to(model.device) for name, value in inputs.items()}
+        logits, wanted = predictions(model, head, inputs, inputs.pop("labels"))
+        loss += cross_entropy(logits, wanted, reduction="sum").item()
+        tokens += len(wanted)
+    return math.exp(loss / tokens)

@@ -1,0 +1,189 @@
+"""Load a decoder and its tokenizer: explicit dtype, no hub code, nothing missing or NaN."""
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import PartialState
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ubmoe.bidirectional import prove_attention, set_attention
+from ubmoe.config import ModelSection, UserError
+from ubmoe.models import lora
+from ubmoe.tiny.model import tiny_directory
+
+log = logging.getLogger(__name__)
+WEIGHTS = ("*.safetensors", "*.bin")
+
+
+def best_device(name: str | None = None) -> torch.device:
+    """The named device, or the best there is (under torchrun, this process's own).
+
+    Raises UserError for one that is not here.
+    """
+    state = PartialState(cpu=name == "cpu")
+    if name is None:
+        return state.device
+    expected = "expected cpu, cuda, cuda:1, mps or xpu"
+    if not re.fullmatch(r"cpu|mps|(cuda|xpu)(:\d+)?", name, re.ASCII):
+        raise UserError(f"model.device: got {name!r}, {expected}")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"model.device: {name} is not here ({reason}); {expected}") from error
+    return device
+
+
+def source(config: ModelSection) -> str:
+    """The directory or hub id to load from; the embedded model is built where it is missing."""
+    if config.name == "tiny":
+        return str(tiny_directory(config.cache))
+    path = Path(config.name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"model.name: {path} has no config.json; expected a model directory")
+        return str(path)
+    if path.is_absolute() or config.name.startswith((".", "~")) or config.name.count("/") > 1:
+        raise UserError(
+            f"model.name: {path} is no directory; expected a model directory, a hub id, or tiny"
+        )
+    return config.name
+
+
+def load_tokenizer(config: ModelSection) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer, with a padding token where it has none. Raises UserError."""
+    with explained(config):
+        tokenizer = AutoTokenizer.from_pretrained(source(config), revision=config.revision)
+    # Without tokenizer files transformers 5 makes an empty tokenizer, and says nothing.
+    if not tokenizer("any text", add_special_tokens=False)["input_ids"]:
+        raise UserError(f"model.name: {config.name} has no tokenizer; expected tokenizer.json")
+    if tokenizer.pad_token is None:  # as Llama's; any will do, since padding is masked
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
+
+
+def saved_attention(config: ModelSection) -> str:
+    """The mask that config.json names, causal or bidirectional. Raises UserError."""
+    with explained(config):
+        settings = AutoConfig.from_pretrained(source(config), revision=config.revision)
+    return "bidirectional" if getattr(settings, "is_causal", True) is False else "causal"
+
+
+def load_model(config: ModelSection, bidirectional: bool = False) -> PreTrainedModel:
+    """The causal LM in eval mode on its device, its attention as asked and proved by a leak test.
+
+    Raises UserError for a missing or broken checkpoint, a model that is not a decoder, tensors that
+    the checkpoint lacks (they would be random), and weights that are not finite.
+    """
+    path = source(config)
+    if Path(path).is_dir() and not any(
+        match for pattern in WEIGHTS for match in Path(path).glob(pattern)
+    ):
+        raise UserError(
+            f"model.name: {path} has no weights; expected model.safetensors beside config.json"
+        )
+    dtype = getattr(torch, config.dtype)
+    with explained(config):
+        settings = AutoConfig.from_pretrained(path, revision=config.revision)
+        if settings.is_encoder_decoder:
+            raise UserError(
+                f"model.name: {config.name} ({settings.model_type}) is an encoder-decoder; "
+                "expected a decoder"
+            )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            revision=config.revision,
+            config=settings,
+            # an adapter is merged in fp32, then cast
+            dtype=torch.float32 if config.adapter else dtype,
+            attn_implementation=config.attn_implementation,
+            output_loading_info=True,
+        )
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(
+            f"model.name: {config.name} lacks {_listed(missing)}; expected a whole causal "
+            "language model"
+        )
+    _check_layers(model, report["unexpected_keys"], config.name)
+    if config.adapter:
+        model = lora.cast(lora.merged(model, config.adapter), dtype)
+    _check_finite(model, config.name)
+    model = set_attention(model.eval().to(best_device(config.device)), bidirectional)
+    log.info("%s: %s", config.name, prove_attention(model, bidirectional))
+    return model
+
+
+@contextmanager
+def explained(config: ModelSection) -> Iterator[None]:
+    """The libraries' many ways to say that a model cannot be loaded, as one line."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the libraries raise nearly every type here
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        revision = f" (revision {config.revision})" if config.revision else ""
+        raise UserError(
+            f"model.name: {config.name}{revision} cannot be loaded as a decoder: {reason}"
+        ) from error
+
+
+def _check_layers(model: PreTrainedModel, unexpected: list[str], name: str) -> None:
+    """A config that names fewer layers than the file holds would drop the rest in silence."""
+    layers = model.config.get_text_config().num_hidden_layers
+    numbers = (re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", key) for key in unexpected)
+    if max((int(number[1]) + 1 for number in numbers if number), default=0) > layers:
+        raise UserError(
+            f"model.name: {name} has weights of more layers than the {layers} that its "
+            "config.json names"
+        )
+
+
+def _check_finite(model: PreTrainedModel, name: str) -> None:
+    broken = [key for key, value in model.named_parameters() if not torch.isfinite(value).all()]
+    if broken:
+        raise UserError(
+            f"model.name: {name} has NaN or infinite weights in {_listed(broken)}; expected "
+            "finite weights"
+        )
+
+
+def _listed(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Positions that the model was made for, in tokens; None where its config names none."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def environment(model: PreTrainedModel) -> dict[str, Any]:
+    """What a record says of the loaded model."""
+    return {
+        "model_class": type(model).__name__,
+        "parameters": model.num_parameters(),
+        "weights": lora.fingerprint(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(model.device)
+        if model.device.type == "cuda"
+        else str(model.device),
+        "attn_implementation": model.config._attn_implementation,
+        # sums on a CPU depend on it in their last digits
+        "threads": torch.get_num_threads() if model.device.type == "cpu" else None,
+    }

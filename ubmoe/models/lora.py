@@ -1,0 +1,188 @@
+"""Low-rank adapters: trained in place of the modules, saved with their attention mode, merged.
+
+An adapter does not say whether it was trained under the causal or the bidirectional mask, nor on
+which weights, and read under the wrong mask (cosine 0.5 to 0.6) or on another model of the same
+shape it is silently wrong: ubmoe.json beside it says both.
+"""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel
+
+from ubmoe.config import LoraSection, UserError
+from ubmoe.recording import replace_directory, write_json
+
+MODE = "ubmoe.json"
+ATTENTION = ("causal", "bidirectional")
+ADAPTERS = ("lora_", "ia3_")  # how peft calls what it adds
+SAMPLED = 1024  # numbers of each weight that tell a model from another
+
+
+def attach(model: PreTrainedModel, parameters: Sequence[str], settings: LoraSection) -> PeftModel:
+    """Put adapters on the linear layers that own the named parameters, in place; only they train.
+
+    Raises UserError where none of the parameters is a linear layer's weight.
+    """
+    if model.config.model_type == "qwen2_moe":
+        raise UserError(
+            "bi.stages.N.lora: on a mixture, adapters would reach the shared expert only; expected "
+            "lora: null, or the dense model to be tuned before it is joined"
+        )
+    linear = {name for name, each in model.named_modules() if isinstance(each, nn.Linear)}
+    targets = {name.rpartition(".")[0] for name in parameters} & linear
+    if not targets:
+        raise UserError(
+            f"bi.stages.N.lora: {type(model).__name__} has no linear layers in these modules; "
+            "expected lora: null"
+        )
+    leaves = {name.rpartition(".")[2] for name in targets}
+    if {name for name in linear if name.rpartition(".")[2] in leaves} == targets:
+        targets = leaves  # short names, as people write them
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # any number works, and saves
+        lora_dropout=settings.dropout,
+        use_rslora=settings.rslora,
+        target_modules=sorted(targets),
+        task_type="CAUSAL_LM",
+    )
+    wrapped: Any = get_peft_model(model, config)
+    return wrapped
+
+
+def save(wrapped: PeftModel, directory: Path, stages_before: int) -> None:
+    """The adapter as peft saves it, and ubmoe.json, which says how it was trained."""
+    causal = getattr(wrapped.config, "is_causal", True)
+
+    def write(folder: Path) -> None:
+        wrapped.save_pretrained(str(folder))
+        write_mode(folder, wrapped, ATTENTION[not causal], stages_before)
+
+    replace_directory(directory, write)
+
+
+def write_mode(folder: Path, wrapped: PeftModel, attention: str, stages_before: int = 0) -> None:
+    """The mask, how many stages an adapter sits on, and what tells its base apart."""
+    said = {"attention": attention, "stages_before": stages_before}
+    write_json(folder / MODE, said | {"base": fingerprint(wrapped)})
+
+
+def check_base(model: nn.Module, adapter: Path) -> None:
+    """Raises ValueError for an adapter that says that it was trained on other weights."""
+    base = json.loads((adapter / MODE).read_text()).get("base")
+    if base is not None and base != fingerprint(model):
+        raise ValueError("it was trained on other weights of the same shape")
+
+
+def fingerprint(model: nn.Module) -> str:
+    """sha256 of evenly spaced numbers of each weight, adapters and head left out.
+
+    In bfloat16, so that it is the same for a bfloat16 and a float32 copy of one model.
+    """
+    found = hashlib.sha256()
+    below: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    for name, value in below.base_model.named_parameters():
+        if not any(part in name for part in ADAPTERS):
+            step = max(1, value.numel() // SAMPLED)
+            some = value.detach().flatten()[::step].to("cpu", torch.bfloat16)
+            found.update(some.contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+@torch.no_grad()
+def merge(wrapped: PeftModel) -> None:
+    """Add the adapters to the weights below them, in fp32 and then cast, and take them out."""
+    wrapped.merge_and_unload()
+
+
+@torch.no_grad()
+def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with its parameters in a dtype; buffers stay: rotary frequencies are float32."""
+    for value in model.parameters():
+        value.data = value.data.to(dtype)
+    return model
+
+
+def attention_of(adapter: str) -> str:
+    """The mask that an adapter was trained under: causal or bidirectional. Raises UserError."""
+    path = Path(adapter) / MODE
+    expected = 'expected {"attention": "causal"} or {"attention": "bidirectional"} in it'
+    try:
+        mode = json.loads(path.read_text())
+        attention, before = mode["attention"], mode.get("stages_before", 0)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"model.adapter: {path} does not say how the adapter was trained "
+            f"({type(error).__name__}); {expected}"
+        ) from error
+    if attention not in ATTENTION:
+        raise UserError(f"model.adapter: {path}: got {attention!r}; {expected}")
+    if before:
+        raise UserError(
+            f"model.adapter: {adapter} was trained on top of {before} earlier stages; expected the "
+            "merged encoder (its run's bi/) as model.name"
+        )
+    return attention
+
+
+def merged(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
+    """The model with a saved adapter merged in, be it of the whole LM or of its headless inside.
+
+    Raises UserError for what is no LoRA adapter, or another model's.
+    """
+    weights = Path(adapter) / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise UserError(
+            f"model.adapter: {adapter} has no adapter_model.safetensors; expected a LoRA "
+            "directory as peft saves it"
+        )
+    attention_of(adapter)
+    try:
+        check_base(model, Path(adapter))
+        with strict():
+            wrapped, headed = _wrapped(model, adapter, weights)
+        inside: Any = wrapped.merge_and_unload()
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"model.adapter: {adapter} does not fit {model.name_or_path}: {reason}"
+        ) from error
+    if headed:
+        return inside
+    setattr(model, model.base_model_prefix, inside)
+    model.tie_weights()
+    return model
+
+
+@contextmanager
+def strict() -> Iterator[None]:
+    """peft only warns of tensors that it misses."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        yield
+
+
+def _wrapped(model: PreTrainedModel, adapter: str, weights: Path) -> tuple[PeftModel, bool]:
+    """The model under its adapter, and whether the adapter is of the LM with its head."""
+    kind = json.loads((Path(adapter) / "adapter_config.json").read_text())["peft_type"]
+    if kind != "LORA":
+        raise ValueError(f"it is {kind}, expected LORA")
+    with safe_open(weights, "pt") as file:
+        names = list(file.keys())
+    inside = f"base_model.model.{model.base_model_prefix}."
+    headed = any(name.startswith((inside, "base_model.model.lm_head.")) for name in names)
+    wrapped = PeftModel.from_pretrained(model if headed else model.base_model, adapter)
+    if len(get_peft_model_state_dict(wrapped)) != len(names):
+        raise ValueError("it has tensors for modules that the model lacks")
+    return wrapped, headed

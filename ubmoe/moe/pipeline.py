@@ -1,0 +1,163 @@
+"""What train_ubmoe.py does, a step a function: read, load, train the routers, save, score."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mteb.abstasks.sts import AbsTaskSTS
+from sentence_transformers import SentenceTransformer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ubmoe.bidirectional import set_attention
+from ubmoe.config import Config, Route, UserError
+from ubmoe.data.chats import Chat, read_chats
+from ubmoe.data.rows import SENTENCE, cell, held_out, training_rows
+from ubmoe.evaluate import generation
+from ubmoe.evaluate import sts as evaluate
+from ubmoe.models.loading import load_model, load_tokenizer
+from ubmoe.moe import routers
+from ubmoe.moe.distillation import Both
+from ubmoe.moe.export import attention_of
+from ubmoe.moe.model import route_of
+from ubmoe.training.trainer import Work
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything that is read before any model is loaded."""
+
+    encoder: Path
+    attention: str  # the encoder's: bidirectional, or causal (the study's control)
+    tokenizer: PreTrainedTokenizerBase
+    chats: list[Chat]
+    held_out: list[Chat]
+    sentences: list[str]
+    sts: list[AbsTaskSTS]
+    counts: dict[str, int]
+
+
+def read(config: Config) -> Inputs:
+    """Raises UserError for whatever is missing or wrong, before a model is loaded."""
+    encoder = Path(config.ubmoe.bi or f"{config.output_dir}/bi").expanduser().resolve()
+    attention = attention_of(encoder)
+    generation.check_tasks(config.evaluation.generation)
+    sts = [evaluate.sts_task(name) for name in config.evaluation.sts]
+    tokenizer = load_tokenizer(config.model)
+    if load_tokenizer(_of_encoder(config, encoder)).get_vocab() != tokenizer.get_vocab():
+        raise UserError(f"ubmoe.bi: {encoder} has another tokenizer than {config.model.name}")
+    settings = config.ubmoe
+    found = read_chats(settings.dataset, tokenizer, settings.max_tokens, settings.max_rows)
+    chats, kept = held_out(found.chats, settings.held_out, "ubmoe.held_out")
+    sentences = []
+    if settings.objective == "both":
+        rows = training_rows(settings.sentences, len(chats))
+        sentences = [cell(row, SENTENCE) for row in rows]
+    counts = {"chats": len(chats), "held_out": len(kept), "truncated": found.truncated}
+    log.info("chats: %s", counts)
+    counts["dropped"] = found.dropped
+    return Inputs(encoder, attention, tokenizer, chats, kept, sentences, sts, counts)
+
+
+def _of_encoder(config: Config, encoder: Path) -> Any:
+    changes = {"name": str(encoder), "revision": None, "adapter": None}
+    return config.model.model_copy(update=changes)
+
+
+def load(config: Config, inputs: Inputs) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The uni and the bi model, each with its mask proved."""
+    uni = load_model(config.model)
+    bidirectional = inputs.attention == "bidirectional"
+    return uni, load_model(_of_encoder(config, inputs.encoder), bidirectional)
+
+
+def train(config: Config, inputs: Inputs, model: PreTrainedModel) -> dict[str, Any]:
+    """Start and train the routers; returns what the record says of them."""
+    model.config.norm_topk_prob = config.ubmoe.norm_topk_prob
+    for layer in model.base_model.layers:  # type: ignore[union-attr]
+        layer.mlp.gate.norm_topk_prob = config.ubmoe.norm_topk_prob
+    report = routers.start(model, config.ubmoe, inputs.chats, inputs.held_out, config.seed)
+    work = Work(Path(config.output_dir) / "routers", config.seed, config.resume == "auto")
+    both = None
+    if config.ubmoe.objective == "both":
+        encoder, bidirectional = encoder_of(inputs, model), inputs.attention == "bidirectional"
+        both = Both(inputs.chats, inputs.sentences, encoder, model, bidirectional)
+    log = routers.train(model, config.ubmoe, inputs.chats, work, both)
+    shares = routers.shares_by_role(model, inputs.held_out)
+    return report | {"log": log, "bi_weight_by_role": shares, "counts": inputs.counts}
+
+
+def encoder_of(inputs: Inputs, model: PreTrainedModel) -> SentenceTransformer:
+    """The mixture in the tuned encoder's form: its prompt, its pooling, its length."""
+    encoder = SentenceTransformer(str(inputs.encoder), device=str(model.device))
+    encoder[0].model = model.base_model
+    return encoder
+
+
+def made(config: Config, inputs: Inputs, routed: bool) -> str:
+    """How the exported model was made, for its card; `routed` where routers are in it."""
+    settings, lines = (
+        config.ubmoe,
+        [
+            f"- language model: {_named(config.model.name)}, {config.model.dtype}",
+            f"- encoder: {_named(str(inputs.encoder))}, tuned under the {inputs.attention} mask",
+        ],
+    )
+    if routed:
+        length = f"{settings.max_steps} steps"
+        if settings.max_steps < 0:
+            length = f"{settings.num_train_epochs:g} epochs"
+        lines.append(
+            f"- routers: top_k {settings.top_k}, started from {settings.router_init}, objective "
+            f"{settings.objective}, {length} of {settings.per_device_train_batch_size} chats "
+            f"({_named(settings.dataset)}), learning rate {settings.learning_rate:g}, seed "
+            f"{config.seed}"
+        )
+    return "\n".join(["\n## How it was made\n", "Joined by train_ubmoe.py of ubmoe.\n", *lines, ""])
+
+
+def _named(name: str) -> str:
+    """A hub id as it is; of a local path its last two parts."""
+    return "/".join(Path(name).resolve().parts[-2:]) if Path(name).exists() else name
+
+
+def _routes(config: Config) -> list[Route]:
+    return list(dict.fromkeys((config.ubmoe.route, *config.ubmoe.routes)))
+
+
+def generation_of(config: Config, inputs: Inputs, model: PreTrainedModel) -> dict[str, Any]:
+    """The `generation` section: of `ubmoe.route`, and under `routes` of every route, all causal.
+
+    The route bi under the causal mask is the study's control: what the tuned FFN alone would say.
+    """
+    set_attention(model, bidirectional=False)
+    routes = {}
+    for route in _routes(config):
+        with route_of(model, route):
+            scores = generation.generation_scores(model, inputs.tokenizer, config.evaluation)
+            perplexity = generation.perplexity(model, inputs.held_out)
+        routes[route] = {**scores, "perplexity": perplexity}
+        log.info("route %s: average %s, perplexity %s", route, scores["average"], perplexity)
+    own = config.ubmoe.route
+    kept = ("tasks", "average", "perplexity")
+    brief = {route: {name: each[name] for name in kept} for route, each in routes.items()}
+    said = {"route": own, "attention": "causal", "bi_attention": inputs.attention}
+    return routes[own] | said | {"routes": brief}
+
+
+def sts_of(config: Config, inputs: Inputs, model: PreTrainedModel) -> list[dict[str, Any]]:
+    """STS of every route under both masks, in the encoder's own form."""
+    if not inputs.sts:
+        return []
+    encoder, rows = encoder_of(inputs, model), []
+    for attention in ("bidirectional", "causal"):
+        set_attention(model, bidirectional=attention == "bidirectional")
+        for route in _routes(config):
+            with route_of(model, route):
+                found = evaluate.sts_scores(encoder, inputs.sts, config.evaluation.batch_size)
+            rows.append({"route": route, "attention": attention, **found})
+            log.info("STS, %s, %s: %s", route, attention, found["average"])
+    set_attention(model, bidirectional=False)
+    return rows

@@ -1,0 +1,44 @@
+"""What do word vectors know? Probe the word vectors of several models on the tasks of Feng et al.
+
+python -m ubmoe.probing configs/tiny.yaml
+python -m ubmoe.probing configs/tiny.yaml probing.data=path/to/semantic-probing-2025
+"""
+
+import os
+from pathlib import Path
+
+from ubmoe import cli as command
+from ubmoe.config import Config, UserError
+
+
+def main(config: Config) -> Path | None:
+    """Extract word vectors of every model once, probe them, compare. Returns the result's path."""
+    # torch is imported late, so that --help and a mistyped key are answered at once.
+    from ubmoe.recording import recording
+
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("probing runs in one process; expected python -m ubmoe.probing")
+    with recording("probing", "probing", config) as run:
+        from ubmoe.probing import experiment as comparison
+        from ubmoe.probing.tasks import read_tasks
+        from ubmoe.report import figures
+
+        tasks = read_tasks(config.probing.data, config.probing.tasks)
+        models = comparison.labelled(config)
+        reports = []
+        for label, which in models.items():
+            run.model = None  # before the next one is loaded
+            run.model = comparison.loaded(config, which)
+            kept = run.directory / "vectors"
+            reports.append(comparison.probe(config, label, which, run.model, tasks, kept))
+        run.section = {
+            "tasks": comparison.described(tasks),
+            "models": reports,
+            "differences": comparison.differences(reports),
+        }
+        run.figures = figures.probing(run.section)
+    return run.path
+
+
+if __name__ == "__main__":
+    command.run("python -m ubmoe.probing", __doc__ or "", main)

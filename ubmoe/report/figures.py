@@ -1,0 +1,311 @@
+"""Pictures of results: what people would rather look at than read.
+
+torch is imported where a model is drawn alone: pictures of records do without.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np
+from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SHARES = {
+    "before": "#4c78a8",
+    "main": "#e6a532",
+    "after": "#c8553d",
+}  # from left to right, as in the text
+MAP_TOKENS = 20  # of the text whose attention map is drawn
+
+
+def dependence(section: dict[str, Any]) -> dict[str, Figure]:
+    """DP by length bucket, and DP-after by layer and head."""
+    return {"dependence_buckets.png": _buckets(section), "dependence_heads.png": _heads(section)}
+
+
+def routing(log: list[dict[str, Any]], roles: list[dict[str, Any]]) -> dict[str, Figure]:
+    """Router training over its steps, and the weight of bi by layer and by role of the token."""
+    rows = [row for row in log if "loss" in row]
+    figure = blank(14.5 if rows else 4.6, 3.4)
+    panels = figure.subplots(1, 4 if rows else 1, squeeze=False)[0]
+    if rows:
+        _curve(panels[0], rows, "loss")
+        _curve(panels[1], rows, "weight of bi and entropy")
+        _layers(panels[2], rows)
+    _roles(panels[-1], roles)
+    return {"routing.png": figure}
+
+
+def _layers(axes: Any, rows: list[dict[str, Any]]) -> None:
+    """Mean weight of bi over the steps, a line a layer, the deeper the lighter."""
+    steps = [row["step"] for row in rows]
+    lines = list(zip(*(row["bi_weight_by_layer"] for row in rows), strict=True))
+    for layer, line in enumerate(lines):
+        colour = matplotlib.colormaps["viridis"](layer / max(1, len(lines) - 1))
+        label = f"layer {layer}" if layer in (0, len(lines) - 1) else None
+        axes.plot(steps, line, lw=1.2, color=colour, label=label)
+    axes.set(xlabel="step", ylabel="weight of bi by layer")
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _roles(axes: Any, roles: list[dict[str, Any]]) -> None:
+    """Weight of bi over the layers, a line a role."""
+    for role in roles[0]:
+        values = [np.nan if layer[role] is None else layer[role] for layer in roles]
+        axes.plot(range(len(roles)), values, marker=".", lw=1.4, label=role)
+    axes.axhline(0.5, color="grey", lw=0.8, ls=":")
+    axes.set(xlabel="layer", ylabel="weight of bi after training", ylim=(0, 1))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+CURVES = {  # of a stage's log: what stands in one panel, under the names of the log
+    "loss": ("loss",),
+    "cosine": ("positive_cosine", "negative_cosine"),
+    "alignment and uniformity": ("alignment", "uniformity"),
+    "accuracy": ("masked_accuracy",),
+    "weight of bi and entropy": ("bi_weight", "router_entropy"),
+}
+
+
+def mixing(section: dict[str, Any]) -> dict[str, Figure]:
+    """Bitune's learned alpha by layer, and the loss over the steps; {} where there is neither."""
+    rows = [row for row in section["log"] if "loss" in row]
+    mixed = "alpha_keys" in section
+    if not rows:
+        return {}
+    figure = blank(8.2 if mixed else 4.1, 3.2)
+    panels = figure.subplots(1, 1 + mixed, squeeze=False)[0]
+    _curve(panels[0], rows, "loss")
+    if mixed:
+        for what in ("keys", "values"):
+            values = section[f"alpha_{what}"]
+            panels[1].plot(range(len(values)), values, marker="o", lw=1.4, label=what)
+        panels[1].axhline(0.5, color="grey", lw=0.8, ls=":")
+        panels[1].set(xlabel="layer", ylabel="alpha, share of the second reading", ylim=(0, 1))
+        panels[1].xaxis.get_major_locator().set_params(integer=True)
+        panels[1].legend(frameon=False, fontsize=8)
+        panels[1].spines[["top", "right"]].set_visible(False)
+    return {"bitune.png": figure}
+
+
+def probing(section: dict[str, Any]) -> dict[str, Figure]:
+    """What each position tells, and anisotropy by layer, a line a model."""
+    figures = {"probing_anisotropy.png": _anisotropy(section["models"])}
+    if any("@" in row["task"] for model in section["models"] for row in model["rows"]):
+        figures["probing_context.png"] = _context(section["models"])
+    return figures
+
+
+def _context(models: list[dict[str, Any]]) -> Figure:
+    """Balanced accuracy at each of the five words, a panel a feature; dashed: the token before.
+
+    Of the first layer and the last kind of probe, with no word on both sides of the split.
+    """
+    rows = [row for model in models for row in _context_rows(model, models[0]["rows"])]
+    names = list(dict.fromkeys(row["feature"] for row in rows))
+    position, probe = models[0]["rows"][0]["position"], models[0]["rows"][-1]["probe"]
+    figure = blank(3.0 * len(names) + 1.6, 3.4)
+    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    for axes, name in zip(panels, names, strict=True):
+        for number, model in enumerate(models):
+            for own, style in (("same", "-"), ("previous", "--")):
+                wanted = (name, model["label"], own)
+                line = [r for r in rows if (r["feature"], r["label"], r["position"]) == wanted]
+                axes.errorbar(
+                    [row["word"] for row in line],
+                    [row["balanced_accuracy"] for row in line],
+                    [row["balanced_accuracy_stderr"] for row in line],
+                    fmt=style,
+                    color=f"C{number}",
+                    lw=1.3,
+                    elinewidth=0.6,
+                    label=model["label"] if own == position else None,
+                )
+        axes.axhline(0.5, color="grey", lw=0.8, ls=":")
+        axes.set(title=name.replace("_", " "), xlabel="word", xticks=range(1, 6), ylim=(0.3, 1.03))
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set(ylabel=f"balanced accuracy ({probe} probe)")
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside right center", frameon=False, fontsize=8)
+    return figure
+
+
+def _context_rows(model: dict[str, Any], shown: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Its rows of the first layer, the last kind of probe and a split without shared words."""
+    kept = ("none", shown[0]["layer"], shown[-1]["probe"])
+    for row in model["rows"]:
+        feature, at, word = row["task"].partition("@")
+        own = (row["control"], row["layer"], row["probe"])
+        if at and row["split"] != "random" and own == kept:
+            yield {**row, "label": model["label"], "feature": feature, "word": int(word)}
+
+
+def _anisotropy(models: list[dict[str, Any]]) -> Figure:
+    figure = blank(7.6, 3.2)
+    titles = {"between": "words of different sentences", "within": "words of one sentence"}
+    for axes, (kind, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
+        for model in models:
+            values = model["anisotropy"][kind]
+            axes.plot(range(len(values)), values, marker=".", lw=1.3, label=model["label"])
+        axes.set(title=title, xlabel="layer (0: embeddings)", ylabel="mean cosine")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def training(stages: list[dict[str, Any]]) -> dict[str, Figure]:
+    """A row of panels for each stage: what it logged, over its steps; none where none trained."""
+    logs = [[row for row in stage["log"] if "loss" in row] for stage in stages]
+    if not any(logs):
+        return {}
+    shown = [
+        [c for c, keys in CURVES.items() if any(keys[0] in row for row in log)] for log in logs
+    ]
+    columns = max(map(len, shown))
+    figure = blank(0.6 + 3.4 * columns, 0.5 + 2.5 * len(stages))
+    grid = figure.subplots(len(stages), columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set_visible(False)
+    for number, (stage, log, curves) in enumerate(zip(stages, logs, shown, strict=True)):
+        for axes, curve in zip(grid[number], curves, strict=False):
+            _curve(axes, log, curve)
+        grid[number, 0].set_title(f"stage {number}: {stage['objective']}", loc="left", fontsize=9)
+    return {"training.png": figure}
+
+
+def _curve(axes: Any, log: list[dict[str, float]], curve: str) -> None:
+    axes.set_visible(True)
+    for key in CURVES[curve]:
+        steps = [row["step"] for row in log]
+        label = key.replace("_", " ").removesuffix(" cosine")
+        axes.plot(steps, [row[key] for row in log], lw=1.4, marker=".", ms=4, label=label)
+    axes.set(xlabel="step", ylabel=curve)
+    losses = [row["loss"] for row in log]
+    if curve == "loss" and max(losses) > 10 * min(losses) > 0:
+        axes.set_yscale("log")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if len(CURVES[curve]) > 1:
+        axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def blank(width: float, height: float) -> Figure:
+    return Figure(figsize=(width, height), dpi=160, layout="constrained")
+
+
+def _buckets(section: dict[str, Any]) -> Figure:
+    """Stacked shares of every bucket that holds texts; a line marks where uniform after begins."""
+    filled = [bucket for bucket in section["buckets"] if bucket["texts"]]
+    figure = blank(1.6 + 1.3 * len(filled), 3.8)
+    axes = figure.subplots()
+    places = np.arange(len(filled))
+    floor = np.zeros(len(filled))
+    for share, colour in SHARES.items():
+        heights = np.array([bucket[share] for bucket in filled])
+        axes.bar(places, heights, 0.62, floor, color=colour, label=f"DP-{share}")
+        for place, low, height in zip(places.tolist(), floor, heights, strict=True):
+            if height > 4:
+                axes.text(
+                    place,
+                    low + height / 2,
+                    f"{height:.1f}",
+                    ha="center",
+                    va="center",
+                    color="white",
+                    fontsize=9,
+                )
+        floor += heights
+    uniform = [100 - bucket["uniform"]["after"] for bucket in filled]
+    axes.hlines(
+        uniform, places - 0.38, places + 0.38, color="black", lw=1.5, label="uniform attention"
+    )
+    labels = [
+        f"{bucket['range'][0]}-{bucket['range'][1]}\n{bucket['texts']} texts" for bucket in filled
+    ]
+    axes.set(
+        ylim=(0, 100), ylabel="share of attention, percent", xlabel="length of the text, tokens"
+    )
+    axes.set_xticks(places, labels)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8)
+    return figure
+
+
+def _heads(section: dict[str, Any]) -> Figure:
+    """DP-after of every layer (down) and head (across)."""
+    after = np.array([[head["after"] for head in layer["heads"]] for layer in section["layers"]])
+    figure = blank(2.2 + 0.28 * after.shape[1], 1.6 + 0.28 * after.shape[0])
+    axes = figure.subplots()
+    image = axes.imshow(after, cmap="magma", vmin=0, aspect="auto")
+    axes.set(xlabel="head", ylabel="layer", title="DP-after, percent")
+    for axis, count in ((axes.xaxis, after.shape[1]), (axes.yaxis, after.shape[0])):
+        axis.set_ticks(range(0, count, max(1, count // 12)))
+    figure.colorbar(image)
+    return figure
+
+
+def attention_map(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", texts: list[list[int]]
+) -> dict[str, Figure]:
+    """The mean unmasked attention of the shortest text, its parts marked as in Figure 3."""
+    from ubmoe.dependence.recorder import mean_attention
+
+    ids = min(texts, key=len)[:MAP_TOKENS]
+    attention = mean_attention(model, ids).numpy()
+    figure = blank(5.6, 5.2)
+    axes = figure.subplots()
+    image = axes.imshow(attention, cmap="viridis", vmin=0, vmax=np.quantile(attention, 0.98))
+    tokens = [str(tokenizer.decode([token])) for token in ids]
+    words = [token.strip() or repr(token)[1:-1] for token in tokens]
+    axes.set_xticks(range(len(ids)), words, rotation=90, fontsize=7)
+    axes.set_yticks(range(len(ids)), words, fontsize=7)
+    axes.set(xlabel="attended token", ylabel="token")
+    edge = np.arange(len(ids) + 1) - 0.5
+    for way in ("pre", "post"):  # both sides of the diagonal
+        axes.step(edge, edge, where=way, color="white", lw=1.2)
+    _mark(axes, attention)
+    figure.colorbar(image, label="mean attention over layers and heads, unmasked", shrink=0.85)
+    return {"dependence_map.png": figure}
+
+
+def _mark(axes: Any, attention: np.ndarray) -> None:
+    """Name the three parts of the map, and what each sums to."""
+    count = len(attention)
+    shares = {
+        "before": np.tril(attention, -1).sum() / count * 100,
+        "main": attention.trace() / count * 100,
+        "after": np.triu(attention, 1).sum() / count * 100,
+    }
+    style = {
+        "ha": "center",
+        "va": "center",
+        "color": "white",
+        "fontsize": 9,
+        "xycoords": "axes fraction",
+    }
+    for share, place in {
+        "before": (0.24, 0.2),
+        "main": (0.42, 0.88),
+        "after": (0.76, 0.68),
+    }.items():
+        box = {"boxstyle": "round", "facecolor": SHARES[share], "edgecolor": "white"}
+        text = f"DP-{share}\n{shares[share]:.1f} %"
+        axes.annotate(text, place, xytext=place, textcoords="axes fraction", bbox=box, **style)
+    arrow = {"arrowstyle": "->", "color": "white", "shrinkA": 14}
+    axes.annotate(
+        "",
+        (0.28, 0.72),
+        xytext=(0.42, 0.88),
+        xycoords="axes fraction",
+        textcoords="axes fraction",
+        arrowprops=arrow,
+    )

@@ -1,0 +1,212 @@
+"""The generated tables of README.md, from the records."""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ubmoe.config import UserError
+from ubmoe.report.tables import (
+    ROUTES,
+    dependence_caption,
+    dependence_rows,
+    markdown,
+    probed,
+    probes_caption,
+    probing_rows,
+    spread,
+)
+from ubmoe.results import paper
+from ubmoe.results.paper import Records
+from ubmoe.results.published import published
+
+
+def renewed(text: str, records: Records, seeds: Sequence[int]) -> str:
+    """The text with every block between `<!-- kind: name -->` and `<!-- end -->` made anew.
+
+    seeds: those whose runs are averaged. Raises UserError for a block without any record.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        made = BLOCKS[match[2]](match[3], records, seeds)
+        if not made:
+            raise UserError(
+                f"README.md: no records of seeds {', '.join(map(str, seeds))} for its block "
+                f"{match[2]}: {match[3]}"
+            )
+        return f"{match[1]}\n{made}\n<!-- end -->"
+
+    return re.sub(r"(<!-- (\w+): ([\w.-]+) -->)\n.*?<!-- end -->", block, text, flags=re.DOTALL)
+
+
+def _dependence_block(name: str, records: Records, _: Sequence[int]) -> str:
+    found = [record for key, record in records.items() if key.startswith(f"{name}.dependence.")]
+    return "\n\n".join(
+        f"{markdown(dependence_rows(record))}\n\n{dependence_caption(record)}" for record in found
+    )
+
+
+def _benchmark_block(name: str, records: Records, _: Sequence[int]) -> str:
+    parts = []
+    for key, record in sorted(records.items()):
+        if key.startswith(f"benchmark.{name}."):
+            rows = record["rows"]
+            cells = [list(rows[0]), *([_number(value) for value in row.values()] for row in rows)]
+            parts.append(f"On {record['device']}, torch {record['torch']}:\n\n{markdown(cells)}")
+    return "\n\n".join(parts)
+
+
+def _column(every: Iterable[paper.Entry], name: str) -> str:
+    return spread([value for each in every if (value := each.cells.get(name)) is not None])
+
+
+def _names(rows: dict[str, list[paper.Entry]]) -> list[str]:
+    """The columns that are tasks."""
+    every = (name for row in rows.values() for each in row for name in each.cells)
+    return [name for name in dict.fromkeys(every) if name not in paper.NO_TASKS]
+
+
+def _sts_block(name: str, records: Records, seeds: Sequence[int]) -> str:
+    """A row for what was trained on a model, over its seeds: STS by task, DP-after if measured.
+
+    Where it was read causally again, the perplexity of that, too.
+    """
+    rows = paper.by_row("encoders", name, records, seeds)
+    again = any("perplexity" in each.cells for row in rows.values() for each in row)
+    columns = [*_names(rows), "average", "DP-after", *(["perplexity"] if again else [])]
+    body = [
+        [row, str(len(rows[row])), *(_column(rows[row], column) for column in columns)]
+        for row in sorted(rows, key=lambda row: (row != "base", row.count(" "), row))
+    ]
+    header = ["trained", "seeds", *columns]
+    return _noted([header, *body], paper.notes("encoders", name, records, seeds))
+
+
+def _mixture_block(name: str, records: Records, seeds: Sequence[int]) -> str:
+    """A row for each route and router of a model's mixtures, over the seeds.
+
+    Generation under the causal mask, STS (the average) under both.
+    """
+    rows = paper.by_row("routes", name, records, seeds)
+    columns = [*_names(rows), "perplexity", "STS bidirectional", "STS causal"]
+    body = [
+        [row, str(len(rows[row])), *(_column(rows[row], column) for column in columns)]
+        for row in _ordered(rows)
+    ]
+    header = ["generates with", "seeds", *columns]
+    return _noted([header, *body], paper.notes("routes", name, records, seeds))
+
+
+def _noted(rows: list[list[str]], notes: list[str]) -> str:
+    """A table, and below it a paragraph of notes; nothing where there are no rows."""
+    if len(rows) == 1:
+        return ""
+    return "\n".join([markdown(rows), *([""] if notes else []), *notes])
+
+
+def _ordered(labels: Iterable[str]) -> list[str]:
+    """Forced routes in their order, then learned ones; with a causally tuned expert, last."""
+    forced = {label: place for place, label in enumerate(ROUTES.values())}
+    place = {label: forced.get(label.partition(", causal")[0], len(forced)) for label in labels}
+    return sorted(place, key=lambda label: (", causal" in label, place[label], label))
+
+
+def _bitune_block(name: str, records: Records, seeds: Sequence[int]) -> str:
+    """A row for each variant on a model, over its seeds, beside the paper's averages."""
+    runs = paper.by_row("bitune", name, records, seeds)
+    ablations, columns = published("bitune")["ablations"], _names(runs)
+    rows = []
+    for theirs in ablations["rows"]:
+        if own := runs.get(f"bitune, {theirs['method']}", []):
+            perplexity = spread([each.record["bitune"]["perplexity"] for each in own])
+            printed = [f"{score:.1f}" for score in theirs["scores"]]
+            cells = [perplexity, *(_column(own, column) for column in columns), *printed]
+            rows.append([theirs["method"], str(len(own)), *cells])
+    printed = [f"published average, {column}" for column in ablations["columns"]]
+    header = ["variant", "seeds", "perplexity", *columns, *printed]
+    return _noted([header, *rows], paper.notes("bitune", name, records, seeds))
+
+
+# The published column of a task, and where it stands.
+PUBLISHED_PROBES = {
+    "telicity": ("accuracy", "telicity"),
+    "duration": ("accuracy", "duration"),
+    "concreteness": ("concreteness", "spearman"),
+    "sensorimotor": ("sensorimotor", "spearman"),
+    "word in context (difference)": ("accuracy", "wic difference"),
+    "word in context (cosine)": ("accuracy", "wic cosine"),
+    "word in context (concatenation)": ("accuracy", "wic concatenation"),
+}
+PUBLISHED_FAMILY = "Llama-2-7B"
+
+
+def _probing_block(name: str, records: Records, _: Sequence[int]) -> str:
+    """A row a task and split, a column a model, published numbers in brackets.
+
+    The published ones are of another family, at the same stage of training, and of the random or
+    the shipped splits.
+    """
+    found = [record for key, record in records.items() if key.startswith(f"{name}.probing.")]
+    return "\n\n".join(
+        _probing_table(
+            record["probing"]["models"], tiny=record["config"]["probing"]["data"] == "tiny"
+        )
+        for record in found
+    )
+
+
+def _probing_table(models: list[dict[str, Any]], tiny: bool) -> str:
+    """tiny: the little language's own tasks, of which nothing is published."""
+
+    def beside(row: dict[str, Any], label: str) -> str:
+        if tiny or row["split"] == "lemma":
+            return ""
+        theirs = _published_probe(probed(row), row["probe"], label)
+        return "" if theirs is None else f" ({theirs:.3f})"
+
+    table = f"{markdown(probing_rows(models, 'accuracy', beside))}\n\n{probes_caption(models)}"
+    return table if tiny else f"{table} In brackets: published for {PUBLISHED_FAMILY}."
+
+
+def _published_probe(task: str, probe: str, label: str) -> float | None:
+    feature, at, word = task.partition("@")
+    if at and probe != "mlp":
+        return None  # the context tasks are published for MLPs alone
+    name, column = ("context", f"word {word}") if at else PUBLISHED_PROBES[task]
+    found = published("feng")[name if at else f"{name}_{probe}"]
+    for row in found["rows"]:
+        own = (PUBLISHED_FAMILY, label, feature if at else None)
+        if (row["model"], row["method"], row.get("task")) == own:
+            return row["scores"][found["columns"].index(column)]
+    return None
+
+
+PAPER = {"sts": 2, "dependence": 3, "generation": 4}
+
+
+def _paper_block(name: str, records: Records, seeds: Sequence[int]) -> str:
+    """A table of the paper, for all of its models: ours and, in brackets, published and gap."""
+    number, found, notes = PAPER[name], [], []
+    for model in paper.models():
+        found += paper.columns(number, model, records, seeds)
+        notes += paper.notes(name, model, records, seeds) + paper.misprints(number, model)
+    shown = ["average"] if number == 2 else list(dict.fromkeys(found))
+    body = []
+    for model in paper.models():
+        header, *rows = paper.rows(number, model, records, seeds, shown)
+        body += [[model, *row] for row in rows]
+    return _noted([["model", *header], *body], notes)
+
+
+def _number(value: Any) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+BLOCKS = {
+    "dependence": _dependence_block,
+    "sts": _sts_block,
+    "mixture": _mixture_block,
+    "bitune": _bitune_block,
+    "probing": _probing_block,
+    "benchmark": _benchmark_block,
+    "paper": _paper_block,
+}

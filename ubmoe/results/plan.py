@@ -1,0 +1,325 @@
+"""The paper's tables as runs: which programs with which keys, what is there yet, and what is not.
+
+Every run is a command line of a program, so a cluster's array job can take the printed lines
+instead. Nothing here imports torch.
+"""
+
+import dataclasses
+import hashlib
+import logging
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ubmoe.config import (
+    MADE,
+    SCORED,
+    Config,
+    ResultsSection,
+    TrainingSection,
+    UserError,
+    dump_config,
+    leaves,
+    load_config,
+)
+from ubmoe.data.rows import read_texts
+from ubmoe.recording import read_result, record, replace
+from ubmoe.report.tables import CAUSAL
+
+log = logging.getLogger(__name__)
+ROOT = Path(__file__).parent.parent.parent  # where the three scripts are
+# The mixtures of Table 4 and the controls that it lacks: their encoder's row, and their own keys.
+MIXTURES = {
+    "ubmoe": (
+        "ffn",
+        [
+            "ubmoe.routes=[learned, half, average, uni, bi, mode]",
+            "ubmoe.export=[mixture, modes]",
+        ],
+    ),
+    "ubmoe-top-1": ("ffn", ["ubmoe.top_k=1", "ubmoe.router_init=uni", "ubmoe.routes=[learned]"]),
+    "ubmoe-causal": ("ffn causal", ["ubmoe.routes=[learned, bi]"]),
+}
+BITUNE = ("lora", "full")
+
+
+# What a later step reads of an earlier one.
+LEFT = {"sts": "bi", "generation": "ubmoe"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One run of one program; `row` names its line in the tables, over the seeds.
+
+    after: the step whose model this one reads; None: it reads the base alone.
+    """
+
+    program: tuple[str, ...]
+    row: str
+    result: str
+    config_file: str
+    keys: tuple[str, ...]
+    after: "Step | None" = None
+
+    @cached_property
+    def config(self) -> Config:
+        return load_config(self.config_file, list(self.keys))
+
+    @property
+    def path(self) -> Path:
+        return Path(self.config.output_dir) / f"{self.result}.json"
+
+    @property
+    def left(self) -> Path:
+        """The model that later steps read."""
+        return Path(self.config.output_dir) / LEFT[self.result]
+
+    @property
+    def command(self) -> str:
+        return shlex.join(["python", *self.program, self.config_file, *self.keys])
+
+    def state(self) -> str:
+        """`there`, with these very settings and of this very model; `other`; or `missing`."""
+        if not self.path.exists():
+            return "missing"
+        kept = read_result(self.path)
+        read = ("seed", *SCORED[self.result], *MADE.get(self.result, ()))
+        same = leaves(kept["config"], read) == leaves(self.config.model_dump(), read)
+        known = "weights" in kept["environment"]  # an older version did not say them
+        return "there" if same and known and self._is_of_what_it_reads(kept) else "other"
+
+    def _is_of_what_it_reads(self, kept: dict[str, Any]) -> bool:
+        if self.after is None:
+            return True
+        if self.after.state() != "there":
+            return False
+        mixture = self.result == "generation"  # whose weights are not those that it reads
+        own = kept["generation"].get("bi_weights") if mixture else kept["environment"]["weights"]
+        return own == read_result(self.after.path)["environment"]["weights"]
+
+
+def steps(config: Config) -> list[Step]:
+    """The runs of `results.table`, in an order in which each finds what it needs.
+
+    They read a file of the study's own, what this program was given; its name holds a digest, so
+    that another plan does not change what waiting runs will read.
+    """
+    text = dump_config(config.model_copy(update={"results": ResultsSection()}))
+    name = f"study-{hashlib.sha256(text.encode()).hexdigest()[:8]}.yaml"
+    file = Path(config.output_dir) / "study" / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace(file, lambda path: path.write_text(text, encoding="utf-8"))
+    first, *others = config.results.seeds
+    rows = config.results.rows
+    without_base = [row for row in rows if row != "base"]  # it has no seeds
+    made = [*_of_seed(config, str(file), first, rows)]
+    return made + [
+        each for seed in others for each in _of_seed(config, str(file), seed, without_base)
+    ]
+
+
+def _of_seed(config: Config, config_file: str, seed: int, rows: Sequence[str]) -> Iterator[Step]:
+    table = config.results.table
+
+    def step(program: str, name: str, result: str, *keys: str, after: Step | None = None) -> Step:
+        slug = name.replace("+", "-").replace(" ", "-")
+        folder = Path(config.output_dir) / "study" / f"seed{seed}" / f"{label(config)}-{slug}"
+        given = (f"seed={seed}", f"output_dir={folder}", *keys)
+        return Step(tuple(program.split()), name, result, config_file, given, after)
+
+    encoders = {}
+    needed = {encoder for encoder, _ in MIXTURES.values()} if table == 4 else set(rows)
+    for row in [row for row in rows if row in needed]:
+        encoders[row] = step("train_bi.py", row, "sts", *_trains(config, row))
+        yield encoders[row]
+        after = None if row == "base" else encoders[row]
+        tuned = () if after is None else (f"model.name={after.left}",)
+        if table in (3, "all"):
+            yield step("calculate_dp.py", row, "dependence", *tuned, after=after)
+        if table == "all":
+            both = "evaluation.language_model=true"
+            yield step("-m ubmoe.evaluate", row, "evaluation", both, *tuned, after=after)
+    mixtures = {}
+    if table in (4, "all"):
+        for name, (row, keys) in MIXTURES.items():
+            if row not in encoders:
+                raise UserError(f"results.rows: {name} needs {row!r}; add it")
+            bi = f"ubmoe.bi={encoders[row].left}"
+            mixtures[name] = step(
+                "train_ubmoe.py", name, "generation", bi, *keys, after=encoders[row]
+            )
+            yield mixtures[name]
+    if table == "all":
+        after = mixtures["ubmoe"]
+        yield step(
+            "calculate_dp.py", "ubmoe", "dependence", f"model.name={after.left}", after=after
+        )
+        for variant in BITUNE:
+            key = f"bitune.variant={variant}"
+            yield step("-m ubmoe.bitune", f"bitune {variant}", "bitune", key)
+
+
+def _trains(config: Config, row: str) -> list[str]:
+    """The keys by which train_bi.py makes a row of Table 2."""
+    if row == "base":
+        return ["bi.stages=[]"]
+    modules = row.removesuffix(CAUSAL).replace("+", ", ")
+    keys = [f"bi.stages.{number}.train=[{modules}]" for number in range(len(config.bi.stages))]
+    return keys + (["bi.attention=causal"] if row.endswith(CAUSAL) else [])
+
+
+def label(config: Config) -> str:
+    """What a study is called: its output_dir's last part."""
+    return Path(config.output_dir).name
+
+
+def plan(config: Config) -> str:
+    """The commands, one a line, with what is there yet as a comment above each."""
+    lines = []
+    estimates: dict[tuple[str, str], str] = {}  # a row's seeds take as long as each other
+    for step in steps(config):
+        known = _known(step)
+        if step.state() == "missing" and config.results.timed_steps:
+            row = (step.row, step.result)
+            if row not in estimates:
+                estimates[row] = estimate(step, config.results.timed_steps)
+            known += f"; {estimates[row]}"
+        after = f", after {step.after.row}" if step.after else ""
+        lines += [f"# {step.row}, seed {step.config.seed}{after}: {known}", step.command]
+    return "\n".join(lines)
+
+
+def _known(step: Step) -> str:
+    """Whether it is there, and what it took."""
+    state = step.state()
+    if state == "missing":
+        return "not run"
+    result = read_result(step.path)
+    took = f"{result['seconds'] / 3600:.2f} h, {result['peak_memory_bytes'] / 1e9:.1f} GB"
+    if state == "there":
+        return f"done in {took}"
+    return f"run with other keys, or of another model ({took}); runs again"
+
+
+def run(config: Config) -> str:
+    """Run what is not there yet, one after another, and record each. Raises UserError.
+
+    A run that stopped half-way goes on from its checkpoint; a failed one ends the study, which goes
+    on from there when it is called again.
+    """
+    wanted = steps(config)
+    for _ in range(2):  # a model that was made anew on another machine makes others stale
+        _run(config, wanted)
+    return f"{len(wanted)} runs in {Path(config.output_dir) / 'study'}"
+
+
+def _run(config: Config, wanted: list[Step]) -> None:
+    missing = [step for step in wanted if step.state() != "there"]
+    keys: dict[str, Any] = {"desc": "study", "unit": "run", "disable": None if missing else True}
+    with tqdm(total=len(missing), **keys) as bar:
+        for number, step in enumerate(wanted, 1):
+            if step.state() != "there":
+                say = f"{step.row}, seed {step.config.seed}, {step.result}"
+                log.info("[%d/%d] %s", number, len(wanted), say)
+                _remake(step, config)
+                _execute(step)
+                bar.update()
+            _record(step, config)
+
+
+def _remake(step: Step, config: Config) -> None:
+    """Make again what a step reads, where somebody removed that model to make room."""
+    if step.after is not None and not step.after.left.exists():
+        _remake(step.after, config)
+        _execute(step.after)
+        _record(step.after, config)
+
+
+def _record(step: Step, config: Config) -> None:
+    record(step.config.model_copy(update={"results": config.results}), [step.path])
+
+
+def _execute(step: Step, resume: str = "auto") -> None:
+    folder = Path(step.config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    log_file = folder / f"{step.result}.log"
+    program = [str(ROOT / each) if each.endswith(".py") else each for each in step.program]
+    command = [sys.executable, *program, step.config_file, *step.keys, f"resume={resume}"]
+    with log_file.open("a") as file:
+        done = subprocess.run(command, stdout=file, stderr=file)
+    if done.returncode:
+        last: Any = log_file.read_text(encoding="utf-8").strip().splitlines()[-1:]
+        raise UserError(f"{step.command} failed ({' '.join(last)}); see {log_file}")
+
+
+# --- hours and memory, from a few steps -----------------------------------------------------------
+
+
+def estimate(step: Step, count: int) -> str:
+    """Hours and memory of a run, from a few of its steps; scoring and checkpoints not counted."""
+    keys = _short(step, count)
+    if keys is None:
+        return "not timed: it only scores"
+    if step.after is not None and not step.after.left.exists():
+        return f"not timed: {step.after.left} is not there yet"
+    folder = Path(step.config.output_dir).parent.parent / "timed" / step.row
+    timed = dataclasses.replace(step, keys=(*step.keys, *keys, f"output_dir={folder}"), after=None)
+    if timed.state() != "there":
+        _execute(timed, resume="never")
+        for each in folder.iterdir():  # models and checkpoints, as large as the run's
+            if each.is_dir():
+                shutil.rmtree(each)
+    result = read_result(timed.path)
+    seconds = _extrapolated(step, result)
+    took = f"{seconds / 3600:.1f} h" if seconds > 360 else f"{seconds / 60:.1f} min"
+    memory = result["peak_memory_bytes"] / 1e9
+    what = "texts" if step.result == "dependence" else "steps"
+    return f"about {took} and {memory:.1f} GB, from {count} {what}, without scoring"
+
+
+def _short(step: Step, count: int) -> list[str] | None:
+    """Keys for a few steps of a run, without any scoring; None where scoring is all it does."""
+    stages = range(len(step.config.bi.stages))
+    scoring = ["evaluation.sts=[]", "evaluation.generation=[]"]
+    return {
+        "sts": [*(f"bi.stages.{each}.max_steps={count}" for each in stages), *scoring],
+        "generation": [f"ubmoe.max_steps={count}", "ubmoe.export=[]", *scoring],
+        "bitune": [f"bitune.max_steps={count}", "bitune.generation=[]"],
+        "dependence": [f"dependence.max_texts={count}"],
+        "evaluation": None,
+    }[step.result]
+
+
+def _extrapolated(step: Step, result: dict[str, Any]) -> float:
+    """Seconds: what does not grow with the work, and the work at the pace of its small part."""
+    section, config = result[step.result], step.config
+    seconds = float(result["seconds"])
+    if step.result == "dependence":
+        texts = len(read_texts(config.dependence.dataset, config.dependence.max_texts))
+        return seconds + section["seconds"] * (texts / section["texts"] - 1)
+    for settings, log_rows, rows in _trained(config, section):
+        if log_rows:  # none where nothing trains
+            done = log_rows[-1]
+            seconds += done["seconds_per_step"] * (settings.steps(rows) - done["step"])
+    return seconds
+
+
+def _trained(
+    config: Config, section: dict[str, Any]
+) -> list[tuple[TrainingSection, list[dict[str, Any]], int]]:
+    """(settings, log, rows) of whatever a result says that it trained."""
+    if "stages" in section:
+        reports = zip(config.bi.stages, section["stages"], strict=True)
+        return [(stage, report["log"], report["rows"]) for stage, report in reports]
+    if "router" in section:
+        router = section["router"]
+        return [(config.ubmoe, router["log"], router["counts"]["chats"])]
+    return [(config.bitune, section["log"], section["counts"]["examples"])]

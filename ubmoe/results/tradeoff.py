@@ -1,0 +1,264 @@
+"""Two pictures of a study: what embedding costs in generation, and whether dependence tells it.
+
+From the records alone. The first plane has a point for every model of the study, STS average to the
+right (a mixture reads bidirectionally for it, an encoder as it was tuned), generation upwards, and
+its Pareto front. The second tests the paper's central claim: the more a tuned model attends to
+later tokens (DP-after), the more of its generation is lost.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+
+from ubmoe.config import Config, UserError
+from ubmoe.recording import replace_all, save_figure
+from ubmoe.report.tables import CAUSAL, ROUTES, model_of
+from ubmoe.results import paper
+from ubmoe.results.paper import Records
+
+log = logging.getLogger(__name__)
+RESAMPLES = 2000
+FEWEST = 6  # rows of an interval: of fewer, most draws are of two or three
+NO_MIXTURES = (ROUTES["uni"], ROUTES["bi"])  # the two models themselves, forced
+
+
+@dataclass
+class Point:
+    """A model of the study, a value for each seed: STS average, tasks' average, perplexity."""
+
+    kind: str
+    sts: list[float] = field(default_factory=list)
+    tasks: list[float] = field(default_factory=list)
+    perplexity: list[float] = field(default_factory=list)
+
+    def add(self, *values: float | None) -> None:
+        for found, value in zip((self.sts, self.tasks, self.perplexity), values, strict=True):
+            if value is not None:
+                found.append(value)
+
+
+def points(model: str, records: Records, seeds: Sequence[int]) -> dict[str, Point]:
+    """Every model of the study that both uses were scored of, by its row's name."""
+    found: dict[str, Point] = {}
+    for each in paper.entries("encoders", model, records, seeds):
+        cells = each.cells
+        if cells["average"] is not None and "perplexity" in cells:
+            point = found.setdefault(each.row, Point("base" if each.is_base else "encoder"))
+            point.add(cells["average"], cells["generation"], cells["perplexity"])
+    for each in paper.entries("routes", model, records, seeds):
+        cells, sts = each.cells, each.cells.get("STS bidirectional")
+        if sts is not None and not each.row.startswith(NO_MIXTURES):
+            point = found.setdefault(each.row, Point("mixture"))
+            point.add(sts, cells["average"], cells["perplexity"])
+    return found
+
+
+def front(pairs: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points that none surpasses in both, by the first coordinate."""
+    order = sorted(range(len(pairs)), key=lambda each: (-pairs[each][0], -pairs[each][1]))
+    best, found = -math.inf, []
+    for each in order:
+        if pairs[each][1] > best:
+            best = pairs[each][1]
+            found.append(each)
+    return found[::-1]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """An encoder of one seed: how its DP-after and its generation differ from the base's."""
+
+    row: str
+    after: float  # percentage points
+    lost: float  # log of the perplexity over the base's
+
+    @property
+    def is_control(self) -> bool:
+        """Tuned under the causal mask, which the paper did not."""
+        return self.row.endswith(CAUSAL)
+
+
+def tuned(model: str, records: Records, seeds: Sequence[int]) -> list[Tuned]:
+    """Every encoder whose dependence and generation were measured."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for each in paper.entries("encoders", model, records, seeds):
+        after, perplexity = (each.cells.get(name) for name in ("DP-after", "perplexity"))
+        if after is not None and perplexity is not None:
+            found.setdefault(each.row, []).append((after, perplexity))
+    if "base" not in found:
+        return []
+    [base] = found["base"]
+    return [
+        Tuned(row, after - base[0], math.log(perplexity / base[1]))
+        for row, every in found.items()
+        if not row.startswith("base")
+        for after, perplexity in every
+    ]
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Pearson's r of `after` and `lost`, and its 95 % interval where there are rows enough."""
+
+    r: float
+    interval: tuple[float, float] | None
+    rows: int
+
+    def __str__(self) -> str:
+        said = "too few for an interval"
+        if self.interval is not None:
+            said = "95 % interval {:.2f} to {:.2f}".format(*self.interval)
+        return f"r = {self.r:.2f} over {self.rows} rows ({said})"
+
+
+def correlation(found: Sequence[Tuned], seed: int = 0) -> Correlation:
+    """The bootstrap draws rows, each with all of its seeds, which are no new evidence."""
+    rows = sorted({each.row for each in found})
+    if len(rows) < FEWEST:
+        return Correlation(_pearson(found), None, len(rows))
+    rng, drawn = np.random.default_rng(seed), []
+    for _ in range(RESAMPLES):
+        chosen = [rows[each] for each in rng.integers(len(rows), size=len(rows))]
+        drawn.append(_pearson([each for row in chosen for each in found if each.row == row]))
+    low, high = np.nanpercentile(drawn, [2.5, 97.5])
+    return Correlation(_pearson(found), (float(low), float(high)), len(rows))
+
+
+def _pearson(found: Sequence[Tuned]) -> float:
+    after, lost = (np.array([getattr(each, name) for each in found]) for name in ("after", "lost"))
+    if np.ptp(after) == 0 or np.ptp(lost) == 0:
+        return math.nan
+    return float(np.corrcoef(after, lost)[0, 1])
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+
+def draw(config: Config, records: Records) -> str:
+    """Write tradeoff.png and claim.png to output_dir; returns their paths. Raises UserError."""
+    model, seeds = model_of({"config": config.model_dump()}), config.results.seeds
+    placed, encoded = points(model, records, seeds), tuned(model, records, seeds)
+    if len(placed) < 2:
+        raise UserError(
+            f"{config.results.directory}: {len(placed)} models of {model} with STS and generation; "
+            "run results.action=run results.table=all first"
+        )
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    figures, rows = {"tradeoff.png": _plane(model, placed)}, {each.row for each in encoded}
+    if len(rows) > 2:
+        figures["claim.png"] = _claim(model, encoded)
+    else:
+        (folder / "claim.png").unlink(missing_ok=True)  # of other records
+        log.info("claim.png: not drawn, of %d rows with dependence and perplexity", len(rows))
+    replace_all({folder / name: partial(save_figure, each) for name, each in figures.items()})
+    return "\n".join(str(folder / name) for name in figures)
+
+
+COLOURS = {"base": "black", "encoder": "C0", "mixture": "C1"}
+
+
+def _plane(model: str, placed: dict[str, Point]) -> Any:
+    """Two panels: the average of the tasks, and the perplexity (downwards is worse)."""
+    from matplotlib.ticker import ScalarFormatter
+
+    from ubmoe.report.figures import blank
+
+    figure = blank(11.0, 4.6)
+    left, right = figure.subplots(1, 2)
+    right.set_yscale("log")
+    right.invert_yaxis()
+    for axis in (right.yaxis.set_major_formatter, right.yaxis.set_minor_formatter):
+        axis(ScalarFormatter())
+    names = {"tasks": "generation, average of tasks (%)", "perplexity": "perplexity (better: up)"}
+    for axes, (what, label) in zip((left, right), names.items(), strict=True):
+        shown = [
+            (number, name, point)
+            for number, (name, point) in enumerate(placed.items(), 1)
+            if getattr(point, what)
+        ]
+        axes.set(xlabel="STS average (mixtures: bidirectional)", ylabel=label)
+        axes.spines[["top", "right"]].set_visible(False)
+        if not shown:
+            axes.text(0.5, 0.5, "not run", transform=axes.transAxes, ha="center")
+            continue
+        pairs = [(mean(point.sts), mean(getattr(point, what))) for _, _, point in shown]
+        sign = 1 if what == "tasks" else -1
+        edge = [pairs[each] for each in front([(x, sign * y) for x, y in pairs])]
+        axes.plot(*zip(*edge, strict=True), color="grey", lw=1, ls="--", zorder=0)
+        for (number, name, point), (x, y) in zip(shown, pairs, strict=True):
+            axes.errorbar(
+                *(x, y, _error(getattr(point, what)), _error(point.sts)),
+                fmt="o", ms=4, lw=0.8, color=COLOURS[point.kind],
+                label=f"{number} {name}",
+            )  # fmt: skip
+        axes.autoscale_view()  # now, so that places are final
+        fractions = axes.transLimits.transform(axes.transScale.transform(pairs))
+        for together in close(fractions, NEAR):
+            text = ", ".join(str(shown[each][0]) for each in together)
+            place = pairs[together[-1]]
+            axes.annotate(text, place, (4, 3), textcoords="offset points", fontsize=7)
+    figure.legend(
+        *right.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=7
+    )
+    figure.suptitle(f"{model}: embedding against generation; dashed: Pareto front", fontsize=10)
+    return figure
+
+
+NEAR = 0.05  # of the width or height of a panel: labels of such points would overlap
+
+
+def close(points: Sequence[tuple[float, float]], near: float) -> list[list[int]]:
+    """Indices of points that share a label: each within `near`, in both coordinates, of the next.
+
+    In the order of the first coordinate.
+    """
+    groups: list[list[int]] = []
+    for each in sorted(range(len(points)), key=lambda each: points[each][0]):
+        for group in groups:
+            last = points[group[-1]]
+            if max(abs(a - b) for a, b in zip(points[each], last, strict=True)) <= near:
+                group.append(each)
+                break
+        else:
+            groups.append([each])
+    return groups
+
+
+def _error(values: list[float]) -> float | None:
+    return stdev(values) if len(values) > 1 else None
+
+
+def _claim(model: str, encoded: list[Tuned]) -> Any:
+    from ubmoe.report.figures import blank
+
+    figure = blank(6.2, 4.4)
+    axes = figure.subplots()
+    for number, row in enumerate(dict.fromkeys(each.row for each in encoded)):
+        own = [each for each in encoded if each.row == row]
+        axes.plot(
+            *([each.after for each in own], [each.lost for each in own]),
+            marker="o", ls="", ms=5, color=f"C{number}", label=row,
+            fillstyle="none" if own[0].is_control else "full",
+        )  # fmt: skip
+    axes.axhline(0, color="grey", lw=0.6)
+    axes.axvline(0, color="grey", lw=0.6)
+    axes.set(
+        xlabel="DP-after, minus the base's (percentage points)",
+        ylabel="lost generation: log perplexity over the base's",
+    )
+    own = [each for each in encoded if not each.is_control]
+    said = [f"{model}: {correlation(encoded)}"]
+    if len(own) < len(encoded):
+        said.append(f"without the control that was tuned causally: {correlation(own)}")
+    axes.set_title("\n".join(said), fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
