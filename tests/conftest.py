@@ -1,4 +1,4 @@
-"""Tiny random models of the families that we promise, and the embedded model, made once."""
+"""The libraries offline, the embedded model made once, and trainers that die."""
 
 import os
 
@@ -10,52 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-
-ROOT = Path(__file__).parent.parent
-
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 512,
-}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "qwen2": {},
-    "qwen2_moe": {
-        "num_experts": 2,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 48,
-        "shared_expert_intermediate_size": 8,
-    },
-    "qwen3": {},
-    "llama": {},
-    "mistral": {"sliding_window": None},
-    "gemma": {"num_key_value_heads": 1},
-    "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 8},
-    "gemma3_text": {"sliding_window": 16, "query_pre_attn_scalar": 8},
-}
-
-
-def random_model(family: str, **changes: Any) -> PreTrainedModel:
-    """A two-layer random model in eval mode, with weights large enough that attention has
-    preferences.
-    """
-    settings = SIZES | FAMILIES.get(family, {}) | changes
-    config = AutoConfig.for_model(family, **settings)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config)
-        for name, parameter in model.named_parameters():
-            if "norm" not in name:
-                torch.nn.init.normal_(parameter, std=0.3)
-    return model.eval()
+from builders import KilledError, random_model
 
 
 @pytest.fixture(scope="session")
@@ -71,10 +27,6 @@ def saved(tmp_path: Path) -> Path:
     """A directory of a random Qwen2, untied."""
     random_model("qwen2", tie_word_embeddings=False).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
-
-
-class KilledError(Exception):
-    """What a trainer dies of in `dying`."""
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import FAMILIES, random_model
+from builders import FAMILIES, random_model
 from transformers import AutoModelForCausalLM
 
 from ubmoe.bidirectional import PADDINGS, leak, make_bidirectional, prove_attention, set_attention

@@ -4,8 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT, random_model
-from test_scripts import run
+from builders import ROOT, random_model, run
 from torch import nn
 from transformers import AutoModelForCausalLM
 

@@ -1,34 +1,18 @@
 """The scripts as their users run them: a result at the end, or one line and exit status 2."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
-from conftest import ROOT, random_model
+from builders import random_model, run, start
 
 from ubmoe import recording as results
 from ubmoe.config import load_config
 
 FAST = ["dependence.max_texts=12", "model.device=cpu"]
 CHAT = {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]}
-
-
-def start(*arguments, script="calculate_dp.py", **keys):
-    command = [sys.executable, script, *map(str, arguments)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes, **keys)
-
-
-def run(*arguments, script="calculate_dp.py"):
-    process = start(*arguments, script=script)
-    output, errors = process.communicate(timeout=300)
-    return process.returncode, output, errors
 
 
 def test_a_newcomer_gets_a_result_figures_and_a_table(tiny_path, tmp_path):
@@ -164,7 +148,7 @@ def test_an_encoder_is_trained_saved_and_scored(tiny_path, tmp_path):
     table = results.table(load_config(None, [f"output_dir={tmp_path}/run"]))
     assert f"{result['sts']['average']:.2f}" in table
     code, output, errors = run(
-        f"model.name={tmp_path}/run/bi", f"output_dir={tmp_path}/again", script="ubmoe/evaluate.py"
+        f"model.name={tmp_path}/run/bi", f"output_dir={tmp_path}/again", script="-m ubmoe.evaluate"
     )
     assert code == 0, errors
     again = json.loads((tmp_path / "again" / "evaluation.json").read_text())
@@ -224,7 +208,7 @@ def test_the_mixture_is_trained_saved_and_scored(encoder, tmp_path):
 def test_bitune_is_trained_saved_and_scored(tmp_path):
     keys = ["model.device=cpu", f"output_dir={tmp_path}/run", "bitune.max_steps=3"]
     keys += ["evaluation.limit=5"]
-    code, output, errors = run(*keys, script="-mubmoe.bitune")
+    code, output, errors = run(*keys, script="-m ubmoe.bitune")
     assert code == 0, errors
     assert output == f"{tmp_path}/run/bitune.json\n"
     section = json.loads((tmp_path / "run" / "bitune.json").read_text())["bitune"]

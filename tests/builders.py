@@ -1,0 +1,205 @@
+"""What tests of several modules are made of: random models, runs of the programs, records."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from ubmoe.bitune import model as prefill
+from ubmoe.bitune.examples import Example
+from ubmoe.bitune.model import attach
+from ubmoe.config import BituneSection
+from ubmoe.moe.model import routers
+from ubmoe.results.published import published
+
+ROOT = Path(__file__).parent.parent
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2": {},
+    "qwen2_moe": {
+        "num_experts": 2,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "shared_expert_intermediate_size": 8,
+    },
+    "qwen3": {},
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "gemma": {"num_key_value_heads": 1},
+    "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 8},
+    "gemma3_text": {"sliding_window": 16, "query_pre_attn_scalar": 8},
+}
+
+
+def random_model(family: str, **changes: Any) -> PreTrainedModel:
+    """A two-layer random model in eval mode, with weights large enough that attention has
+    preferences.
+    """
+    settings = SIZES | FAMILIES.get(family, {}) | changes
+    config = AutoConfig.for_model(family, **settings)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+class KilledError(Exception):
+    """What a trainer dies of in `dying`."""
+
+
+# --- programs -------------------------------------------------------------------------------------
+
+
+def start(*arguments, script="calculate_dp.py", **keys):
+    """A program in a process of its own."""
+    command = [sys.executable, *script.split(), *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes, **keys)
+
+
+def run(*arguments, script="calculate_dp.py"):
+    """(exit status, stdout, stderr) of a program in a process of its own."""
+    process = start(*arguments, script=script)
+    output, errors = process.communicate(timeout=300)
+    return process.returncode, output, errors
+
+
+# --- mixtures -------------------------------------------------------------------------------------
+
+IDS = torch.randint(97, (3, 11), generator=torch.Generator().manual_seed(1))
+
+
+def pair(tied=True, **keys):
+    """(uni, bi): two dense models that differ in every FFN."""
+    uni = random_model("qwen2", tie_word_embeddings=tied, **keys)
+    bi = copy.deepcopy(uni)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, value in bi.named_parameters():
+            if ".mlp." in name:
+                value.copy_(torch.randn(value.shape, generator=generator) * 0.3)
+    return uni, bi
+
+
+def drawn(model, seed=0, scale=1.0):
+    """The model with routers that prefer now this expert and now that."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for value in routers(model).values():
+            value.copy_(torch.randn(value.shape, generator=generator) * scale)
+    return model
+
+
+@torch.no_grad()
+def logits(model, ids=IDS):
+    return model(input_ids=ids).logits
+
+
+# --- Bitune ---------------------------------------------------------------------------------------
+
+EXAMPLES = [
+    Example([5, 6, 7, 8, 9, 10, 11], [12, 13, 14]),
+    Example([15, 16], [17]),
+    Example([18], [19, 20, 21, 22]),  # a prompt of one token: nothing to prefill
+    Example([23, 24, 25, 26], [27, 28]),
+]
+RANK, ALPHA = 2, 3.0
+
+
+def tuned(variant="full", family="qwen2", theta_init=0.01, **keys):
+    """A model in the middle of its training: nothing of it is at its start."""
+    model = random_model(family, **keys)
+    settings = BituneSection(variant=variant, rank=RANK, alpha=ALPHA, theta_init=theta_init)
+    bitune = attach(model, settings, seed=0)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, value in bitune.named_parameters():
+            if prefill.OF_ADAPTER.search(name):
+                value.copy_(torch.randn(value.shape, generator=generator) * 0.1)
+            elif name.startswith("theta_"):
+                value.copy_(torch.randn(value.shape, generator=generator) * 2 * theta_init)
+    return bitune.eval()
+
+
+# --- records --------------------------------------------------------------------------------------
+
+MODEL = "Qwen1.5-0.5B-Chat"
+TEN = published("ubmoe")["sts"]["columns"][:10]
+
+
+def encoder(name, seed, average, train, attention="bidirectional"):
+    stages = [{"objective": "simcse", "train": train, "learning_rate": 1.0}] if train else []
+    config = {"model": {"name": f"Qwen/{MODEL}"}, "seed": seed}
+    config["bi"] = {"stages": stages, "attention": attention, "prompt": "p"}
+    section = {"tasks": dict.fromkeys(TEN, average + 1), "average": average}
+    return {f"{name}.sts.seed{seed}": {"config": config, "sts": section}}
+
+
+def dependence(name, seed, model, after):
+    buckets = [
+        {"range": [0, 256], "main": 2.0, "before": 98 - after, "after": after},
+        {"range": [256, 512], "main": None, "before": None, "after": None},
+    ]
+    config = {"model": {"name": model}, "seed": seed, "dependence": {"max_tokens": 32}}
+    section = {"buckets": buckets, "overall": {"after": after}}
+    return {f"{name}.dependence.seed{seed}": {"config": config, "dependence": section}}
+
+
+def scores(value, perplexity):
+    tasks = {"mmlu": {"acc": value, "acc_norm": 0.0}}
+    return {"tasks": tasks, "average": value, "perplexity": perplexity}
+
+
+RECORDS = {
+    **encoder("a", 0, 60.0, ["ffn"]),
+    **encoder("a", 1, 62.0, ["ffn"]),
+    **encoder("b", 0, 40.0, ["ffn"], "causal"),
+    **encoder("c", 0, 34.0, []),
+    **dependence("a", 0, "bi", 40.0),
+    **dependence("a", 1, "bi", 42.0),
+    **dependence("c", 0, f"Qwen/{MODEL}", 30.0),
+    **dependence("m", 0, "ubmoe", 33.0),
+    "a.evaluation.seed0": {
+        "config": {"model": {"name": "bi"}, "seed": 0},
+        "generation": {**scores(20.0, 9.0), "metrics": {"mmlu": "acc"}},
+    },
+    "m.generation.seed0": {
+        "config": {
+            "model": {"name": MODEL},
+            "seed": 0,
+            "ubmoe": {"top_k": 2, "objective": "chat"},
+        },
+        "generation": {
+            "routes": {"learned": scores(30.0, 5.0), "uni": scores(32.5, 4.0)},
+            "metrics": {"mmlu": "acc"},
+            "bi_attention": "bidirectional",
+        },
+        "sts": [],
+    },
+    "t.bitune.seed0": {
+        "config": {"model": {"name": MODEL}, "seed": 0, "bitune": {"max_steps": 9, "rank": 8}},
+        "bitune": {**scores(31.0, 1.0), "variant": "full", "metrics": {"mmlu": "acc"}},
+    },
+}
+
+
+SEEDS = [0, 1, 2]

@@ -1,0 +1,276 @@
+"""The dependence of one forward: against loops, against materialised maps, and against laws."""
+
+import math
+
+import pytest
+import torch
+from builders import random_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
+
+from ubmoe.config import UserError
+from ubmoe.dependence.recorder import (
+    ROWS,
+    Rule,
+    attention_layers,
+    dependence_of,
+    flow,
+    mean_attention,
+    probing,
+    row_shares,
+    unmasked_attention,
+)
+
+PLAIN = ["qwen2", "qwen3", "llama", "mistral", "gemma"]
+LENGTHS = [1, 2, 7, ROWS, 300]
+
+
+def loops(query: Tensor, key: Tensor, scaling: float) -> list[list[float]]:
+    """The definition, one number at a time: (H, T, d), (K, T, d) -> main, before, after of each
+    head.
+    """
+    heads, tokens, _ = query.shape
+    result = []
+    for head in range(heads):
+        shares = [0.0, 0.0, 0.0]
+        for i in range(tokens):
+            keys = key[head // (heads // len(key))]
+            weights = [math.exp(float(query[head, i] @ keys[j]) * scaling) for j in range(tokens)]
+            for j in range(tokens):
+                shares[(j > i) + (j != i)] += weights[j] / sum(weights) / tokens
+        result.append(shares)
+    return result
+
+
+class Reference:
+    """A materialised probe: eager attention, and the shares of the whole unmasked softmax."""
+
+    def __init__(self) -> None:
+        self.shares: list[Tensor] = []
+
+    def __call__(self, module, query, key, value, attention_mask, scaling, softcap=None, **_):
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        scores = query @ key.transpose(2, 3) * scaling
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        full = scores.double().softmax(-1)  # (B, H, T, T)
+        parts = (full * torch.eye(full.shape[-1])), full.tril(-1), full.triu(1)
+        self.shares.append(torch.stack([part.sum(-1).mean(-1) for part in parts], -1))
+        output = (scores + attention_mask).softmax(-1) @ value
+        return output.transpose(1, 2).contiguous(), None
+
+
+@torch.no_grad()
+def reference(model, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """((B, L, H, 3), logits) of unpadded texts by full maps."""
+    way = Reference()
+    AttentionInterface.register("reference", way)
+    AttentionMaskInterface.register("reference", eager_mask)
+    own = model.config._attn_implementation
+    model.set_attn_implementation("reference")
+    logits = model(ids, use_cache=False).logits
+    model.set_attn_implementation(own)
+    return torch.stack(way.shares, 1), logits
+
+
+def ours(model, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    with probing(model) as probe:
+        return dependence_of(model, probe, ids, torch.ones_like(ids) if mask is None else mask)
+
+
+def test_shares_of_a_four_by_four_map_are_those_of_three_nested_loops():
+    torch.manual_seed(1)
+    query, key = torch.randn(4, 4, 8), torch.randn(2, 4, 8)
+    expected = torch.tensor(loops(query, key, 0.7), dtype=torch.float64)
+    torch.testing.assert_close(row_shares(query, key, 0.7), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("tokens", LENGTHS)
+@pytest.mark.parametrize("family", [*PLAIN, "gemma2"])
+def test_every_text_layer_and_head_equals_the_materialised_reference(family, tokens):
+    model = random_model(family)
+    ids = torch.randint(97, (2, tokens), generator=torch.Generator().manual_seed(tokens))
+    expected, _ = reference(model, ids)
+    torch.testing.assert_close(ours(model, ids), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", [*PLAIN, "gemma2", "gemma3_text", "gpt_oss", "nemotron"])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_the_probe_leaves_the_models_logits_as_they_are(family, bidirectional):
+    sizes = {"num_local_experts": 4, "sliding_window": 16} if family == "gpt_oss" else {}
+    model = random_model(family, **sizes)
+    model.config.is_causal = not bidirectional
+    ids = torch.randint(97, (2, 90))  # longer than the window of 16, and than one block
+    with torch.no_grad():
+        model.set_attn_implementation("eager")
+        expected = model(ids, use_cache=False).logits
+        with probing(model) as probe:
+            logits = model(ids, use_cache=False).logits
+    assert len(probe.shares) == attention_layers(model) == 2
+    scale = expected.abs().max()
+    torch.testing.assert_close(logits / scale, expected / scale, atol=1e-5, rtol=0)
+
+
+def test_the_bidirectional_flow_observes_other_states_than_the_causal_one():
+    model, ids = random_model("qwen2"), torch.randint(97, (1, 30))
+    causal = ours(model, ids)
+    model.config.is_causal = False
+    bidirectional = ours(model, ids)
+    torch.testing.assert_close(
+        causal[:, 0], bidirectional[:, 0]
+    )  # the first layer sees no attention yet
+    assert (causal[:, 1] - bidirectional[:, 1]).abs().max() > 1e-3
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 150),
+    st.sampled_from([0.0, 1.0, 30.0]),
+    st.sampled_from([None, 5.0]),
+    st.integers(0, 99),
+)
+def test_shares_are_never_negative_and_sum_to_one(tokens, spread, softcap, seed):
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(4, tokens, 8, generator=generator) * spread
+    key = torch.randn(2, tokens, 8, generator=generator)
+    shares = row_shares(query, key, 0.35, softcap)
+    assert (shares >= 0).all()
+    torch.testing.assert_close(
+        shares.sum(-1), torch.ones(4, dtype=torch.float64), atol=1e-6, rtol=0
+    )
+
+
+def test_a_text_of_one_token_depends_on_itself_alone():
+    expected = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64).expand(1, 2, 4, 3)
+    torch.testing.assert_close(ours(random_model("qwen2"), torch.tensor([[5]])), expected)
+
+
+@pytest.mark.parametrize("tokens", [2, 7, 100])
+def test_without_queries_and_keys_attention_is_uniform(tokens):
+    model = random_model("qwen2")
+    for layer in model.model.layers:
+        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+            torch.nn.init.zeros_(projection.weight)
+            torch.nn.init.zeros_(projection.bias)
+    other = (tokens - 1) / (2 * tokens)
+    expected = torch.tensor([1 / tokens, other, other], dtype=torch.float64).expand(1, 2, 4, 3)
+    torch.testing.assert_close(
+        ours(model, torch.randint(97, (1, tokens))), expected, atol=1e-6, rtol=0
+    )
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma2", "gpt2"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_batch_gives_what_each_text_gives_alone(family, side):
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4} if family == "gpt2" else {}
+    model = random_model(family, **sizes)
+    texts = [torch.randint(97, (length,)) for length in (70, 33, 1)]
+    ids, mask = torch.zeros(3, 70, dtype=torch.long), torch.zeros(3, 70, dtype=torch.long)
+    for row, text in enumerate(texts):
+        real = slice(70 - len(text), 70) if side == "left" else slice(0, len(text))
+        ids[row, real], mask[row, real] = text, 1
+    together = ours(model, ids, mask)
+    for row, text in enumerate(texts):
+        torch.testing.assert_close(together[row], ours(model, text[None])[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_statistics_are_fp32_whatever_the_dtype(dtype):
+    query, key = torch.randn(4, 200, 8).to(dtype), torch.randn(2, 200, 8).to(dtype)
+    expected = row_shares(query.float(), key.float(), 0.35)
+    torch.testing.assert_close(row_shares(query, key, 0.35), expected, atol=0, rtol=0)
+
+
+class NoSquare(TorchDispatchMode):
+    """Fails on any tensor with two dimensions of at least `tokens`."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.tokens = tokens
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for tensor in output if isinstance(output, tuple | list) else (output,):
+            if isinstance(tensor, Tensor):
+                large = sum(size >= self.tokens for size in tensor.shape)
+                assert large < 2, f"{function} makes {tuple(tensor.shape)}"
+        return output
+
+
+@pytest.mark.parametrize("family", [*PLAIN, "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_no_square_tensor_ever_exists(family, bidirectional, padded):
+    model, tokens = random_model(family), 300
+    model.config.is_causal = not bidirectional
+    ids, mask = torch.randint(97, (2, tokens)), torch.ones(2, tokens, dtype=torch.long)
+    if padded:
+        ids, mask = torch.randint(97, (2, tokens + 9)), torch.ones(2, tokens + 9, dtype=torch.long)
+        mask[0, tokens:] = 0
+    with NoSquare(tokens):
+        ours(model, ids, mask)
+
+
+def test_the_guard_against_square_tensors_can_fail():
+    model, ids = random_model("qwen2"), torch.randint(97, (1, 200))
+    with pytest.raises(AssertionError, match="makes"), NoSquare(200):
+        reference(model, ids)
+
+
+def test_flow_with_unequal_head_sizes_equals_plain_softmax_attention():
+    query, key, value = torch.randn(4, 90, 8), torch.randn(2, 90, 8), torch.randn(2, 90, 5)
+    keys, values = key.repeat_interleave(2, 0), value.repeat_interleave(2, 0)
+    scores = (query @ keys.transpose(1, 2) * 0.4).masked_fill(
+        torch.ones(90, 90).triu(1).bool(), -torch.inf
+    )
+    expected = scores.softmax(-1) @ values
+    torch.testing.assert_close(flow(query, key, value, Rule(0.4, causal=True)), expected)
+
+
+def test_the_map_is_what_the_shares_are_taken_from():
+    model, ids = random_model("qwen2"), [3, 1, 4, 1, 5]
+    attention = mean_attention(model, ids).double()
+    shares = ours(model, torch.tensor([ids])).mean((0, 1, 2))
+    parts = torch.stack([attention.trace(), attention.tril(-1).sum(), attention.triu(1).sum()])
+    torch.testing.assert_close(parts / len(ids), shares, atol=1e-6, rtol=0)
+    query, key = torch.randn(4, 5, 8), torch.randn(2, 5, 8)
+    full = (query @ key.repeat_interleave(2, 0).transpose(1, 2) * 0.4).softmax(-1)
+    torch.testing.assert_close(unmasked_attention(query, key, 0.4), full)
+
+
+def test_the_models_own_attention_is_back_afterwards_even_after_an_error():
+    model = random_model("qwen2")
+    own = model.config._attn_implementation
+    with pytest.raises(KeyError), probing(model):
+        raise KeyError
+    assert model.config._attn_implementation == own
+    assert "dependence" not in str(model.config.to_dict())
+
+
+def test_classes_outside_the_attention_interface_are_refused_by_name():
+    with (
+        pytest.raises(UserError, match="BloomForCausalLM does not use"),
+        probing(random_model("bloom", n_layer=2, n_head=4)),
+    ):
+        pass
+
+
+def test_a_probe_that_is_not_called_once_a_layer_is_an_error():
+    model = random_model("qwen2")
+    model.config.layer_types = ["full_attention"] * 3
+    with pytest.raises(UserError, match="called the dependence probe 2 times in 3 layers"):
+        ours(model, torch.tensor([[1, 2, 3]]))
+
+
+def test_overflow_in_half_precision_is_an_error_and_no_number():
+    model = random_model("qwen2").half()
+    model.model.embed_tokens.weight.data.fill_(6e4)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data.fill_(6e4)
+    with pytest.raises(UserError, match="overflows in torch.float16; expected model.dtype float32"):
+        ours(model, torch.tensor([[1, 2, 3]]))

@@ -1,0 +1,130 @@
+"""STS scores are Spearman's rank correlation of cosines, of the right model, or an error."""
+
+import numpy as np
+import pytest
+from builders import random_model
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ubmoe.config import TABLE2, BiSection, UserError, load_config
+from ubmoe.encoder.sentence_encoder import as_encoder
+from ubmoe.evaluate import sts as evaluate
+from ubmoe.tiny import language
+
+
+@pytest.fixture
+def encoders(tiny_path):
+    """Two encoders with different weights."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_path)
+    models = [random_model("qwen2", vocab_size=len(tokenizer), rms_norm_eps=e) for e in (1e-6, 1.0)]
+    return [as_encoder(model, tokenizer, BiSection(prompt=None)) for model in models]
+
+
+def spearman(xs, ys):
+    """Pearson's correlation of the ranks, ties sharing their mean rank."""
+
+    def ranks(values):
+        values = np.asarray(values, dtype=float)
+        return [(values < v).sum() + ((values == v).sum() + 1) / 2 for v in values]
+
+    return np.corrcoef(ranks(xs), ranks(ys))[0, 1]
+
+
+def by_hand(encoder, rows):
+    a, b = (encoder.encode([row[name] for row in rows]) for name in ("sentence1", "sentence2"))
+    cosines = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+    return 100 * spearman(cosines, [row["score"] for row in rows])
+
+
+def scores(encoder, *names):
+    return evaluate.sts_scores(encoder, [evaluate.sts_task(name) for name in names], 16)
+
+
+def pairs_file(tmp_path, name="pairs.tsv", extra=""):
+    path = tmp_path / name
+    rows = [
+        f'{pair.score}\t"{pair.sentence1}\t{pair.sentence2}\tx' for pair in language.pairs(40, 9)
+    ]
+    path.write_text("score\tsentence1\tsentence2\tsubset\n" + "\n".join(rows) + "\n" + extra)
+    return path
+
+
+def test_two_local_models_get_their_own_scores_equal_to_a_hand_computation(encoders, tmp_path):
+    path = pairs_file(tmp_path)
+    rows = evaluate.read_pairs(path)
+    assert len(rows) == 40 and rows[0]["sentence1"].startswith('"')  # nothing is quoted
+    found = [scores(each, "tiny", str(path)) for each in encoders]
+    tiny_rows = [pair._asdict() for pair in language.pairs(evaluate.TINY_PAIRS, evaluate.TINY_SEED)]
+    for encoder, section in zip(encoders, found, strict=True):
+        assert section["tasks"]["pairs"] == pytest.approx(by_hand(encoder, rows), abs=1e-3)
+        assert section["tasks"]["tiny"] == pytest.approx(by_hand(encoder, tiny_rows), abs=1e-3)
+        assert section["average"] == pytest.approx(np.mean(list(section["tasks"].values())))
+    assert found[0]["tasks"] != found[1]["tasks"]
+
+
+def test_a_prompt_out_of_the_mean_is_there_when_mteb_scores(tiny_path, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_path)
+    settings = BiSection(prompt="Say this:\n{text}", prompt_in_mean=False)
+    encoder = as_encoder(random_model("qwen2", vocab_size=len(tokenizer)), tokenizer, settings)
+    path = pairs_file(tmp_path)
+    rows = evaluate.read_pairs(path)
+    expected = by_hand(encoder, rows)  # encode() puts the prompt there by itself
+    assert scores(encoder, str(path))["average"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_score_that_is_no_number_is_an_error_and_never_averaged(encoders, tmp_path):
+    path = tmp_path / "flat.tsv"
+    path.write_text("score\tsentence1\tsentence2\n3\ta\tb\n3\tc\td\n3\te\tf\n")
+    with pytest.raises(UserError, match="flat scores nan"):
+        scores(encoders[0], str(path))
+
+
+def test_no_task_means_no_score(encoders):
+    section = scores(encoders[0])
+    assert (section["tasks"], section["average"]) == ({}, None)
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        ("oops\ta\tb\n", ":42: expected score, sentence1, sentence2"),
+        ("1\tonly one\n", ":42: expected score, sentence1, sentence2"),
+        ("1\t \tb\n", ":42: an empty sentence"),
+        ("nan\ta\tb\n", ":42: an empty sentence or a score that is no number"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path, extra, expected):
+    with pytest.raises(UserError) as caught:
+        evaluate.sts_task(str(pairs_file(tmp_path, extra=extra)))
+    assert expected in str(caught.value)
+
+
+def test_missing_files_and_unknown_tasks(tmp_path):
+    (tmp_path / "empty.tsv").write_text("score\tsentence1\tsentence2\n")
+    for name, expected in (
+        (str(tmp_path / "none.tsv"), "cannot be read"),
+        (str(tmp_path / "empty.tsv"), "0 pairs; expected a header and at least two rows"),
+        ("STS99", "no mteb task and no .tsv file"),
+        ("Banking77Classification", "is a Classification task; expected an STS task"),
+    ):
+        with pytest.raises(UserError, match=expected):
+            evaluate.sts_task(name)
+
+
+def test_the_ten_tasks_of_table_2_are_pinned_and_english():
+    tasks = [evaluate.sts_task(name) for name in TABLE2]
+    assert len(tasks) == 10
+    for task in tasks:
+        assert len(task.metadata.dataset["revision"]) == 40
+        assert len(task.hf_subsets) == 1
+    assert {task.metadata.name: task.hf_subsets for task in tasks}["STS22"] == ["en"]
+
+
+def test_an_adapter_is_scored_under_its_own_mask_only(tiny_path, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_path)
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    (tmp_path / "ubmoe.json").write_text('{"attention": "causal"}')
+    keys = ["model.device=cpu", f"model.adapter={tmp_path}"]
+    with pytest.raises(UserError, match=r"trained causal, not bidirectional"):
+        evaluate.load_encoder(load_config(None, keys))
+    evaluate.load_encoder(load_config(None, [*keys, "bi.attention=causal"]))

@@ -1,0 +1,123 @@
+"""What is loaded is whole, finite, a decoder, and in the dtype and attention that were asked "
+"for."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from builders import random_model
+from safetensors.torch import load_file, save_file
+
+from ubmoe.config import ModelSection, UserError
+from ubmoe.models.loading import (
+    best_device,
+    context_length,
+    environment,
+    load_model,
+    load_tokenizer,
+)
+from ubmoe.models.lora import fingerprint
+
+
+def section(path, **keys):
+    return ModelSection(name=str(path), device="cpu", **keys)
+
+
+def refused(path, **keys):
+    with pytest.raises(UserError) as caught:
+        load_model(section(path, **keys))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_dtype_device_and_attention_are_those_asked_for(saved):
+    model = load_model(section(saved, dtype="bfloat16", attn_implementation="eager"))
+    assert not model.training and model.config.is_causal is True
+    threads = torch.get_num_threads()
+    assert environment(model) | {"parameters": 0, "threads": threads} == {
+        "model_class": "Qwen2ForCausalLM",
+        "parameters": 0,
+        "weights": fingerprint(load_model(section(saved))),  # the same in either dtype
+        "threads": threads,
+        "dtype": "bfloat16",
+        "device": "cpu",
+        "attn_implementation": "eager",
+    }
+    assert context_length(model) == 512
+    assert load_model(section(saved), bidirectional=True).config.is_causal is False
+
+
+def test_the_embedded_model_loads_like_any_other(tiny_path):
+    config = ModelSection(device="cpu")
+    assert load_model(config).name_or_path == str(tiny_path)
+    assert load_tokenizer(config).chat_template
+
+
+def test_a_directory_without_config_or_weights(saved, tmp_path):
+    (saved / "model.safetensors").unlink()
+    assert "has no weights; expected model.safetensors" in refused(saved)
+    assert "has no config.json" in refused(tmp_path)
+    assert "is no directory" in refused(tmp_path / "nowhere")
+
+
+def test_tensors_that_the_checkpoint_lacks_are_an_error(saved):
+    tensors = load_file(saved / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, saved / "model.safetensors", metadata={"format": "pt"})
+    assert "lacks lm_head.weight; expected a whole causal language model" in refused(saved)
+
+
+def test_weights_of_more_layers_than_the_config_names_are_an_error(saved):
+    config = json.loads((saved / "config.json").read_text())
+    config |= {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
+    (saved / "config.json").write_text(json.dumps(config))
+    assert "has weights of more layers than the 1 that its config.json names" in refused(saved)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(saved, value):
+    tensors = load_file(saved / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
+    save_file(tensors, saved / "model.safetensors", metadata={"format": "pt"})
+    assert "NaN or infinite weights in model.layers.1.mlp.up_proj.weight" in refused(saved)
+
+
+def test_a_truncated_file_is_one_line(saved):
+    path = saved / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+    assert "cannot be loaded as a decoder" in refused(saved)
+
+
+def test_models_that_are_no_decoders_are_refused(tmp_path):
+    random_model("bert").save_pretrained(tmp_path / "bert")
+    assert "expected a causal language model (a decoder)" in refused(tmp_path / "bert")
+    (tmp_path / "t5").mkdir()
+    shutil.copy(tmp_path / "bert" / "model.safetensors", tmp_path / "t5")
+    (tmp_path / "t5" / "config.json").write_text(json.dumps({"model_type": "t5"}))
+    assert "(t5) is an encoder-decoder; expected a decoder" in refused(tmp_path / "t5")
+
+
+def test_code_from_the_hub_is_never_run(saved):
+    config = json.loads((saved / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}}
+    (saved / "config.json").write_text(json.dumps(config))
+    (saved / "evil.py").write_text("raise SystemExit('hub code ran')")
+    assert "cannot be loaded" in refused(saved)
+
+
+def test_a_hub_id_that_cannot_be_had_is_one_line():
+    assert "nobody/nothing cannot be loaded" in refused("nobody/nothing")
+
+
+@pytest.mark.parametrize(("family", "reason"), [("qwen2", "has no tokenizer"), ("llama", "cannot")])
+def test_a_tokenizer_that_is_not_there(tmp_path, family, reason):
+    random_model(family).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=reason):
+        load_tokenizer(section(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:77", "tpu9", "meta", "cpu:3", "privateuseone"])
+def test_a_device_that_is_not_here(name):
+    with pytest.raises(UserError, match="model.device: .*expected cpu, cuda, cuda:1, mps or xpu"):
+        best_device(name)

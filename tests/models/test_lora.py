@@ -1,0 +1,163 @@
+"""Adapters train alone, are merged exactly, and are read only under the mask they say."""
+
+import json
+
+import pytest
+import torch
+from builders import random_model
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from ubmoe.config import LoraSection, ModelSection, StageSection, UserError
+from ubmoe.models import lora
+from ubmoe.models.loading import load_model
+from ubmoe.training.trainer import Work, named_by, tuning
+
+
+def section(path, **keys):
+    return ModelSection(name=str(path), device="cpu", **keys)
+
+
+def refused(path, adapter):
+    with pytest.raises(UserError) as caught:
+        load_model(section(path, adapter=str(adapter)))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def write_adapter(model, path, mode='{"attention": "causal"}', **keys):
+    settings = LoraConfig(**{"r": 2, "target_modules": ["q_proj"]} | keys)
+    wrapped = get_peft_model(model, settings)
+    wrapped.save_pretrained(path)
+    if mode:
+        (path / "ubmoe.json").write_text(mode)
+    return wrapped.eval()
+
+
+@pytest.mark.parametrize("headless", [False, True])
+def test_an_adapter_is_merged_whether_it_was_trained_with_the_head_or_without(
+    saved, tmp_path, headless
+):
+    plain = load_model(section(saved))
+    expected = load_model(section(saved))
+    keys = {"target_modules": ["q_proj", "up_proj"], "init_lora_weights": False}
+    inner = expected.model if headless else expected
+    wrapped = write_adapter(inner, tmp_path / "adapter", **keys)
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        merged = load_model(section(saved, adapter=str(tmp_path / "adapter")))
+        if headless:
+            expected.model = wrapped
+        want = expected(ids).logits if headless else wrapped(ids).logits
+        torch.testing.assert_close(merged(ids).logits, want, atol=1e-4, rtol=1e-4)
+        assert (merged(ids).logits - plain(ids).logits).abs().max() > 1e-2
+
+
+def test_an_adapter_of_another_shape_or_without_weights_is_refused(saved, tmp_path):
+    write_adapter(random_model("qwen2", hidden_size=16), tmp_path / "other")
+    assert "does not fit" in refused(saved, tmp_path / "other")
+    assert "has no adapter_model.safetensors" in refused(saved, tmp_path)
+
+
+def test_adapters_that_are_not_lora_or_know_other_modules_are_refused(saved, tmp_path):
+    path = tmp_path / "adapter"
+    write_adapter(load_model(section(saved)), path)
+    tensors = load_file(path / "adapter_model.safetensors")
+    name = next(iter(tensors))
+    tensors[name.replace("layers.0", "layers.9")] = tensors[name].clone()
+    save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
+    assert "tensors for modules that the model lacks" in refused(saved, path)
+    settings = json.loads((path / "adapter_config.json").read_text()) | {"peft_type": "IA3"}
+    (path / "adapter_config.json").write_text(json.dumps(settings))
+    assert "it is IA3, expected LORA" in refused(saved, path)
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        (None, "does not say how the adapter was trained (FileNotFoundError)"),
+        ("{}", "does not say how the adapter was trained (KeyError)"),
+        ("[1]", "does not say how the adapter was trained (TypeError)"),
+        ("{", "does not say how the adapter was trained (JSONDecodeError)"),
+        ('{"attention": "both"}', "got 'both'; expected"),
+        ('{"attention": "causal", "stages_before": 2}', "on top of 2 earlier stages"),
+    ],
+)
+def test_an_adapter_that_does_not_say_its_mask_is_refused(saved, tmp_path, mode, expected):
+    write_adapter(load_model(section(saved)), tmp_path / "adapter", mode)
+    assert expected in refused(saved, tmp_path / "adapter")
+
+
+def stage(**keys):
+    return StageSection(lora=LoraSection(rank=3, alpha=6.0, dropout=0.0, **keys))
+
+
+@pytest.mark.parametrize("rslora", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merging_is_the_published_formula_in_fp32_and_then_a_cast(tmp_path, rslora, dtype):
+    model = random_model("qwen2").to(dtype)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    adapters = {}
+    with tuning(model, stage(rslora=rslora), Work(tmp_path, 0)):
+        for name, value in model.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(value, std=0.5)
+                adapters[name] = value.detach().clone()
+    scale = 6 / 3**0.5 if rslora else 6 / 3
+    targets = named_by(model, "ffn")
+    assert model.state_dict().keys() == before.keys()
+    for name, value in model.state_dict().items():
+        expected = before[name]
+        if name in targets:
+            stem = name.removesuffix(".weight")
+            a, b = (adapters[f"{stem}.lora_{half}.default.weight"] for half in "AB")
+            assert a.dtype == torch.float32
+            expected = (expected.float() + scale * (b @ a)).to(dtype)
+        torch.testing.assert_close(value, expected, atol=1e-6 if name in targets else 0, rtol=0.01)
+        assert torch.equal(value, before[name]) == (name not in targets)
+
+
+def test_only_adapters_on_the_named_modules_train_and_are_counted(tmp_path):
+    model = random_model("qwen2")
+    with tuning(model, stage(), Work(tmp_path, 0)) as counts:
+        trainable = [name for name, value in model.named_parameters() if value.requires_grad]
+        assert all(".mlp." in name and "lora_" in name for name in trainable)
+        assert len(trainable) == 2 * 3 * 2  # layers, projections, halves
+        assert counts == {"ffn": 2 * 3 * 3 * (32 + 48)}  # layers, projections, rank, both sides
+    assert not any(value.requires_grad for value in model.parameters())
+
+
+def test_the_saved_adapter_loads_to_the_merged_model(saved, tmp_path):
+    model = load_model(section(saved), bidirectional=True)
+    with tuning(model, stage(), Work(tmp_path / "stage", 0)):
+        for name, value in model.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(value, std=0.5)
+    path = str(tmp_path / "stage" / "adapter")
+    assert lora.attention_of(path) == "bidirectional"
+    settings = json.loads((tmp_path / "stage" / "adapter" / "adapter_config.json").read_text())
+    assert set(settings["target_modules"]) == {"gate_proj", "up_proj", "down_proj"}
+    again = load_model(section(saved, adapter=path), bidirectional=True)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], value, atol=1e-6, rtol=0)
+
+
+def test_an_adapter_of_other_weights_of_the_same_shape_is_refused(saved, tmp_path):
+    model = load_model(section(saved), bidirectional=True)
+    with tuning(model, stage(), Work(tmp_path / "stage", 0)):
+        pass
+    path = str(tmp_path / "stage" / "adapter")
+    load_model(section(saved, adapter=path, dtype="bfloat16"), bidirectional=True)  # the same model
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 5] += 0.1
+    model.save_pretrained(tmp_path / "other")
+    assert "trained on other weights of the same shape" in refused(tmp_path / "other", path)
+
+
+def test_modules_without_linear_layers_have_no_adapters(tmp_path):
+    model = random_model("gpt2", n_embd=32, n_layer=2, n_head=4)  # its Conv1D is no Linear
+    with (
+        pytest.raises(UserError, match="GPT2LMHeadModel has no linear layers"),
+        tuning(model, stage(), Work(tmp_path, 0)),
+    ):
+        pass

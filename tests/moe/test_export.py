@@ -1,0 +1,148 @@
+"""Directories that stock libraries load both ways: each reader gets exactly its model."""
+
+import json
+import re
+
+import pytest
+import torch
+from builders import IDS, ROOT, drawn, logits, pair
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from ubmoe.bidirectional import prove_attention
+from ubmoe.config import BiSection, UserError
+from ubmoe.encoder.sentence_encoder import as_encoder, save_encoder
+from ubmoe.moe import export
+from ubmoe.moe.model import join, routers
+
+MADE = "\nMade in a test.\n"
+TEXTS = ["The cat slept.", "A much longer sentence about the small horse in the garden.", "No."]
+
+
+@pytest.fixture(params=[True, False], ids=["tied", "untied"])
+def sources(request, tiny_path, tmp_path):
+    """uni, bi, tokenizer, the encoder's directory and its vectors of TEXTS."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_path)
+    uni, bi = pair(request.param, vocab_size=len(tokenizer))
+    bi.config.is_causal = False
+    settings = BiSection(prompt="Word of {text}:", max_tokens=99)
+    encoder = as_encoder(bi, tokenizer, settings)
+    save_encoder(encoder, bi, tokenizer, settings, tmp_path / "bi")
+    vectors = encoder.encode(TEXTS, convert_to_tensor=True)
+    return uni, bi, tokenizer, tmp_path / "bi", vectors
+
+
+@pytest.mark.parametrize("shard", ["5GB", "20KB"])
+def test_the_two_modes_are_base_and_encoder_in_stock_libraries(sources, tmp_path, shard):
+    uni, bi, tokenizer, encoder, vectors = sources
+    export.save_modes(uni, bi, tokenizer, encoder, tmp_path / "modes", MADE, shard)
+    files = list((tmp_path / "modes").glob("*.safetensors"))
+    assert len(files) == 2 if shard == "5GB" else len(files) > 4
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "modes")
+    assert torch.equal(logits(model), logits(uni))
+    prove_attention(model, bidirectional=False)
+    prompt = {"input_ids": IDS[:1], "attention_mask": torch.ones_like(IDS[:1])}
+    keys = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(**prompt, **keys), uni.generate(**prompt, **keys))
+    stock = SentenceTransformer(str(tmp_path / "modes"), device="cpu")
+    assert type(stock[0].model).__name__ == "Qwen2MoeModel" and stock.max_seq_length == 99
+    found = stock.encode(TEXTS, convert_to_tensor=True)
+    torch.testing.assert_close(found, vectors, atol=1e-5, rtol=1e-5)
+    prove_attention(AutoModel.from_pretrained(tmp_path / "modes"), bidirectional=False)
+
+
+def test_the_two_modes_store_nothing_twice(sources, tmp_path):
+    uni, bi, tokenizer, encoder, _ = sources
+    export.save_modes(uni, bi, tokenizer, encoder, tmp_path / "modes", MADE)
+    size = sum(file.stat().st_size for file in (tmp_path / "modes").glob("*.safetensors"))
+    ffn = sum(value.nbytes for name, value in bi.named_parameters() if ".mlp." in name)
+    base = sum(value.nbytes for value in uni.parameters())
+    extra = 2 * 4 * (3 * 16 * 32 + 2 * 32)  # the zero expert and two gates of each layer, fp32
+    assert base + ffn + extra <= size <= base + ffn + extra + 12_000  # headers
+    index = json.loads((tmp_path / "modes" / "model.safetensors.index.json").read_text())
+    for name, file in index["weight_map"].items():
+        in_bi = any(part in name for part in (".experts.", ".shared_expert", ".mlp.gate.weight"))
+        assert ("-bi" in file) == in_bi, name
+
+
+def test_the_saved_mixture_is_the_same_in_stock_libraries(sources, tmp_path):
+    uni, bi, tokenizer, encoder, _ = sources
+    model = drawn(join(uni, bi))
+    export.save_mixture(model, tokenizer, encoder, tmp_path / "ubmoe", MADE)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ubmoe")
+    torch.testing.assert_close(logits(again), logits(model), atol=1e-5, rtol=1e-5)
+    assert again.config.is_causal is True and again.config.use_cache is True
+    prompt = {"input_ids": IDS[:1], "attention_mask": torch.ones_like(IDS[:1])}
+    keys = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(**prompt, **keys)
+    assert torch.equal(again.generate(**prompt, **keys), expected)
+    assert torch.equal(again.generate(**prompt, **keys, use_cache=False), expected)
+    stock = SentenceTransformer(str(tmp_path / "ubmoe"), device="cpu")
+    prove_attention(stock[0].model, bidirectional=True)
+    model.config.is_causal = False
+    expected = as_encoder(model, tokenizer, BiSection(prompt="Word of {text}:")).encode(TEXTS)
+    torch.testing.assert_close(stock.encode(TEXTS), expected, atol=1e-5, rtol=1e-5)
+    assert (tmp_path / "ubmoe" / "README.md").read_text().endswith(MADE)
+
+
+def test_a_causal_encoder_stays_causal_in_both_exports(tiny_path, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_path)
+    uni, bi = pair(vocab_size=len(tokenizer))
+    settings = BiSection(attention="causal", prompt=None)
+    encoder = as_encoder(bi, tokenizer, settings)
+    save_encoder(encoder, bi, tokenizer, settings, tmp_path / "bi")
+    assert export.attention_of(tmp_path / "bi") == "causal"
+    export.save_modes(uni, bi, tokenizer, tmp_path / "bi", tmp_path / "modes", MADE)
+    export.save_mixture(join(uni, bi), tokenizer, tmp_path / "bi", tmp_path / "ubmoe", MADE)
+    stock = SentenceTransformer(str(tmp_path / "modes"), device="cpu")
+    torch.testing.assert_close(stock.encode(TEXTS), encoder.encode(TEXTS), atol=1e-5, rtol=1e-5)
+    mixed = SentenceTransformer(str(tmp_path / "ubmoe"), device="cpu")
+    prove_attention(mixed[0].model, bidirectional=False)
+
+
+def test_routers_stay_float32_in_the_file(sources, tmp_path):
+    from safetensors.torch import load_file
+
+    uni, bi, tokenizer, encoder, _ = sources
+    model = drawn(join(uni.bfloat16(), bi.bfloat16()))
+    export.save_mixture(model, tokenizer, encoder, tmp_path / "ubmoe", MADE)
+    tensors = load_file(tmp_path / "ubmoe" / "model.safetensors")
+    for name, value in tensors.items():
+        assert value.dtype == (torch.float32 if name in routers(model) else torch.bfloat16), name
+    for name, value in routers(model).items():
+        assert torch.equal(tensors[name], value)
+
+
+def test_what_is_no_encoder_is_refused_with_the_command_that_makes_one(tmp_path):
+    with pytest.raises(UserError, match=r"has no modules.json; run train_bi.py with the same"):
+        export.attention_of(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "modules.json", "sentence_bert_config.json"])
+def test_a_damaged_encoder_is_refused(sources, name):
+    encoder = sources[3]
+    (encoder / name).write_text("{")
+    with pytest.raises(UserError, match=f"{name}: no JSON"):
+        export.attention_of(encoder)
+
+
+def test_the_snippet_of_the_readme_generates_and_embeds(tiny_path, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_path)
+    uni, bi = (AutoModelForCausalLM.from_pretrained(tiny_path) for _ in range(2))
+    with torch.no_grad():
+        for layer in bi.model.layers:
+            layer.mlp.down_proj.weight *= 1.1
+    bi.config.is_causal = False
+    settings = BiSection(prompt=None)
+    encoder = as_encoder(bi, tokenizer, settings)
+    save_encoder(encoder, bi, tokenizer, settings, tmp_path / "bi")
+    export.save_modes(uni, bi, tokenizer, tmp_path / "bi", tmp_path / "modes", MADE)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    [snippet] = [block for block in blocks if "runs/tiny/modes" in block]
+    names: dict = {}
+    exec(snippet.replace("runs/tiny/modes", str(tmp_path / "modes")), names)
+    assert torch.equal(logits(names["language_model"]), logits(uni))
+    expected = encoder.encode(["The dog sleeps."])
+    assert abs(names["vectors"] - expected).max() < 1e-5
+    assert names["text"].startswith("<|im_start|>user\nWhere does Anna live?")
+    assert len(tokenizer(names["text"])["input_ids"]) > names["prompt"]["input_ids"].shape[1]

@@ -1,0 +1,170 @@
+"""The whole chain on the embedded model: nothing leaks, and both directions see what follows."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from builders import run
+
+from ubmoe import recording as results
+from ubmoe.config import ProbingSection, UserError, load_config
+from ubmoe.probing import __main__ as probing
+from ubmoe.probing import experiment as comparison
+from ubmoe.probing.tasks import read_tasks
+from ubmoe.report import figures
+
+KEYS = ["model.device=cpu"]
+
+
+@pytest.fixture(scope="module")
+def section(tiny_path, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("probing")
+    keys = [*KEYS, f"output_dir={folder}", "probing.tasks=[context,wic]"]
+    code, output, errors = run(*keys, script="-mubmoe.probing")
+    assert code == 0, errors
+    assert output == f"{folder}/probing.json\n"
+    pictures = {path.name for path in folder.glob("*.png")}
+    assert pictures == {"probing_context.png", "probing_anisotropy.png"}
+    assert "subject_animacy@2" in results.table(load_config(None, [f"output_dir={folder}"]))
+    return json.loads((folder / "probing.json").read_text())["probing"]
+
+
+def accuracies(section, label, task, **keys):
+    wanted = {"control": "none", "position": "same", "task": task, "split": "random"} | keys
+    [model] = [model for model in section["models"] if model["label"] == label]
+    return [
+        (row["balanced_accuracy"], row["balanced_accuracy_stderr"])
+        for row in model["rows"]
+        if all(row[key] == value for key, value in wanted.items())
+    ]
+
+
+BEFORE = {
+    "subject_animacy": (1,),
+    "verb_causative": (1, 2),
+    "verb_dynamic": (1, 2),
+    "object_animacy": (1, 2, 3, 4),
+}
+
+
+def test_a_causal_model_knows_a_word_from_its_place_on_and_not_before(section):
+    for feature, words in BEFORE.items():
+        for word in range(1, 6):
+            [(value, error)] = accuracies(section, "Uni", f"{feature}@{word}")
+            if word in words:
+                assert abs(value - 0.5) <= 3 * max(error, 0.01), (feature, word)
+        [(at_the_word, _)] = accuracies(section, "Uni", f"{feature}@{words[-1] + 1}")
+        assert at_the_word > 0.65, feature
+
+
+def test_the_tokens_before_know_as_little_of_a_later_word_in_a_causal_model(section):
+    for feature, words in BEFORE.items():
+        for word in words:
+            [(value, error)] = accuracies(section, "Uni", f"{feature}@{word}", position="previous")
+            assert abs(value - 0.5) <= 3 * max(error, 0.01), (feature, word)
+
+
+def test_in_both_directions_the_word_is_seen_from_before_it(section):
+    found = [accuracies(section, "Bi, untrained", f"{f}@1")[0] for f in BEFORE]
+    assert max((value - 0.5) / error for value, error in found) > 2, found
+
+
+def test_random_labels_are_at_chance(section):
+    for model in section["models"]:
+        rows = [row for row in model["rows"] if row["control"] == "random labels"]
+        within = [
+            abs(row["balanced_accuracy"] - 0.5) <= 3 * max(row["balanced_accuracy_stderr"], 0.01)
+            for row in rows
+        ]
+        assert len(rows) >= 20 and sum(within) >= 0.9 * len(rows)
+
+
+def test_differences_say_what_is_inside_noise(section):
+    for row in section["differences"]:
+        assert row["label"] == "Bi, untrained" and row["against"] == "Uni"
+        assert row["inside_noise"] == (abs(row["difference"]) <= row["noise"])
+    assert {row["inside_noise"] for row in section["differences"]} == {True, False}
+
+
+def test_anisotropy_is_there_for_every_layer(section):
+    for model in section["models"]:
+        for kind in ("between", "within"):
+            values = model["anisotropy"][kind]
+            assert len(values) == 5 and all(-1 <= value <= 1 for value in values)
+        assert model["anisotropy"]["between"][1:] != model["anisotropy"]["within"][1:]
+
+
+def test_where_no_two_words_are_left_anisotropy_is_null_and_a_gap(tmp_path):
+    one = np.array([[1.0, 2.0], [np.nan, np.nan]])
+    assert comparison._cosine(one) is None and comparison._mean_known([None, None]) is None
+    assert comparison._mean_known([comparison._cosine(np.ones((2, 2))), None]) == pytest.approx(1)
+    model = {"label": "a", "anisotropy": {"between": [0.5, 0.25], "within": [None, 0.5]}}
+    figure = figures._anisotropy([model])
+    results.save_figure(figure, tmp_path / "a.png")
+    for axes, first in zip(figure.axes, (0.5, np.nan), strict=True):
+        drawn = np.asarray(axes.lines[0].get_ydata(), float)
+        assert np.array_equal(drawn[:1], [first], equal_nan=True)
+
+
+def test_a_run_that_goes_on_keeps_the_models_that_are_done(tiny_path, tmp_path, caplog):
+    encoder = tmp_path / "encoder"
+    shutil.copytree(tiny_path, encoder)
+    config = json.loads((encoder / "config.json").read_text())
+    (encoder / "config.json").write_text(json.dumps(config | {"is_causal": False}))
+    models = f"probing.models=[{{name: tiny}}, {{name: {encoder}, label: encoder}}]"
+    keys = [*KEYS, "probing.tasks=[concreteness]", "probing.jobs=1", "probing.controls=false"]
+    caplog.set_level("INFO")
+    logs = []
+    for more in ([], ["probing.seeds=[1]"]):
+        for _ in range(2):
+            caplog.clear()
+            given = [*keys, models, "resume=auto", f"output_dir={tmp_path}/run", *more]
+            path = probing.main(load_config(None, given))
+            logs.append(caplog.text)
+    assert ["probed already" in each for each in logs] == [False, True, False, True]
+    assert ["word vectors:" in each for each in logs] == [True, False, False, False]
+    section = json.loads(path.read_text())["probing"]
+    assert [model["attention"] for model in section["models"]] == ["causal", "bidirectional"]
+
+
+def test_words_that_were_cut_away_are_left_out_and_none_left_is_said():
+    settings = ProbingSection(probes=["linear"], seeds=[0])
+    [task] = read_tasks("tiny", ["concreteness"])
+    vectors = np.random.default_rng(0).normal(size=(len(task.words), 1, 8))
+    vectors[::2] = np.nan
+    rows = comparison._probed(task, vectors, "none", settings)
+    assert {row["split"] for row in rows} == {"random", "lemma"}
+    vectors[:] = np.nan
+    with pytest.raises(UserError, match="512 cuts every word of concreteness away"):
+        comparison._probed(task, vectors, "none", settings)
+
+
+def test_models_need_labels_of_their_own():
+    def labels(models):
+        return list(comparison.labelled(load_config(None, [f"probing.models={models}"])))
+
+    assert labels("[]") == ["Uni", "Bi, untrained"]
+    other = "{name: a/tiny, attention: causal, route: half}"
+    assert labels(f"[{{name: tiny}}, {other}]") == ["tiny", "tiny, causal, half"]
+    with pytest.raises(UserError, match="two are called 'tiny'"):
+        labels("[{name: tiny}, {name: tiny}]")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["probing.layers=[9]"], "probing.layers: 9; expected -5 to 4"),
+        (["probing.data=none"], "none is no folder"),
+        (["probing.models=[{{name: tiny, route: half}}]"], "is no mixture of two experts"),
+        (["probing.tasks=[contxt]"], "expected 'context'"),
+        (["probing.seeds=[]"], "expected one at least"),
+    ],
+)
+def test_bad_input_is_one_last_line_and_exit_2(tiny_path, tmp_path, arguments, expected):
+    arguments = [each.format() for each in arguments]
+    code, output, errors = run(
+        *KEYS, f"output_dir={tmp_path}/run", *arguments, script="-mubmoe.probing"
+    )
+    assert (code, output) == (2, ""), errors
+    assert "Traceback" not in errors and expected in errors.splitlines()[-1]
