@@ -14,13 +14,13 @@ demo: .venv/installed
 	$(BIN)/python calculate_dp.py configs/tiny.yaml
 	$(BIN)/python train_bi.py configs/tiny.yaml
 	$(BIN)/python train_ubmoe.py configs/tiny.yaml
-	$(BIN)/python -m ubmoe.results configs/tiny.yaml results.action=table
+	$(BIN)/python -m ubmoe.results table configs/tiny.yaml
 
 # The whole study on the embedded model, three seeds; goes on where it stopped.
 study: .venv/installed
-	$(BIN)/python -m ubmoe.results configs/tiny.yaml results.action=run results.table=all
-	$(BIN)/python -m ubmoe.results configs/tiny.yaml results.action=figure
-	$(BIN)/python -m ubmoe.results configs/tiny.yaml results.table=all
+	$(BIN)/python -m ubmoe.results run configs/tiny.yaml results.table=all
+	$(BIN)/python -m ubmoe.results figure configs/tiny.yaml
+	$(BIN)/python -m ubmoe.results table configs/tiny.yaml results.table=all
 
 test: .venv/installed
 	$(BIN)/ruff check .
@@ -28,8 +28,9 @@ test: .venv/installed
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-# README pictures that are redrawn by our own code from the embedded model.
+# Pictures of the pages that are redrawn by our own code.
 figures: .venv/installed
+	$(BIN)/python -m ubmoe.report.diagram image/checkpoints.png
 	$(BIN)/python calculate_dp.py configs/tiny.yaml
 	cp runs/tiny/dependence_map.png image/dp.png
 

@@ -8,7 +8,7 @@ torchrun --nproc-per-node 8 calculate_dp.py configs/qwen2.5-7b.yaml
 import time
 from pathlib import Path
 
-from ubmoe import cli as command
+from ubmoe import cli
 from ubmoe.config import Config
 
 
@@ -21,22 +21,36 @@ def main(config: Config) -> Path:
     with recording("calculate_dp", "dependence", config) as run:
         texts = read_texts(config.dependence.dataset, config.dependence.max_texts)
 
-        from ubmoe.dependence import measure as dependence
+        from ubmoe.dependence.measure import measure
+        from ubmoe.dependence.recorder import mean_attention
+        from ubmoe.dependence.texts import cut, tokenize
         from ubmoe.models.loading import load_model, load_tokenizer
         from ubmoe.report import figures
 
         tokenizer = load_tokenizer(config.model)
-        ids = dependence.tokenize(tokenizer, texts, config.dependence.chat_template)
+        ids = tokenize(tokenizer, texts, config.dependence.chat_template)
         model = load_model(config.model, bidirectional=config.dependence.flow == "bidirectional")
-        ids, truncated = dependence.cut(model, ids, config.dependence.max_tokens)
+        ids, truncated = cut(model, ids, config.dependence.max_tokens)
         resume, began = config.resume == "auto", time.monotonic()
-        section = dependence.measure(model, ids, config.dependence, run.directory, resume)
+        section = measure(model, ids, config.dependence, run.directory, resume)
         run.model = model
         seconds = round(time.monotonic() - began, 3)  # the run's has the loading, too
         run.section = section | {"truncated": truncated, "seconds": seconds}
-        run.figures = figures.dependence(section) | figures.attention_map(model, tokenizer, ids)
+        shortest = min(ids, key=len)
+        attention = mean_attention(model, shortest).numpy()
+        tokens = [str(tokenizer.decode([token])) for token in shortest[: len(attention)]]
+        run.figures = figures.dependence(section) | figures.attention_map(attention, tokens)
     return run.path
 
 
+def dry_run(config: Config) -> str:
+    """What `main` would do: parameters, steps, memory and files."""
+    from ubmoe import dry_run
+
+    return dry_run.calculate_dp(config)
+
+
+LOWER = "dependence.batch_tokens or dependence.max_tokens"
+
 if __name__ == "__main__":
-    command.run("calculate_dp.py", __doc__ or "", main)
+    cli.run("calculate_dp.py", __doc__ or "", main, dry_run, LOWER)

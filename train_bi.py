@@ -7,7 +7,7 @@ torchrun --nproc-per-node 8 train_bi.py configs/qwen2.5-7b.yaml
 
 from pathlib import Path
 
-from ubmoe import cli as command
+from ubmoe import cli
 from ubmoe.config import Config
 
 
@@ -19,13 +19,13 @@ def main(config: Config) -> Path:
     with recording("train_bi", "sts", config) as run:
         from ubmoe.encoder.sentence_encoder import as_encoder, rendered, save_encoder
         from ubmoe.encoder.stages import read_data, train_stages
-        from ubmoe.evaluate import sts as evaluate
+        from ubmoe.evaluate.sts import sts_scores, sts_task
         from ubmoe.models.loading import load_model, load_tokenizer
         from ubmoe.report import figures
 
         tokenizer = load_tokenizer(config.model)
         data = [read_data(stage, tokenizer) for stage in config.bi.stages]
-        tasks = [evaluate.sts_task(name) for name in config.evaluation.sts]
+        tasks = [sts_task(name) for name in config.evaluation.sts]
         model = load_model(config.model, bidirectional=config.bi.attention == "bidirectional")
         encoder = as_encoder(model, tokenizer, config.bi)
         run.log("one text, as the model reads it: %s", rendered(encoder, "A small example."))
@@ -33,11 +33,20 @@ def main(config: Config) -> Path:
         run.model = model
         if run.is_main:
             save_encoder(encoder, model, tokenizer, config.bi, run.directory / "bi")
-            scores = evaluate.sts_scores(encoder, tasks, config.evaluation.batch_size)
+            scores = sts_scores(encoder, tasks, config.evaluation.batch_size)
             run.section = scores | {"stages": reports}
             run.figures = figures.training(reports)
     return run.path
 
 
+def dry_run(config: Config) -> str:
+    """What `main` would do: parameters, steps, memory and files."""
+    from ubmoe import dry_run
+
+    return dry_run.train_bi(config)
+
+
+LOWER = "bi.stages.N.mini_batch_tokens (with bi.stages.N.cached=true)"
+
 if __name__ == "__main__":
-    command.run("train_bi.py", __doc__ or "", main)
+    cli.run("train_bi.py", __doc__ or "", main, dry_run, LOWER)

@@ -7,7 +7,7 @@ torchrun --nproc-per-node 8 train_ubmoe.py configs/qwen2.5-7b.yaml
 
 from pathlib import Path
 
-from ubmoe import cli as command
+from ubmoe import cli
 from ubmoe.config import Config
 
 
@@ -17,33 +17,41 @@ def main(config: Config) -> Path:
     from ubmoe.recording import recording
 
     with recording("train_ubmoe", "generation", config) as run:
-        from ubmoe.models.lora import fingerprint
-        from ubmoe.moe import export
-        from ubmoe.moe import pipeline as mixture
-        from ubmoe.moe.model import join
+        from ubmoe.models.digests import fingerprint
+        from ubmoe.moe import export, pipeline
+        from ubmoe.moe.joining import join
         from ubmoe.report import figures
 
-        inputs = mixture.read(config)
+        inputs = pipeline.read(config)
         out, tokenizer, encoder = run.directory, inputs.tokenizer, inputs.encoder
-        uni, bi = mixture.load(config, inputs)
+        uni, bi = pipeline.load(config, inputs)
         model = join(uni, bi, config.ubmoe.top_k)
         if run.is_main and "modes" in config.ubmoe.export:
-            made = mixture.made(config, inputs, routed=False)
+            made = pipeline.made(config, inputs, routed=False)
             export.save_modes(uni, bi, tokenizer, encoder, out / "modes", made)
         bi_weights = fingerprint(bi)
         del uni, bi  # the mixture holds both
-        router = mixture.train(config, inputs, model)
+        router = pipeline.train(config, inputs, model)
         run.model = model
         if run.is_main:
             if "mixture" in config.ubmoe.export:
-                made = mixture.made(config, inputs, routed=True)
+                made = pipeline.made(config, inputs, routed=True)
                 export.save_mixture(model, tokenizer, encoder, out / "ubmoe", made)
-            scores = mixture.generation_of(config, inputs, model)
+            scores = pipeline.generation_of(config, inputs, model)
             run.section = scores | {"router": router, "bi_weights": bi_weights}
-            run.more = {"sts": mixture.sts_of(config, inputs, model)}
+            run.more = {"sts": pipeline.sts_of(config, inputs, model)}
             run.figures = figures.routing(router["log"], router["bi_weight_by_role"])
     return run.path
 
 
+def dry_run(config: Config) -> str:
+    """What `main` would do: parameters, steps, memory and files."""
+    from ubmoe import dry_run
+
+    return dry_run.train_ubmoe(config)
+
+
+LOWER = "ubmoe.per_device_train_batch_size, ubmoe.max_tokens or evaluation.batch_size"
+
 if __name__ == "__main__":
-    command.run("train_ubmoe.py", __doc__ or "", main)
+    cli.run("train_ubmoe.py", __doc__ or "", main, dry_run, LOWER)

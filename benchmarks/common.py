@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from transformers import Qwen2Config
 
-from ubmoe.recording import git_commit, write_json
+from ubmoe.files import write_json
+from ubmoe.recording import git_commit
 from ubmoe.report.tables import aligned
 
 RESULTS = Path(__file__).parent.parent / "results"

@@ -35,7 +35,7 @@ from ubmoe.encoder.contrastive import CachedContrastiveLoss, ContrastiveLoss, at
 from ubmoe.encoder.sentence_encoder import as_encoder
 from ubmoe.recording import peak_memory_bytes
 from ubmoe.tiny.model import train_tokenizer
-from ubmoe.training.trainer import train_only
+from ubmoe.training.modules import train_only
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LAYERS, HEADS = (24, 14) if DEVICE.type == "cuda" else (2, 7)

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, Qwen2ForCau
 from transformers.masking_utils import eager_mask
 
 from benchmarks.common import medians, peak_of_child, qwen_layers, write
-from ubmoe.dependence.recorder import dependence_of, probing
+from ubmoe.dependence.recorder import dependence_of, observed
 from ubmoe.recording import peak_memory_bytes
 
 LAYERS = 4
@@ -66,8 +66,8 @@ def plain(model: Qwen2ForCausalLM, ids: Tensor) -> None:
 
 
 def ours(model: Qwen2ForCausalLM, ids: Tensor) -> Tensor:
-    with probing(model) as probe:
-        return dependence_of(model, probe, ids, torch.ones_like(ids))[0].mean((0, 1))
+    with observed(model) as recorder:
+        return dependence_of(model, recorder, ids, torch.ones_like(ids))[0].mean((0, 1))
 
 
 @torch.no_grad()

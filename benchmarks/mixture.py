@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, Qwen2ForCausalLM
 
 from benchmarks.common import medians, peak_of_child, qwen_layers, write
-from ubmoe.moe import model as moe
+from ubmoe.config import Route
+from ubmoe.moe import joining, routers, routes
 from ubmoe.recording import peak_memory_bytes
 from ubmoe.training.losses import mean_loss, predictions
 
@@ -60,11 +61,11 @@ def floor() -> PreTrainedModel:
     return model
 
 
-def mixture(top_k: int = 2, route: moe.Route = "learned", stock: str | None = None) -> Any:
-    model: Any = moe.join(dense(), dense(), top_k)
-    moe.start_routers(model, seed=0)
+def mixture(top_k: int = 2, route: Route = "learned", stock: str | None = None) -> Any:
+    model: Any = joining.join(dense(), dense(), top_k)
+    routers.start_routers(model, seed=0)
     model.to(model.dtype)  # as a loader has it: the router in the dtype of the rest
-    moe.set_route(model, route)
+    routes.set_route(model, route)
     if stock is not None:
         model.set_experts_implementation(stock)
     return model
@@ -104,7 +105,7 @@ class Step:
     def __init__(self, everything: bool) -> None:
         self.model = mixture()
         self.model.requires_grad_(everything).train()
-        for value in moe.routers(self.model).values():
+        for value in routers.router_weights(self.model).values():
             value.requires_grad = True
         trainable = [value for value in self.model.parameters() if value.requires_grad]
         self.optimizer = torch.optim.AdamW(trainable, 1e-4)

@@ -1,20 +1,29 @@
 """What tests of several modules are made of: random models, runs of the programs, records."""
 
 import copy
+import io
+import logging
 import os
+import re
+import runpy
+import shlex
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from ubmoe import cli
 from ubmoe.bitune import model as prefill
 from ubmoe.bitune.examples import Example
 from ubmoe.bitune.model import attach
 from ubmoe.config import BituneSection
-from ubmoe.moe.model import routers
+from ubmoe.moe.routers import router_weights
+from ubmoe.recording import recording
+from ubmoe.results.__main__ import VERBS
 from ubmoe.results.published import published
 
 ROOT = Path(__file__).parent.parent
@@ -77,10 +86,66 @@ def start(*arguments, script="calculate_dp.py", **keys):
 
 
 def run(*arguments, script="calculate_dp.py"):
-    """(exit status, stdout, stderr) of a program in a process of its own."""
+    """(exit status, stdout, stderr) of a program, run in this process.
+
+    In a process of its own (`run_apart`) the imports alone would take seconds, each time.
+    """
+    out, err, log = io.StringIO(), io.StringIO(), logging.getLogger()
+    before = sys.argv, os.getcwd(), log.handlers
+    name = script.removeprefix("-m ")
+    sys.argv, log.handlers = [name, *map(str, arguments)], []
+    os.chdir(ROOT)
+    status = 0
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            if name == script:
+                runpy.run_path(script, run_name="__main__")
+            else:
+                runpy.run_module(name, run_name="__main__", alter_sys=True)
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    finally:
+        sys.argv, log.handlers = before[0], before[2]
+        os.chdir(before[1])
+    return status, out.getvalue(), err.getvalue()
+
+
+def run_apart(*arguments, script="calculate_dp.py"):
+    """As `run`, in a process of its own."""
     process = start(*arguments, script=script)
     output, errors = process.communicate(timeout=300)
     return process.returncode, output, errors
+
+
+# --- pages ----------------------------------------------------------------------------------------
+
+
+def commands(text):
+    """Lines that start a program of ours, continued lines joined."""
+    joined = text.replace("\\\n", " ")
+    found = re.findall(r"^[#$ ]*((?:python|torchrun) .*)$", joined, flags=re.MULTILINE)
+    found += re.findall(r"^\| `((?:python|torchrun) [^`]*)`", joined, flags=re.MULTILINE)
+    return [line.split("  #")[0].strip() for line in found]
+
+
+def check_commands(text):
+    """Every command of a page or a config names a program, files that are there, and real keys."""
+    for line in commands(text):
+        words = shlex.split(line)
+        program = next(i for i, word in enumerate(words) if word.endswith(".py") or word == "-m")
+        arguments = words[program + 1 :]
+        name = words[program]
+        if name == "-m":
+            module, *arguments = arguments
+            name = module.replace(".", "/")
+            name += ".py" if (ROOT / f"{name}.py").is_file() else "/__main__.py"
+            if module == "ubmoe.results":
+                assert arguments[0] in VERBS, line
+                arguments = arguments[1:]
+        assert (ROOT / name).is_file(), line
+        if not name.startswith("benchmarks/"):
+            given = [word for word in arguments if word != "CONFIG"]
+            cli.parse([word if "=" in word else str(ROOT / word) for word in given])
 
 
 # --- mixtures -------------------------------------------------------------------------------------
@@ -104,7 +169,7 @@ def drawn(model, seed=0, scale=1.0):
     """The model with routers that prefer now this expert and now that."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for value in routers(model).values():
+        for value in router_weights(model).values():
             value.copy_(torch.randn(value.shape, generator=generator) * scale)
     return model
 
@@ -203,3 +268,42 @@ RECORDS = {
 
 
 SEEDS = [0, 1, 2]
+
+
+SECTION = {
+    "overall": {"main": 10.0, "before": 60.0, "after": 30.0},
+    "stderr": {"main": 1.0, "before": 2.0, "after": 3.0},
+    "uniform": {"main": 20.0, "before": 40.0, "after": 40.0},
+    "buckets": [
+        {
+            "range": [0, 256],
+            "texts": 7,
+            "main": 10.0,
+            "before": 60.0,
+            "after": 30.0,
+            "stderr": {"main": 1.0, "before": 2.0, "after": 3.0},
+            "uniform": {"main": 20.0, "before": 40.0, "after": 40.0},
+        },
+        {
+            "range": [256, 512],
+            "texts": 0,
+            "main": None,
+            "before": None,
+            "after": None,
+            "stderr": {"main": None, "before": None, "after": None},
+            "uniform": {"main": None, "before": None, "after": None},
+        },
+    ],
+    "layers": [],
+    "texts": 7,
+    "outside_buckets": 0,
+    "truncated": 2,
+    "tokens": 70,
+}
+
+
+def recorded(config, section=SECTION):
+    with recording("calculate_dp", "dependence", config) as run:
+        run.model = random_model("qwen2")
+        run.section = section
+    return run.path

@@ -13,6 +13,8 @@ import pytest
 import transformers
 from builders import KilledError, random_model
 
+from ubmoe.config import Config, load_config
+
 
 @pytest.fixture(scope="session")
 def tiny_path() -> Path:
@@ -52,3 +54,9 @@ def dying(monkeypatch: pytest.MonkeyPatch) -> Callable[[type, int], list[int]]:
 def quiet() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    """Of a run of the embedded model in a folder of its own."""
+    return load_config(None, [f"output_dir={tmp_path}/runs/some", "seed=5"])

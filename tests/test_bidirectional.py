@@ -5,7 +5,14 @@ import torch
 from builders import FAMILIES, random_model
 from transformers import AutoModelForCausalLM
 
-from ubmoe.bidirectional import PADDINGS, leak, make_bidirectional, prove_attention, set_attention
+from ubmoe.bidirectional import (
+    PADDINGS,
+    leak,
+    make_bidirectional,
+    prove_attention,
+    set_attention,
+    tolerance,
+)
 from ubmoe.config import UserError
 
 BACKENDS = {
@@ -28,8 +35,9 @@ def test_every_backend_and_padding_reads_as_asked(family):
 def test_flex_attention_reads_as_asked():
     model = random_model("qwen2", head_dim=16, hidden_size=64)
     model.set_attn_implementation("flex_attention")
-    prove_attention(model, bidirectional=False)
-    make_bidirectional(model)
+    assert "causal, verified on Qwen2ForCausalLM (flex" in prove_attention(model, False)
+    assert max(leak(model, padding) for padding in PADDINGS) < 1e-6
+    assert min(leak(make_bidirectional(model), padding) for padding in PADDINGS) > 1e-3
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -85,15 +93,15 @@ def test_a_bidirectional_model_is_no_decoder():
 @pytest.mark.parametrize("window", [3, 16])
 def test_a_window_is_proved_within_its_reach(window):
     model = random_model("mistral", sliding_window=window)
-    prove_attention(model, bidirectional=False)
-    make_bidirectional(model)
+    assert "causal, verified" in prove_attention(model, bidirectional=False)
+    assert leak(model) < 1e-6 < 1e-3 < leak(make_bidirectional(model))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_proved_too(dtype):
     model = random_model("qwen2").to(dtype)
-    prove_attention(model, bidirectional=False)
-    make_bidirectional(model)
+    assert "causal, verified" in prove_attention(model, bidirectional=False)
+    assert leak(model) <= tolerance(model) < 0.02 < leak(make_bidirectional(model))
 
 
 def test_tokens_that_were_never_trained_prove_nothing_and_are_not_asked():
@@ -102,4 +110,4 @@ def test_tokens_that_were_never_trained_prove_nothing_and_are_not_asked():
     embeddings = model.get_input_embeddings().weight
     with torch.no_grad():
         embeddings[: len(embeddings) // 2] = embeddings[0]
-    make_bidirectional(model)
+    assert leak(make_bidirectional(model)) > 1e-3

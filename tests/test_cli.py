@@ -2,6 +2,7 @@
 
 import errno
 import re
+from importlib import import_module
 
 import pytest
 import torch
@@ -11,18 +12,18 @@ from ubmoe import cli as command
 from ubmoe.config import UserError, keys
 
 
-def outcome(monkeypatch, capsys, error=None, arguments=()):
+def outcome(monkeypatch, capsys, error=None, arguments=(), main=None):
     """Exit status, stdout and stderr of a program whose body raises `error`, or returns a path."""
     monkeypatch.setattr("sys.argv", ["program", *arguments])
 
-    def main(config):
+    def one(config):
         if error is not None:
             raise error
         return f"{config.output_dir}/x.json"
 
     status = 0
     try:
-        command.run("program", "Purpose.", main)
+        command.run("program", "Purpose.", main or one)
     except SystemExit as stop:
         status = stop.code
     return status, *capsys.readouterr()
@@ -62,7 +63,10 @@ def test_what_the_user_can_mend_is_one_line(monkeypatch, capsys, error, status, 
 
 def test_what_to_lower_is_the_programs_own():
     names = [name for name, _ in keys()]
-    for program, advice in command.LOWER.items():
+    programs = ("calculate_dp", "train_bi", "train_ubmoe")
+    wings = ("ubmoe.bitune.__main__", "ubmoe.probing.__main__", "ubmoe.evaluate.__main__")
+    for program in (*programs, *wings):
+        advice = import_module(program).LOWER
         words = re.findall(r"[a-zA-Z_]+(?:\.[a-zA-Z_]+)+", advice)
         assert words and all(word in names for word in words), (program, words)
 
@@ -91,7 +95,23 @@ def test_help_and_bad_arguments(monkeypatch, capsys):
 def test_a_dry_run_is_refused_where_there_is_none_and_never_runs(monkeypatch, capsys):
     code, output, errors = outcome(monkeypatch, capsys, arguments=["dry_run=true"])
     assert (code, output) == (2, "")
-    assert "dry_run: program has none; expected false, or one of calculate_dp.py" in errors
+    assert "dry_run: program has none; expected false, or one of the three scripts" in errors
+
+
+def test_a_program_of_several_verbs_names_them(monkeypatch, capsys):
+    verbs = {"plan": lambda config: f"planned {config.seed}", "run": lambda config: None}
+    code, output, _ = outcome(monkeypatch, capsys, arguments=["plan", "seed=7"], main=verbs)
+    assert (code, output) == (0, "planned 7\n")
+    for arguments in ([], ["seed=7"], ["plans"]):
+        code, output, errors = outcome(monkeypatch, capsys, arguments=arguments, main=verbs)
+        assert (code, output) == (2, "")
+        assert "expected program plan|run [CONFIG] [key=value ...]" in errors
+    code, output, _ = outcome(monkeypatch, capsys, arguments=["--help"], main=verbs)
+    assert code == 0 and output.startswith("usage: program plan|run [CONFIG] [key=value ...]")
+    code, _, errors = outcome(
+        monkeypatch, capsys, arguments=["plan", "results.action=run"], main=verbs
+    )
+    assert code == 2 and "results.action: unknown key; it is a word now: python -m" in errors
 
 
 def test_another_process_says_what_the_first_one_did_not_meet(monkeypatch, capsys):

@@ -4,11 +4,10 @@ import re
 
 import pytest
 import torch
-from builders import ROOT, random_model, run
+from builders import random_model, run
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from ubmoe import cli as command
 from ubmoe import dry_run
 from ubmoe.config import UserError, load_config
 
@@ -75,8 +74,6 @@ def test_a_script_asked_so_says_it(tiny_path, tmp_path):
     code, output, errors = run(f"output_dir={tmp_path}/run", "model.device=cpu", "dry_run=true")
     assert code == 0 and output.endswith("nothing was run\n"), errors
     assert not (tmp_path / "run").exists()
-    assert all((ROOT / script).exists() for script in command.DRY_RUN)
-    assert all(hasattr(dry_run, script.removesuffix(".py")) for script in command.DRY_RUN)
 
 
 def test_memory_follows_the_prompt_the_dtype_and_each_stage_alone(tiny_path):
@@ -93,7 +90,9 @@ def test_memory_follows_the_prompt_the_dtype_and_each_stage_alone(tiny_path):
     for dtype, number in (("float32", 4), ("bfloat16", 2)):
         config = load_config(None, [f"model.dtype={dtype}", "model.device=cpu"])
         with dry_run.shapes():
-            found = dry_run._training(dry_run.fake(config), config.ubmoe, dry_run.Batch(1, 2), 0.0)
+            found = dry_run.training_memory(
+                dry_run.fake(config), config.ubmoe, dry_run.Batch(1, 2), 0.0
+            )
         assert found["gradients"] == 884_608 * number
         assert found["Adam"] == 2 * 884_608 * number
     stage = "{objective: simcse, dataset: tiny, per_device_train_batch_size: 64, dropout: 0.3%s}"

@@ -8,8 +8,8 @@ import time
 import pytest
 from builders import random_model, run, start
 
-from ubmoe import recording as results
 from ubmoe.config import load_config
+from ubmoe.results.__main__ import table
 
 FAST = ["dependence.max_texts=12", "model.device=cpu"]
 CHAT = {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]}
@@ -33,8 +33,8 @@ def test_a_newcomer_gets_a_result_figures_and_a_table(tiny_path, tmp_path):
         "dependence_heads.png",
         "dependence_map.png",
     }
-    table = results.table(load_config(None, [f"output_dir={tmp_path}/run"]))
-    assert f"{overall['after']:.2f}" in table and "dependence_map.png" in table
+    shown = table(load_config(None, [f"output_dir={tmp_path}/run"]))
+    assert f"{overall['after']:.2f}" in shown and "dependence_map.png" in shown
 
 
 def test_the_bidirectional_flow_says_so(tiny_path, tmp_path):
@@ -145,8 +145,8 @@ def test_an_encoder_is_trained_saved_and_scored(tiny_path, tmp_path):
     assert "stage simcse (full): 12 tensors train, ffn 589,824 parameters, float32" in errors
     assert "negatives per anchor: 63" in errors and "wrapped in SentenceTransformer" in errors
     assert "one text, as the model reads it: A small example." in errors
-    table = results.table(load_config(None, [f"output_dir={tmp_path}/run"]))
-    assert f"{result['sts']['average']:.2f}" in table
+    shown = table(load_config(None, [f"output_dir={tmp_path}/run"]))
+    assert f"{result['sts']['average']:.2f}" in shown
     code, output, errors = run(
         f"model.name={tmp_path}/run/bi", f"output_dir={tmp_path}/again", script="-m ubmoe.evaluate"
     )
@@ -201,8 +201,8 @@ def test_the_mixture_is_trained_saved_and_scored(encoder, tmp_path):
     assert {each.name for each in (tmp_path / "run").iterdir()} == {
         *("generation.json", "train_ubmoe.config.yaml", "routing.png", "ubmoe", "modes", "routers")
     }
-    table = results.table(load_config(None, [f"output_dir={tmp_path}/run"]))
-    assert f"{section['perplexity']:.2f}" in table and "routing.png" in table
+    shown = table(load_config(None, [f"output_dir={tmp_path}/run"]))
+    assert f"{section['perplexity']:.2f}" in shown and "routing.png" in shown
 
 
 def test_bitune_is_trained_saved_and_scored(tmp_path):
@@ -217,8 +217,8 @@ def test_bitune_is_trained_saved_and_scored(tmp_path):
     assert section["counts"]["held_out"] >= 100 and section["variant"] == "full"
     saved = {each.name for each in (tmp_path / "run" / "bitune").iterdir()}
     assert saved >= {"causal", "bidirectional", "theta.safetensors", "bitune.json"}
-    table = results.table(load_config(None, [f"output_dir={tmp_path}/run"]))
-    assert f"{section['perplexity']:.2f}" in table and "bitune.png" in table
+    shown = table(load_config(None, [f"output_dir={tmp_path}/run"]))
+    assert f"{section['perplexity']:.2f}" in shown and "bitune.png" in shown
 
 
 @pytest.mark.parametrize(

@@ -8,18 +8,31 @@ believed: the last token is changed, and the first token's states are looked at.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
 
 from ubmoe.config import UserError
 
+Attention = Literal["causal", "bidirectional"]
 PROOF_TOKENS = 8
 CANDIDATES = 64  # tokens that they are taken from
 PADDINGS = ("none", "left", "right")
 # Layers that read left to right whatever the mask says.
 RECURRENT = ("linear_attention", "mamba", "mamba2", "recurrent", "conv")
+
+
+def is_bidirectional(config: Any) -> bool:
+    """Whether a model of this config (an object, or config.json as a dict) looks both ways."""
+    if isinstance(config, dict):
+        return config.get("is_causal") is False
+    return getattr(config, "is_causal", None) is False
+
+
+def attention_name(config: Any) -> Attention:
+    """The mask of a config as a word."""
+    return "bidirectional" if is_bidirectional(config) else "causal"
 
 
 def make_bidirectional(model: PreTrainedModel) -> PreTrainedModel:
@@ -41,7 +54,7 @@ def set_attention(model: PreTrainedModel, bidirectional: bool) -> PreTrainedMode
 @contextmanager
 def attending(model: PreTrainedModel, bidirectional: bool) -> Iterator[PreTrainedModel]:
     """The model under a mask that ends with the block; the one before it comes back."""
-    before = getattr(model.config, "is_causal", True) is False
+    before = is_bidirectional(model.config)
     set_attention(model, bidirectional)
     try:
         yield model

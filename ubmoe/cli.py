@@ -4,44 +4,41 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ubmoe.config import Config, UserError, help_text, load_config
 
-# How Python, CUDA and torch's CPU allocator say it.
+# How Python, torch's CPU allocator, and CUDA before accelerate is there, say it.
 NO_MEMORY = ("MemoryError", "OutOfMemoryError", "out of memory", "can't allocate memory")
 # How Python, safetensors and torch's zip writer say it.
 NO_SPACE = ("No space left on device", "PytorchStreamWriter failed writing", "unexpected pos")
-LOWER = {  # what to lower when memory runs out, by program
-    "calculate_dp.py": "dependence.batch_tokens or dependence.max_tokens",
-    "train_bi.py": "bi.stages.N.mini_batch_tokens (with bi.stages.N.cached=true)",
-    "train_ubmoe.py": "ubmoe.per_device_train_batch_size, ubmoe.max_tokens or "
-    "evaluation.batch_size",
-    "python -m ubmoe.bitune": "bitune.per_device_train_batch_size, bitune.max_tokens or "
-    "evaluation.batch_size",
-    "python -m ubmoe.probing": "probing.batch_tokens",
-    "python -m ubmoe.evaluate": "evaluation.batch_size",
-}
-
-DRY_RUN = ("calculate_dp.py", "train_bi.py", "train_ubmoe.py")
+Program = Callable[[Config], Path | str | None]
 INTERRUPTED = 130
 WAIT = 3.0  # seconds in which torchrun ends the other processes when the first one failed
 
 
-def run(program: str, purpose: str, main: Callable[[Config], Path | str | None]) -> None:
+def run(
+    name: str,
+    purpose: str,
+    main: Program | Mapping[str, Program],
+    dry_run: Program | None = None,
+    lower: str = "the batch size",
+) -> None:
     """Parse sys.argv, run `main`, print what it returns as the last line, and exit.
 
-    Exit status 0; 2 with one line on stderr for a UserError, a full disk or missing memory; 130
-    after Ctrl-C.
+    main: the program; or several by the word that comes first. dry_run: what it would do. lower:
+    the keys to lower when memory runs out. Exit status 0; 2 with one line on stderr for a
+    UserError, a full disk or missing memory; 130 after Ctrl-C.
     """
     logging.basicConfig(stream=sys.stderr, format="%(message)s")
     logging.getLogger("ubmoe").setLevel(logging.INFO)
     try:
-        if {"-h", "--help"} & set(sys.argv[1:]):
-            print(help_text(program, purpose))
+        arguments = sys.argv[1:]
+        if {"-h", "--help"} & set(arguments):
+            print(help_text(name, purpose, () if callable(main) else tuple(main)))
         else:
-            last_line = _called(program, main, parse(sys.argv[1:]))
+            last_line = _called(name, main, dry_run, arguments)
             if last_line is not None and is_first_process():
                 print(last_line)
         sys.stdout.flush()
@@ -55,8 +52,7 @@ def run(program: str, purpose: str, main: Callable[[Config], Path | str | None])
     except KeyboardInterrupt:
         fail("interrupted; resume=auto goes on from what was complete", status=INTERRUPTED)
     except Exception as error:
-        if _says(error, NO_MEMORY):
-            lower = LOWER.get(program, "the batch size")
+        if _is_out_of_memory(error):
             fail(f"out of memory: lower {lower}, or take a smaller dtype or model")
         if _says(error, NO_SPACE):
             fail("no space left for output_dir or the cache; make some and add resume=auto")
@@ -64,18 +60,33 @@ def run(program: str, purpose: str, main: Callable[[Config], Path | str | None])
 
 
 def _called(
-    program: str, main: Callable[[Config], Path | str | None], config: Config
+    name: str,
+    main: Program | Mapping[str, Program],
+    dry_run: Program | None,
+    arguments: list[str],
 ) -> Path | str | None:
     """What a program returns, or what it would do."""
+    if not callable(main):
+        verb = arguments[0] if arguments else "nothing"
+        if verb not in main:
+            raise UserError(
+                f"command line: got {verb!r} first; expected {name} "
+                f"{'|'.join(main)} [CONFIG] [key=value ...]"
+            )
+        main, arguments = main[verb], arguments[1:]
+    config = parse(arguments)
     if not config.dry_run:
         return main(config)
-    if program not in DRY_RUN:
-        raise UserError(
-            f"dry_run: {program} has none; expected false, or one of {', '.join(DRY_RUN)}"
-        )
-    from ubmoe import dry_run
+    if dry_run is None:
+        raise UserError(f"dry_run: {name} has none; expected false, or one of the three scripts")
+    return dry_run(config)
 
-    return getattr(dry_run, program.removesuffix(".py"))(config)
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """What accelerate knows of the devices' ways to say it, and ours."""
+    from accelerate.utils.memory import should_reduce_batch_size  # imports torch
+
+    return _says(error, NO_MEMORY) or should_reduce_batch_size(error)
 
 
 def _says(error: BaseException | None, words: tuple[str, ...]) -> bool:

@@ -24,14 +24,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ubmoe.config import Config, StageSection, TrainingSection
 from ubmoe.data.chats import read_chats
 from ubmoe.data.rows import SENTENCE, cell, held_out, read_texts, training_rows
-from ubmoe.dependence.measure import tokenize
+from ubmoe.dependence.texts import tokenize
 from ubmoe.encoder.contrastive import attention_dropout
 from ubmoe.encoder.stages import read_data
 from ubmoe.models.loading import explained, load_tokenizer, source
-from ubmoe.moe import model as moe
+from ubmoe.moe import joining, routers, routes
 from ubmoe.recording import peak_memory_bytes
 from ubmoe.report.tables import aligned
-from ubmoe.training.trainer import MODULES, train_only
+from ubmoe.training.modules import MODULES, train_only
 
 SAMPLE = 1000  # texts whose lengths are looked at
 # Of the three scripts on two small models; the numbers are in README.md.
@@ -76,7 +76,9 @@ def train_bi(config: Config) -> str:
         with shapes():
             model = fake(config)  # anew: checkpointing leaves its hooks
             counts = train_only(model, stage.train)
-            found = _training(model, stage, batch, stage.dropout * (stage.objective == "simcse"))
+            found = training_memory(
+                model, stage, batch, stage.dropout * (stage.objective == "simcse")
+            )
         if stage.lora is not None:
             adapters = _adapters(model, stage)
             counts = {"adapters": adapters}
@@ -105,28 +107,28 @@ def train_ubmoe(config: Config) -> str:
     with shapes():
         dense = fake(config)
         # every token to both experts, whatever top_k: which it would choose is not known
-        settled = moe.mixture_config(dense.config, 2)
+        settled = joining.mixture_config(dense.config, 2)
         mixture: Any = AutoModelForCausalLM.from_config(settled, dtype=dense.dtype)
-        moe.set_route(mixture, "learned")
+        routes.set_route(mixture, "learned")
         mixture.requires_grad_(False)
-        for value in moe.routers(mixture).values():
+        for value in routers.router_weights(mixture).values():
             value.requires_grad = True
-        training = _training(mixture, settings, batch, 0.0)
+        training = training_memory(mixture, settings, batch, 0.0)
     if sentences:  # real, so not made among shapes
         tokens = _mean_tokens(sentences, tokenizer, config.bi.prompt, config.bi.max_tokens)
         with shapes():
             kept = kept_for_backward(mixture, Batch(texts, tokens), settings.bf16)
         training[f"activations of {texts} sentences of {tokens} tokens"] = kept
-    joining = {"weights, three models while joining": size(mixture) + 2 * size(dense)}
+    while_joining = {"weights, three models while joining": size(mixture) + 2 * size(dense)}
     after = {"weights": size(mixture)} | training
-    memory = max(joining, after, key=lambda each: sum(each.values()))
+    memory = max(while_joining, after, key=lambda each: sum(each.values()))
     memory |= baseline("ubmoe.evaluate", "lm_eval.models.huggingface")
-    routers = sum(value.numel() for value in moe.routers(mixture).values())
+    count = sum(value.numel() for value in routers.router_weights(mixture).values())
     work = [f"routers: {_steps(settings, len(chats))}"]
     saved = {"mixture": "ubmoe/", "modes": "modes/"}
     files = [saved[name] for name in settings.export]
     files += ["routers/", "generation.json", "routing.png"]
-    return _said(config, mixture, [f"trains routers {routers:,}"], work, memory, files)
+    return _said(config, mixture, [f"trains routers {count:,}"], work, memory, files)
 
 
 # --- shapes ---------------------------------------------------------------------------------------
@@ -175,14 +177,16 @@ def kept_for_backward(
         states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         loss = states.sum()
         if batch.predicted:
-            wanted = torch.zeros(batch.predicted, dtype=torch.long)
-            chosen = states.flatten(0, 1)[torch.zeros_like(wanted)]
-            loss = cross_entropy(model.get_output_embeddings()(chosen).float(), wanted)
+            labels = torch.zeros(batch.predicted, dtype=torch.long)
+            chosen = states.flatten(0, 1)[torch.zeros_like(labels)]
+            loss = cross_entropy(model.get_output_embeddings()(chosen).float(), labels)
     del loss
     return sum(value.untyped_storage().nbytes() for value in kept.values())
 
 
-def _training(model: Any, section: TrainingSection, batch: Batch, dropout: float) -> dict[str, int]:
+def training_memory(
+    model: Any, section: TrainingSection, batch: Batch, dropout: float
+) -> dict[str, int]:
     trainable = sum(value.nbytes for value in model.parameters() if value.requires_grad)
     with attention_dropout(model, dropout) if dropout else nullcontext():
         kept = kept_for_backward(
@@ -226,8 +230,8 @@ def _batch_of_stage(stage: StageSection, data: Any, tokenizer: Any, prompt: str 
 
 def _mean_tokens(texts: Sequence[str], tokenizer: Any, prompt: str | None, most: int) -> int:
     """Of texts in their prompt."""
-    said = [(prompt or "{text}").replace("{text}", text) for text in texts]
-    ids = tokenizer(said, truncation=True, max_length=most)["input_ids"]
+    prompted = [(prompt or "{text}").replace("{text}", text) for text in texts]
+    ids = tokenizer(prompted, truncation=True, max_length=most)["input_ids"]
     return math.ceil(statistics.mean(map(len, ids)))
 
 

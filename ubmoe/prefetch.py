@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ubmoe.config import Config, UserError
 from ubmoe.data.rows import SUFFIXES, read_rows
-from ubmoe.recording import write_json
+from ubmoe.files import write_json
 
 log = logging.getLogger(__name__)
 FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")  # no code, no pickles

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 from ubmoe.bitune.examples import Example, batch, read_examples
 from ubmoe.config import QUESTION, UserError
 from ubmoe.data.chats import read_chats
-from ubmoe.training.losses import IGNORED
+from ubmoe.data.padding import IGNORE_INDEX
 
 TALK = [
     {"role": "user", "content": "Where does Anna live?"},
@@ -75,7 +75,7 @@ def test_a_batch_moves_the_last_prompt_token_into_the_answer():
         "prompt_mask": [[1, 1], [0, 0]],
         "answer_ids": [[3, 4, 0], [5, 6, 7]],
         "answer_mask": [[1, 1, 0], [1, 1, 1]],
-        "labels": [[IGNORED, 4, IGNORED], [IGNORED, 6, 7]],
+        "labels": [[IGNORE_INDEX, 4, IGNORE_INDEX], [IGNORE_INDEX, 6, 7]],
     }
 
 

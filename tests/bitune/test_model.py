@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from ubmoe.bitune import model as prefill
+from ubmoe.bitune import saving
 from ubmoe.bitune.examples import Example, batch
 from ubmoe.bitune.model import BIDIRECTIONAL, CAUSAL, VARIANTS, attach, mix
 from ubmoe.config import BituneSection, UserError
@@ -298,30 +299,30 @@ def test_merged_for_decoding_it_says_the_same(variant):
 def test_saved_and_loaded_it_is_the_same(tiny_path, tmp_path, variant):
     bitune = tuned(variant)
     expected = scores(bitune, EXAMPLES)
-    prefill.save(bitune, AutoTokenizer.from_pretrained(tiny_path), None, tmp_path / "bitune")
-    again = prefill.load(random_model("qwen2"), tmp_path / "bitune")
+    saving.save(bitune, AutoTokenizer.from_pretrained(tiny_path), None, tmp_path / "bitune")
+    again = saving.load(random_model("qwen2"), tmp_path / "bitune")
     assert torch.equal(scores(again, EXAMPLES), expected)
     assert not any(value.requires_grad for value in again.parameters())
 
 
 def test_an_adapter_that_lacks_a_layer_is_refused(tiny_path, tmp_path):
-    prefill.save(tuned(), AutoTokenizer.from_pretrained(tiny_path), None, tmp_path / "bitune")
+    saving.save(tuned(), AutoTokenizer.from_pretrained(tiny_path), None, tmp_path / "bitune")
     path = tmp_path / "bitune" / CAUSAL / "adapter_model.safetensors"
     save_file({n: v for n, v in load_file(path).items() if ".layers.1." not in n}, path)
     with pytest.raises(UserError, match="no Bitune model of .*missing adapter keys"):
-        prefill.load(random_model("qwen2"), tmp_path / "bitune")
+        saving.load(random_model("qwen2"), tmp_path / "bitune")
 
 
 def test_another_model_or_no_directory_is_refused(tiny_path, tmp_path):
     with pytest.raises(UserError, match=r"no Bitune model of .*bitune.json"):
-        prefill.load(random_model("qwen2"), tmp_path)
-    prefill.save(tuned(), AutoTokenizer.from_pretrained(tiny_path), None, tmp_path / "bitune")
+        saving.load(random_model("qwen2"), tmp_path)
+    saving.save(tuned(), AutoTokenizer.from_pretrained(tiny_path), None, tmp_path / "bitune")
     with pytest.raises(UserError, match="no Bitune model of"):
-        prefill.load(random_model("qwen2", hidden_size=16), tmp_path / "bitune")
+        saving.load(random_model("qwen2", hidden_size=16), tmp_path / "bitune")
     other = random_model("qwen2")
     other.model.norm.weight.data += 0.1
     with pytest.raises(UserError, match="trained on other weights of the same shape"):
-        prefill.load(other, tmp_path / "bitune")
+        saving.load(other, tmp_path / "bitune")
 
 
 @pytest.mark.parametrize("adapter", ["dora", "ia3"])

@@ -11,7 +11,7 @@ from ubmoe.bitune import training as instruct
 from ubmoe.bitune.examples import Example, read_examples
 from ubmoe.bitune.model import attach
 from ubmoe.config import BituneSection, UserError, load_config
-from ubmoe.training.trainer import Work
+from ubmoe.training.checkpoints import Work
 
 
 def settings(**keys):
@@ -57,7 +57,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, dying):
         return torch.cat([value.detach().flatten() for value in bitune.parameters()])
 
     whole = train(tmp_path / "whole")
-    steps = dying(instruct._Trainer, 14)
+    steps = dying(instruct.BituneTrainer, 14)
     with pytest.raises(KilledError):
         train(tmp_path / "half")
     assert torch.equal(train(tmp_path / "half", resume=True), whole)

@@ -6,8 +6,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from ubmoe.config import UserError
-from ubmoe.data.chats import Chat, labelled, read_chats
-from ubmoe.training.losses import IGNORED
+from ubmoe.data.chats import Chat, collate, read_chats
+from ubmoe.data.padding import IGNORE_INDEX
 
 LLAMA = (
     "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'].strip() }} [/INST]"
@@ -89,8 +89,8 @@ def test_long_chats_are_cut_and_those_without_an_answer_dropped(tokenizer, tmp_p
 
 def test_labels_are_the_answers_tokens():
     chats = [Chat("a", [5, 6, 7], [False, True, True], []), Chat("b", [8, 9], [False, True], [])]
-    found = {name: value.tolist() for name, value in labelled(chats).items()}
-    assert found["labels"] == [[IGNORED, 6, 7], [IGNORED, 9, IGNORED]]
+    found = {name: value.tolist() for name, value in collate(chats).items()}
+    assert found["labels"] == [[IGNORE_INDEX, 6, 7], [IGNORE_INDEX, 9, IGNORE_INDEX]]
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,12 @@ from builders import ROOT, random_model
 from transformers import AutoTokenizer
 
 from ubmoe.config import DependenceSection, UserError
+from ubmoe.data.padding import batches_by_length
 from ubmoe.data.rows import Text
-from ubmoe.dependence import measure as dependence
-from ubmoe.dependence.recorder import dependence_of, probing
+from ubmoe.dependence import SHARES, measure
+from ubmoe.dependence.recorder import dependence_of, observed
+from ubmoe.dependence.sums import bucket_of
+from ubmoe.dependence.texts import cut, tokenize
 
 EDGES = [0, 4, 16, 32, 64]
 SETTINGS = DependenceSection(buckets=EDGES, batch_tokens=80)
@@ -32,9 +35,11 @@ def texts(count=30, seed=0):
 
 def one_at_a_time(model, ids):
     """(texts, L, H, 3) with no batch and no sum of ours."""
-    with probing(model) as probe:
+    with observed(model) as recorder:
         each = [
-            dependence_of(model, probe, torch.tensor([text]), torch.ones(1, len(text), dtype=int))
+            dependence_of(
+                model, recorder, torch.tensor([text]), torch.ones(1, len(text), dtype=int)
+            )
             for text in ids
         ]
     return torch.cat(each).numpy() * 100
@@ -42,10 +47,10 @@ def one_at_a_time(model, ids):
 
 def test_every_number_is_the_mean_over_texts_one_at_a_time(tmp_path):
     model, ids = random_model("qwen2"), texts()
-    section = dependence.measure(model, ids, SETTINGS, tmp_path)
+    section = measure.measure(model, ids, SETTINGS, tmp_path)
     each = one_at_a_time(model, ids)
     lengths = np.array([len(text) for text in ids])
-    for number, name in enumerate(dependence.SHARES):
+    for number, name in enumerate(SHARES):
         assert section["overall"][name] == pytest.approx(each[..., number].mean(), abs=1e-4)
         by_text = each[..., number].mean((1, 2))
         assert section["stderr"][name] == pytest.approx(
@@ -76,7 +81,7 @@ def test_every_number_is_the_mean_over_texts_one_at_a_time(tmp_path):
 
 def test_the_uniform_share_is_that_of_attention_without_preference(tmp_path):
     ids = texts()
-    section = dependence.measure(random_model("qwen2"), ids, SETTINGS, tmp_path)
+    section = measure.measure(random_model("qwen2"), ids, SETTINGS, tmp_path)
     expected = np.mean([[1 / len(t), (len(t) - 1) / 2 / len(t)] for t in ids], 0) * 100
     found = section["uniform"]
     assert [found["main"], found["before"], found["after"]] == pytest.approx(
@@ -86,7 +91,7 @@ def test_the_uniform_share_is_that_of_attention_without_preference(tmp_path):
 
 
 def test_a_text_belongs_to_the_bucket_that_its_length_closes():
-    assert [dependence.bucket_of(length, EDGES) for length in (1, 4, 5, 16, 64, 65)] == [
+    assert [bucket_of(length, EDGES) for length in (1, 4, 5, 16, 64, 65)] == [
         0,
         0,
         1,
@@ -98,34 +103,34 @@ def test_a_text_belongs_to_the_bucket_that_its_length_closes():
 
 def test_batches_hold_every_text_once_within_the_budget():
     ids = texts()
-    batches = dependence.batches_by_length(ids, 80)
+    batches = batches_by_length(ids, 80)
     assert sorted(text for batch in batches for text in batch) == list(range(len(ids)))
     for batch in batches:
         assert len(batch) == 1 or max(len(ids[text]) for text in batch) * len(batch) <= 80
     assert len(ids[batches[0][0]]) == 70  # the longest first
-    assert [len(batch) for batch in dependence.batches_by_length(ids, 1)] == [1] * len(ids)
+    assert [len(batch) for batch in batches_by_length(ids, 1)] == [1] * len(ids)
 
 
 def test_longer_texts_are_cut_at_the_limit_or_the_context_and_counted():
     model = random_model("qwen2", max_position_embeddings=20)
-    assert dependence.cut(model, [[1] * 10, [1] * 11, [1] * 30], 10) == ([[1] * 10] * 3, 2)
-    assert dependence.cut(model, [[1] * 10, [1] * 30], 99) == ([[1] * 10, [1] * 20], 1)
+    assert cut(model, [[1] * 10, [1] * 11, [1] * 30], 10) == ([[1] * 10] * 3, 2)
+    assert cut(model, [[1] * 10, [1] * 30], 99) == ([[1] * 10, [1] * 20], 1)
 
 
 def test_chats_go_through_the_tokenizers_own_template(tiny_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_path)
     messages = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]
-    [ids] = dependence.tokenize(tokenizer, [Text("a:1", messages)])
+    [ids] = tokenize(tokenizer, [Text("a:1", messages)])
     assert tokenizer.decode(ids) == (
         "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\nMe.<|im_end|>\n"
     )
-    [ids] = dependence.tokenize(
+    [ids] = tokenize(
         tokenizer,
         [Text("a:1", messages)],
         "{% for m in messages %}[{{ m['content'] }}]{% endfor %}",
     )
     assert tokenizer.decode(ids) == "[Who?][Me.]"
-    [ids] = dependence.tokenize(tokenizer, [Text("a:1", "Plain <text>")])
+    [ids] = tokenize(tokenizer, [Text("a:1", "Plain <text>")])
     assert tokenizer.decode(ids) == "Plain <text>"
 
 
@@ -141,17 +146,17 @@ def test_templates_that_cannot_be_used(tiny_path, tmp_path):
         ("{# nothing #}", "a.jsonl:7: empty text"),
     ):
         with pytest.raises(UserError, match=reason):
-            dependence.tokenize(tokenizer, chats, template)
+            tokenize(tokenizer, chats, template)
     tokenizer.chat_template = {"default": "{{ messages[0]['content'] }}", "rag": "no"}
-    assert tokenizer.decode(dependence.tokenize(tokenizer, chats)[0]) == "Who?"
+    assert tokenizer.decode(tokenize(tokenizer, chats)[0]) == "Who?"
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="has no chat template; name a Jinja file"):
-        dependence.tokenize(tokenizer, chats)
+        tokenize(tokenizer, chats)
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):
     with pytest.raises(UserError, match="gives id 97, the model has 97 embeddings"):
-        dependence.measure(random_model("qwen2"), [[1, 97]], SETTINGS, tmp_path)
+        measure.measure(random_model("qwen2"), [[1, 97]], SETTINGS, tmp_path)
 
 
 class StopError(Exception):
@@ -160,7 +165,7 @@ class StopError(Exception):
 
 def failing_in_the_fourth_batch(monkeypatch, error):
     """Makes `measure` fail once; returns the list that counts its batches from now on."""
-    real, calls = dependence.dependence_of, []
+    real, calls = measure.dependence_of, []
 
     def counted(*arguments):
         calls.append(1)
@@ -168,47 +173,47 @@ def failing_in_the_fourth_batch(monkeypatch, error):
             raise error
         return real(*arguments)
 
-    monkeypatch.setattr(dependence, "dependence_of", counted)
+    monkeypatch.setattr(measure, "dependence_of", counted)
     return calls
 
 
 def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path, monkeypatch):
     model, ids = random_model("qwen2"), texts()
-    whole = dependence.measure(model, ids, SETTINGS, tmp_path / "none")
-    monkeypatch.setattr(dependence, "SAVE_EVERY", 0.0)
+    whole = measure.measure(model, ids, SETTINGS, tmp_path / "none")
+    monkeypatch.setattr(measure, "SAVE_EVERY", 0.0)
     calls = failing_in_the_fourth_batch(monkeypatch, StopError)
     with pytest.raises(StopError):
-        dependence.measure(model, ids, SETTINGS, tmp_path)
+        measure.measure(model, ids, SETTINGS, tmp_path)
     [left] = tmp_path.glob("*.npz")
-    assert dependence.measure(model, ids, SETTINGS, tmp_path, resume=True) == whole
-    batches = len(dependence.batches_by_length(ids, SETTINGS.batch_tokens))
+    assert measure.measure(model, ids, SETTINGS, tmp_path, resume=True) == whole
+    batches = len(batches_by_length(ids, SETTINGS.batch_tokens))
     assert len(calls) == 4 + batches - 3  # three batches were not measured again
     left.write_bytes(left.read_bytes()[:100])  # a file that cannot be read is no obstacle
-    assert dependence.measure(model, ids, SETTINGS, tmp_path, resume=True) == whole
+    assert measure.measure(model, ids, SETTINGS, tmp_path, resume=True) == whole
 
 
 def test_ctrl_c_keeps_the_batches_that_are_complete(tmp_path, monkeypatch):
     model, ids = random_model("qwen2"), texts()
-    whole = dependence.measure(model, ids, SETTINGS, tmp_path)
+    whole = measure.measure(model, ids, SETTINGS, tmp_path)
     calls = failing_in_the_fourth_batch(monkeypatch, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
-        dependence.measure(model, ids, SETTINGS, tmp_path)
-    assert dependence.measure(model, ids, SETTINGS, tmp_path, resume=True) == whole
-    assert len(calls) == 4 + len(dependence.batches_by_length(ids, SETTINGS.batch_tokens)) - 3
+        measure.measure(model, ids, SETTINGS, tmp_path)
+    assert measure.measure(model, ids, SETTINGS, tmp_path, resume=True) == whole
+    assert len(calls) == 4 + len(batches_by_length(ids, SETTINGS.batch_tokens)) - 3
 
 
 def test_sums_of_another_run_are_not_taken_up(tmp_path, monkeypatch):
     model, ids = random_model("qwen2"), texts()
-    monkeypatch.setattr(dependence, "SAVE_EVERY", 0.0)
-    dependence.measure(model, ids, SETTINGS, tmp_path)
+    monkeypatch.setattr(measure, "SAVE_EVERY", 0.0)
+    measure.measure(model, ids, SETTINGS, tmp_path)
     other = texts(seed=1)
     (tmp_path / "fresh").mkdir()
-    expected = dependence.measure(model, other, SETTINGS, tmp_path / "fresh")
-    assert dependence.measure(model, other, SETTINGS, tmp_path, resume=True) == expected
-    dependence.measure(model, ids, SETTINGS, tmp_path)
+    expected = measure.measure(model, other, SETTINGS, tmp_path / "fresh")
+    assert measure.measure(model, other, SETTINGS, tmp_path, resume=True) == expected
+    measure.measure(model, ids, SETTINGS, tmp_path)
     changed = random_model("qwen2", rope_parameters={"rope_type": "default", "rope_theta": 50.0})
-    expected = dependence.measure(changed, ids, SETTINGS, tmp_path / "fresh")
-    assert dependence.measure(changed, ids, SETTINGS, tmp_path, resume=True) == expected
+    expected = measure.measure(changed, ids, SETTINGS, tmp_path / "fresh")
+    assert measure.measure(changed, ids, SETTINGS, tmp_path, resume=True) == expected
 
 
 def test_two_processes_give_the_numbers_of_one(tiny_path, tmp_path):

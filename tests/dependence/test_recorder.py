@@ -20,7 +20,7 @@ from ubmoe.dependence.recorder import (
     dependence_of,
     flow,
     mean_attention,
-    probing,
+    observed,
     row_shares,
     unmasked_attention,
 )
@@ -47,7 +47,7 @@ def loops(query: Tensor, key: Tensor, scaling: float) -> list[list[float]]:
 
 
 class Reference:
-    """A materialised probe: eager attention, and the shares of the whole unmasked softmax."""
+    """A materialised recorder: eager attention, and the shares of the whole unmasked softmax."""
 
     def __init__(self) -> None:
         self.shares: list[Tensor] = []
@@ -79,8 +79,8 @@ def reference(model, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def ours(model, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    with probing(model) as probe:
-        return dependence_of(model, probe, ids, torch.ones_like(ids) if mask is None else mask)
+    with observed(model) as recorder:
+        return dependence_of(model, recorder, ids, torch.ones_like(ids) if mask is None else mask)
 
 
 def test_shares_of_a_four_by_four_map_are_those_of_three_nested_loops():
@@ -109,9 +109,9 @@ def test_the_probe_leaves_the_models_logits_as_they_are(family, bidirectional):
     with torch.no_grad():
         model.set_attn_implementation("eager")
         expected = model(ids, use_cache=False).logits
-        with probing(model) as probe:
+        with observed(model) as recorder:
             logits = model(ids, use_cache=False).logits
-    assert len(probe.shares) == attention_layers(model) == 2
+    assert len(recorder.shares) == attention_layers(model) == 2
     scale = expected.abs().max()
     torch.testing.assert_close(logits / scale, expected / scale, atol=1e-5, rtol=0)
 
@@ -246,7 +246,7 @@ def test_the_map_is_what_the_shares_are_taken_from():
 def test_the_models_own_attention_is_back_afterwards_even_after_an_error():
     model = random_model("qwen2")
     own = model.config._attn_implementation
-    with pytest.raises(KeyError), probing(model):
+    with pytest.raises(KeyError), observed(model):
         raise KeyError
     assert model.config._attn_implementation == own
     assert "dependence" not in str(model.config.to_dict())
@@ -255,7 +255,7 @@ def test_the_models_own_attention_is_back_afterwards_even_after_an_error():
 def test_classes_outside_the_attention_interface_are_refused_by_name():
     with (
         pytest.raises(UserError, match="BloomForCausalLM does not use"),
-        probing(random_model("bloom", n_layer=2, n_head=4)),
+        observed(random_model("bloom", n_layer=2, n_head=4)),
     ):
         pass
 
@@ -263,7 +263,7 @@ def test_classes_outside_the_attention_interface_are_refused_by_name():
 def test_a_probe_that_is_not_called_once_a_layer_is_an_error():
     model = random_model("qwen2")
     model.config.layer_types = ["full_attention"] * 3
-    with pytest.raises(UserError, match="called the dependence probe 2 times in 3 layers"):
+    with pytest.raises(UserError, match="called the dependence recorder 2 times in 3 layers"):
         ours(model, torch.tensor([[1, 2, 3]]))
 
 

@@ -11,10 +11,12 @@ from torch.nn.functional import cross_entropy, normalize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ubmoe.config import BiSection, LoraSection, StageSection, UserError
-from ubmoe.encoder import contrastive
-from ubmoe.encoder.contrastive import CachedContrastiveLoss, ContrastiveLoss, attention_dropout
+from ubmoe.encoder import contrastive, contrastive_loss
+from ubmoe.encoder.contrastive import attention_dropout
+from ubmoe.encoder.contrastive_loss import CachedContrastiveLoss, ContrastiveLoss
 from ubmoe.encoder.sentence_encoder import as_encoder
-from ubmoe.training.trainer import Work, named_by, train_only
+from ubmoe.training.checkpoints import Work
+from ubmoe.training.modules import named_by, train_only
 
 SENTENCES = [
     f"The {noun} {verb} the {other}."
@@ -91,18 +93,18 @@ def test_loss_and_gradient_are_those_of_the_hand_written_softmax(
 
 def test_mini_batches_keep_within_the_budget_and_drop_padding(tokenizer):
     encoder, _ = build(tokenizer)
-    merged, order = contrastive.by_length(columns_of(encoder, SENTENCES[:4], SENTENCES[4:]))
+    merged, order = contrastive_loss.by_length(columns_of(encoder, SENTENCES[:4], SENTENCES[4:]))
     lengths = merged["attention_mask"].sum(1).tolist()
     assert lengths == sorted(lengths)
     assert sorted(order.tolist()) == list(range(8))
-    ranges = contrastive.least_padding(lengths, 40)
+    ranges = contrastive_loss.least_padding(lengths, 40)
     assert [i for low, high in ranges for i in range(low, high)] == list(range(8))
     for low, high in ranges:
-        piece = contrastive.cropped(merged, low, high)["attention_mask"]
+        piece = contrastive_loss.cropped(merged, low, high)["attention_mask"]
         assert piece.shape == (high - low, lengths[high - 1])
         assert piece.numel() <= 40 or len(piece) == 1
     vectors = torch.arange(8.0)[:, None]
-    first, second = contrastive.in_columns(vectors[order], order, 2)
+    first, second = contrastive_loss.in_columns(vectors[order], order, 2)
     assert first.flatten().tolist() == [0, 1, 2, 3] and second.flatten().tolist() == [4, 5, 6, 7]
 
 
@@ -113,13 +115,15 @@ def test_the_split_is_the_best_of_all_within_the_budget():
             yield list(itertools.pairwise(edges))
 
     def cost(lengths, ranges):
-        return sum((high - low) * lengths[high - 1] + contrastive.OVERHEAD for low, high in ranges)
+        return sum(
+            (high - low) * lengths[high - 1] + contrastive_loss.OVERHEAD for low, high in ranges
+        )
 
     draw = random.Random(0)
     for _ in range(30):
         lengths = sorted(draw.choices(range(1, 900), k=9))
         budget = draw.randrange(300, 4000)
-        found = contrastive.least_padding(lengths, budget)
+        found = contrastive_loss.least_padding(lengths, budget)
         allowed = [
             ranges
             for ranges in splits(9)
@@ -145,7 +149,7 @@ def test_a_cached_batch_keeps_within_the_budget(tokenizer, monkeypatch):
 
 def test_geometry_is_that_of_hand_computed_vectors():
     anchors, positives = torch.tensor([[2.0, 0], [0, 3.0]]), torch.tensor([[1.0, 0], [1.0, 0]])
-    found = contrastive.geometry(anchors, positives)
+    found = contrastive_loss.geometry(anchors, positives)
     assert found["positive_cosine"] == pytest.approx(0.5)  # cosines 1 and 0
     assert found["negative_cosine"] == pytest.approx(0.5)  # of a_1 with b_2, and of a_2 with b_1
     assert found["alignment"] == pytest.approx(1.0)  # squared distances 0 and 2
@@ -257,7 +261,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tokenizer, tmp_path, dying, lo
     train(whole, model, stage(tmp_path, **keys), tmp_path / "whole")
     encoder, other = build(tokenizer)
 
-    steps = dying(contrastive._Trainer, 11)
+    steps = dying(contrastive.ContrastiveTrainer, 11)
     with pytest.raises(KilledError):
         train(encoder, other, stage(tmp_path, **keys), tmp_path / "half")
     encoder, other = build(tokenizer)

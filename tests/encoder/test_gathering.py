@@ -10,7 +10,7 @@ from builders import ROOT, random_model
 from transformers import AutoTokenizer
 
 from ubmoe.config import BiSection
-from ubmoe.encoder.contrastive import CachedContrastiveLoss, ContrastiveLoss
+from ubmoe.encoder.contrastive_loss import CachedContrastiveLoss, ContrastiveLoss
 from ubmoe.encoder.sentence_encoder import as_encoder
 
 WORDS = [

@@ -8,9 +8,11 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ubmoe.config import StageSection, UserError
+from ubmoe.data.padding import IGNORE_INDEX
 from ubmoe.encoder import mntp as masked
-from ubmoe.encoder.mntp import IGNORED, Chunks, Masking, Places, chunked
-from ubmoe.training.trainer import Work, named_by
+from ubmoe.encoder.mntp import Chunks, Masking, Places, chunked
+from ubmoe.training.checkpoints import Work
+from ubmoe.training.modules import named_by
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,7 @@ def test_masks_are_drawn_with_the_published_shares(tokenizer, style):
     special = tokenizer.all_special_ids[0]
     ids = torch.arange(200_000) % len(tokenizer)
     masked_ids, labels = settings(ids, np.random.default_rng(0))
-    chosen = labels != IGNORED
+    chosen = labels != IGNORE_INDEX
     ordinary = ~torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
     assert not chosen[ids == special].any()
     assert torch.equal(masked_ids[~chosen], ids[~chosen])
@@ -55,7 +57,7 @@ def test_masks_are_a_function_of_seed_epoch_and_row(tokenizer):
     settings = Masking(stage(), tokenizer)
 
     def drawn(seed, epoch, row):
-        return Chunks(chunks, settings, seed)[epoch, row]["labels"] == IGNORED
+        return Chunks(chunks, settings, seed)[epoch, row]["labels"] == IGNORE_INDEX
 
     chunks[:] = chunks[0]
     assert torch.equal(drawn(1, 2, 3), drawn(1, 2, 3))
@@ -82,14 +84,14 @@ def test_the_loss_is_that_of_the_position_before_and_softcaps_are_kept(
     model.config.is_causal = False
     start = {name: value.clone() for name, value in model.state_dict().items()}
     seen = []
-    real = masked._Trainer.compute_loss
+    real = masked.MntpTrainer.compute_loss
 
     def compute_loss(self, model, inputs, **keys):
         loss = real(self, model, inputs, **keys)
         seen.append((inputs, loss.detach().clone()))
         return loss
 
-    monkeypatch.setattr(masked._Trainer, "compute_loss", compute_loss)
+    monkeypatch.setattr(masked.MntpTrainer, "compute_loss", compute_loss)
     settings = stage(max_steps=1, lora=None)
     masked.train_stage(model, tokenizer, settings, chunked(settings, tokenizer), Work(tmp_path, 0))
     [(inputs, loss)] = seen
@@ -97,7 +99,7 @@ def test_the_loss_is_that_of_the_position_before_and_softcaps_are_kept(
     logits = model(input_ids=inputs["input_ids"]).logits
     losses = [
         cross_entropy(logits[row, place - 1], inputs["labels"][row, place])
-        for row, place in (inputs["labels"] != IGNORED).nonzero().tolist()
+        for row, place in (inputs["labels"] != IGNORE_INDEX).nonzero().tolist()
         if place > 0
     ]
     torch.testing.assert_close(loss, torch.stack(losses).mean(), atol=1e-5, rtol=1e-5)
@@ -140,7 +142,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tokenizer, tmp_path, dying, lo
         targets = {name for name in targets if not name.endswith("bias")}
     for name, value in whole.state_dict().items():
         assert torch.equal(value, start[name]) == (name not in targets), name
-    steps = dying(masked._Trainer, 9)
+    steps = dying(masked.MntpTrainer, 9)
     with pytest.raises(KilledError):
         train(tmp_path / "half")
     resumed = train(tmp_path / "half", resume=True)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ubmoe.config import EvaluationSection, UserError
 from ubmoe.data.chats import read_chats
 from ubmoe.evaluate import generation
-from ubmoe.moe.model import join
+from ubmoe.moe.joining import join
 from ubmoe.tiny import tasks as tiny_tasks
 
 TASK = """
@@ -213,6 +213,6 @@ def test_shares_become_percent_and_nothing_else_does():
     raw |= {"exact_match,strict-match": 0.5, "exact_match,flexible-extract": 0.75}
     expected = {"acc": 25.0, "bleu_acc": 50.0, "bleu_max": 0.9, "word_perplexity": 0.5}
     expected |= {"ter": 1.0, "f1": 50.0, "exact_match": 50.0}
-    assert generation._percent("some", raw) == expected
+    assert generation.percent("some", raw) == expected
     squad = {"exact,none": 0.8, "f1,none": 0.9, "HasAns_f1,none": 85.0}
-    assert generation._percent("squadv2", squad) == {"exact": 0.8, "f1": 0.9, "HasAns_f1": 85.0}
+    assert generation.percent("squadv2", squad) == {"exact": 0.8, "f1": 0.9, "HasAns_f1": 85.0}

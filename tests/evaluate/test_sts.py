@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ubmoe.config import TABLE2, BiSection, UserError, load_config
-from ubmoe.encoder.sentence_encoder import as_encoder
+from ubmoe.encoder.sentence_encoder import as_encoder, load_encoder
 from ubmoe.evaluate import sts as evaluate
 from ubmoe.tiny import language
 
@@ -87,10 +87,10 @@ def test_no_task_means_no_score(encoders):
 @pytest.mark.parametrize(
     ("extra", "expected"),
     [
-        ("oops\ta\tb\n", ":42: expected score, sentence1, sentence2"),
-        ("1\tonly one\n", ":42: expected score, sentence1, sentence2"),
-        ("1\t \tb\n", ":42: an empty sentence"),
-        ("nan\ta\tb\n", ":42: an empty sentence or a score that is no number"),
+        ("oops\ta\tb\n", ":42: got the score 'oops'; expected a number"),
+        ("1\tonly one\n", ":42: lacks a column sentence2"),
+        ("1\t \tb\n", ":42: empty sentence1"),
+        ("nan\ta\tb\n", ":42: got the score 'nan'"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, extra, expected):
@@ -126,5 +126,5 @@ def test_an_adapter_is_scored_under_its_own_mask_only(tiny_path, tmp_path):
     (tmp_path / "ubmoe.json").write_text('{"attention": "causal"}')
     keys = ["model.device=cpu", f"model.adapter={tmp_path}"]
     with pytest.raises(UserError, match=r"trained causal, not bidirectional"):
-        evaluate.load_encoder(load_config(None, keys))
-    evaluate.load_encoder(load_config(None, [*keys, "bi.attention=causal"]))
+        load_encoder(load_config(None, keys))
+    load_encoder(load_config(None, [*keys, "bi.attention=causal"]))

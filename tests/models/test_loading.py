@@ -10,6 +10,7 @@ from builders import random_model
 from safetensors.torch import load_file, save_file
 
 from ubmoe.config import ModelSection, UserError
+from ubmoe.models.digests import fingerprint
 from ubmoe.models.loading import (
     best_device,
     context_length,
@@ -17,7 +18,6 @@ from ubmoe.models.loading import (
     load_model,
     load_tokenizer,
 )
-from ubmoe.models.lora import fingerprint
 
 
 def section(path, **keys):

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from ubmoe.config import LoraSection, ModelSection, StageSection, UserError
 from ubmoe.models import lora
 from ubmoe.models.loading import load_model
-from ubmoe.training.trainer import Work, named_by, tuning
+from ubmoe.training.checkpoints import Work
+from ubmoe.training.modules import named_by, tuning
 
 
 def section(path, **keys):
@@ -134,7 +135,7 @@ def test_the_saved_adapter_loads_to_the_merged_model(saved, tmp_path):
             if "lora_" in name:
                 torch.nn.init.normal_(value, std=0.5)
     path = str(tmp_path / "stage" / "adapter")
-    assert lora.attention_of(path) == "bidirectional"
+    assert lora.adapter_attention(path) == "bidirectional"
     settings = json.loads((tmp_path / "stage" / "adapter" / "adapter_config.json").read_text())
     assert set(settings["target_modules"]) == {"gate_proj", "up_proj", "down_proj"}
     again = load_model(section(saved, adapter=path), bidirectional=True)

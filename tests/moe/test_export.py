@@ -13,7 +13,8 @@ from ubmoe.bidirectional import prove_attention
 from ubmoe.config import BiSection, UserError
 from ubmoe.encoder.sentence_encoder import as_encoder, save_encoder
 from ubmoe.moe import export
-from ubmoe.moe.model import join, routers
+from ubmoe.moe.joining import join
+from ubmoe.moe.routers import router_weights
 
 MADE = "\nMade in a test.\n"
 TEXTS = ["The cat slept.", "A much longer sentence about the small horse in the garden.", "No."]
@@ -91,7 +92,7 @@ def test_a_causal_encoder_stays_causal_in_both_exports(tiny_path, tmp_path):
     settings = BiSection(attention="causal", prompt=None)
     encoder = as_encoder(bi, tokenizer, settings)
     save_encoder(encoder, bi, tokenizer, settings, tmp_path / "bi")
-    assert export.attention_of(tmp_path / "bi") == "causal"
+    assert export.encoder_attention(tmp_path / "bi") == "causal"
     export.save_modes(uni, bi, tokenizer, tmp_path / "bi", tmp_path / "modes", MADE)
     export.save_mixture(join(uni, bi), tokenizer, tmp_path / "bi", tmp_path / "ubmoe", MADE)
     stock = SentenceTransformer(str(tmp_path / "modes"), device="cpu")
@@ -108,14 +109,16 @@ def test_routers_stay_float32_in_the_file(sources, tmp_path):
     export.save_mixture(model, tokenizer, encoder, tmp_path / "ubmoe", MADE)
     tensors = load_file(tmp_path / "ubmoe" / "model.safetensors")
     for name, value in tensors.items():
-        assert value.dtype == (torch.float32 if name in routers(model) else torch.bfloat16), name
-    for name, value in routers(model).items():
+        assert value.dtype == (
+            torch.float32 if name in router_weights(model) else torch.bfloat16
+        ), name
+    for name, value in router_weights(model).items():
         assert torch.equal(tensors[name], value)
 
 
 def test_what_is_no_encoder_is_refused_with_the_command_that_makes_one(tmp_path):
     with pytest.raises(UserError, match=r"has no modules.json; run train_bi.py with the same"):
-        export.attention_of(tmp_path)
+        export.encoder_attention(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["config.json", "modules.json", "sentence_bert_config.json"])
@@ -123,7 +126,7 @@ def test_a_damaged_encoder_is_refused(sources, name):
     encoder = sources[3]
     (encoder / name).write_text("{")
     with pytest.raises(UserError, match=f"{name}: no JSON"):
-        export.attention_of(encoder)
+        export.encoder_attention(encoder)
 
 
 def test_the_snippet_of_the_readme_generates_and_embeds(tiny_path, tmp_path):

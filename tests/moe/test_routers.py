@@ -5,16 +5,16 @@ import torch
 from builders import KilledError, drawn, pair, random_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ubmoe.config import BiSection, LoraSection, MixtureSection, UserError, load_config
-from ubmoe.data.chats import Chat, labelled, read_chats
+from ubmoe.config import BiSection, LoraSection, MoeSection, UserError, load_config
+from ubmoe.data.chats import Chat, collate, read_chats
+from ubmoe.data.padding import IGNORE_INDEX
 from ubmoe.encoder.sentence_encoder import as_encoder
 from ubmoe.models import lora
-from ubmoe.moe import model as moe
-from ubmoe.moe import routers
-from ubmoe.moe.distillation import Both
-from ubmoe.moe.model import join
-from ubmoe.training.losses import IGNORED, mean_loss, predictions
-from ubmoe.training.trainer import Work
+from ubmoe.moe import router_training, routers
+from ubmoe.moe.distillation import Distillation
+from ubmoe.moe.joining import join
+from ubmoe.training.checkpoints import Work
+from ubmoe.training.losses import mean_loss, predictions
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def chats(tokenizer):
 
 def settings(**keys):
     common = {"per_device_train_batch_size": 4, "max_steps": 4, "logging_steps": 1}
-    return MixtureSection(**common | keys)
+    return MoeSection(**common | keys)
 
 
 def test_a_batch_is_padded_right_and_only_answers_are_labelled():
@@ -37,21 +37,21 @@ def test_a_batch_is_padded_right_and_only_answers_are_labelled():
         Chat("a", [5, 6, 7], [False, True, True], ["prompt", "answer", "template"]),
         Chat("b", [8], [True], ["answer"]),
     ]
-    batch = {name: value.tolist() for name, value in labelled(chats).items()}
+    batch = {name: value.tolist() for name, value in collate(chats).items()}
     assert batch["input_ids"] == [[5, 6, 7], [8, 0, 0]]
     assert batch["attention_mask"] == [[1, 1, 1], [1, 0, 0]]
-    assert batch["labels"] == [[IGNORED, 6, 7], [8, IGNORED, IGNORED]]
+    assert batch["labels"] == [[IGNORE_INDEX, 6, 7], [8, IGNORE_INDEX, IGNORE_INDEX]]
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma2", "qwen2_moe"])
 def test_the_loss_is_the_librarys_own(chats, family):
     model = random_model(family, vocab_size=1000)
-    batch = labelled(chats[:3])
+    batch = collate(chats[:3])
     labels = batch.pop("labels")
     found = mean_loss(*predictions(model, model.get_output_embeddings(), batch, labels))
     expected = model(**batch, labels=labels).loss
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    none = torch.full_like(labels, IGNORED)
+    none = torch.full_like(labels, IGNORE_INDEX)
     assert mean_loss(*predictions(model, model.get_output_embeddings(), batch, none)) == 0
 
 
@@ -60,10 +60,10 @@ def test_every_router_moves_in_float32_and_nothing_else_does(chats, tmp_path, ke
     uni, bi = pair(vocab_size=1000)
     model = drawn(join(uni, bi, keys.get("top_k", 2)), scale=0.1)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    log = routers.train(model, settings(**keys), chats, Work(tmp_path, 0))
+    log = router_training.train(model, settings(**keys), chats, Work(tmp_path, 0))
     for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name]) == (name not in moe.routers(model)), name
-    assert {value.dtype for value in moe.routers(model).values()} == {torch.float32}
+        assert torch.equal(value, before[name]) == (name not in routers.router_weights(model)), name
+    assert {value.dtype for value in routers.router_weights(model).values()} == {torch.float32}
     row = log[0]
     assert 0 < row["bi_weight"] < 1 and 0 < row["router_entropy"] <= 0.6932
     assert len(row["bi_weight_by_layer"]) == 2
@@ -73,10 +73,12 @@ def test_a_bfloat16_mixture_trains_its_float32_routers_under_autocast(chats, tmp
     uni, bi = (model.bfloat16() for model in pair(vocab_size=1000))
     model = drawn(join(uni, bi), scale=0.1)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    routers.train(model, settings(bf16=True), chats, Work(tmp_path, 0))
+    router_training.train(model, settings(bf16=True), chats, Work(tmp_path, 0))
     for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name]) == (name not in moe.routers(model)), name
-        assert value.dtype == (torch.float32 if name in moe.routers(model) else torch.bfloat16)
+        assert torch.equal(value, before[name]) == (name not in routers.router_weights(model)), name
+        assert value.dtype == (
+            torch.float32 if name in routers.router_weights(model) else torch.bfloat16
+        )
 
 
 def test_routers_learn_to_prefer_the_better_expert(tiny_path, chats, tmp_path):
@@ -87,7 +89,9 @@ def test_routers_learn_to_prefer_the_better_expert(tiny_path, chats, tmp_path):
             if ".mlp.down_proj" in name:
                 value.copy_(value.flip(0))  # an FFN of the right size that says the wrong things
     model = join(uni, bi)
-    log = routers.train(model, settings(max_steps=25, learning_rate=0.01), chats, Work(tmp_path, 0))
+    log = router_training.train(
+        model, settings(max_steps=25, learning_rate=0.01), chats, Work(tmp_path, 0)
+    )
     rows = [row for row in log if "loss" in row]
     assert rows[0]["bi_weight"] == pytest.approx(0.5, abs=1e-5)
     assert rows[-1]["bi_weight"] < 0.3 and rows[-1]["loss"] < rows[0]["loss"] / 2
@@ -98,11 +102,11 @@ def test_a_killed_run_goes_on_to_the_same_routers(chats, tmp_path, dying):
     def train(directory, resume=False):
         model = join(*pair(vocab_size=1000))
         keys = {"max_steps": 14, "save_steps": 3}  # 40 chats in batches of 4: the second epoch
-        routers.train(model, settings(**keys), chats, Work(directory, 0, resume))
-        return torch.stack([value.detach() for value in moe.routers(model).values()])
+        router_training.train(model, settings(**keys), chats, Work(directory, 0, resume))
+        return torch.stack([value.detach() for value in routers.router_weights(model).values()])
 
     whole = train(tmp_path / "whole")
-    steps = dying(routers._Trainer, 14)
+    steps = dying(router_training.RouterTrainer, 14)
     with pytest.raises(KilledError):
         train(tmp_path / "half")
     assert torch.equal(train(tmp_path / "half", resume=True), whole)
@@ -112,8 +116,8 @@ def test_a_killed_run_goes_on_to_the_same_routers(chats, tmp_path, dying):
 def test_a_run_that_is_over_is_only_loaded_and_another_encoders_routers_are_not(chats, tmp_path):
     def train(model, resume, **keys):
         keys = settings(lr_scheduler_type="constant", **keys)
-        log = routers.train(model, keys, chats, Work(tmp_path, 0, resume))
-        return torch.stack([v.detach() for v in moe.routers(model).values()]), log
+        log = router_training.train(model, keys, chats, Work(tmp_path, 0, resume))
+        return torch.stack([v.detach() for v in routers.router_weights(model).values()]), log
 
     first, log = train(join(*pair(vocab_size=1000)), False)
     again, read = train(join(*pair(vocab_size=1000)), True, route="half", logging_steps=3)
@@ -124,17 +128,21 @@ def test_a_run_that_is_over_is_only_loaded_and_another_encoders_routers_are_not(
     other, _ = train(join(uni, bi), True)
     assert not torch.equal(first, other)
     fresh = join(uni, bi)
-    routers.train(fresh, settings(lr_scheduler_type="constant"), chats, Work(tmp_path / "x", 0))
-    assert torch.equal(other, torch.stack([v.detach() for v in moe.routers(fresh).values()]))
+    router_training.train(
+        fresh, settings(lr_scheduler_type="constant"), chats, Work(tmp_path / "x", 0)
+    )
+    assert torch.equal(
+        other, torch.stack([v.detach() for v in routers.router_weights(fresh).values()])
+    )
 
 
 def test_fewer_chats_than_a_batch_and_weights_that_explode_are_refused(chats, tmp_path):
     model = join(*pair(vocab_size=1000))
     with pytest.raises(UserError, match="3 rows to train on, and a step takes 4"):
-        routers.train(model, settings(), chats[:3], Work(tmp_path, 0))
+        router_training.train(model, settings(), chats[:3], Work(tmp_path, 0))
     keys = settings(max_steps=1, learning_rate=1e39)
     with pytest.raises(UserError, match="lower learning_rate"):
-        routers.train(model, keys, chats, Work(tmp_path, 0))
+        router_training.train(model, keys, chats, Work(tmp_path, 0))
 
 
 def test_the_load_balancing_loss_is_added_at_top_k_1(chats, tmp_path):
@@ -143,7 +151,9 @@ def test_the_load_balancing_loss_is_added_at_top_k_1(chats, tmp_path):
         model = drawn(join(*pair(vocab_size=1000), 1), scale=0.5)
         keys = {"top_k": 1, "router_init": "uni", "router_aux_loss_coef": coefficient}
         work = Work(tmp_path / str(coefficient), 0)
-        values[coefficient] = routers.train(model, settings(**keys, max_steps=1), chats, work)
+        values[coefficient] = router_training.train(
+            model, settings(**keys, max_steps=1), chats, work
+        )
     # balanced experts give 1, a single one gives 2
     assert 0.99 < values[1.0][0]["loss"] - values[0.0][0]["loss"] < 2.01
 
@@ -155,7 +165,7 @@ def test_shares_by_role_are_means_over_the_tokens_of_a_role():
         Chat("b", [8, 9], [False] * 2, ["answer", "template"]),
     ]
     found = routers.shares_by_role(model, chats)
-    first, second = moe.bi_share(model, [torch.tensor([chat.ids]) for chat in chats])
+    first, second = routers.bi_share(model, [torch.tensor([chat.ids]) for chat in chats])
     for layer, row in enumerate(found):
         answers = (first[layer, 1] + first[layer, 2] + second[layer, 0]) / 3
         assert row["answer"] == pytest.approx(answers.item())
@@ -190,11 +200,11 @@ def test_adapters_on_a_mixture_are_refused_with_the_reason():
 
 def test_only_a_mixture_has_routers(chats, tmp_path):
     with pytest.raises(UserError, match="is no mixture of two experts"):
-        routers.train(random_model("qwen2"), settings(), chats, Work(tmp_path, 0))
+        router_training.train(random_model("qwen2"), settings(), chats, Work(tmp_path, 0))
 
 
 @pytest.fixture
-def both(tiny_path, tokenizer, chats):
+def distillation(tiny_path, tokenizer, chats):
     """A mixture of the embedded model and a bi FFN of its own, and its second objective."""
     uni, bi = (AutoModelForCausalLM.from_pretrained(tiny_path) for _ in range(2))
     generator = torch.Generator().manual_seed(3)
@@ -204,13 +214,13 @@ def both(tiny_path, tokenizer, chats):
             weight += torch.randn(weight.shape, generator=generator) * weight.std()
     model = join(uni, bi)
     encoder = as_encoder(model, tokenizer, BiSection(prompt="Say: {text}"))
-    return Both(chats, ["The dog sleeps.", "Anna eats bread."], encoder, model), bi
+    return Distillation(chats, ["The dog sleeps.", "Anna eats bread."], encoder, model), bi
 
 
-def test_the_second_objective_is_the_distance_from_the_encoders_vectors(both, tokenizer):
-    data, bi = both
+def test_the_second_objective_is_the_distance_from_the_encoders_vectors(distillation, tokenizer):
+    data, bi = distillation
     batch = data.collated([data[0], data[1]])
-    assert torch.equal(batch["labels"], labelled(data.chats[:2])["labels"])
+    assert torch.equal(batch["labels"], collate(data.chats[:2])["labels"])
     bi.config.is_causal = False
     wanted = as_encoder(bi, tokenizer, BiSection(prompt="Say: {text}")).encode(
         data.sentences, convert_to_tensor=True
@@ -224,9 +234,9 @@ def test_the_second_objective_is_the_distance_from_the_encoders_vectors(both, to
     assert expected > 0.01 and data.model.config.is_causal is True
 
 
-def test_routers_learn_both_objectives(both, tmp_path):
-    data, _ = both
+def test_routers_learn_both_objectives(distillation, tmp_path):
+    data, _ = distillation
     keys = {"objective": "both", "max_steps": 15, "learning_rate": 0.02, "embedding_weight": 10.0}
-    log = routers.train(data.model, settings(**keys), data.chats, Work(tmp_path, 0), data)
+    log = router_training.train(data.model, settings(**keys), data.chats, Work(tmp_path, 0), data)
     rows = [row for row in log if "loss" in row]
     assert rows[-1]["embedding_distance"] < 0.8 * rows[0]["embedding_distance"]

@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 from builders import run
 
-from ubmoe import recording as results
 from ubmoe.config import ProbingSection, UserError, load_config
+from ubmoe.files import save_figure
 from ubmoe.probing import __main__ as probing
-from ubmoe.probing import experiment as comparison
+from ubmoe.probing import experiment
+from ubmoe.probing.anisotropy import cosine_of_known, mean_of_known
+from ubmoe.probing.rows import probed
 from ubmoe.probing.tasks import read_tasks
 from ubmoe.report import figures
+from ubmoe.results.__main__ import table
 
 KEYS = ["model.device=cpu"]
 
@@ -21,12 +24,12 @@ KEYS = ["model.device=cpu"]
 def section(tiny_path, tmp_path_factory):
     folder = tmp_path_factory.mktemp("probing")
     keys = [*KEYS, f"output_dir={folder}", "probing.tasks=[context,wic]"]
-    code, output, errors = run(*keys, script="-mubmoe.probing")
+    code, output, errors = run(*keys, script="-m ubmoe.probing")
     assert code == 0, errors
     assert output == f"{folder}/probing.json\n"
     pictures = {path.name for path in folder.glob("*.png")}
     assert pictures == {"probing_context.png", "probing_anisotropy.png"}
-    assert "subject_animacy@2" in results.table(load_config(None, [f"output_dir={folder}"]))
+    assert "subject_animacy@2" in table(load_config(None, [f"output_dir={folder}"]))
     return json.loads((folder / "probing.json").read_text())["probing"]
 
 
@@ -83,8 +86,23 @@ def test_random_labels_are_at_chance(section):
 def test_differences_say_what_is_inside_noise(section):
     for row in section["differences"]:
         assert row["label"] == "Bi, untrained" and row["against"] == "Uni"
-        assert row["inside_noise"] == (abs(row["difference"]) <= row["noise"])
     assert {row["inside_noise"] for row in section["differences"]} == {True, False}
+
+
+@pytest.mark.parametrize(
+    ("score", "inside"), [(0.71, True), (0.89, True), (0.69, False), (0.91, False)]
+)
+def test_a_difference_is_noise_within_two_standard_errors_of_it(score, inside):
+    """Errors of 0.03 and 0.04 make one of 0.05: 0.1 around 0.8 is noise."""
+    same = dict.fromkeys(("task", "position", "layer", "features", "probe", "split"), "x")
+
+    def report(label, value, error):
+        row = same | {"control": "none", "spearman": value, "spearman_stderr": error}
+        return {"label": label, "rows": [row, row | {"control": "random labels"}]}
+
+    [found] = experiment.differences([report("a", 0.8, 0.03), report("b", score, 0.04)])
+    assert found["difference"] == pytest.approx(score - 0.8)
+    assert found["noise"] == pytest.approx(0.1) and found["inside_noise"] is inside
 
 
 def test_anisotropy_is_there_for_every_layer(section):
@@ -97,11 +115,11 @@ def test_anisotropy_is_there_for_every_layer(section):
 
 def test_where_no_two_words_are_left_anisotropy_is_null_and_a_gap(tmp_path):
     one = np.array([[1.0, 2.0], [np.nan, np.nan]])
-    assert comparison._cosine(one) is None and comparison._mean_known([None, None]) is None
-    assert comparison._mean_known([comparison._cosine(np.ones((2, 2))), None]) == pytest.approx(1)
+    assert cosine_of_known(one) is None and mean_of_known([None, None]) is None
+    assert mean_of_known([cosine_of_known(np.ones((2, 2))), None]) == pytest.approx(1)
     model = {"label": "a", "anisotropy": {"between": [0.5, 0.25], "within": [None, 0.5]}}
-    figure = figures._anisotropy([model])
-    results.save_figure(figure, tmp_path / "a.png")
+    figure = figures.anisotropy([model])
+    save_figure(figure, tmp_path / "a.png")
     for axes, first in zip(figure.axes, (0.5, np.nan), strict=True):
         drawn = np.asarray(axes.lines[0].get_ydata(), float)
         assert np.array_equal(drawn[:1], [first], equal_nan=True)
@@ -133,16 +151,16 @@ def test_words_that_were_cut_away_are_left_out_and_none_left_is_said():
     [task] = read_tasks("tiny", ["concreteness"])
     vectors = np.random.default_rng(0).normal(size=(len(task.words), 1, 8))
     vectors[::2] = np.nan
-    rows = comparison._probed(task, vectors, "none", settings)
+    rows = probed(task, vectors, "none", settings)
     assert {row["split"] for row in rows} == {"random", "lemma"}
     vectors[:] = np.nan
     with pytest.raises(UserError, match="512 cuts every word of concreteness away"):
-        comparison._probed(task, vectors, "none", settings)
+        probed(task, vectors, "none", settings)
 
 
 def test_models_need_labels_of_their_own():
     def labels(models):
-        return list(comparison.labelled(load_config(None, [f"probing.models={models}"])))
+        return list(experiment.models_by_label(load_config(None, [f"probing.models={models}"])))
 
     assert labels("[]") == ["Uni", "Bi, untrained"]
     other = "{name: a/tiny, attention: causal, route: half}"
@@ -164,7 +182,7 @@ def test_models_need_labels_of_their_own():
 def test_bad_input_is_one_last_line_and_exit_2(tiny_path, tmp_path, arguments, expected):
     arguments = [each.format() for each in arguments]
     code, output, errors = run(
-        *KEYS, f"output_dir={tmp_path}/run", *arguments, script="-mubmoe.probing"
+        *KEYS, f"output_dir={tmp_path}/run", *arguments, script="-m ubmoe.probing"
     )
     assert (code, output) == (2, ""), errors
     assert "Traceback" not in errors and expected in errors.splitlines()[-1]

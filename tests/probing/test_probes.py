@@ -5,7 +5,9 @@ import pytest
 from sklearn.metrics import balanced_accuracy_score
 
 from ubmoe.probing import probes
-from ubmoe.probing.tasks import Task, Word
+from ubmoe.probing.anisotropy import mean_cosine
+from ubmoe.probing.items import Task
+from ubmoe.probing.word_vectors import Word
 
 
 def task(targets, groups=None, pair=False, test=None):
@@ -57,10 +59,10 @@ def test_errors_are_those_of_whole_words():
     groups = np.repeat(np.arange(40), 25)
     targets = rng.integers(2, size=1000).astype(float)
     said = np.where(np.repeat(right, 25), targets, 1 - targets)
-    errors = probes.bootstrap(probes.binary_metrics, targets, said, groups, 0)
+    errors = probes.standard_errors(probes.binary_metrics, targets, said, groups, 0)
     share = right.mean()
     assert errors["accuracy"] == pytest.approx((share * (1 - share) / 40) ** 0.5, rel=0.2)
-    apart = probes.bootstrap(probes.binary_metrics, targets, said, np.arange(1000), 0)
+    apart = probes.standard_errors(probes.binary_metrics, targets, said, np.arange(1000), 0)
     assert apart["accuracy"] < errors["accuracy"] / 3
 
 
@@ -87,7 +89,7 @@ def test_mean_cosine_is_that_of_all_pairs():
     vectors = np.random.default_rng(0).normal(size=(7, 5)) + 1
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     pairs = [unit[a] @ unit[b] for a in range(7) for b in range(7) if a != b]
-    assert probes.mean_cosine(vectors) == pytest.approx(np.mean(pairs))
+    assert mean_cosine(vectors) == pytest.approx(np.mean(pairs))
 
 
 def test_mlps_have_the_sizes_of_the_paper():

@@ -3,7 +3,10 @@
 import pytest
 
 from ubmoe.config import UserError
-from ubmoe.probing.tasks import FEATURES, READERS, TINY, lemma, read_tasks, text
+from ubmoe.probing.files import READERS
+from ubmoe.probing.items import FEATURES, lemma, text
+from ubmoe.probing.tasks import read_tasks
+from ubmoe.probing.tiny import TINY
 
 NORMS = [f"{each}.M" for each in ("Vision", "Hearing", "Olfaction", "Interoception", "Taste")]
 NORMS += [f"{each}.M" for each in ("Touch", "Foot_leg", "Mouth_throat", "Torso", "Head")]

@@ -7,7 +7,7 @@ from builders import random_model
 from transformers import AutoTokenizer
 
 from ubmoe.config import UserError
-from ubmoe.probing.tasks import text, tokens
+from ubmoe.probing.items import text, tokens
 from ubmoe.probing.word_vectors import Sentences, Word, word_vectors
 
 TALES = [

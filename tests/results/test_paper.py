@@ -3,12 +3,14 @@
 from builders import MODEL, RECORDS, SEEDS, dependence, encoder, scores
 
 from ubmoe.config import load_config
-from ubmoe.report.tables import SHARES
+from ubmoe.dependence import SHARES
 from ubmoe.results import paper
+from ubmoe.results.entries import by_row, entries
+from ubmoe.results.records import Records
 
 
 def lines(number, shown=None, records=RECORDS, seeds=SEEDS):
-    header, *body = paper.rows(number, MODEL, records, seeds, shown)
+    header, *body = paper.rows(number, MODEL, Records.of_names(records), seeds, shown)
     return header, {row[0]: row[1:] for row in body}
 
 
@@ -49,9 +51,9 @@ def test_generation_is_of_base_mixture_encoders_and_bitune():
 
 def test_a_model_of_no_table_has_ours_alone_and_misprints_are_said():
     config = load_config(None, ["model.name=Qwen/Qwen1.5-4B-Chat"])
-    said = paper.text(3, config, {})
+    said = paper.text(3, config, Records.of_names({}))
     assert "its DP-after is probably 34.43" in said and said.count("Misprint") == 2
-    other = paper.text("all", load_config(None, ["model.name=some/other"]), {})
+    other = paper.text("all", load_config(None, ["model.name=some/other"]), Records.of_names({}))
     assert other.count("Table") == 3 and "(" not in other.splitlines()[1]
 
 
@@ -89,7 +91,7 @@ def test_a_row_of_unlike_runs_says_in_what_they_differ():
                 if section != "seed"
             }
             records[name] = record | {"config": config | {"seed": record["config"]["seed"]}}
-        return paper.notes(paper.NAMES[number], MODEL, records, SEEDS)
+        return paper.notes(paper.NAMES[number], MODEL, Records.of_names(records), SEEDS)
 
     stages = [{"objective": "simcse", "train": ["ffn"], "learning_rate": 2.0}]
     second = {"bi": {"stages": stages, "prompt": "x"}, "evaluation": {"generation": ["a"]}}
@@ -130,7 +132,7 @@ def test_mixtures_of_unlike_encoders_are_told():
         section = mixture["generation"] | {"bi_weights": f"w{seed}"}
         config = mixture["config"] | {"seed": seed}
         records[f"m.generation.seed{seed}"] = mixture | {"config": config, "generation": section}
-    said = paper.notes("routes", MODEL, records, SEEDS)
+    said = paper.notes("routes", MODEL, Records.of_names(records), SEEDS)
     assert f"Unlike runs in one row, {paper.UBMOE}: bi.prompt." in said
 
 
@@ -141,13 +143,13 @@ def test_what_was_measured_of_one_run_never_stands_beside_another_of_its_row():
     records = {key: each for key, each in RECORDS.items() if key != "a.evaluation.seed0"}
     [first] = [
         each
-        for each in paper.entries("encoders", MODEL, records | twin | evaluated, [0])
+        for each in entries("encoders", MODEL, Records.of_names(records | twin | evaluated), [0])
         if each.row == "ffn"
     ]
     assert ("DP-after" in first.cells) != ("perplexity" in first.cells)
     whole = dependence("z", 0, "bi", 77.0)
-    entries = paper.entries("encoders", MODEL, records | twin | evaluated | whole, [0])
-    [first] = [each for each in entries if each.row == "ffn"]
+    every = entries("encoders", MODEL, Records.of_names(records | twin | evaluated | whole), [0])
+    [first] = [each for each in every if each.row == "ffn"]
     assert (first.cells["average"], first.cells["DP-after"]) == (99.0, 77.0)  # of which more is
 
 
@@ -180,9 +182,9 @@ def test_an_average_is_of_the_published_tasks_or_is_said_to_be_of_others():
         for seed, tasks in enumerate(seeds):
             records[f"a.evaluation.seed{seed}"] = evaluated(seed, *tasks)
         theirs = {"ffn, read causally": dict.fromkeys((*three, "average"), 42.0)}
-        own = paper.by_row("generation", MODEL, records, SEEDS)
+        own = by_row("generation", MODEL, Records.of_names(records), SEEDS)
         row = "ffn, read causally"
-        return paper._cell(row, own[row], "average", theirs[row])
+        return paper.compared(row, own[row], "average", theirs[row])
 
     three = ("mmlu", "winogrande", "truthfulqa_mc2")
     assert average(three, three) == "40.00 ±0.00 (42.00, -2.00)"
@@ -196,11 +198,13 @@ def test_only_runs_of_the_studys_seeds_are_averaged_and_missing_ones_are_counted
     assert lines(2, ["average"], records)[1]["ffn"][:2] == ["2", "61.00 ±1.41 (66.96, -5.96)"]
     assert lines(2, ["average"], records, [42])[1]["ffn"] == ["1", "90.00 (66.96, +23.04)"]
     config = load_config(None, [f"model.name=Qwen/{MODEL}"])
-    assert "Not shown: runs of seed 42; see results.seeds." in paper.text(2, config, records)
-    assert "Not shown" not in paper.text(2, config, RECORDS)
-    own = paper.by_row("sts", MODEL, records, SEEDS)["ffn"]
+    assert "Not shown: runs of seed 42; see results.seeds." in paper.text(
+        2, config, Records.of_names(records)
+    )
+    assert "Not shown" not in paper.text(2, config, Records.of_names(RECORDS))
+    own = by_row("sts", MODEL, Records.of_names(records), SEEDS)["ffn"]
     own[1].cells["STS12"] = None
-    assert paper._cell("ffn", own, "STS12", {}) == "61.00 of 1"
+    assert paper.compared("ffn", own, "STS12", {}) == "61.00 of 1"
 
 
 def test_shots_and_limits_are_said_beside_the_published_numbers():
@@ -210,6 +214,6 @@ def test_shots_and_limits_are_said_beside_the_published_numbers():
         "m.generation.seed0": record | {"generation": record["generation"] | asked}
     }
     config = load_config(None, [f"model.name=Qwen/{MODEL}"])
-    said = paper.text(4, config, records)
+    said = paper.text(4, config, Records.of_names(records))
     assert "Shots of ours: mmlu 5; the first 100 questions of each task." in said.splitlines()
-    assert "Shots" not in paper.text(4, config, RECORDS)
+    assert "Shots" not in paper.text(4, config, Records.of_names(RECORDS))

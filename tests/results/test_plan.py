@@ -10,9 +10,9 @@ import pytest
 import torch
 from builders import random_model
 
-from ubmoe import recording as results
 from ubmoe.config import ResultsSection, UserError, load_config
-from ubmoe.results import plan as study
+from ubmoe.recording import recording
+from ubmoe.results import plan
 
 
 def config(tmp_path, *keys):
@@ -26,7 +26,7 @@ def kinds(steps):
 
 def test_a_table_is_its_rows_by_seed_and_the_base_once(tmp_path):
     keys = ["results.rows=[base, ffn+attention, ffn causal]", "results.seeds=[3, 5]"]
-    steps = study.steps(config(tmp_path, *keys, "results.table=2"))
+    steps = plan.steps(config(tmp_path, *keys, "results.table=2"))
     assert kinds(steps) == [
         ("base", "sts", 3),
         *((row, "sts", seed) for seed in (3, 5) for row in ("ffn+attention", "ffn causal")),
@@ -35,13 +35,13 @@ def test_a_table_is_its_rows_by_seed_and_the_base_once(tmp_path):
     assert steps[1].config.bi.stages[0].train == ["ffn", "attention"]
     assert [step.config.bi.attention for step in steps[1:3]] == ["bidirectional", "causal"]
     assert steps[2].config.output_dir.endswith("small/study/seed3/small-ffn-causal")
-    third = study.steps(config(tmp_path, *keys, "results.table=3"))
+    third = plan.steps(config(tmp_path, *keys, "results.table=3"))
     assert [step.result for step in third] == ["sts", "dependence"] * 5
 
 
 @pytest.mark.parametrize("table", [2, 3, 4, "all"])
 def test_every_run_finds_what_it_needs_in_an_earlier_one(tmp_path, table):
-    steps = study.steps(config(tmp_path, f"results.table={table}"))
+    steps = plan.steps(config(tmp_path, f"results.table={table}"))
     made: set[str] = set()
     for step in steps:
         needed = [step.config.model.name, step.config.ubmoe.bi]
@@ -58,7 +58,7 @@ def test_every_run_finds_what_it_needs_in_an_earlier_one(tmp_path, table):
 
 def finish(step):
     """What a program would leave; what it trains depends on how."""
-    with results.recording("x", step.result, step.config) as run:
+    with recording("x", step.result, step.config) as run:
         run.model = random_model("qwen2")
         trains = {"sts": step.config.bi, "generation": step.config.ubmoe}.get(step.result)
         upstream = {"shift": 0.0}
@@ -71,49 +71,49 @@ def finish(step):
         run.more = {"shift": shift}
         with torch.no_grad():
             run.model.model.norm.weight += shift
-    if step.result in study.LEFT:
+    if step.result in plan.LEFT:
         step.left.mkdir(exist_ok=True)
 
 
 def test_a_run_that_is_there_is_not_repeated_and_one_with_other_keys_is(tmp_path, monkeypatch):
     ran = []
-    monkeypatch.setattr(study, "_execute", lambda step: (ran.append(step.row), finish(step)))
+    monkeypatch.setattr(plan, "execute", lambda step: (ran.append(step.row), finish(step)))
     keys = ["results.table=2", "results.seeds=[1]", "results.rows=[base, ffn]"]
-    study.run(config(tmp_path, *keys))
+    plan.run(config(tmp_path, *keys))
     assert ran == ["base", "ffn"]
     names = {path.name for path in (tmp_path / "records").iterdir()}
     assert names == {"small-base.sts.seed1.json", "small-ffn.sts.seed1.json"}
-    assert "done in" in study.plan(config(tmp_path, *keys))
-    study.run(config(tmp_path, *keys, "results.rows=[base, ffn, all]"))
+    assert "done in" in plan.plan(config(tmp_path, *keys))
+    plan.run(config(tmp_path, *keys, "results.rows=[base, ffn, all]"))
     assert ran == ["base", "ffn", "all"]
-    same = study.plan(config(tmp_path, *keys, "dependence.max_texts=7", "bitune.rank=3"))
+    same = plan.plan(config(tmp_path, *keys, "dependence.max_texts=7", "bitune.rank=3"))
     assert same.count("done in") == 2
     changed = config(tmp_path, *keys, "evaluation.sts=[]")
-    assert "run with other keys" in study.plan(changed)
-    study.run(changed)
+    assert "run with other keys" in plan.plan(changed)
+    plan.run(changed)
     assert ran == ["base", "ffn", "all", "base", "ffn"]
 
 
 def test_what_was_measured_of_another_encoder_is_measured_again(tmp_path, monkeypatch):
     ran = []
     monkeypatch.setattr(
-        study, "_execute", lambda step: (ran.append((step.row, step.result)), finish(step))
+        plan, "execute", lambda step: (ran.append((step.row, step.result)), finish(step))
     )
     keys = ["results.table=all", "results.seeds=[1]", "results.rows=[base, ffn, ffn causal]"]
 
     def again(*more):
         ran.clear()
-        study.run(config(tmp_path, *keys, *more))
+        plan.run(config(tmp_path, *keys, *more))
         return set(ran)
 
     first = again()
     assert ("ubmoe", "dependence") in first and len(first) == 15
     assert again() == set()
-    bitune = {(f"bitune {variant}", "bitune") for variant in study.BITUNE}
+    bitune = {(f"bitune {variant}", "bitune") for variant in plan.BITUNE}
     base = {("base", result) for result in ("sts", "dependence", "evaluation")}
     assert again("bi.stages.0.max_steps=7") == first - base - bitune
     assert again("bi.stages.0.max_steps=7", "ubmoe.learning_rate=0.5") == {
-        *((name, "generation") for name in study.MIXTURES),
+        *((name, "generation") for name in plan.MIXTURES),
         ("ubmoe", "dependence"),
     }
     assert again("model.name=other") == first
@@ -123,26 +123,26 @@ def test_what_was_measured_of_another_encoder_is_measured_again(tmp_path, monkey
 def test_what_was_removed_is_made_again_all_the_way_down(tmp_path, monkeypatch):
     ran = []
     monkeypatch.setattr(
-        study, "_execute", lambda step: (ran.append((step.row, step.result)), finish(step))
+        plan, "execute", lambda step: (ran.append((step.row, step.result)), finish(step))
     )
     keys = ["results.table=all", "results.seeds=[1]", "results.rows=[ffn, ffn causal]"]
-    study.run(config(tmp_path, *keys))
-    steps = study.steps(config(tmp_path, *keys))
+    plan.run(config(tmp_path, *keys))
+    steps = plan.steps(config(tmp_path, *keys))
     [last] = [step for step in steps if (step.row, step.result) == ("ubmoe", "dependence")]
     ran.clear()
     for step in steps:
-        if step.result in study.LEFT:
+        if step.result in plan.LEFT:
             step.left.rmdir()
-    study.run(config(tmp_path, *keys))
+    plan.run(config(tmp_path, *keys))
     assert ran == []  # nothing needs them
     last.path.unlink()
-    study.run(config(tmp_path, *keys))
+    plan.run(config(tmp_path, *keys))
     assert ran == [("ffn", "sts"), ("ubmoe", "generation"), ("ubmoe", "dependence")]
 
 
 def test_a_model_that_came_out_otherwise_makes_what_was_measured_of_it_stale(tmp_path, monkeypatch):
     ran, shifts = [], iter([0.0, 0.5])
-    monkeypatch.setattr(study, "_execute", lambda step: ran.append(step.result) or other(step))
+    monkeypatch.setattr(plan, "execute", lambda step: ran.append(step.result) or other(step))
 
     def other(step):
         finish(step)
@@ -157,48 +157,48 @@ def test_a_model_that_came_out_otherwise_makes_what_was_measured_of_it_stale(tmp
             step.path.write_text(json.dumps(record))
 
     keys = ["results.table=3", "results.seeds=[1]", "results.rows=[ffn]"]
-    study.run(config(tmp_path, *keys))
+    plan.run(config(tmp_path, *keys))
     assert ran == ["sts", "dependence"]
-    [encoder, dependence] = study.steps(config(tmp_path, *keys))
+    [encoder, dependence] = plan.steps(config(tmp_path, *keys))
     encoder.left.rmdir()
     dependence.path.unlink()
-    study.run(config(tmp_path, *keys))
+    plan.run(config(tmp_path, *keys))
     assert ran == ["sts", "dependence", "sts", "dependence"]
     records = [json.loads(path.read_text()) for path in (tmp_path / "records").iterdir()]
     assert len({each["environment"]["weights"] for each in records}) == 1
 
 
 def test_a_result_of_a_version_without_weights_runs_again_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "_execute", finish)
+    monkeypatch.setattr(plan, "execute", finish)
     keys = ["results.table=2", "results.seeds=[1]", "results.rows=[base]"]
-    study.run(config(tmp_path, *keys))
-    [step] = study.steps(config(tmp_path, *keys))
+    plan.run(config(tmp_path, *keys))
+    [step] = plan.steps(config(tmp_path, *keys))
     record = json.loads(step.path.read_text())
     del record["environment"]["weights"]
     step.path.write_text(json.dumps(record))
     assert step.state() == "other"
-    study.run(config(tmp_path, *keys))
+    plan.run(config(tmp_path, *keys))
     assert step.state() == "there"
 
 
 def test_a_failed_run_ends_the_study_with_its_last_line(tmp_path):
     keys = ["results.table=3", "results.rows=[base]", "results.seeds=[0]", "model.device=cpu"]
     wrong = config(tmp_path, *keys, "dependence.dataset=none.txt")
-    encoder, _ = study.steps(wrong)
+    encoder, _ = plan.steps(wrong)
     finish(encoder)
     with pytest.raises(UserError, match=r"none.txt: cannot be read.*see .*dependence.log"):
-        study.run(wrong)
+        plan.run(wrong)
     assert [path.name for path in (tmp_path / "records").iterdir()] == ["small-base.sts.seed0.json"]
 
 
 def test_a_study_runs_as_a_program_and_its_commands_are_the_ones_it_ran(tiny_path, tmp_path):
     keys = ["results.table=2", "results.rows=[base]", "results.seeds=[0]", "model.device=cpu"]
     one = config(tmp_path, *keys, "evaluation.sts=[]")
-    said = study.run(one)
+    said = plan.run(one)
     assert said.startswith("1 runs in")
     [path] = (tmp_path / "records").iterdir()
     assert json.loads(path.read_text())["sts"]["tasks"] == {}
-    [command] = [line for line in study.plan(one).splitlines() if not line.startswith("#")]
+    [command] = [line for line in plan.plan(one).splitlines() if not line.startswith("#")]
     assert re.fullmatch(
         r"python train_bi.py \S+study-\w{8}.yaml seed=0 output_dir=\S+ 'bi.*'", command
     )
@@ -208,37 +208,37 @@ def test_a_study_runs_as_a_program_and_its_commands_are_the_ones_it_ran(tiny_pat
 
 def test_mixtures_without_their_encoder_are_refused(tmp_path):
     with pytest.raises(UserError, match="ubmoe-causal needs 'ffn causal'; add it"):
-        study.steps(config(tmp_path, "results.table=4", "results.rows=[base, ffn]"))
+        plan.steps(config(tmp_path, "results.table=4", "results.rows=[base, ffn]"))
     with pytest.raises(UserError, match="run needs one; expected 2, 3, 4 or all"):
-        results.main(config(tmp_path, "results.action=run"))
+        plan.run(config(tmp_path))
     with pytest.raises(UserError, match="expected one at least"):
         config(tmp_path, "results.rows=[]")
 
 
 def test_a_plan_extrapolates_from_a_few_steps(tmp_path):
     one = config(tmp_path, "results.table=3", "results.rows=[ffn]", "results.seeds=[0]")
-    step, dependence = study.steps(one)
+    step, dependence = plan.steps(one)
     assert one.bi.stages[0].max_steps == 60
     log = [{"loss": 1.0}, {"step": 5, "seconds_per_step": 2.0, "train_runtime": 99.0}]
     result = {"seconds": 25.0, "sts": {"stages": [{"log": log, "rows": 4000}]}}
-    assert study._extrapolated(step, result) == 25 + 2 * 55
+    assert plan.extrapolated(step, result) == 25 + 2 * 55
     epochs = dataclasses.replace(
         step, keys=(*step.keys, "bi.stages.0.max_steps=-1", "bi.stages.0.num_train_epochs=2")
     )
-    assert study._extrapolated(epochs, result) == 25 + 2 * (2 * (4000 // 64) - 5)
+    assert plan.extrapolated(epochs, result) == 25 + 2 * (2 * (4000 // 64) - 5)
     measured = {"seconds": 25.0, "dependence": {"seconds": 3.0, "texts": 5}}
-    assert study._extrapolated(dependence, measured) == 25 + 3 * (400 / 5 - 1)
+    assert plan.extrapolated(dependence, measured) == 25 + 3 * (400 / 5 - 1)
     lines = tmp_path / "lines.txt"
     lines.write_text("a line\n" * 7)
     keys = (f"dependence.dataset={lines}", "dependence.max_texts=null")
     every = dataclasses.replace(dependence, keys=(*dependence.keys, *keys))
-    assert study._extrapolated(every, measured) == pytest.approx(25 + 3 * (7 / 5 - 1))
+    assert plan.extrapolated(every, measured) == pytest.approx(25 + 3 * (7 / 5 - 1))
 
 
 def test_a_timed_run_leaves_neither_models_nor_checkpoints(tiny_path, tmp_path):
     keys = ["results.table=2", "results.rows=[ffn]", "results.seeds=[0]", "model.device=cpu"]
-    [step] = study.steps(config(tmp_path, *keys))
-    said = study.estimate(step, 2)
+    [step] = plan.steps(config(tmp_path, *keys))
+    said = plan.estimate(step, 2)
     assert re.fullmatch(r"about \S+ min and \S+ GB, from 2 steps, without scoring", said)
     folder = tmp_path / "small/study/timed/ffn"
     assert (folder / "sts.json").exists() and not [
@@ -251,15 +251,15 @@ def test_a_timed_run_leaves_neither_models_nor_checkpoints(tiny_path, tmp_path):
 def test_a_plan_times_steps_once_and_says_what_it_cannot_time(tiny_path, tmp_path):
     keys = ["results.table=all", "results.rows=[base, ffn, ffn causal]", "results.seeds=[0]"]
     given = config(tmp_path, *keys, "results.timed_steps=2", "model.device=cpu", "bi.stages=[]")
-    base = [step for step in study.steps(given) if step.row == "base"]
-    assert study.estimate(base[2], 2) == "not timed: it only scores"
-    said = study.estimate(base[1], 2)
+    base = [step for step in plan.steps(given) if step.row == "base"]
+    assert plan.estimate(base[2], 2) == "not timed: it only scores"
+    said = plan.estimate(base[1], 2)
     assert re.fullmatch(r"about \S+ min and \S+ GB, from 2 texts, without scoring", said)
     before = (tmp_path / "small/study/timed/base/dependence.json").stat().st_mtime_ns
-    assert study.estimate(base[1], 2) == said
+    assert plan.estimate(base[1], 2) == said
     assert (tmp_path / "small/study/timed/base/dependence.json").stat().st_mtime_ns == before
-    mixture = next(step for step in study.steps(given) if step.row == "ubmoe")
-    assert "small-ffn/bi is not there yet" in study.estimate(mixture, 2)
-    assert "# ubmoe, seed 0, after ffn: not run" in study.plan(
+    mixture = next(step for step in plan.steps(given) if step.row == "ubmoe")
+    assert "small-ffn/bi is not there yet" in plan.estimate(mixture, 2)
+    assert "# ubmoe, seed 0, after ffn: not run" in plan.plan(
         config(tmp_path, *keys, "model.device=cpu")
     )

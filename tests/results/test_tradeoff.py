@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ubmoe.config import UserError, load_config
 from ubmoe.results import tradeoff
+from ubmoe.results.records import Records
 
 NUMBERS = st.integers(0, 9)
 
@@ -44,7 +45,7 @@ ROWS = {"ffn": (31.0, 5.0), "attention": (33.0, 8.0), "all": (36.0, 7.0)}
 
 
 def test_lost_generation_is_the_log_of_the_perplexity_over_the_base():
-    found = tradeoff.tuned(MODEL, study(ROWS), SEEDS)
+    found = tradeoff.tuned(MODEL, Records.of_names(study(ROWS)), SEEDS)
     assert [(each.row, each.after) for each in found] == [
         ("ffn", 1.0),
         ("attention", 3.0),
@@ -71,9 +72,9 @@ def test_the_causal_control_is_drawn_and_told_apart(tmp_path):
     sts = control["r9.sts.seed0"]
     config = sts["config"] | {"bi": sts["config"]["bi"] | {"attention": "causal"}}
     records |= control | {"r9.sts.seed0": sts | {"config": config}}
-    found = tradeoff.tuned(MODEL, records, SEEDS)
+    found = tradeoff.tuned(MODEL, Records.of_names(records), SEEDS)
     assert [each.row for each in found if each.is_control] == ["ffn causal"]
-    axes = tradeoff._claim(MODEL, found).axes[0]
+    axes = tradeoff.claim_figure(MODEL, found).axes[0]
     assert "over 4 rows" in axes.get_title() and "causally: r = " in axes.get_title()
     assert "over 3 rows" in axes.get_title().splitlines()[1]
     drawn = {line.get_label(): line for line in axes.lines}
@@ -87,16 +88,18 @@ def test_without_tasks_the_plane_is_of_perplexity_alone(tmp_path):
         if ".evaluation." in key:
             record["generation"] |= {"average": None, "tasks": {}, "metrics": {}}
     keys = [f"model.name=Qwen/{MODEL}", f"output_dir={tmp_path}"]
-    assert "tradeoff.png" in tradeoff.draw(load_config(None, keys), records)
-    left, right = tradeoff._plane(MODEL, tradeoff.points(MODEL, records, SEEDS)).axes
+    assert "tradeoff.png" in tradeoff.draw(load_config(None, keys), Records.of_names(records))
+    left, right = tradeoff.plane_figure(
+        MODEL, tradeoff.points(MODEL, Records.of_names(records), SEEDS)
+    ).axes
     assert [each.get_text() for each in left.texts] == ["not run"]
     assert len(right.texts) == len(ROWS) + 1 - sum("," in each.get_text() for each in right.texts)
 
 
 def test_a_claim_of_too_few_rows_leaves_no_old_picture(tmp_path):
     keys = [f"model.name=Qwen/{MODEL}", f"output_dir={tmp_path}"]
-    tradeoff.draw(load_config(None, keys), study(ROWS))
-    said = tradeoff.draw(load_config(None, keys), study({"ffn": (31.0, 5.0)}))
+    tradeoff.draw(load_config(None, keys), Records.of_names(study(ROWS)))
+    said = tradeoff.draw(load_config(None, keys), Records.of_names(study({"ffn": (31.0, 5.0)})))
     assert said == f"{tmp_path}/tradeoff.png" and not (tmp_path / "claim.png").exists()
 
 
@@ -109,18 +112,18 @@ def test_points_and_pictures_come_from_the_records(tmp_path):
         for route in ("learned", "uni")
     ]
     records["m.generation.seed0"] = mixture
-    found = tradeoff.points(MODEL, records, SEEDS)
+    found = tradeoff.points(MODEL, Records.of_names(records), SEEDS)
     assert list(found) == ["base", "ffn", "attention", "all", "learned, top_k 2, chat"]
     assert (found["attention"].sts, found["attention"].tasks) == ([52.0], [38.0])
     assert found["learned, top_k 2, chat"].perplexity == [5.0]
-    said = tradeoff.draw(load_config(None, keys), records)
+    said = tradeoff.draw(load_config(None, keys), Records.of_names(records))
     assert said.splitlines() == [f"{tmp_path}/tradeoff.png", f"{tmp_path}/claim.png"]
     assert all((tmp_path / name).stat().st_size > 9000 for name in ("tradeoff.png", "claim.png"))
 
 
 def test_a_picture_needs_models(tmp_path):
     with pytest.raises(UserError, match="0 models of tiny with STS and generation"):
-        tradeoff.draw(load_config(None, [f"output_dir={tmp_path}"]), {})
+        tradeoff.draw(load_config(None, [f"output_dir={tmp_path}"]), Records.of_names({}))
 
 
 def test_points_that_are_close_share_a_label():

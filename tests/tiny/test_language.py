@@ -59,13 +59,13 @@ def content_words(sentence: str) -> set[str]:
 
 
 def test_importing_the_language_loads_nothing_heavy() -> None:
-    code = "import sys, ubmoe.language; print(sorted({'torch', 'numpy'} & set(sys.modules)))"
+    code = "import sys, ubmoe.tiny.language; print(sorted({'torch', 'numpy'} & set(sys.modules)))"
     assert python(code).strip() == "[]"
 
 
 def test_every_list_is_a_function_of_count_and_seed_alone() -> None:
     code = (
-        "from ubmoe import language as l; import hashlib; print(hashlib.sha256(repr("
+        "from ubmoe.tiny import language as l; import hashlib; print(hashlib.sha256(repr("
         "[l.sentences(50, 3), l.pairs(50, 3), l.facts(), l.chats(50, 3)]).encode()).hexdigest())"
     )
     assert python(code, PYTHONHASHSEED="1") == python(code, PYTHONHASHSEED="2")

@@ -1,0 +1,1 @@
+"""Bitune: the prompt read twice, the caches mixed (python -m ubmoe.bitune)."""

@@ -6,7 +6,7 @@ python -m ubmoe.bitune configs/qwen2.5-0.5b.yaml bitune.variant=lora
 
 from pathlib import Path
 
-from ubmoe import cli as command
+from ubmoe import cli
 from ubmoe.config import Config
 
 
@@ -16,15 +16,14 @@ def main(config: Config) -> Path | None:
     from ubmoe.recording import recording
 
     with recording("bitune", "bitune", config) as run:
-        from ubmoe.bitune import model as prefill
-        from ubmoe.bitune import training as instruct
+        from ubmoe.bitune import model, saving, training
         from ubmoe.bitune.examples import read_examples
         from ubmoe.bitune.likelihoods import Likelihoods
         from ubmoe.data.rows import held_out
         from ubmoe.evaluate import generation
         from ubmoe.models.loading import load_model, load_tokenizer
         from ubmoe.report import figures
-        from ubmoe.training.trainer import Work
+        from ubmoe.training.checkpoints import Work
 
         settings = config.bitune
         scoring = config.evaluation.model_copy(update={"generation": settings.generation})
@@ -37,20 +36,22 @@ def main(config: Config) -> Path | None:
         examples, kept = ([each for chat in some for each in chat] for some in (chats, apart))
         counts = {"examples": len(examples), "held_out": len(kept), "dropped": found.dropped}
         run.log("examples: %s", counts)
-        bitune = prefill.attach(load_model(config.model), settings, config.seed)
+        bitune = model.attach(load_model(config.model), settings, config.seed)
         work = Work(run.directory / "adapters", config.seed, config.resume == "auto")
-        log = instruct.train(bitune, settings, examples, work)
+        log = training.train(bitune, settings, examples, work)
         run.model = bitune.decoder
         if run.is_main:
-            prefill.save(bitune, tokenizer, settings.template, run.directory / "bitune")
+            saving.save(bitune, tokenizer, settings.template, run.directory / "bitune")
             lm = Likelihoods(bitune, tokenizer, scoring.batch_size)
             scores = generation.generation_scores(bitune.decoder, tokenizer, scoring, lm)
-            perplexity = instruct.perplexity(bitune, kept)
-            said = {"variant": settings.variant, "perplexity": perplexity, "counts": counts}
-            run.section = scores | said | instruct.alphas(bitune) | {"log": log}
+            perplexity = training.perplexity(bitune, kept)
+            metadata = {"variant": settings.variant, "perplexity": perplexity, "counts": counts}
+            run.section = scores | metadata | training.alphas(bitune) | {"log": log}
             run.figures = figures.mixing(run.section)
     return run.path
 
 
+LOWER = "bitune.per_device_train_batch_size, bitune.max_tokens or evaluation.batch_size"
+
 if __name__ == "__main__":
-    command.run("python -m ubmoe.bitune", __doc__ or "", main)
+    cli.run("python -m ubmoe.bitune", __doc__ or "", main, lower=LOWER)

@@ -9,9 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ubmoe.config import UserError
 from ubmoe.data.chats import Chat, read_chats
-from ubmoe.data.padding import padded
+from ubmoe.data.padding import IGNORE_INDEX, padded
 from ubmoe.data.rows import Text, read_texts
-from ubmoe.training.losses import IGNORED
 
 EMPTY = "an empty answer; remove the row"
 
@@ -108,11 +107,11 @@ def batch(examples: list[Example]) -> dict[str, Tensor]:
     """
     prompts = [each.prompt[:-1] for each in examples]
     answers = [[each.prompt[-1], *each.answer] for each in examples]
-    labels = [[IGNORED, *each.answer] for each in examples]
+    labels = [[IGNORE_INDEX, *each.answer] for each in examples]
     return {
         "prompt_ids": padded(prompts, left=True),
         "prompt_mask": padded([[1] * len(row) for row in prompts], left=True),
         "answer_ids": padded(answers),
         "answer_mask": padded([[1] * len(row) for row in answers]),
-        "labels": padded(labels, IGNORED),
+        "labels": padded(labels, IGNORE_INDEX),
     }

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ubmoe.bitune.examples import Example, batch
 from ubmoe.bitune.model import Bitune
-from ubmoe.training.losses import IGNORED
+from ubmoe.data.padding import IGNORE_INDEX
 
 Request = tuple[Any, list[int], list[int]]  # (texts, context's tokens, continuation's tokens)
 
@@ -63,10 +63,10 @@ class Likelihoods(HFLM):
         with self.bitune.answering() as decoder:
             logs = decoder(**given).logits[:, :-1].float().log_softmax(-1)
         labels = inputs["labels"][:, 1:]
-        real = labels != IGNORED
-        said = logs.gather(-1, labels.clamp_min(0)[..., None])[..., 0] * real
+        real = labels != IGNORE_INDEX
+        scores = logs.gather(-1, labels.clamp_min(0)[..., None])[..., 0] * real
         greedy = ((logs.argmax(-1) == labels) | ~real).all(1)
-        return list(zip(said.sum(1).tolist(), greedy.tolist(), strict=True))
+        return list(zip(scores.sum(1).tolist(), greedy.tolist(), strict=True))
 
     def _on_device(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: value.to(self.device) for name, value in inputs.items()}

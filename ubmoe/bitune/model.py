@@ -6,13 +6,11 @@ comes first in the answer, which is read causally over the mixed cache with the 
 Published as Bitune (2405.14862); any decoder whose cache holds keys and values, in batches.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -25,19 +23,15 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import Cache, PreTrainedModel, set_seed
 
 from ubmoe.bidirectional import attending, prove_attention
 from ubmoe.config import BituneSection, UserError
-from ubmoe.models.lora import check_base, strict, write_mode
-from ubmoe.recording import replace_directory, write_json
 from ubmoe.training.losses import predictions
 
 CAUSAL, BIDIRECTIONAL = "causal", "bidirectional"  # the adapters' names
 DIFFERENCE = "difference"
-FORM, THETA = "bitune.json", "theta.safetensors"
 OF_ADAPTER = re.compile(rf"\.({CAUSAL}|{BIDIRECTIONAL})(\.|$)")  # in a parameter's name
 
 
@@ -326,55 +320,3 @@ def merged(bitune: Bitune) -> Bitune:
     after = Bitune(model, bitune.name, bitune.theta_init, reader)
     after.take(bitune.theta())
     return after.requires_grad_(False).eval()
-
-
-# --- files ----------------------------------------------------------------------------------------
-
-
-def save(
-    bitune: Bitune,
-    tokenizer: PreTrainedTokenizerBase,
-    template: str | None,
-    directory: Path,
-) -> None:
-    """The adapters as peft saves them, theta, the tokenizer, and bitune.json: all to come back.
-
-    Beside each adapter stands its mask, without which it would be silently wrong.
-    """
-    masks = {CAUSAL: "causal", BIDIRECTIONAL: str(bitune.variant.second)}
-
-    def write(folder: Path) -> None:
-        bitune.model.save_pretrained(str(folder))
-        for kind in bitune.model.peft_config:
-            write_mode(folder / kind, bitune.model, masks[kind])
-        if theta := bitune.theta():
-            save_file({name: value.detach().cpu() for name, value in theta.items()}, folder / THETA)
-        tokenizer.save_pretrained(folder)
-        said = {"variant": bitune.name, "theta_init": bitune.theta_init, "template": template}
-        write_json(folder / FORM, said | {"base": bitune.decoder.name_or_path})
-
-    replace_directory(directory, write)
-
-
-def load(model: PreTrainedModel, directory: Path) -> Bitune:
-    """A saved Bitune model on its base, ready to generate. Raises UserError for what is none."""
-    try:
-        said = json.loads((directory / FORM).read_text())
-        own = VARIANTS[said["variant"]].own
-        kinds = [CAUSAL, *([BIDIRECTIONAL] if own else [])]
-        for kind in kinds:
-            check_base(model, directory / kind)
-        with strict():
-            wrapped = PeftModel.from_pretrained(model, str(directory / CAUSAL), adapter_name=CAUSAL)
-            for kind in kinds[1:]:
-                wrapped.load_adapter(str(directory / kind), adapter_name=kind)
-        bitune = Bitune(wrapped, said["variant"], said["theta_init"])
-        if bitune.variant.mixed:
-            bitune.take(load_file(directory / THETA))
-    except Exception as error:  # the libraries raise nearly every type here
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"{directory}: no Bitune model of {model.name_or_path} ({reason}); expected the "
-            "directory that python -m ubmoe.bitune saved"
-        ) from error
-    return bitune.requires_grad_(False).eval()

@@ -1,35 +1,24 @@
 """Instruction tuning of a Bitune model on answers, and its perplexity on held-out ones."""
 
 import logging
-import math
-import sys
 from collections.abc import Iterator
-from contextlib import redirect_stdout
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.utils.data import Sampler
 from tqdm import tqdm
-from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from ubmoe.bitune.examples import Example, batch
 from ubmoe.bitune.model import Bitune
 from ubmoe.config import BituneSection
 from ubmoe.data.padding import batches_by_length
-from ubmoe.training.losses import mean_loss
-from ubmoe.training.trainer import (
-    Careful,
-    StopOnBadLoss,
-    Work,
-    arguments,
-    begin,
-    digest_of_frozen,
-    enough_rows,
-    fit,
-)
+from ubmoe.models.digests import digest_of_frozen
+from ubmoe.training import losses
+from ubmoe.training.checkpoints import Work
+from ubmoe.training.trainer import GuardedTrainer, enough_rows, run_trainer
 
 log = logging.getLogger(__name__)
 
@@ -53,14 +42,16 @@ class LikeLengths(Sampler[int]):
         self.epoch = epoch
 
 
-class _Trainer(Careful, Trainer):
+class BituneTrainer(GuardedTrainer):
+    """Batches of like lengths; the learned shares beside the loss."""
+
     def _get_train_sampler(self, train_dataset: Any = None) -> LikeLengths:
         examples: Any = self.train_dataset
         size = self.args.train_batch_size * self.args.world_size
         return LikeLengths([len(each) for each in examples], size, self.args.seed)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Any:
-        return mean_loss(*model(**inputs))
+        return losses.mean_loss(*model(**inputs))
 
     def log(self, logs: dict[str, float], *rest: Any) -> None:
         bitune = self.accelerator.unwrap_model(self.model)
@@ -83,30 +74,29 @@ def train(
     enough_rows(len(examples), settings, "bitune.dataset")
     trainable = sum(value.numel() for value in bitune.parameters() if value.requires_grad)
     log.info("%s: %d examples; %s parameters train", bitune.name, len(examples), f"{trainable:,}")
-    keys = arguments(settings, work, bitune.decoder.device)
-    with redirect_stdout(sys.stderr):
-        trainer = _Trainer(
-            bitune,
-            TrainingArguments(**keys, remove_unused_columns=False, label_names=["labels"]),
-            train_dataset=examples,  # type: ignore[arg-type]
-            data_collator=batch,  # type: ignore[arg-type]
-            callbacks=[StopOnBadLoss()],
-        )
-        checkpoint = begin(settings, work, weights=digest_of_frozen(bitune), rows=len(examples))
-        history = fit(trainer, checkpoint)
+    history = run_trainer(
+        partial(BituneTrainer, bitune, data_collator=batch),
+        settings,
+        work,
+        examples,
+        bitune.decoder.device,
+        mark={"weights": digest_of_frozen(bitune)},
+        remove_unused_columns=False,
+        label_names=["labels"],
+    )
     bitune.eval()
     return history
 
 
-@torch.no_grad()
 def perplexity(bitune: Bitune, examples: list[Example], batch_tokens: int = 8192) -> float:
-    """exp of the mean negative log-likelihood of the answers' tokens, end tokens included."""
-    loss, tokens = 0.0, 0
-    device = bitune.decoder.device
-    whole = [each.prompt + each.answer for each in examples]
-    for chosen in tqdm(batches_by_length(whole, batch_tokens), desc="perplexity", disable=None):
+    """Of the answers' tokens, end tokens included."""
+
+    def predicted(chosen: list[int]) -> tuple[Tensor, Tensor]:
         inputs = batch([examples[index] for index in chosen])
-        logits, wanted = bitune(**{name: value.to(device) for name, value in inputs.items()})
-        loss += cross_entropy(logits, wanted, reduction="sum").item()
-        tokens += len(wanted)
-    return math.exp(loss / tokens)
+        device = bitune.decoder.device
+        return bitune(**{name: value.to(device) for name, value in inputs.items()})
+
+    batches = batches_by_length([each.prompt + each.answer for each in examples], batch_tokens)
+    with torch.no_grad():
+        bar = tqdm(batches, desc="perplexity", disable=None)
+        return losses.perplexity(predicted(chosen) for chosen in bar)

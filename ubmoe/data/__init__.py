@@ -1,0 +1,1 @@
+"""Rows, chats and padded batches."""

@@ -11,9 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ubmoe.config import UserError
-from ubmoe.data.padding import padded, padded_with_mask
+from ubmoe.data.padding import IGNORE_INDEX, padded, padded_with_mask
 from ubmoe.data.rows import Text, read_texts
-from ubmoe.training.losses import IGNORED
 
 Span = tuple[int, int]  # of characters
 
@@ -143,11 +142,11 @@ def _role(token: str, start: int, contents: list[tuple[Span, str]]) -> str:
     return role
 
 
-def labelled(chats: list[Chat]) -> dict[str, Tensor]:
-    """(B, T) input_ids, attention_mask and labels: the answers' tokens, IGNORED elsewhere."""
+def collate(chats: list[Chat]) -> dict[str, Tensor]:
+    """(B, T) input_ids, attention_mask and labels: the answers' tokens, IGNORE_INDEX elsewhere."""
     labels = [
-        [token if own else IGNORED for token, own in zip(chat.ids, chat.answer, strict=True)]
+        [token if own else IGNORE_INDEX for token, own in zip(chat.ids, chat.answer, strict=True)]
         for chat in chats
     ]
     inputs = padded_with_mask([chat.ids for chat in chats])
-    return inputs | {"labels": padded(labels, IGNORED)}
+    return inputs | {"labels": padded(labels, IGNORE_INDEX)}

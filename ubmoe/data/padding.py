@@ -2,6 +2,8 @@
 
 import torch
 
+IGNORE_INDEX = -100  # the label of a token that is not to be predicted
+
 
 def batches_by_length(texts: list[list[int]], batch_tokens: int) -> list[list[int]]:
     """Indices of texts, padded to at most `batch_tokens`; the longest first, to fail at once."""

@@ -108,7 +108,7 @@ def read_rows(dataset: str) -> Iterator[Row]:
         yield from _hub_rows(dataset)
         return
     readers = {".json": _json, ".jsonl": _jsonl, ".txt": _lines}
-    yield from readers.get(suffix, _table)(path, decoded(path))
+    yield from readers.get(suffix, table_rows)(path, decoded(path))
 
 
 def decoded(path: Path) -> str:
@@ -173,7 +173,8 @@ def _lines(path: Path, text: str) -> Iterator[Row]:
             yield Row(f"{path}:{number}", {"text": line.strip()})
 
 
-def _table(path: Path, text: str) -> Iterator[Row]:
+def table_rows(path: Path, text: str, ragged: bool = False) -> Iterator[Row]:
+    """Rows of a .csv or .tsv under its header. ragged: a row may have fewer cells, or more."""
     dialect = (
         {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
         if path.suffix.lower() == ".tsv"
@@ -191,7 +192,7 @@ def _table(path: Path, text: str) -> Iterator[Row]:
             raise UserError(f"{path}:{reader.line_num}: malformed row ({error})") from error
         if not cells:
             continue
-        if len(cells) != len(header):
+        if len(cells) != len(header) and not ragged:
             raise UserError(
                 f"{path}:{reader.line_num}: got {len(cells)} columns, expected {len(header)} "
                 f"({', '.join(header)})"

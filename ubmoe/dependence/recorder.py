@@ -1,4 +1,4 @@
-"""Attention with a probe: a model's own flow, and where each token's attention would go, unmasked.
+"""Attention that is recorded: a model's own flow, and where attention would go, were it unmasked.
 
 For every query row i of the unmasked, scaled scores s of one layer and head (UBMoE, ICML 2025,
 section 3, as in its released `caculate_dp.py`, heiyonghua/ubmoe_llm 2f41795): main = exp(s_ii),
@@ -14,6 +14,7 @@ a head's keys and values.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import flash_attention_mask
 
-from ubmoe.bidirectional import prove_attention
+from ubmoe.bidirectional import is_bidirectional, prove_attention
 from ubmoe.config import UserError
 
 NAME = "dependence"
@@ -128,7 +129,7 @@ def unmasked_attention(
     return weights / weights.sum(-1, keepdim=True)
 
 
-class Probe:
+class Recorder:
     """The attention function: computes the flow, keeps every text's, layer's and head's shares."""
 
     def __init__(self, keep_maps: bool = False) -> None:
@@ -176,9 +177,17 @@ def _spans(mask: Tensor | None, texts: int, tokens: int) -> list[slice]:
     return [slice(int(place[0]), int(place[-1]) + 1) for place in places]
 
 
+_ACTIVE: list[Recorder] = []  # the innermost last; the interface itself must hold none
+
+
+def _recorded(module: nn.Module, *tensors: Any, **keys: Any) -> tuple[Tensor, None]:
+    """What the interface calls: the recorder of the block around the forward."""
+    return _ACTIVE[-1](module, *tensors, **keys)
+
+
 @contextmanager
-def probing(model: PreTrainedModel, keep_maps: bool = False) -> Iterator[Probe]:
-    """Run `model` with a Probe as its attention; its own implementation is back afterwards.
+def observed(model: PreTrainedModel, keep_maps: bool = False) -> Iterator[Recorder]:
+    """Run `model` with a Recorder as its attention; its own implementation is back afterwards.
 
     Raises UserError for a class that does not go through transformers' attention interface.
     """
@@ -189,25 +198,27 @@ def probing(model: PreTrainedModel, keep_maps: bool = False) -> Iterator[Probe]:
             "measured"
         )
     if getattr(model.config.get_text_config(), "attention_chunk_size", None):
-        raise UserError(f"{family} attends in chunks, which the dependence probe does not follow")
+        raise UserError(f"{family} attends in chunks, which the recorder does not follow")
     own = model.config._attn_implementation
-    probe = Probe(keep_maps)
-    AttentionInterface.register(NAME, probe)
+    recorder = Recorder(keep_maps)
+    AttentionInterface.register(NAME, _recorded)
     # This mask is None or (B, T); without one of ours padding would be ignored in silence.
     AttentionMaskInterface.register(NAME, flash_attention_mask)
+    _ACTIVE.append(recorder)
     model.set_attn_implementation(NAME)
     try:
-        # What was proved of the model's own attention must hold of the probe, which replaces it.
-        prove_attention(model, bidirectional=not getattr(model.config, "is_causal", True))
-        probe.shares.clear()
-        probe.maps.clear()
-        yield probe
+        # What was proved of the model's own attention must hold of what replaces it.
+        prove_attention(model, bidirectional=is_bidirectional(model.config))
+        recorder.shares.clear()
+        recorder.maps.clear()
+        yield recorder
     finally:
         model.set_attn_implementation(own)
+        _ACTIVE.remove(recorder)
 
 
 def attention_layers(model: PreTrainedModel) -> int:
-    """Layers that must call the probe once each in a forward."""
+    """Layers that must call the recorder once each in a forward."""
     config = model.config.get_text_config()
     types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     return sum(kind in ("full_attention", "sliding_attention") for kind in types)
@@ -215,20 +226,20 @@ def attention_layers(model: PreTrainedModel) -> int:
 
 @torch.no_grad()
 def dependence_of(
-    model: PreTrainedModel, probe: Probe, input_ids: Tensor, attention_mask: Tensor
+    model: PreTrainedModel, recorder: Recorder, input_ids: Tensor, attention_mask: Tensor
 ) -> Tensor:
     """Shares of each text, layer and head: (B, T) ids, (B, T) mask -> (B, L, H, 3) in fp64."""
-    probe.shares.clear()
+    recorder.shares.clear()
     positions = (attention_mask.cumsum(-1) - 1).clamp_min(0)
     model.base_model(
         input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
     )
-    if len(probe.shares) != attention_layers(model):
-        calls = f"{len(probe.shares)} times in {attention_layers(model)} layers"
+    if len(recorder.shares) != attention_layers(model):
+        calls = f"{len(recorder.shares)} times in {attention_layers(model)} layers"
         raise UserError(
-            f"{type(model).__name__} called the dependence probe {calls}; it cannot be measured"
+            f"{type(model).__name__} called the dependence recorder {calls}; it cannot be measured"
         )
-    shares = torch.stack(probe.shares, dim=1)
+    shares = torch.stack(recorder.shares, dim=1)
     if not shares.isfinite().all():
         raise UserError(
             f"{type(model).__name__} overflows in {model.dtype}; expected model.dtype float32 or "
@@ -237,9 +248,13 @@ def dependence_of(
     return shares
 
 
+MAP_TOKENS = 20  # of a text whose attention map is drawn
+
+
 def mean_attention(model: PreTrainedModel, input_ids: list[int]) -> Tensor:
-    """(T, T) unmasked attention of one short text, the mean over layers and heads."""
+    """(T, T) unmasked attention of the first tokens of a text, the mean over layers and heads."""
+    input_ids = input_ids[:MAP_TOKENS]
     ids = torch.tensor([input_ids], device=model.device)
-    with probing(model, keep_maps=True) as probe:
-        dependence_of(model, probe, ids, torch.ones_like(ids))
-    return torch.stack(probe.maps).mean((0, 1)).cpu()
+    with observed(model, keep_maps=True) as recorder:
+        dependence_of(model, recorder, ids, torch.ones_like(ids))
+    return torch.stack(recorder.maps).mean((0, 1)).cpu()

@@ -5,30 +5,23 @@ tokenizer is never told of the mask token, so nothing of it is saved.
 """
 
 import logging
-import sys
 from collections.abc import Iterator
-from contextlib import redirect_stdout
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ubmoe.config import StageSection, UserError
+from ubmoe.data.padding import IGNORE_INDEX
 from ubmoe.data.rows import SENTENCE, cell, training_rows
-from ubmoe.training.losses import IGNORED, mean_loss, predictions
-from ubmoe.training.trainer import (
-    Careful,
-    StopOnBadLoss,
-    Work,
-    announce,
-    arguments,
-    begin,
-    fit,
-    tuning,
-)
+from ubmoe.training.checkpoints import Work
+from ubmoe.training.losses import mean_loss, predictions
+from ubmoe.training.modules import announce, tuning
+from ubmoe.training.trainer import GuardedTrainer, run_trainer
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +66,7 @@ class Places(Sampler[tuple[int, int]]):
 
 
 class Masking:
-    """(T,) tokens -> the same with some masked, and labels that are IGNORED elsewhere.
+    """(T,) tokens -> the same with some masked, and labels that are IGNORE_INDEX elsewhere.
 
     Every ordinary token is chosen with `mlm_probability`. `bert`: of the chosen, 80 % become the
     mask token, 10 % a random one, 10 % stay; `all`: every one becomes the mask token. Raises
@@ -96,7 +89,7 @@ class Masking:
         tokens = ids.numpy().copy()
         chosen = generator.random(len(tokens)) < self.probability
         chosen &= ~np.isin(tokens, self.special)
-        labels = np.where(chosen, tokens, IGNORED)
+        labels = np.where(chosen, tokens, IGNORE_INDEX)
         fate = generator.random(len(tokens))
         strangers = generator.integers(self.vocabulary, size=len(tokens))
         if self.style == "all":
@@ -126,7 +119,7 @@ def chunked(stage: StageSection, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     return torch.tensor(ids[: rows * stage.max_tokens]).view(rows, stage.max_tokens)
 
 
-class _Trainer(Careful, Trainer):
+class MntpTrainer(GuardedTrainer):
     """Mean cross-entropy over the masked tokens of a batch, and the share that was right."""
 
     accuracy = 0.0
@@ -137,9 +130,9 @@ class _Trainer(Careful, Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Any:
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
         ids = {"input_ids": inputs["input_ids"]}
-        logits, wanted = predictions(model, head, ids, inputs["labels"])
-        self.accuracy = (logits.argmax(-1) == wanted).float().mean().item() if len(wanted) else 0.0
-        return mean_loss(logits, wanted)
+        logits, labels = predictions(model, head, ids, inputs["labels"])
+        self.accuracy = (logits.argmax(-1) == labels).float().mean().item() if len(labels) else 0.0
+        return mean_loss(logits, labels)
 
     def log(self, logs: dict[str, float], *arguments: Any) -> None:
         extra = {"masked_accuracy": self.accuracy} if "loss" in logs else {}
@@ -159,13 +152,15 @@ def train_stage(
     """
     data = Chunks(chunks, Masking(stage, tokenizer), work.seed)
     with tuning(model, stage, work) as counts:
-        settings = TrainingArguments(
-            **arguments(stage, work, model.device), remove_unused_columns=False
-        )
-        trainer = _Trainer(model, settings, train_dataset=data, callbacks=[StopOnBadLoss()])
         report = {"trainable": counts, "rows": len(chunks), "tokens": chunks.numel()}
         announce(stage, model, report)
-        checkpoint = begin(stage, work, model=model.name_or_path, rows=len(chunks))
-        with redirect_stdout(sys.stderr):
-            history = fit(trainer, checkpoint)
+        history = run_trainer(
+            partial(MntpTrainer, model),
+            stage,
+            work,
+            data,
+            model.device,
+            mark={"model": model.name_or_path},
+            remove_unused_columns=False,
+        )
     return report | {"log": history}

@@ -15,10 +15,13 @@ from typing import Any
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
+from sentence_transformers.util import is_sentence_transformer_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ubmoe.config import BiSection, UserError
-from ubmoe.recording import replace_directory
+from ubmoe.config import BiSection, Config, UserError
+from ubmoe.files import replace_directory
+from ubmoe.models.loading import best_device, load_model, load_tokenizer, source
+from ubmoe.models.lora import adapter_attention
 
 POOLING = {"mean": "mean", "last": "lasttoken"}
 OWN = "own"  # name of the prompt that every text gets
@@ -99,6 +102,32 @@ def rendered(encoder: SentenceTransformer, text: str) -> str:
 def own_prompt(encoder: SentenceTransformer) -> str | None:
     """What `encode` puts before a text by itself, and `preprocess` and the trainer do not."""
     return encoder.prompts.get(OWN) if encoder.default_prompt_name == OWN else None
+
+
+def load_encoder(config: Config) -> SentenceTransformer:
+    """Any encoder that sentence-transformers knows, or else a causal LM in the form of `bi`."""
+    device, name = best_device(config.model.device), source(config.model)
+    attention = config.bi.attention
+    if is_sentence_transformer_model(name, revision=config.model.revision):
+        if config.model.adapter:
+            raise UserError(
+                f"model.adapter: {config.model.name} is an encoder of sentence-transformers; "
+                "expected null, or a causal language model as model.name"
+            )
+        return SentenceTransformer(
+            name,
+            device=str(device),
+            revision=config.model.revision,
+            model_kwargs={"dtype": config.model.dtype},
+        )
+    if config.model.adapter and (trained := adapter_attention(config.model.adapter)) != attention:
+        raise UserError(
+            f"bi.attention: the adapter was trained {trained}, not {attention}; expected "
+            f"bi.attention={trained}"
+        )
+    tokenizer = load_tokenizer(config.model)
+    model = load_model(config.model, bidirectional=attention == "bidirectional")
+    return as_encoder(model, tokenizer, config.bi)
 
 
 def save_encoder(

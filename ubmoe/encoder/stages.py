@@ -7,15 +7,14 @@ from sentence_transformers import SentenceTransformer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ubmoe.config import Config, StageSection
-from ubmoe.encoder import contrastive
-from ubmoe.encoder import mntp as masked
-from ubmoe.training.trainer import Work
+from ubmoe.encoder import contrastive, mntp
+from ubmoe.training.checkpoints import Work
 
 
 def read_data(stage: StageSection, tokenizer: PreTrainedTokenizerBase) -> Any:
     """What the stage trains on. Raises UserError, before any model is loaded."""
     if stage.objective == "mntp":
-        return masked.chunked(stage, tokenizer)
+        return mntp.chunked(stage, tokenizer)
     return contrastive.read_dataset(stage)
 
 
@@ -41,7 +40,7 @@ def train_stages(
             | config.model.model_dump(include={"revision", "dtype", "adapter"}),
         )
         if stage.objective == "mntp":
-            report = masked.train_stage(model, tokenizer, stage, rows, work)
+            report = mntp.train_stage(model, tokenizer, stage, rows, work)
         else:
             report = contrastive.train_stage(encoder, model, stage, rows, work)
         reports.append({"objective": stage.objective} | report)

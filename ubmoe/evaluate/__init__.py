@@ -1,0 +1,1 @@
+"""STS by mteb and generation by lm-eval (python -m ubmoe.evaluate)."""

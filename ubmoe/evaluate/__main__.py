@@ -1,11 +1,34 @@
-"""Score any model."""
+"""Score a directory or hub id on STS tasks and, with evaluation.language_model=true, on generation.
+
+python -m ubmoe.evaluate configs/tiny.yaml model.name=runs/tiny/bi
+"""
+
+from pathlib import Path
 
 from ubmoe import cli
-from ubmoe.evaluate.sts import main
+from ubmoe.config import Config
+
+
+def main(config: Config) -> Path:
+    """Load the encoder, score it, and the language model where asked. Returns the result's path."""
+    # torch is imported late, so that --help and a mistyped key are answered at once.
+    from ubmoe.recording import recording
+
+    with recording("evaluate", "evaluation", config) as run:
+        from ubmoe.encoder.sentence_encoder import load_encoder
+        from ubmoe.evaluate.generation import language_model_scores
+        from ubmoe.evaluate.sts import sts_scores, sts_task
+
+        tasks = [sts_task(name) for name in config.evaluation.sts]
+        if config.evaluation.language_model:
+            run.more = {"generation": language_model_scores(config)}
+        encoder = load_encoder(config)
+        run.section = sts_scores(encoder, tasks, config.evaluation.batch_size)
+        run.model = encoder[0].model
+    return run.path
+
+
+LOWER = "evaluation.batch_size"
 
 if __name__ == "__main__":
-    purpose = (
-        "Score a directory or hub id on STS tasks and, with evaluation.language_model=true, on "
-        "generation tasks."
-    )
-    cli.run("python -m ubmoe.evaluate", purpose, main)
+    cli.run("python -m ubmoe.evaluate", __doc__ or "", main, lower=LOWER)

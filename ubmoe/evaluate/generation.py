@@ -16,15 +16,18 @@ from typing import Any
 
 import torch
 import yaml
-from torch.nn.functional import cross_entropy
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ubmoe.config import EvaluationSection, UserError
-from ubmoe.data.chats import Chat, labelled
+from ubmoe.bidirectional import is_bidirectional
+from ubmoe.config import Config, EvaluationSection, UserError
+from ubmoe.data.chats import Chat, collate, read_chats
 from ubmoe.data.padding import batches_by_length
+from ubmoe.data.rows import held_out
+from ubmoe.models.loading import load_model, load_tokenizer
 from ubmoe.tiny import tasks as tiny_tasks
-from ubmoe.training.losses import predictions
+from ubmoe.training import losses
 
 BATCH_TOKENS = 8192  # padded tokens of a forward, for perplexity
 # Metrics of lm-eval that are shares of 1, and tasks whose metrics are percent already.
@@ -91,7 +94,7 @@ def _check_yaml(path: Path) -> None:
 
 
 def check_causal(model: PreTrainedModel) -> None:
-    if getattr(model.config, "is_causal", True) is False:
+    if is_bidirectional(model.config):
         raise UserError(
             f"evaluation.generation: {model.name_or_path} is bidirectional: its likelihoods would "
             "read the future; expected a causal model, or is_causal=True"
@@ -111,13 +114,13 @@ def generation_scores(
     for a bidirectional model and for a score that is not finite: it is never averaged.
     """
     check_causal(model)
-    said = {
+    metadata = {
         "lm_eval": version("lm_eval"),
         "apply_chat_template": settings.apply_chat_template,
         "limit": settings.limit,
     }
     if not settings.generation:
-        return {"tasks": {}, "metrics": {}, "average": None, **said}
+        return {"tasks": {}, "metrics": {}, "average": None, **metadata}
     with redirect_stdout(sys.stderr):
         if lm is None:
             from lm_eval.models.huggingface import HFLM
@@ -127,7 +130,7 @@ def generation_scores(
     tasks, metrics = {}, {}
     for asked in settings.generation:
         for name in _result_names(asked):
-            tasks[name] = _percent(name, found["results"][name])
+            tasks[name] = percent(name, found["results"][name])
             metrics[name] = _main_metric(found["configs"].get(name), tasks[name])
     for name, metric in metrics.items():
         if not math.isfinite(tasks[name].get(metric, math.nan)):
@@ -137,7 +140,7 @@ def generation_scores(
     versions = {name: found["versions"].get(name) for name in tasks}
     return {
         **{"tasks": tasks, "metrics": metrics, "average": average},
-        **{"shots": shots, "versions": versions, **said},
+        **{"shots": shots, "versions": versions, **metadata},
     }
 
 
@@ -175,7 +178,7 @@ def _result_names(asked: str) -> list[str]:
     return [_name_in(Path(asked))] if asked.endswith((".yaml", ".yml")) else [asked]
 
 
-def _percent(task: str, result: dict[str, Any]) -> dict[str, float]:
+def percent(task: str, result: dict[str, Any]) -> dict[str, float]:
     """{metric: value}; known shares as percent, standard errors and filters' names left out."""
     found: dict[str, float] = {}
     for key, value in result.items():
@@ -191,22 +194,30 @@ def _main_metric(task: Any, scores: dict[str, float]) -> str:
     return next((str(name) for name in [*named, "acc", *scores] if name in scores), "acc")
 
 
-@torch.no_grad()
 def perplexity(
     model: PreTrainedModel, chats: list[Chat], batch_tokens: int = BATCH_TOKENS
 ) -> float:
-    """exp of the mean negative log-likelihood of the answers' tokens, end tokens included.
-
-    Raises UserError for a bidirectional model.
-    """
+    """Of the answers' tokens, end tokens included. Raises UserError for a bidirectional model."""
     check_causal(model)
     head: Any = model.get_output_embeddings()
-    loss, tokens = 0.0, 0
-    batches = batches_by_length([chat.ids for chat in chats], batch_tokens)
-    for batch in tqdm(batches, desc="perplexity", disable=None, leave=False):
-        inputs = labelled([chats[index] for index in batch])
+
+    def predicted(batch: list[int]) -> tuple[Tensor, Tensor]:
+        inputs = collate([chats[index] for index in batch])
         inputs = {name: value.to(model.device) for name, value in inputs.items()}
-        logits, wanted = predictions(model, head, inputs, inputs.pop("labels"))
-        loss += cross_entropy(logits, wanted, reduction="sum").item()
-        tokens += len(wanted)
-    return math.exp(loss / tokens)
+        return losses.predictions(model, head, inputs, inputs.pop("labels"))
+
+    batches = batches_by_length([chat.ids for chat in chats], batch_tokens)
+    bar = tqdm(batches, desc="perplexity", disable=None, leave=False)
+    with torch.no_grad():
+        return losses.perplexity(predicted(batch) for batch in bar)
+
+
+def language_model_scores(config: Config) -> dict[str, Any]:
+    """Generation tasks and perplexity of held-out chats, read causally whatever its own mask."""
+    check_tasks(config.evaluation.generation)
+    settings, tokenizer = config.ubmoe, load_tokenizer(config.model)
+    found = read_chats(settings.dataset, tokenizer, settings.max_tokens, settings.max_rows)
+    _, kept = held_out(found.chats, settings.held_out, "ubmoe.held_out")
+    model = load_model(config.model)
+    scores = generation_scores(model, tokenizer, config.evaluation)
+    return {**scores, "perplexity": perplexity(model, kept)}

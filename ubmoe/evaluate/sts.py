@@ -4,7 +4,6 @@ mteb keys its cache by model name and gives every local model the same one, so t
 would get the first one's scores: no cache is used, and every run is named by itself.
 """
 
-import csv
 import hashlib
 import logging
 import math
@@ -18,8 +17,8 @@ from mteb.abstasks.sts import AbsTaskSTS
 from mteb.abstasks.task_metadata import TaskMetadata
 from sentence_transformers import SentenceTransformer
 
-from ubmoe.config import Config, UserError
-from ubmoe.recording import recording
+from ubmoe.config import UserError
+from ubmoe.data.rows import Row, cell, decoded, table_rows
 from ubmoe.tiny import language
 
 log = logging.getLogger(__name__)
@@ -84,27 +83,26 @@ def sts_task(name: str) -> AbsTaskSTS:
 def read_pairs(path: Path) -> list[dict[str, Any]]:
     """Rows of a tab-separated file with header `score sentence1 sentence2`; nothing is quoted.
 
-    Raises UserError naming file and line.
+    Cells and columns beyond these are passed over. Raises UserError naming file and line.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); expected an STS file") from error
-    reader = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-    rows = []
-    for row in reader:
-        where = f"{path}:{reader.line_num}"
-        try:
-            score = float(row["score"])
-            sentences = {name: row[name].strip() for name in PAIR}
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{where}: expected score, sentence1, sentence2 ({error})") from error
-        if not math.isfinite(score) or not all(sentences.values()):
-            raise UserError(f"{where}: an empty sentence or a score that is no number")
-        rows.append({"score": score, **sentences})
+    rows = [
+        {"score": _score(row), **{name: cell(row, [name]) for name in PAIR}}
+        for row in table_rows(path, decoded(path), ragged=True)
+    ]
     if len(rows) < 2:
         raise UserError(f"{path}: {len(rows)} pairs; expected a header and at least two rows")
     return rows
+
+
+def _score(row: Row) -> float:
+    text = cell(row, ["score"])
+    try:
+        score = float(text)
+    except ValueError:
+        score = math.nan
+    if not math.isfinite(score):
+        raise UserError(f"{row.where}: got the score {text!r}; expected a number")
+    return score
 
 
 PAIR = ("sentence1", "sentence2")
@@ -130,62 +128,3 @@ def local_task(name: str, rows: list[dict[str, Any]], revision: str) -> AbsTaskS
             self.data_loaded = True
 
     return LocalSTS()
-
-
-def load_encoder(config: Config) -> SentenceTransformer:
-    """Any encoder that sentence-transformers knows, or else a causal LM in the form of `bi`."""
-    from sentence_transformers.util import is_sentence_transformer_model
-
-    from ubmoe.encoder.sentence_encoder import as_encoder
-    from ubmoe.models.loading import best_device, load_model, load_tokenizer, source
-    from ubmoe.models.lora import attention_of
-
-    device, name = best_device(config.model.device), source(config.model)
-    wanted = config.bi.attention
-    if is_sentence_transformer_model(name, revision=config.model.revision):
-        if config.model.adapter:
-            raise UserError(
-                f"model.adapter: {config.model.name} is an encoder of sentence-transformers; "
-                "expected null, or a causal language model as model.name"
-            )
-        return SentenceTransformer(
-            name,
-            device=str(device),
-            revision=config.model.revision,
-            model_kwargs={"dtype": config.model.dtype},
-        )
-    if config.model.adapter and (trained := attention_of(config.model.adapter)) != wanted:
-        raise UserError(
-            f"bi.attention: the adapter was trained {trained}, not {wanted}; expected "
-            f"bi.attention={trained}"
-        )
-    tokenizer = load_tokenizer(config.model)
-    model = load_model(config.model, bidirectional=wanted == "bidirectional")
-    return as_encoder(model, tokenizer, config.bi)
-
-
-def generation_of(config: Config) -> dict[str, Any]:
-    """Generation tasks and perplexity of held-out chats, read causally whatever its own mask."""
-    from ubmoe.data.chats import read_chats
-    from ubmoe.data.rows import held_out
-    from ubmoe.evaluate import generation
-    from ubmoe.models.loading import load_model, load_tokenizer
-
-    generation.check_tasks(config.evaluation.generation)
-    settings, tokenizer = config.ubmoe, load_tokenizer(config.model)
-    found = read_chats(settings.dataset, tokenizer, settings.max_tokens, settings.max_rows)
-    _, kept = held_out(found.chats, settings.held_out, "ubmoe.held_out")
-    model = load_model(config.model)
-    scores = generation.generation_scores(model, tokenizer, config.evaluation)
-    return {**scores, "perplexity": generation.perplexity(model, kept)}
-
-
-def main(config: Config) -> Path:
-    with recording("evaluate", "evaluation", config) as run:
-        tasks = [sts_task(name) for name in config.evaluation.sts]
-        if config.evaluation.language_model:
-            run.more = {"generation": generation_of(config)}
-        encoder = load_encoder(config)
-        run.section = sts_scores(encoder, tasks, config.evaluation.batch_size)
-        run.model = encoder[0].model
-    return run.path

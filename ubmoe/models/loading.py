@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from accelerate import PartialState
 from transformers import (
     AutoConfig,
@@ -17,9 +16,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers import (
+    logging as transformers_logging,
+)
 
-from ubmoe.bidirectional import prove_attention, set_attention
-from ubmoe.config import ModelSection, UserError
+from ubmoe.bidirectional import attention_name, prove_attention, set_attention
+from ubmoe.config import ModelSection, UserError, listed
 from ubmoe.models import lora
 from ubmoe.tiny.model import tiny_directory
 
@@ -79,7 +81,7 @@ def saved_attention(config: ModelSection) -> str:
     """The mask that config.json names, causal or bidirectional. Raises UserError."""
     with explained(config):
         settings = AutoConfig.from_pretrained(source(config), revision=config.revision)
-    return "bidirectional" if getattr(settings, "is_causal", True) is False else "causal"
+    return attention_name(settings)
 
 
 def load_model(config: ModelSection, bidirectional: bool = False) -> PreTrainedModel:
@@ -115,7 +117,7 @@ def load_model(config: ModelSection, bidirectional: bool = False) -> PreTrainedM
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise UserError(
-            f"model.name: {config.name} lacks {_listed(missing)}; expected a whole causal "
+            f"model.name: {config.name} lacks {listed(missing)}; expected a whole causal "
             "language model"
         )
     _check_layers(model, report["unexpected_keys"], config.name)
@@ -129,9 +131,16 @@ def load_model(config: ModelSection, bidirectional: bool = False) -> PreTrainedM
 
 @contextmanager
 def explained(config: ModelSection) -> Iterator[None]:
-    """The libraries' many ways to say that a model cannot be loaded, as one line."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    """The libraries' many ways to say that a model cannot be loaded, as one line, and nothing else.
+
+    What they say to the user is as it was afterwards.
+    """
+    verbosity, bars = (
+        transformers_logging.get_verbosity(),
+        transformers_logging.is_progress_bar_enabled(),
+    )
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     except (UserError, torch.OutOfMemoryError):
@@ -142,6 +151,10 @@ def explained(config: ModelSection) -> Iterator[None]:
         raise UserError(
             f"model.name: {config.name}{revision} cannot be loaded as a decoder: {reason}"
         ) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def _check_layers(model: PreTrainedModel, unexpected: list[str], name: str) -> None:
@@ -159,13 +172,9 @@ def _check_finite(model: PreTrainedModel, name: str) -> None:
     broken = [key for key, value in model.named_parameters() if not torch.isfinite(value).all()]
     if broken:
         raise UserError(
-            f"model.name: {name} has NaN or infinite weights in {_listed(broken)}; expected "
+            f"model.name: {name} has NaN or infinite weights in {listed(broken)}; expected "
             "finite weights"
         )
-
-
-def _listed(names: list[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def context_length(model: PreTrainedModel) -> int | None:

@@ -5,13 +5,12 @@ which weights, and read under the wrong mask (cosine 0.5 to 0.6) or on another m
 shape it is silently wrong: ubmoe.json beside it says both.
 """
 
-import hashlib
 import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -19,13 +18,12 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
+from ubmoe.bidirectional import Attention, attention_name
 from ubmoe.config import LoraSection, UserError
-from ubmoe.recording import replace_directory, write_json
+from ubmoe.files import replace_directory, write_json
+from ubmoe.models.digests import fingerprint
 
 MODE = "ubmoe.json"
-ATTENTION = ("causal", "bidirectional")
-ADAPTERS = ("lora_", "ia3_")  # how peft calls what it adds
-SAMPLED = 1024  # numbers of each weight that tell a model from another
 
 
 def attach(model: PreTrainedModel, parameters: Sequence[str], settings: LoraSection) -> PeftModel:
@@ -62,19 +60,18 @@ def attach(model: PreTrainedModel, parameters: Sequence[str], settings: LoraSect
 
 def save(wrapped: PeftModel, directory: Path, stages_before: int) -> None:
     """The adapter as peft saves it, and ubmoe.json, which says how it was trained."""
-    causal = getattr(wrapped.config, "is_causal", True)
 
     def write(folder: Path) -> None:
         wrapped.save_pretrained(str(folder))
-        write_mode(folder, wrapped, ATTENTION[not causal], stages_before)
+        write_mode(folder, wrapped, attention_name(wrapped.config), stages_before)
 
     replace_directory(directory, write)
 
 
 def write_mode(folder: Path, wrapped: PeftModel, attention: str, stages_before: int = 0) -> None:
     """The mask, how many stages an adapter sits on, and what tells its base apart."""
-    said = {"attention": attention, "stages_before": stages_before}
-    write_json(folder / MODE, said | {"base": fingerprint(wrapped)})
+    metadata = {"attention": attention, "stages_before": stages_before}
+    write_json(folder / MODE, metadata | {"base": fingerprint(wrapped)})
 
 
 def check_base(model: nn.Module, adapter: Path) -> None:
@@ -82,21 +79,6 @@ def check_base(model: nn.Module, adapter: Path) -> None:
     base = json.loads((adapter / MODE).read_text()).get("base")
     if base is not None and base != fingerprint(model):
         raise ValueError("it was trained on other weights of the same shape")
-
-
-def fingerprint(model: nn.Module) -> str:
-    """sha256 of evenly spaced numbers of each weight, adapters and head left out.
-
-    In bfloat16, so that it is the same for a bfloat16 and a float32 copy of one model.
-    """
-    found = hashlib.sha256()
-    below: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    for name, value in below.base_model.named_parameters():
-        if not any(part in name for part in ADAPTERS):
-            step = max(1, value.numel() // SAMPLED)
-            some = value.detach().flatten()[::step].to("cpu", torch.bfloat16)
-            found.update(some.contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
 
 
 @torch.no_grad()
@@ -113,7 +95,7 @@ def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def attention_of(adapter: str) -> str:
+def adapter_attention(adapter: str) -> str:
     """The mask that an adapter was trained under: causal or bidirectional. Raises UserError."""
     path = Path(adapter) / MODE
     expected = 'expected {"attention": "causal"} or {"attention": "bidirectional"} in it'
@@ -125,7 +107,7 @@ def attention_of(adapter: str) -> str:
             f"model.adapter: {path} does not say how the adapter was trained "
             f"({type(error).__name__}); {expected}"
         ) from error
-    if attention not in ATTENTION:
+    if attention not in get_args(Attention):
         raise UserError(f"model.adapter: {path}: got {attention!r}; {expected}")
     if before:
         raise UserError(
@@ -146,7 +128,7 @@ def merged(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
             f"model.adapter: {adapter} has no adapter_model.safetensors; expected a LoRA "
             "directory as peft saves it"
         )
-    attention_of(adapter)
+    adapter_attention(adapter)
     try:
         check_base(model, Path(adapter))
         with strict():

@@ -16,14 +16,14 @@ from transformers import PreTrainedModel
 
 from ubmoe.bidirectional import attending
 from ubmoe.config import UserError
-from ubmoe.data.chats import Chat, labelled
+from ubmoe.data.chats import Chat, collate
 from ubmoe.encoder.sentence_encoder import own_prompt
-from ubmoe.moe.model import route_of
+from ubmoe.moe.routes import route_of
 
 CENTRED_ON = 256  # sentences whose mean vector is the encoder's
 
 
-class Both(Dataset[tuple[Chat, str]]):
+class Distillation(Dataset[tuple[Chat, str]]):
     """Chats, each with a sentence; and how far the mixture's vectors are from the encoder's.
 
     encoder: in the tuned encoder's form, its inner model the mixture's. bidirectional: its mask.
@@ -52,10 +52,10 @@ class Both(Dataset[tuple[Chat, str]]):
         return self.chats[row], self.sentences[row % len(self.sentences)]
 
     def collated(self, rows: list[tuple[Chat, str]]) -> dict[str, Any]:
-        """The chats as `labelled` gives them, and the sentences as the encoder reads them."""
+        """The chats as `collate` gives them, and the sentences as the encoder reads them."""
         texts = [sentence for _, sentence in rows]
         features = self.encoder.preprocess(texts, prompt=own_prompt(self.encoder))
-        return {**labelled([chat for chat, _ in rows]), "sentences": dict(features)}
+        return {**collate([chat for chat, _ in rows]), "sentences": dict(features)}
 
     def distance(self, features: dict[str, Any]) -> Tensor:
         """1 - cosine of the mixture's vector and the encoder's, the mean over sentences.
@@ -65,7 +65,7 @@ class Both(Dataset[tuple[Chat, str]]):
         """
         with attending(self.model, self.bidirectional):
             with torch.no_grad(), route_of(self.model, "bi"):
-                wanted = self.encoder(dict(features))["sentence_embedding"]
-            found = self.encoder(dict(features))["sentence_embedding"]
-        found, wanted = (each.float() - self.centre for each in (found, wanted))
-        return (1 - cosine_similarity(found, wanted)).mean()
+                target = self.encoder(dict(features))["sentence_embedding"]
+            embedding = self.encoder(dict(features))["sentence_embedding"]
+        embedding, target = (each.float() - self.centre for each in (embedding, target))
+        return (1 - cosine_similarity(embedding, target)).mean()

@@ -15,16 +15,17 @@ from safetensors.torch import save_file
 from torch import Tensor, zeros
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ubmoe.bidirectional import attention_name
 from ubmoe.config import UserError
-from ubmoe.moe.model import PROJECTIONS, SHARED_SIZE, check_alike, mixture_config
-from ubmoe.recording import replace_directory
+from ubmoe.files import replace_directory
+from ubmoe.moe.joining import PROJECTIONS, SHARED_SIZE, check_alike, mixture_config
 
 FORM_FILES = ("modules.json", "config_sentence_transformers.json", "1_Pooling")
 FORM = "sentence_bert_config.json"
 SHARD = "5GB"
 
 
-def attention_of(directory: Path) -> str:
+def encoder_attention(directory: Path) -> str:
     """The mask of a saved encoder, causal or bidirectional.
 
     Raises UserError for what is not an encoder as train_bi.py saves it.
@@ -43,7 +44,7 @@ def attention_of(directory: Path) -> str:
             raise UserError(f"ubmoe.bi: {directory / name}: no JSON ({error})") from error
     if not isinstance(read["config.json"], dict) or not isinstance(read[FORM], dict):
         raise UserError(f"ubmoe.bi: {directory}: config.json and {FORM} must hold an object each")
-    return "bidirectional" if read["config.json"].get("is_causal") is False else "causal"
+    return attention_name(read["config.json"])
 
 
 def save_mixture(
@@ -152,7 +153,7 @@ def _finish(
     for name in FORM_FILES:
         copy = shutil.copytree if (encoder / name).is_dir() else shutil.copy
         copy(encoder / name, folder / name)  # type: ignore[operator]
-    own = {"is_causal": attention_of(encoder) == "causal"}
+    own = {"is_causal": encoder_attention(encoder) == "causal"}
     form = json.loads((encoder / FORM).read_text(encoding="utf-8")) | {
         "config_kwargs": own | switch
     }

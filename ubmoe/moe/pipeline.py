@@ -14,13 +14,13 @@ from ubmoe.config import Config, Route, UserError
 from ubmoe.data.chats import Chat, read_chats
 from ubmoe.data.rows import SENTENCE, cell, held_out, training_rows
 from ubmoe.evaluate import generation
-from ubmoe.evaluate import sts as evaluate
+from ubmoe.evaluate.sts import sts_scores, sts_task
 from ubmoe.models.loading import load_model, load_tokenizer
-from ubmoe.moe import routers
-from ubmoe.moe.distillation import Both
-from ubmoe.moe.export import attention_of
-from ubmoe.moe.model import route_of
-from ubmoe.training.trainer import Work
+from ubmoe.moe import router_training, routers
+from ubmoe.moe.distillation import Distillation
+from ubmoe.moe.export import encoder_attention
+from ubmoe.moe.routes import route_of
+from ubmoe.training.checkpoints import Work
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +42,9 @@ class Inputs:
 def read(config: Config) -> Inputs:
     """Raises UserError for whatever is missing or wrong, before a model is loaded."""
     encoder = Path(config.ubmoe.bi or f"{config.output_dir}/bi").expanduser().resolve()
-    attention = attention_of(encoder)
+    attention = encoder_attention(encoder)
     generation.check_tasks(config.evaluation.generation)
-    sts = [evaluate.sts_task(name) for name in config.evaluation.sts]
+    sts = [sts_task(name) for name in config.evaluation.sts]
     tokenizer = load_tokenizer(config.model)
     if load_tokenizer(_of_encoder(config, encoder)).get_vocab() != tokenizer.get_vocab():
         raise UserError(f"ubmoe.bi: {encoder} has another tokenizer than {config.model.name}")
@@ -80,11 +80,11 @@ def train(config: Config, inputs: Inputs, model: PreTrainedModel) -> dict[str, A
         layer.mlp.gate.norm_topk_prob = config.ubmoe.norm_topk_prob
     report = routers.start(model, config.ubmoe, inputs.chats, inputs.held_out, config.seed)
     work = Work(Path(config.output_dir) / "routers", config.seed, config.resume == "auto")
-    both = None
+    distillation = None
     if config.ubmoe.objective == "both":
         encoder, bidirectional = encoder_of(inputs, model), inputs.attention == "bidirectional"
-        both = Both(inputs.chats, inputs.sentences, encoder, model, bidirectional)
-    log = routers.train(model, config.ubmoe, inputs.chats, work, both)
+        distillation = Distillation(inputs.chats, inputs.sentences, encoder, model, bidirectional)
+    log = router_training.train(model, config.ubmoe, inputs.chats, work, distillation)
     shares = routers.shares_by_role(model, inputs.held_out)
     return report | {"log": log, "bi_weight_by_role": shares, "counts": inputs.counts}
 
@@ -143,8 +143,8 @@ def generation_of(config: Config, inputs: Inputs, model: PreTrainedModel) -> dic
     own = config.ubmoe.route
     kept = ("tasks", "average", "perplexity")
     brief = {route: {name: each[name] for name in kept} for route, each in routes.items()}
-    said = {"route": own, "attention": "causal", "bi_attention": inputs.attention}
-    return routes[own] | said | {"routes": brief}
+    metadata = {"route": own, "attention": "causal", "bi_attention": inputs.attention}
+    return routes[own] | metadata | {"routes": brief}
 
 
 def sts_of(config: Config, inputs: Inputs, model: PreTrainedModel) -> list[dict[str, Any]]:
@@ -156,7 +156,7 @@ def sts_of(config: Config, inputs: Inputs, model: PreTrainedModel) -> list[dict[
         set_attention(model, bidirectional=attention == "bidirectional")
         for route in _routes(config):
             with route_of(model, route):
-                found = evaluate.sts_scores(encoder, inputs.sts, config.evaluation.batch_size)
+                found = sts_scores(encoder, inputs.sts, config.evaluation.batch_size)
             rows.append({"route": route, "attention": attention, **found})
             log.info("STS, %s, %s: %s", route, attention, found["average"])
     set_attention(model, bidirectional=False)

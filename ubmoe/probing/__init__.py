@@ -1,0 +1,1 @@
+"""What word vectors know, after Feng et al. (python -m ubmoe.probing)."""

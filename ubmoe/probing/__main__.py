@@ -7,7 +7,7 @@ python -m ubmoe.probing configs/tiny.yaml probing.data=path/to/semantic-probing-
 import os
 from pathlib import Path
 
-from ubmoe import cli as command
+from ubmoe import cli
 from ubmoe.config import Config, UserError
 
 
@@ -19,26 +19,28 @@ def main(config: Config) -> Path | None:
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("probing runs in one process; expected python -m ubmoe.probing")
     with recording("probing", "probing", config) as run:
-        from ubmoe.probing import experiment as comparison
+        from ubmoe.probing import experiment
         from ubmoe.probing.tasks import read_tasks
         from ubmoe.report import figures
 
         tasks = read_tasks(config.probing.data, config.probing.tasks)
-        models = comparison.labelled(config)
+        models = experiment.models_by_label(config)
         reports = []
         for label, which in models.items():
             run.model = None  # before the next one is loaded
-            run.model = comparison.loaded(config, which)
+            run.model = experiment.loaded(config, which)
             kept = run.directory / "vectors"
-            reports.append(comparison.probe(config, label, which, run.model, tasks, kept))
+            reports.append(experiment.probe(config, label, which, run.model, tasks, kept))
         run.section = {
-            "tasks": comparison.described(tasks),
+            "tasks": experiment.described(tasks),
             "models": reports,
-            "differences": comparison.differences(reports),
+            "differences": experiment.differences(reports),
         }
         run.figures = figures.probing(run.section)
     return run.path
 
 
+LOWER = "probing.batch_tokens"
+
 if __name__ == "__main__":
-    command.run("python -m ubmoe.probing", __doc__ or "", main)
+    cli.run("python -m ubmoe.probing", __doc__ or "", main, lower=LOWER)

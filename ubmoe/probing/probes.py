@@ -9,14 +9,15 @@ import warnings
 from collections.abc import Callable
 
 import numpy as np
-from scipy.stats import pearsonr, spearmanr
+from scipy.stats import bootstrap, pearsonr, spearmanr
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, r2_score
+from sklearn.model_selection import GroupShuffleSplit, ShuffleSplit
 from sklearn.neural_network import MLPClassifier, MLPRegressor
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from ubmoe.probing.tasks import Task
+from ubmoe.probing.items import Task
 
 SHARE = 0.2  # of a random split that is tested on
 RESAMPLES = 200
@@ -40,17 +41,15 @@ def split(task: Task, how: str, seed: int) -> np.ndarray:
     shipped: the files' own; random: a fifth of the items; lemma: a fifth of the words, so that none
     is on both sides.
     """
-    rng = np.random.default_rng(seed)
     if how == "shipped":
         assert task.test is not None
         return task.test
-    if how == "random":
-        test = np.zeros(len(task.groups), dtype=bool)
-        test[rng.permutation(len(test))[: round(SHARE * len(test))]] = True
-        return test
-    names = np.unique(task.groups)
-    held_out = set(rng.permutation(names)[: max(1, round(SHARE * len(names)))])
-    return np.array([group in held_out for group in task.groups])
+    splitter = {"random": ShuffleSplit, "lemma": GroupShuffleSplit}[how]
+    places = splitter(n_splits=1, test_size=SHARE, random_state=seed)
+    [(_, chosen)] = places.split(task.groups, groups=task.groups)
+    test = np.zeros(len(task.groups), dtype=bool)
+    test[chosen] = True
+    return test
 
 
 def splits(task: Task) -> tuple[str, ...]:
@@ -99,29 +98,29 @@ def scores(
         targets = targets[np.random.default_rng(seed).permutation(len(targets))]
     if task.binary and any(len(np.unique(targets[side])) < 2 for side in (test, ~test)):
         return {}
-    wanted = targets if task.binary or targets.shape[1] > 1 else targets[:, 0]
-    probe = fitted(kind, task, features[~test], wanted[~test], seed)
-    said = probe.predict(features[test]).reshape(targets[test].shape)
+    fitted_on = targets if task.binary or targets.shape[1] > 1 else targets[:, 0]
+    probe = fitted(kind, task, features[~test], fitted_on[~test], seed)
+    predictions = probe.predict(features[test]).reshape(targets[test].shape)
     groups = np.array(task.groups)[test]
     measure = binary_metrics if task.binary else number_metrics
-    found = measure(targets[test], said)
-    errors = bootstrap(measure, targets[test], said, groups, seed)
+    found = measure(targets[test], predictions)
+    errors = standard_errors(measure, targets[test], predictions, groups, seed)
     return found | {f"{name}_stderr": error for name, error in errors.items()}
 
 
-def binary_metrics(targets: np.ndarray, said: np.ndarray) -> dict[str, float]:
+def binary_metrics(targets: np.ndarray, predictions: np.ndarray) -> dict[str, float]:
     return {
-        "accuracy": float((targets == said).mean()),
-        "balanced_accuracy": float(balanced_accuracy_score(targets, said)),
+        "accuracy": float((targets == predictions).mean()),
+        "balanced_accuracy": float(balanced_accuracy_score(targets, predictions)),
     }
 
 
-def number_metrics(targets: np.ndarray, said: np.ndarray) -> dict[str, float]:
+def number_metrics(targets: np.ndarray, predictions: np.ndarray) -> dict[str, float]:
     """Of (N, K) numbers, means over the K."""
-    columns = list(zip(targets.T, said.T, strict=True))
+    columns = list(zip(targets.T, predictions.T, strict=True))
     return {
-        "mse": float(((targets - said) ** 2).mean()),
-        "r2": float(r2_score(targets, said)),
+        "mse": float(((targets - predictions) ** 2).mean()),
+        "r2": float(r2_score(targets, predictions)),
         "pearson": float(np.mean([_correlation(pearsonr, *pair) for pair in columns])),
         "spearman": float(np.mean([_correlation(spearmanr, *pair) for pair in columns])),
     }
@@ -134,34 +133,33 @@ def _correlation(of: Callable, first: np.ndarray, second: np.ndarray) -> float:
     return float(of(first, second)[0])
 
 
-def bootstrap(
+def standard_errors(
     measure: Callable[[np.ndarray, np.ndarray], dict[str, float]],
     targets: np.ndarray,
-    said: np.ndarray,
+    predictions: np.ndarray,
     groups: np.ndarray,
     seed: int,
 ) -> dict[str, float]:
-    """Standard errors over resampled groups, each taken whole."""
-    rng = np.random.default_rng(seed)
+    """Of every metric, by a bootstrap over groups, each taken whole."""
     names, owner = np.unique(groups, return_inverse=True)
     members = [np.flatnonzero(owner == number) for number in range(len(names))]
-    drawn: dict[str, list[float]] = {}
+
+    def measured(chosen: np.ndarray) -> list[float]:
+        rows = np.concatenate([members[number] for number in chosen])
+        return list(measure(targets[rows], predictions[rows]).values())
+
+    metrics = measure(targets, predictions)
+    if len(names) < 2:  # there is nothing to draw from
+        return dict.fromkeys(metrics, 0.0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a resample with one class alone
-        for _ in range(RESAMPLES):
-            rows = np.concatenate([members[n] for n in rng.integers(len(names), size=len(names))])
-            for name, value in measure(targets[rows], said[rows]).items():
-                drawn.setdefault(name, []).append(value)
-    return {name: float(np.nanstd(values, ddof=1)) for name, values in drawn.items()}
-
-
-# --- anisotropy -----------------------------------------------------------------------------------
-
-
-def mean_cosine(vectors: np.ndarray) -> float:
-    """Mean cosine of all pairs of (W, D) vectors: the squared length of the mean direction, without
-    each vector's own.
-    """
-    unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    count = len(unit)
-    return float(((unit.sum(0) ** 2).sum() - count) / (count * (count - 1)))
+        drawn = bootstrap(
+            *((np.arange(len(names)),), measured),
+            n_resamples=RESAMPLES,
+            vectorized=False,
+            method="percentile",
+            rng=seed,
+        ).bootstrap_distribution  # (metrics, RESAMPLES)
+    return {
+        name: float(np.nanstd(values, ddof=1)) for name, values in zip(metrics, drawn, strict=True)
+    }

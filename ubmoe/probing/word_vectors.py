@@ -107,9 +107,9 @@ def word_vectors(
     width = model.config.get_text_config().hidden_size
     shape = (len(sentences.places), len(positions), len(layers), width)
     mark = path.with_suffix(".json")
-    said = {"key": key, "words": _digest(sentences), "layers": list(layers)}
-    said |= {"positions": list(positions)}
-    if path.exists() and mark.exists() and json.loads(mark.read_text()) == said:
+    metadata = {"key": key, "words": _digest(sentences), "layers": list(layers)}
+    metadata |= {"positions": list(positions)}
+    if path.exists() and mark.exists() and json.loads(mark.read_text()) == metadata:
         return np.load(path, mmap_mode="r")
     mark.unlink(missing_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,7 +145,7 @@ def word_vectors(
                 vectors[numbers, position] = found.cpu().numpy()
             bar.update(sum(len(sentences.ids[row]) for row in chosen))
     vectors.flush()
-    mark.write_text(json.dumps(said))
+    mark.write_text(json.dumps(metadata))
     return np.load(path, mmap_mode="r")
 
 

@@ -1,33 +1,53 @@
 """Pictures of results: what people would rather look at than read.
 
-torch is imported where a model is drawn alone: pictures of records do without.
+Drawn from what is recorded, without torch. Every picture has the style of `STYLE`.
 """
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import matplotlib
-
-matplotlib.use("Agg")
 import numpy as np
 from matplotlib.figure import Figure
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+STYLE: Any = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.dpi": 160,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "savefig.dpi": "figure",
+}
+Arguments = ParamSpec("Arguments")
+Drawn = TypeVar("Drawn")
+
+
+def styled(draw: Callable[Arguments, Drawn]) -> Callable[Arguments, Drawn]:
+    """Draw in our style, and leave matplotlib's as it was."""
+
+    @wraps(draw)
+    def drawn(*values: Arguments.args, **keys: Arguments.kwargs) -> Drawn:
+        with matplotlib.rc_context(STYLE):
+            return draw(*values, **keys)
+
+    return drawn
+
 
 SHARES = {
     "before": "#4c78a8",
     "main": "#e6a532",
     "after": "#c8553d",
 }  # from left to right, as in the text
-MAP_TOKENS = 20  # of the text whose attention map is drawn
 
 
+@styled
 def dependence(section: dict[str, Any]) -> dict[str, Figure]:
     """DP by length bucket, and DP-after by layer and head."""
     return {"dependence_buckets.png": _buckets(section), "dependence_heads.png": _heads(section)}
 
 
+@styled
 def routing(log: list[dict[str, Any]], roles: list[dict[str, Any]]) -> dict[str, Figure]:
     """Router training over its steps, and the weight of bi by layer and by role of the token."""
     rows = [row for row in log if "loss" in row]
@@ -50,8 +70,7 @@ def _layers(axes: Any, rows: list[dict[str, Any]]) -> None:
         label = f"layer {layer}" if layer in (0, len(lines) - 1) else None
         axes.plot(steps, line, lw=1.2, color=colour, label=label)
     axes.set(xlabel="step", ylabel="weight of bi by layer")
-    axes.legend(frameon=False, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend()
 
 
 def _roles(axes: Any, roles: list[dict[str, Any]]) -> None:
@@ -62,8 +81,7 @@ def _roles(axes: Any, roles: list[dict[str, Any]]) -> None:
     axes.axhline(0.5, color="grey", lw=0.8, ls=":")
     axes.set(xlabel="layer", ylabel="weight of bi after training", ylim=(0, 1))
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(frameon=False, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend()
 
 
 CURVES = {  # of a stage's log: what stands in one panel, under the names of the log
@@ -75,6 +93,7 @@ CURVES = {  # of a stage's log: what stands in one panel, under the names of the
 }
 
 
+@styled
 def mixing(section: dict[str, Any]) -> dict[str, Figure]:
     """Bitune's learned alpha by layer, and the loss over the steps; {} where there is neither."""
     rows = [row for row in section["log"] if "loss" in row]
@@ -91,14 +110,14 @@ def mixing(section: dict[str, Any]) -> dict[str, Figure]:
         panels[1].axhline(0.5, color="grey", lw=0.8, ls=":")
         panels[1].set(xlabel="layer", ylabel="alpha, share of the second reading", ylim=(0, 1))
         panels[1].xaxis.get_major_locator().set_params(integer=True)
-        panels[1].legend(frameon=False, fontsize=8)
-        panels[1].spines[["top", "right"]].set_visible(False)
+        panels[1].legend()
     return {"bitune.png": figure}
 
 
+@styled
 def probing(section: dict[str, Any]) -> dict[str, Figure]:
     """What each position tells, and anisotropy by layer, a line a model."""
-    figures = {"probing_anisotropy.png": _anisotropy(section["models"])}
+    figures = {"probing_anisotropy.png": anisotropy(section["models"])}
     if any("@" in row["task"] for model in section["models"] for row in model["rows"]):
         figures["probing_context.png"] = _context(section["models"])
     return figures
@@ -131,10 +150,9 @@ def _context(models: list[dict[str, Any]]) -> Figure:
                 )
         axes.axhline(0.5, color="grey", lw=0.8, ls=":")
         axes.set(title=name.replace("_", " "), xlabel="word", xticks=range(1, 6), ylim=(0.3, 1.03))
-        axes.spines[["top", "right"]].set_visible(False)
     panels[0].set(ylabel=f"balanced accuracy ({probe} probe)")
     handles = panels[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside right center", frameon=False, fontsize=8)
+    figure.legend(*handles, loc="outside right center")
     return figure
 
 
@@ -148,7 +166,7 @@ def _context_rows(model: dict[str, Any], shown: list[dict[str, Any]]) -> Iterato
             yield {**row, "label": model["label"], "feature": feature, "word": int(word)}
 
 
-def _anisotropy(models: list[dict[str, Any]]) -> Figure:
+def anisotropy(models: list[dict[str, Any]]) -> Figure:
     figure = blank(7.6, 3.2)
     titles = {"between": "words of different sentences", "within": "words of one sentence"}
     for axes, (kind, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
@@ -157,11 +175,11 @@ def _anisotropy(models: list[dict[str, Any]]) -> Figure:
             axes.plot(range(len(values)), values, marker=".", lw=1.3, label=model["label"])
         axes.set(title=title, xlabel="layer (0: embeddings)", ylabel="mean cosine")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend()
     return figure
 
 
+@styled
 def training(stages: list[dict[str, Any]]) -> dict[str, Figure]:
     """A row of panels for each stage: what it logged, over its steps; none where none trained."""
     logs = [[row for row in stage["log"] if "loss" in row] for stage in stages]
@@ -194,12 +212,12 @@ def _curve(axes: Any, log: list[dict[str, float]], curve: str) -> None:
         axes.set_yscale("log")
     axes.xaxis.get_major_locator().set_params(integer=True)
     if len(CURVES[curve]) > 1:
-        axes.legend(frameon=False, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
+        axes.legend()
 
 
 def blank(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), dpi=160, layout="constrained")
+    """An empty figure of inches."""
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _buckets(section: dict[str, Any]) -> Figure:
@@ -235,8 +253,7 @@ def _buckets(section: dict[str, Any]) -> Figure:
         ylim=(0, 100), ylabel="share of attention, percent", xlabel="length of the text, tokens"
     )
     axes.set_xticks(places, labels)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8)
+    figure.legend(loc="outside upper center", ncols=2)
     return figure
 
 
@@ -253,23 +270,17 @@ def _heads(section: dict[str, Any]) -> Figure:
     return figure
 
 
-def attention_map(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", texts: list[list[int]]
-) -> dict[str, Figure]:
-    """The mean unmasked attention of the shortest text, its parts marked as in Figure 3."""
-    from ubmoe.dependence.recorder import mean_attention
-
-    ids = min(texts, key=len)[:MAP_TOKENS]
-    attention = mean_attention(model, ids).numpy()
+@styled
+def attention_map(attention: np.ndarray, tokens: Sequence[str]) -> dict[str, Figure]:
+    """(T, T) mean unmasked attention of a short text, its parts marked as in Figure 3."""
     figure = blank(5.6, 5.2)
     axes = figure.subplots()
     image = axes.imshow(attention, cmap="viridis", vmin=0, vmax=np.quantile(attention, 0.98))
-    tokens = [str(tokenizer.decode([token])) for token in ids]
     words = [token.strip() or repr(token)[1:-1] for token in tokens]
-    axes.set_xticks(range(len(ids)), words, rotation=90, fontsize=7)
-    axes.set_yticks(range(len(ids)), words, fontsize=7)
+    axes.set_xticks(range(len(tokens)), words, rotation=90, fontsize=7)
+    axes.set_yticks(range(len(tokens)), words, fontsize=7)
     axes.set(xlabel="attended token", ylabel="token")
-    edge = np.arange(len(ids) + 1) - 0.5
+    edge = np.arange(len(tokens) + 1) - 0.5
     for way in ("pre", "post"):  # both sides of the diagonal
         axes.step(edge, edge, where=way, color="white", lw=1.2)
     _mark(axes, attention)

@@ -5,7 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-SHARES = ("main", "before", "after")
+from tabulate import tabulate
+
+from ubmoe.dependence import SHARES
+
 NO_TEXTS = "no texts"
 CAUSAL = " causal"  # after a row's modules: tuned under the causal mask, a control
 
@@ -157,8 +160,8 @@ def probes_caption(models: list[dict[str, Any]]) -> str:
 def is_shown(row: dict[str, Any], models: list[dict[str, Any]]) -> bool:
     """No control, at the first position, of the first layer and the last kind of probe."""
     first, last = models[0]["rows"][0], models[0]["rows"][-1]
-    said = (row["control"], row["position"], row["layer"], row["probe"])
-    return said == ("none", first["position"], first["layer"], last["probe"])
+    shown = (row["control"], row["position"], row["layer"], row["probe"])
+    return shown == ("none", first["position"], first["layer"], last["probe"])
 
 
 def probed(row: dict[str, Any]) -> str:
@@ -178,15 +181,18 @@ TEXT = {
 
 def aligned(rows: list[list[str]]) -> str:
     """Columns of a terminal, right-aligned."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (zip(row, widths, strict=True) for row in rows)
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in line) for line in lines)
+    return _tabulated(rows, "plain")
 
 
 def markdown(rows: list[list[str]]) -> str:
     """A Markdown table, its first row the header."""
-    header, *body = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([header, "|" + "---:|" * len(rows[0]), *body])
+    return _tabulated(rows, "pipe")
+
+
+def _tabulated(rows: list[list[str]], form: str) -> str:
+    """Every cell as it is, and nothing read as a number."""
+    right = ["right"] * len(rows[0])
+    return tabulate(rows[1:], rows[0], tablefmt=form, disable_numparse=True, colalign=right)
 
 
 def spread(values: list[float]) -> str:

@@ -1,10 +1,14 @@
-"""The generated tables of README.md, from the records."""
+"""The generated tables of README.md and of the pages in docs/, from the records."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from ubmoe.config import UserError
+from ubmoe.config import Config, UserError
+from ubmoe.files import replace_all, write_text
 from ubmoe.report.tables import (
     ROUTES,
     dependence_caption,
@@ -16,53 +20,80 @@ from ubmoe.report.tables import (
     spread,
 )
 from ubmoe.results import paper
-from ubmoe.results.paper import Records
+from ubmoe.results.entries import NO_TASKS, Entry, by_row
 from ubmoe.results.published import published
+from ubmoe.results.records import Records, read_benchmarks, recorded
+
+BLOCK = re.compile(r"(<!-- (\w+): ([\w.-]+) -->)\n.*?<!-- end -->", re.DOTALL)
 
 
-def renewed(text: str, records: Records, seeds: Sequence[int]) -> str:
+def renew(config: Config) -> str:
+    """Renew the generated tables of every page from the recorded results of `results.seeds`."""
+    records, benchmarks = recorded(config), read_benchmarks(config)
+    pages = [Path("README.md"), *sorted(Path("docs").glob("*.md"))]
+    texts = {
+        page: renewed(page.read_text(encoding="utf-8"), records, config.results.seeds, benchmarks)
+        for page in pages
+    }
+    replace_all({page: partial(write_text, text=text) for page, text in texts.items()})
+    return "\n".join(map(str, pages))
+
+
+def renewed(
+    text: str,
+    records: Records,
+    seeds: Sequence[int],
+    benchmarks: Mapping[str, list[dict[str, Any]]] = MappingProxyType({}),
+) -> str:
     """The text with every block between `<!-- kind: name -->` and `<!-- end -->` made anew.
 
     seeds: those whose runs are averaged. Raises UserError for a block without any record.
     """
 
     def block(match: re.Match[str]) -> str:
-        made = BLOCKS[match[2]](match[3], records, seeds)
+        heading, kind, name = match.groups()
+        made = (
+            _benchmark_block(benchmarks.get(name, []))
+            if kind == "benchmark"
+            else BLOCKS[kind](name, records, seeds)
+        )
         if not made:
             raise UserError(
-                f"README.md: no records of seeds {', '.join(map(str, seeds))} for its block "
-                f"{match[2]}: {match[3]}"
+                f"results.directory: no records of seeds {', '.join(map(str, seeds))} for the "
+                f"block {kind}: {name}"
             )
-        return f"{match[1]}\n{made}\n<!-- end -->"
+        return f"{heading}\n{made}\n<!-- end -->"
 
-    return re.sub(r"(<!-- (\w+): ([\w.-]+) -->)\n.*?<!-- end -->", block, text, flags=re.DOTALL)
+    return BLOCK.sub(block, text)
 
 
 def _dependence_block(name: str, records: Records, _: Sequence[int]) -> str:
-    found = [record for key, record in records.items() if key.startswith(f"{name}.dependence.")]
     return "\n\n".join(
-        f"{markdown(dependence_rows(record))}\n\n{dependence_caption(record)}" for record in found
+        f"{markdown(dependence_rows(record.data))}\n\n{dependence_caption(record.data)}"
+        for record in records.of("dependence", label=name)
     )
 
 
-def _benchmark_block(name: str, records: Records, _: Sequence[int]) -> str:
+def _benchmark_block(found: list[dict[str, Any]]) -> str:
+    """A table for each device."""
     parts = []
-    for key, record in sorted(records.items()):
-        if key.startswith(f"benchmark.{name}."):
-            rows = record["rows"]
-            cells = [list(rows[0]), *([_number(value) for value in row.values()] for row in rows)]
-            parts.append(f"On {record['device']}, torch {record['torch']}:\n\n{markdown(cells)}")
+    for each in found:
+        rows = each["rows"]
+        cells = [list(rows[0]), *([_number(value) for value in row.values()] for row in rows)]
+        parts.append(f"On {each['device']}, torch {each['torch']}:\n\n{markdown(cells)}")
     return "\n\n".join(parts)
 
 
-def _column(every: Iterable[paper.Entry], name: str) -> str:
-    return spread([value for each in every if (value := each.cells.get(name)) is not None])
+def _column(every: Iterable[Entry], name: str) -> str:
+    """Empty where there is nothing: a page shows what was measured."""
+    values = [value for each in every if (value := each.cells.get(name)) is not None]
+    return spread(values) if values else ""
 
 
-def _names(rows: dict[str, list[paper.Entry]]) -> list[str]:
+def _names(rows: dict[str, list[Entry]]) -> list[str]:
     """The columns that are tasks."""
     every = (name for row in rows.values() for each in row for name in each.cells)
-    return [name for name in dict.fromkeys(every) if name not in paper.NO_TASKS]
+    return [name for name in dict.fromkeys(every) if name not in NO_TASKS]
 
 
 def _sts_block(name: str, records: Records, seeds: Sequence[int]) -> str:
@@ -70,7 +101,7 @@ def _sts_block(name: str, records: Records, seeds: Sequence[int]) -> str:
 
     Where it was read causally again, the perplexity of that, too.
     """
-    rows = paper.by_row("encoders", name, records, seeds)
+    rows = by_row("encoders", name, records, seeds)
     again = any("perplexity" in each.cells for row in rows.values() for each in row)
     columns = [*_names(rows), "average", "DP-after", *(["perplexity"] if again else [])]
     body = [
@@ -86,7 +117,7 @@ def _mixture_block(name: str, records: Records, seeds: Sequence[int]) -> str:
 
     Generation under the causal mask, STS (the average) under both.
     """
-    rows = paper.by_row("routes", name, records, seeds)
+    rows = by_row("routes", name, records, seeds)
     columns = [*_names(rows), "perplexity", "STS bidirectional", "STS causal"]
     body = [
         [row, str(len(rows[row])), *(_column(rows[row], column) for column in columns)]
@@ -112,12 +143,12 @@ def _ordered(labels: Iterable[str]) -> list[str]:
 
 def _bitune_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     """A row for each variant on a model, over its seeds, beside the paper's averages."""
-    runs = paper.by_row("bitune", name, records, seeds)
+    runs = by_row("bitune", name, records, seeds)
     ablations, columns = published("bitune")["ablations"], _names(runs)
     rows = []
     for theirs in ablations["rows"]:
         if own := runs.get(f"bitune, {theirs['method']}", []):
-            perplexity = spread([each.record["bitune"]["perplexity"] for each in own])
+            perplexity = spread([each.record.section["perplexity"] for each in own])
             printed = [f"{score:.1f}" for score in theirs["scores"]]
             cells = [perplexity, *(_column(own, column) for column in columns), *printed]
             rows.append([theirs["method"], str(len(own)), *cells])
@@ -145,12 +176,9 @@ def _probing_block(name: str, records: Records, _: Sequence[int]) -> str:
     The published ones are of another family, at the same stage of training, and of the random or
     the shipped splits.
     """
-    found = [record for key, record in records.items() if key.startswith(f"{name}.probing.")]
     return "\n\n".join(
-        _probing_table(
-            record["probing"]["models"], tiny=record["config"]["probing"]["data"] == "tiny"
-        )
-        for record in found
+        _probing_table(record.section["models"], record.config["probing"]["data"] == "tiny")
+        for record in records.of("probing", label=name)
     )
 
 
@@ -184,20 +212,26 @@ PAPER = {"sts": 2, "dependence": 3, "generation": 4}
 
 
 def _paper_block(name: str, records: Records, seeds: Sequence[int]) -> str:
-    """A table of the paper, for all of its models: ours and, in brackets, published and gap."""
-    number, found, notes = PAPER[name], [], []
-    for model in paper.models():
-        found += paper.columns(number, model, records, seeds)
-        notes += paper.notes(name, model, records, seeds) + paper.misprints(number, model)
-    shown = ["average"] if number == 2 else list(dict.fromkeys(found))
-    body = []
-    for model in paper.models():
-        header, *rows = paper.rows(number, model, records, seeds, shown)
-        body += [[model, *row] for row in rows]
-    return _noted([["model", *header], *body], notes)
+    """A table of the paper as it is printed, and the misprints in it.
+
+    Ours stand beside them in what `python -m ubmoe.results table` prints.
+    """
+    table = published("ubmoe")[name]
+    rows = [[row["model"], row["method"], *map(_printed, row["scores"])] for row in table["rows"]]
+    notes = [note for model in paper.models() for note in paper.misprints(PAPER[name], model)]
+    return _noted([["model", "row", *table["columns"]], *rows], notes)
+
+
+def _printed(score: Any) -> str:
+    """A score, or the triple main, before, after."""
+    return (
+        " / ".join(f"{each:.2f}" for each in score) if isinstance(score, list) else f"{score:.2f}"
+    )
 
 
 def _number(value: Any) -> str:
+    if value == "not run":
+        return ""
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
@@ -207,6 +241,5 @@ BLOCKS = {
     "mixture": _mixture_block,
     "bitune": _bitune_block,
     "probing": _probing_block,
-    "benchmark": _benchmark_block,
     "paper": _paper_block,
 }

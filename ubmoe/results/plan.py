@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,9 @@ from ubmoe.config import (
     load_config,
 )
 from ubmoe.data.rows import read_texts
-from ubmoe.recording import read_result, record, replace
+from ubmoe.files import replace, write_text
 from ubmoe.report.tables import CAUSAL
+from ubmoe.results.records import read_result, record
 
 log = logging.getLogger(__name__)
 ROOT = Path(__file__).parent.parent.parent  # where the three scripts are
@@ -116,7 +117,7 @@ def steps(config: Config) -> list[Step]:
     name = f"study-{hashlib.sha256(text.encode()).hexdigest()[:8]}.yaml"
     file = Path(config.output_dir) / "study" / name
     file.parent.mkdir(parents=True, exist_ok=True)
-    replace(file, lambda path: path.write_text(text, encoding="utf-8"))
+    replace(file, partial(write_text, text=text))
     first, *others = config.results.seeds
     rows = config.results.rows
     without_base = [row for row in rows if row != "base"]  # it has no seeds
@@ -183,6 +184,7 @@ def label(config: Config) -> str:
 
 def plan(config: Config) -> str:
     """The commands, one a line, with what is there yet as a comment above each."""
+    _check_table(config, "plan")
     lines = []
     estimates: dict[tuple[str, str], str] = {}  # a row's seeds take as long as each other
     for step in steps(config):
@@ -195,6 +197,11 @@ def plan(config: Config) -> str:
         after = f", after {step.after.row}" if step.after else ""
         lines += [f"# {step.row}, seed {step.config.seed}{after}: {known}", step.command]
     return "\n".join(lines)
+
+
+def _check_table(config: Config, verb: str) -> None:
+    if config.results.table is None:
+        raise UserError(f"results.table: {verb} needs one; expected 2, 3, 4 or all")
 
 
 def _known(step: Step) -> str:
@@ -215,22 +222,23 @@ def run(config: Config) -> str:
     A run that stopped half-way goes on from its checkpoint; a failed one ends the study, which goes
     on from there when it is called again.
     """
-    wanted = steps(config)
+    _check_table(config, "run")
+    planned = steps(config)
     for _ in range(2):  # a model that was made anew on another machine makes others stale
-        _run(config, wanted)
-    return f"{len(wanted)} runs in {Path(config.output_dir) / 'study'}"
+        _run(config, planned)
+    return f"{len(planned)} runs in {Path(config.output_dir) / 'study'}"
 
 
-def _run(config: Config, wanted: list[Step]) -> None:
-    missing = [step for step in wanted if step.state() != "there"]
+def _run(config: Config, planned: list[Step]) -> None:
+    missing = [step for step in planned if step.state() != "there"]
     keys: dict[str, Any] = {"desc": "study", "unit": "run", "disable": None if missing else True}
     with tqdm(total=len(missing), **keys) as bar:
-        for number, step in enumerate(wanted, 1):
+        for number, step in enumerate(planned, 1):
             if step.state() != "there":
                 say = f"{step.row}, seed {step.config.seed}, {step.result}"
-                log.info("[%d/%d] %s", number, len(wanted), say)
+                log.info("[%d/%d] %s", number, len(planned), say)
                 _remake(step, config)
-                _execute(step)
+                execute(step)
                 bar.update()
             _record(step, config)
 
@@ -239,7 +247,7 @@ def _remake(step: Step, config: Config) -> None:
     """Make again what a step reads, where somebody removed that model to make room."""
     if step.after is not None and not step.after.left.exists():
         _remake(step.after, config)
-        _execute(step.after)
+        execute(step.after)
         _record(step.after, config)
 
 
@@ -247,7 +255,7 @@ def _record(step: Step, config: Config) -> None:
     record(step.config.model_copy(update={"results": config.results}), [step.path])
 
 
-def _execute(step: Step, resume: str = "auto") -> None:
+def execute(step: Step, resume: str = "auto") -> None:
     folder = Path(step.config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     log_file = folder / f"{step.result}.log"
@@ -273,12 +281,12 @@ def estimate(step: Step, count: int) -> str:
     folder = Path(step.config.output_dir).parent.parent / "timed" / step.row
     timed = dataclasses.replace(step, keys=(*step.keys, *keys, f"output_dir={folder}"), after=None)
     if timed.state() != "there":
-        _execute(timed, resume="never")
+        execute(timed, resume="never")
         for each in folder.iterdir():  # models and checkpoints, as large as the run's
             if each.is_dir():
                 shutil.rmtree(each)
     result = read_result(timed.path)
-    seconds = _extrapolated(step, result)
+    seconds = extrapolated(step, result)
     took = f"{seconds / 3600:.1f} h" if seconds > 360 else f"{seconds / 60:.1f} min"
     memory = result["peak_memory_bytes"] / 1e9
     what = "texts" if step.result == "dependence" else "steps"
@@ -298,7 +306,7 @@ def _short(step: Step, count: int) -> list[str] | None:
     }[step.result]
 
 
-def _extrapolated(step: Step, result: dict[str, Any]) -> float:
+def extrapolated(step: Step, result: dict[str, Any]) -> float:
     """Seconds: what does not grow with the work, and the work at the pace of its small part."""
     section, config = result[step.result], step.config
     seconds = float(result["seconds"])

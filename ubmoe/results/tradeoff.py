@@ -16,12 +16,15 @@ from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
+from matplotlib.ticker import ScalarFormatter
+from scipy.stats import bootstrap, pearsonr
 
 from ubmoe.config import Config, UserError
-from ubmoe.recording import replace_all, save_figure
+from ubmoe.files import replace_all, save_figure
+from ubmoe.report.figures import blank, styled
 from ubmoe.report.tables import CAUSAL, ROUTES, model_of
-from ubmoe.results import paper
-from ubmoe.results.paper import Records
+from ubmoe.results.entries import entries
+from ubmoe.results.records import Records
 
 log = logging.getLogger(__name__)
 RESAMPLES = 2000
@@ -47,12 +50,12 @@ class Point:
 def points(model: str, records: Records, seeds: Sequence[int]) -> dict[str, Point]:
     """Every model of the study that both uses were scored of, by its row's name."""
     found: dict[str, Point] = {}
-    for each in paper.entries("encoders", model, records, seeds):
+    for each in entries("encoders", model, records, seeds):
         cells = each.cells
         if cells["average"] is not None and "perplexity" in cells:
             point = found.setdefault(each.row, Point("base" if each.is_base else "encoder"))
             point.add(cells["average"], cells["generation"], cells["perplexity"])
-    for each in paper.entries("routes", model, records, seeds):
+    for each in entries("routes", model, records, seeds):
         cells, sts = each.cells, each.cells.get("STS bidirectional")
         if sts is not None and not each.row.startswith(NO_MIXTURES):
             point = found.setdefault(each.row, Point("mixture"))
@@ -88,7 +91,7 @@ class Tuned:
 def tuned(model: str, records: Records, seeds: Sequence[int]) -> list[Tuned]:
     """Every encoder whose dependence and generation were measured."""
     found: dict[str, list[tuple[float, float]]] = {}
-    for each in paper.entries("encoders", model, records, seeds):
+    for each in entries("encoders", model, records, seeds):
         after, perplexity = (each.cells.get(name) for name in ("DP-after", "perplexity"))
         if after is not None and perplexity is not None:
             found.setdefault(each.row, []).append((after, perplexity))
@@ -112,30 +115,38 @@ class Correlation:
     rows: int
 
     def __str__(self) -> str:
-        said = "too few for an interval"
+        text = "too few for an interval"
         if self.interval is not None:
-            said = "95 % interval {:.2f} to {:.2f}".format(*self.interval)
-        return f"r = {self.r:.2f} over {self.rows} rows ({said})"
+            text = "95 % interval {:.2f} to {:.2f}".format(*self.interval)
+        return f"r = {self.r:.2f} over {self.rows} rows ({text})"
 
 
 def correlation(found: Sequence[Tuned], seed: int = 0) -> Correlation:
     """The bootstrap draws rows, each with all of its seeds, which are no new evidence."""
     rows = sorted({each.row for each in found})
+    own = [[each for each in found if each.row == row] for row in rows]
+
+    def drawn(chosen: np.ndarray) -> float:
+        return _pearson([each for place in chosen for each in own[place]])
+
     if len(rows) < FEWEST:
         return Correlation(_pearson(found), None, len(rows))
-    rng, drawn = np.random.default_rng(seed), []
-    for _ in range(RESAMPLES):
-        chosen = [rows[each] for each in rng.integers(len(rows), size=len(rows))]
-        drawn.append(_pearson([each for row in chosen for each in found if each.row == row]))
-    low, high = np.nanpercentile(drawn, [2.5, 97.5])
+    several = bootstrap(
+        *((np.arange(len(rows)),), drawn),
+        n_resamples=RESAMPLES,
+        vectorized=False,
+        method="percentile",
+        rng=seed,
+    ).bootstrap_distribution
+    low, high = np.nanpercentile(several, [2.5, 97.5])  # nan: one row drawn throughout
     return Correlation(_pearson(found), (float(low), float(high)), len(rows))
 
 
 def _pearson(found: Sequence[Tuned]) -> float:
-    after, lost = (np.array([getattr(each, name) for each in found]) for name in ("after", "lost"))
+    after, lost = ([getattr(each, name) for each in found] for name in ("after", "lost"))
     if np.ptp(after) == 0 or np.ptp(lost) == 0:
         return math.nan
-    return float(np.corrcoef(after, lost)[0, 1])
+    return float(pearsonr(after, lost).statistic)
 
 
 # --- pictures -------------------------------------------------------------------------------------
@@ -148,13 +159,13 @@ def draw(config: Config, records: Records) -> str:
     if len(placed) < 2:
         raise UserError(
             f"{config.results.directory}: {len(placed)} models of {model} with STS and generation; "
-            "run results.action=run results.table=all first"
+            "python -m ubmoe.results run, with results.table=all, makes them"
         )
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    figures, rows = {"tradeoff.png": _plane(model, placed)}, {each.row for each in encoded}
+    figures, rows = {"tradeoff.png": plane_figure(model, placed)}, {each.row for each in encoded}
     if len(rows) > 2:
-        figures["claim.png"] = _claim(model, encoded)
+        figures["claim.png"] = claim_figure(model, encoded)
     else:
         (folder / "claim.png").unlink(missing_ok=True)  # of other records
         log.info("claim.png: not drawn, of %d rows with dependence and perplexity", len(rows))
@@ -165,12 +176,9 @@ def draw(config: Config, records: Records) -> str:
 COLOURS = {"base": "black", "encoder": "C0", "mixture": "C1"}
 
 
-def _plane(model: str, placed: dict[str, Point]) -> Any:
+@styled
+def plane_figure(model: str, placed: dict[str, Point]) -> Any:
     """Two panels: the average of the tasks, and the perplexity (downwards is worse)."""
-    from matplotlib.ticker import ScalarFormatter
-
-    from ubmoe.report.figures import blank
-
     figure = blank(11.0, 4.6)
     left, right = figure.subplots(1, 2)
     right.set_yscale("log")
@@ -185,7 +193,6 @@ def _plane(model: str, placed: dict[str, Point]) -> Any:
             if getattr(point, what)
         ]
         axes.set(xlabel="STS average (mixtures: bidirectional)", ylabel=label)
-        axes.spines[["top", "right"]].set_visible(False)
         if not shown:
             axes.text(0.5, 0.5, "not run", transform=axes.transAxes, ha="center")
             continue
@@ -205,9 +212,7 @@ def _plane(model: str, placed: dict[str, Point]) -> Any:
             text = ", ".join(str(shown[each][0]) for each in together)
             place = pairs[together[-1]]
             axes.annotate(text, place, (4, 3), textcoords="offset points", fontsize=7)
-    figure.legend(
-        *right.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=7
-    )
+    figure.legend(*right.get_legend_handles_labels(), loc="outside right center", fontsize=7)
     figure.suptitle(f"{model}: embedding against generation; dashed: Pareto front", fontsize=10)
     return figure
 
@@ -236,9 +241,8 @@ def _error(values: list[float]) -> float | None:
     return stdev(values) if len(values) > 1 else None
 
 
-def _claim(model: str, encoded: list[Tuned]) -> Any:
-    from ubmoe.report.figures import blank
-
+@styled
+def claim_figure(model: str, encoded: list[Tuned]) -> Any:
     figure = blank(6.2, 4.4)
     axes = figure.subplots()
     for number, row in enumerate(dict.fromkeys(each.row for each in encoded)):
@@ -255,10 +259,9 @@ def _claim(model: str, encoded: list[Tuned]) -> Any:
         ylabel="lost generation: log perplexity over the base's",
     )
     own = [each for each in encoded if not each.is_control]
-    said = [f"{model}: {correlation(encoded)}"]
+    text = [f"{model}: {correlation(encoded)}"]
     if len(own) < len(encoded):
-        said.append(f"without the control that was tuned causally: {correlation(own)}")
-    axes.set_title("\n".join(said), fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+        text.append(f"without the control that was tuned causally: {correlation(own)}")
+    axes.set_title("\n".join(text), fontsize=8)
+    axes.legend()
     return figure

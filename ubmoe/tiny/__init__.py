@@ -1,0 +1,1 @@
+"""The embedded language, its model, and its tasks."""

@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import cycle
@@ -21,6 +20,7 @@ import tokenizers
 import torch
 import transformers
 from filelock import FileLock, Timeout
+from platformdirs import user_cache_path
 from safetensors import SafetensorError
 from tqdm import tqdm
 
@@ -50,7 +50,7 @@ def tiny_directory(cache: str | Path | None = None, steps: int = STEPS) -> Path:
     cache: the folder to keep it in, else the environment variable UBMOE_CACHE, else `ubmoe` in the
     user's cache folder. Raises UserError where that folder cannot be written.
     """
-    directory = _cache_root(cache) / f"tiny-{_recipe(steps)}"
+    directory = cache_folder(cache) / f"tiny-{recipe(steps)}"
     if is_complete(directory):  # before any lock, so that a read-only cache serves too
         return directory
     try:
@@ -222,15 +222,13 @@ def _own_random_state() -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
-def _cache_root(cache: str | Path | None) -> Path:
+def cache_folder(cache: str | Path | None) -> Path:
     if chosen := cache or os.environ.get("UBMOE_CACHE"):
         return Path(chosen).expanduser().absolute()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "ubmoe"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ubmoe"
+    return user_cache_path("ubmoe")
 
 
-def _recipe(steps: int) -> str:
+def recipe(steps: int) -> str:
     """A short hash of all that decides the bytes, so that a changed recipe meets no old cache."""
     sources = [Path(file).read_bytes() for file in (language.__file__, __file__)]
     versions = [library.__version__ for library in (torch, transformers, tokenizers)]

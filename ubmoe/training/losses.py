@@ -4,13 +4,15 @@ A fifth of the tokens masked, or a short answer after a long prompt: the logits 
 positions would be computed, kept for the backward pass, and thrown away.
 """
 
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-IGNORED = -100  # the label of a token that is not to be predicted
+from ubmoe.data.padding import IGNORE_INDEX
 
 
 def predictions(
@@ -20,21 +22,30 @@ def predictions(
 
     The logits are float32 at least.
 
-    model: a causal LM, wrapped or not, and `head` its output embeddings; labels: (B, T), IGNORED
-    where nothing is to be predicted. A label of the first token has nothing before it, and is
-    passed over. Softcaps and scales of a family's logits are kept: the head is called by forward.
+    model: a causal LM, wrapped or not, and `head` its output embeddings; labels: (B, T),
+    IGNORE_INDEX where nothing is to be predicted. A label of the first token has nothing before it,
+    and is passed over. Softcaps and scales of a family's logits are kept: forward calls the head.
     """
-    wanted = labels[:, 1:]
-    before = wanted != IGNORED
+    labels = labels[:, 1:]
+    before = labels != IGNORE_INDEX
     hook = head.register_forward_pre_hook(lambda _, states: states[0][:, :-1][before][None])
     try:
         output: Any = model(**inputs, use_cache=False)
     finally:
         hook.remove()
     logits = output.logits[0]
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)), wanted[before]
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)), labels[before]
 
 
-def mean_loss(logits: Tensor, wanted: Tensor) -> Tensor:
+def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy; without a token to predict it is 0, not 0 / 0."""
-    return cross_entropy(logits, wanted, reduction="sum") / max(1, len(wanted))
+    return cross_entropy(logits, labels, reduction="sum") / max(1, len(labels))
+
+
+def perplexity(predicted: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """exp of the mean negative log-likelihood of all labels, of (M, V) logits and M labels each."""
+    loss, tokens = 0.0, 0
+    for logits, labels in predicted:
+        loss += cross_entropy(logits, labels, reduction="sum").item()
+        tokens += len(labels)
+    return math.exp(loss / tokens)

@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ubmoe.bidirectional import set_attention
 from ubmoe.config import UserError
-from ubmoe.moe import model as moe
-from ubmoe.moe.model import BI, UNI, blocks, join, route_of, routers, set_route
+from ubmoe.moe import routers
+from ubmoe.moe.joining import join
+from ubmoe.moe.routers import router_weights
+from ubmoe.moe.routes import BI, UNI, blocks, route_of, set_route
 from ubmoe.tiny import language
 
 
@@ -51,7 +53,7 @@ def test_the_mixture_is_the_formula(implementation, tied, top_k, renormalised):
     for block in blocks(model):
         block.gate.norm_topk_prob = renormalised
     model.set_experts_implementation(implementation)
-    gates = [value.detach() for value in routers(model).values()]
+    gates = [value.detach() for value in router_weights(model).values()]
     expected = by_formula(uni, bi, gates, top_k, renormalised)
     torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
     assert (expected - logits(uni)).abs().max() > 0.1 < (expected - logits(bi)).abs().max()
@@ -71,7 +73,7 @@ def test_equal_experts_are_the_dense_model(implementation):
 def test_zero_routers_give_the_average_of_the_two_outputs():
     uni, bi = pair()
     model = join(uni, bi, 2)
-    assert all(not value.any() for value in routers(model).values())
+    assert all(not value.any() for value in router_weights(model).values())
     gates = [torch.zeros(2, 32)] * 2
     expected = by_formula(uni, bi, gates, 2)
     torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
@@ -99,7 +101,7 @@ def test_a_saturated_router_gives_its_expert(expert, top_k):
         layer.mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
     ids = IDS[:, :9]  # fewer tokens than dimensions: a direction that fits them all exists
     expected = logits(wanted, ids)
-    for value, x in zip(routers(model).values(), seen, strict=True):
+    for value, x in zip(router_weights(model).values(), seen, strict=True):
         x = x.reshape(-1, x.shape[-1])
         direction = torch.linalg.lstsq(x, torch.ones(len(x), 1)).solution[:, 0]
         rows = [direction * 100, -direction * 100]
@@ -149,8 +151,8 @@ def test_a_bfloat16_mixture_of_saved_models_is_exact_and_needs_no_autocast(tmp_p
 def test_routers_are_float32_and_all_else_has_the_models_dtype():
     uni, bi = (model.bfloat16() for model in pair())
     model = join(uni, bi)
-    assert {value.dtype for value in routers(model).values()} == {torch.float32}
-    rest = [value for name, value in model.named_parameters() if name not in routers(model)]
+    assert {value.dtype for value in router_weights(model).values()} == {torch.float32}
+    rest = [value for name, value in model.named_parameters() if name not in router_weights(model)]
     assert {value.dtype for value in rest} == {torch.bfloat16}
 
 
@@ -184,10 +186,10 @@ def test_the_fitted_start_prefers_uni_on_texts_that_it_has_not_seen(tiny_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_path)
     model = join(uni, uni)
     texts = [torch.tensor([tokenizer(text)["input_ids"]]) for text in language.sentences(200, 11)]
-    moe.fit_routers(model, texts[:150])
-    share = torch.cat([each.flatten() for each in moe.bi_share(model, texts[150:])])
+    routers.fit_routers(model, texts[:150])
+    share = torch.cat([each.flatten() for each in routers.bi_share(model, texts[150:])])
     assert (share < 0.5).float().mean() > 0.98
-    assert share.mean() == pytest.approx(1 / (1 + math.exp(moe.MARGIN)), abs=0.05)
+    assert share.mean() == pytest.approx(1 / (1 + math.exp(routers.MARGIN)), abs=0.05)
     assert blocks(model)[0].route == "learned" and "forward" not in vars(blocks(model)[0])
 
 
@@ -195,9 +197,9 @@ def test_drawn_routers_are_those_of_the_seed():
     uni, bi = pair()
     first, again, other = (join(uni, bi) for _ in range(3))
     for model, seed in ((first, 1), (again, 1), (other, 2)):
-        moe.start_routers(model, seed)
+        routers.start_routers(model, seed)
     values = [
-        torch.cat([v.detach().flatten() for v in routers(m).values()])
+        torch.cat([v.detach().flatten() for v in router_weights(m).values()])
         for m in (first, again, other)
     ]
     assert torch.equal(values[0], values[1]) and not torch.equal(values[0], values[2])

@@ -1,0 +1,195 @@
+"""The generated tables of the pages."""
+
+import json
+import re
+
+import pytest
+from builders import ROOT, SEEDS, recorded
+
+from ubmoe.config import load_config
+from ubmoe.results.pages import BLOCKS, renewed
+from ubmoe.results.records import Records, read_benchmarks
+from ubmoe.results.records import recorded as read_records
+
+
+def squeezed(text):
+    """Without the spaces and dashes that align columns."""
+    return re.sub(r" +", " ", re.sub(r"-+:", "---:", text))
+
+
+def renewed_squeezed(*given):
+    return squeezed(renewed(*given))
+
+
+def test_generated_blocks_are_renewed_and_the_rest_is_left(config):
+    record = json.loads(recorded(config).read_text())
+    text = "a\n<!-- dependence: some -->\nold\nold\n<!-- end -->\nb"
+    after = renewed_squeezed(text, Records.of_names({"some.dependence.seed5": record}), SEEDS)
+    assert after.startswith("a\n<!-- dependence: some -->\n| tokens | texts | main |")
+    assert "old" not in after and after.endswith("\n<!-- end -->\nb")
+    assert "| 0-256 | 7 | 10.00 ±1.00 (20.00) | 60.00" in after
+    assert (
+        renewed_squeezed(after, Records.of_names({"some.dependence.seed5": record}), SEEDS) == after
+    )
+
+
+def test_encoders_stand_beside_each_other_over_their_seeds():
+    def sts(average, *stages, seed=0):
+        stages = [{"objective": o, "train": t, "lora": lora} for o, t, lora in stages]
+        bi = {"stages": stages, "attention": "bidirectional"}
+        config = {"model": {"name": "small"}, "bi": bi, "seed": seed}
+        return {"config": config, "sts": {"tasks": {"A": average - 1}, "average": average}}
+
+    def dependence(after, name, seed=0):
+        config = {"model": {"name": name}, "seed": seed}
+        return {"config": config, "dependence": {"overall": {"after": after}}}
+
+    ffn = ("simcse", ["ffn"], None)
+    records = {
+        "x-ffn.sts.seed0": sts(50.0, ffn),
+        "x-ffn.sts.seed1": sts(54.0, ffn, seed=1),
+        "x-ffn.dependence.seed0": dependence(47.0, "bi"),
+        "x-ffn.dependence.seed1": dependence(49.0, "bi", 1),
+        "x-base.sts.seed0": sts(40.0),
+        "x.dependence.seed0": dependence(45.0, "small"),
+        "x-chain.sts.seed0": sts(30.0, ("mntp", ["ffn", "attention"], {"rank": 8}), ffn),
+        "x-chain.dependence.seed0": dependence(99.0, "other"),  # not of the encoder
+    }
+    found = renewed_squeezed(
+        "<!-- sts: small -->\n<!-- end -->", Records.of_names(records), SEEDS
+    ).splitlines()
+    assert found[1:-1] == [
+        "| trained | seeds | A | average | DP-after |",
+        "|---:|---:|---:|---:|---:|",
+        "| base | 1 | 39.00 | 40.00 | 45.00 |",
+        "| ffn | 2 | 51.00 ±2.83 | 52.00 ±2.83 | 48.00 ±1.41 |",
+        "| mntp ffn+attention (LoRA) then ffn | 1 | 29.00 | 30.00 | |",
+    ]
+    generation = {"tasks": {}, "metrics": {}, "average": None, "perplexity": 3.0}
+    evaluated = dependence(0.0, "bi", 1) | {"generation": generation}
+    again = renewed_squeezed(
+        "<!-- sts: small -->\n<!-- end -->",
+        Records.of_names(records | {"x-ffn.evaluation.seed1": evaluated}),
+        SEEDS,
+    ).splitlines()
+    assert again[1].endswith("| DP-after | perplexity |")
+    assert [line.split("|")[-2].strip() for line in again[3:-1]] == ["", "3.00", ""]
+
+
+def test_mixtures_stand_beside_each_other_over_their_seeds():
+    def mixture(seed, routes, attention="bidirectional", **keys):
+        scores = {
+            route: {"tasks": {"T": {"acc": value}}, "average": value, "perplexity": value / 10}
+            for route, value in routes.items()
+        }
+        sts = [
+            {"route": route, "attention": mask, "average": value + shift}
+            for route, value in routes.items()
+            for mask, shift in (("bidirectional", 1), ("causal", -1))
+        ]
+        config = {"model": {"name": "small"}, "seed": seed, "ubmoe": {"top_k": 2, **keys}}
+        generation = {"routes": scores, "metrics": {"T": "acc"}, "bi_attention": attention}
+        return {"config": config, "generation": generation, "sts": sts}
+
+    records = {
+        "a.generation.seed0": mixture(0, {"learned": 50.0, "uni": 60.0}, objective="chat"),
+        "a.generation.seed1": mixture(1, {"learned": 54.0}, objective="chat"),
+        "b.generation.seed0": mixture(0, {"learned": 55.0}, objective="both"),
+        "c.generation.seed0": mixture(0, {"learned": 40.0}, "causal", objective="chat"),
+        "a.sts.seed0": {"config": {"model": {"name": "small"}}},
+        "base.evaluation.seed0": {"config": {"model": {"name": "small"}}, "generation": {}},
+    }
+    found = renewed_squeezed(
+        "<!-- mixture: small -->\n<!-- end -->", Records.of_names(records), SEEDS
+    ).splitlines()
+    assert found[1:-1] == [
+        "| generates with | seeds | T | perplexity | STS bidirectional | STS causal |",
+        "|---:|---:|---:|---:|---:|---:|",
+        "| base (uni alone) | 1 | 60.00 | 6.00 | 61.00 | 59.00 |",
+        "| learned, top_k 2, both | 1 | 55.00 | 5.50 | 56.00 | 54.00 |",
+        "| learned, top_k 2, chat | 2 | 52.00 ±2.83 | 5.20 ±0.28 | 53.00 ±2.83 | 51.00 ±2.83 |",
+        "| learned, top_k 2, chat, causally tuned expert | 1 | 40.00 | 4.00 | 41.00 | 39.00 |",
+    ]
+
+
+def test_variants_of_bitune_stand_beside_the_papers():
+    def bitune(variant, perplexity, seed=0, max_steps=10):
+        section = {"variant": variant, "perplexity": perplexity, "metrics": {"T": "acc"}}
+        tasks = {"T": {"acc": perplexity * 10}}
+        settings = {"max_steps": max_steps, "rank": 8}
+        config = {"model": {"name": "small"}, "bitune": settings, "seed": seed}
+        return {"config": config, "bitune": section | {"tasks": tasks}}
+
+    records = {
+        "a.bitune.seed0": bitune("full", 4.0),
+        "a.bitune.seed1": bitune("full", 6.0, 1),
+        "c.bitune.seed0": bitune("lora", 7.0),
+        "d.bitune.seed0": bitune("lora", 9.0, max_steps=0),
+    }
+    found = renewed_squeezed(
+        "<!-- bitune: small -->\n<!-- end -->", Records.of_names(records), SEEDS
+    ).splitlines()
+    assert found[1:-1] == [
+        "| variant | seeds | perplexity | T | "
+        "published average, Gemma-2B | published average, Llama3-8B |",
+        "|---:|---:|---:|---:|---:|---:|",
+        "| pretrained | 1 | 9.00 | 90.00 | 40.4 | 64.2 |",
+        "| lora | 1 | 7.00 | 70.00 | 45.7 | 70.4 |",
+        "| full | 2 | 5.00 ±1.41 | 50.00 ±14.14 | 49.7 | 72.7 |",
+    ]
+
+
+def test_probes_stand_beside_the_papers():
+    def row(task, split, value, **keys):
+        said = {"task": task, "split": split, "control": "none", "position": "same", "layer": -1}
+        metric = "spearman" if task == "concreteness" else "accuracy"
+        found = said | {"features": "word", "probe": "mlp", metric: value, f"{metric}_stderr": 0.01}
+        return found | keys
+
+    uni = [
+        row("telicity", "random", 0.7),
+        row("telicity", "random", 0.9, control="random labels"),
+        row("telicity", "random", 0.9, layer=-2),
+        row("telicity", "random", 0.9, position="previous"),
+        row("telicity", "lemma", 0.6),
+        row("word in context", "random", 0.5, features="cosine"),
+        row("concreteness", "random", 0.4),
+        row("object_animacy@4", "shipped", 0.55),
+    ]
+    models = [
+        {"label": "Uni", "rows": uni},
+        {"label": "Bi, untrained", "rows": [row("telicity", "random", 0.8)]},
+    ]
+    record = {"probing": {"models": models}, "config": {"probing": {"data": "folder"}}}
+    found = renewed_squeezed(
+        "<!-- probing: small -->\n<!-- end -->",
+        Records.of_names({"small.probing.seed0": record}),
+        SEEDS,
+    ).splitlines()
+    assert found[1:-1] == [
+        "| task | split | metric | Uni | Bi, untrained |",
+        "|---:|---:|---:|---:|---:|",
+        "| telicity | random | accuracy | 0.700 ±0.010 (0.839) | 0.800 ±0.010 |",
+        "| telicity | lemma | accuracy | 0.600 ±0.010 | not run |",
+        "| word in context (cosine) | random | accuracy | 0.500 ±0.010 (0.536) | not run |",
+        "| concreteness | random | spearman | 0.400 ±0.010 (0.763) | not run |",
+        "| object_animacy@4 | shipped | accuracy | 0.550 ±0.010 (0.510) | not run |",
+        "",
+        "Probes: mlp, of layer -1 (-1: the last). In brackets: published for Llama-2-7B.",
+    ]
+
+
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_tables_of_the_pages_are_not_stale(page):
+    config = load_config(None, [f"results.directory={ROOT}/results"])
+    text = (ROOT / page).read_text()
+    assert renewed(text, read_records(config), SEEDS, read_benchmarks(config)) == text
+
+
+def test_the_pages_hold_a_table_of_every_kind():
+    pages = "".join((ROOT / page).read_text() for page in PAGES)
+    assert set(re.findall(r"<!-- (\w+): ", pages)) == {*BLOCKS, "benchmark"}
+    assert " all |" in pages and "ours/plain" in pages

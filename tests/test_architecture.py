@@ -1,0 +1,61 @@
+"""What is imported where; the order of the rooms is a contract in pyproject.toml, run here too."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import grimp
+import pytest
+from builders import ROOT
+
+FROM_THE_OUTSIDE = {  # tests of no one module
+    *("test_architecture", "test_scripts", "test_pages", "config/test_shipped"),
+    "encoder/test_gathering",
+}
+
+
+def test_imports_run_one_way_and_in_no_circle():
+    command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "2 kept, 0 broken" in done.stdout, done.stdout
+
+
+def test_the_contracts_see_lazy_imports(tmp_path, monkeypatch):
+    (tmp_path / "lazy").mkdir()
+    (tmp_path / "lazy" / "__init__.py").write_text("")
+    (tmp_path / "lazy" / "a.py").write_text("def f():\n    from lazy import b\n    return b\n")
+    (tmp_path / "lazy" / "b.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    graph = grimp.build_graph("lazy", cache_dir=None)
+    assert graph.find_modules_directly_imported_by("lazy.a") == {"lazy.b"}
+
+
+LIGHT = ["config", "cli", "files", "report.tables", "report.figures", "results.__main__"]
+LIGHT += [f"results.{name}" for name in ("plan", "records", "paper", "pages", "tradeoff")]
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_what_reads_records_loads_without_torch(module):
+    code = f"import ubmoe.{module}, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_tests_mirror_the_package():
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        name = path.relative_to(ROOT / "tests").with_suffix("").as_posix()
+        if name not in FROM_THE_OUTSIDE:
+            module = ROOT / "ubmoe" / name.replace("test_", "")
+            assert module.with_suffix(".py").is_file() or module.is_dir(), f"{name} tests no module"
+
+
+def test_no_test_imports_another():
+    for path in (ROOT / "tests").rglob("*.py"):
+        imported = re.findall(r"^(?:from|import) (test_\w+|conftest|tests)", path.read_text(), re.M)
+        assert not imported, (path, imported)
+
+
+def test_every_room_says_what_it_is():
+    rooms = [path for path in (ROOT / "ubmoe").rglob("__init__.py")]
+    silent = [path for path in rooms if not path.read_text().startswith('"""')]
+    assert not silent

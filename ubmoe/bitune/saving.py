@@ -1,0 +1,64 @@
+"""A Bitune model's directory: adapters with their masks, theta, the tokenizer and bitune.json."""
+
+import json
+from pathlib import Path
+
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ubmoe.bitune.model import BIDIRECTIONAL, CAUSAL, VARIANTS, Bitune
+from ubmoe.config import UserError
+from ubmoe.files import replace_directory, write_json
+from ubmoe.models.lora import check_base, strict, write_mode
+
+FORM, THETA = "bitune.json", "theta.safetensors"
+
+
+def save(
+    bitune: Bitune,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str | None,
+    directory: Path,
+) -> None:
+    """The adapters as peft saves them, theta, the tokenizer, and bitune.json: all to come back.
+
+    Beside each adapter stands its mask, without which it would be silently wrong.
+    """
+    masks = {CAUSAL: "causal", BIDIRECTIONAL: str(bitune.variant.second)}
+
+    def write(folder: Path) -> None:
+        bitune.model.save_pretrained(str(folder))
+        for kind in bitune.model.peft_config:
+            write_mode(folder / kind, bitune.model, masks[kind])
+        if theta := bitune.theta():
+            save_file({name: value.detach().cpu() for name, value in theta.items()}, folder / THETA)
+        tokenizer.save_pretrained(folder)
+        metadata = {"variant": bitune.name, "theta_init": bitune.theta_init, "template": template}
+        write_json(folder / FORM, metadata | {"base": bitune.decoder.name_or_path})
+
+    replace_directory(directory, write)
+
+
+def load(model: PreTrainedModel, directory: Path) -> Bitune:
+    """A saved Bitune model on its base, ready to generate. Raises UserError for what is none."""
+    try:
+        metadata = json.loads((directory / FORM).read_text())
+        own = VARIANTS[metadata["variant"]].own
+        kinds = [CAUSAL, *([BIDIRECTIONAL] if own else [])]
+        for kind in kinds:
+            check_base(model, directory / kind)
+        with strict():
+            wrapped = PeftModel.from_pretrained(model, str(directory / CAUSAL), adapter_name=CAUSAL)
+            for kind in kinds[1:]:
+                wrapped.load_adapter(str(directory / kind), adapter_name=kind)
+        bitune = Bitune(wrapped, metadata["variant"], metadata["theta_init"])
+        if bitune.variant.mixed:
+            bitune.take(load_file(directory / THETA))
+    except Exception as error:  # the libraries raise nearly every type here
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{directory}: no Bitune model of {model.name_or_path} ({reason}); expected the "
+            "directory that python -m ubmoe.bitune saved"
+        ) from error
+    return bitune.requires_grad_(False).eval()

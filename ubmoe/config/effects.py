@@ -1,0 +1,62 @@
+"""Which keys a result depends on: what a key can change is said at the key, in the schema."""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from ubmoe.config.schema import BiSection, Section, affects, keys, numbered
+
+FORM = tuple(f"bi.{name}" for name in BiSection.model_fields if name != "stages")
+CHATS = tuple(f"ubmoe.{name}" for name in ("dataset", "max_rows", "held_out", "max_tokens"))
+ASKED = tuple(f"evaluation.{name}" for name in ("num_fewshot", "limit", "apply_chat_template"))
+# Sections and keys of how a model is scored, by the result that says it; and of how it was made.
+SCORED = {
+    "evaluation": ("model", *FORM, "evaluation", *CHATS),
+    "generation": ("model", *FORM, "evaluation", *CHATS),
+    "sts": ("model", *FORM, "evaluation.sts"),
+    "dependence": ("model", "dependence"),
+    "bitune": ("model", "bitune", *ASKED),
+}
+MADE = {"sts": ("model", *FORM, "bi.stages"), "generation": ("model", "ubmoe")}
+MISSING = object()
+
+
+def deciding_weights(section: Section) -> dict[str, Any]:
+    """What of a section the trained weights depend on: a run goes on whatever the rest is now."""
+    fields = type(section).model_fields
+    return {
+        name: value
+        for name, value in section.model_dump().items()
+        if affects(fields[name]) == "weights"
+    }
+
+
+def leaves(config: dict[str, Any], names: Iterable[str]) -> dict[str, str]:
+    """{dotted key: value as text} below some sections and keys of a dumped configuration.
+
+    0.0 is 0; keys that affect nothing are left out, and so is what the configuration lacks.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        value: Any = config
+        for part in name.split("."):
+            value = value.get(part, MISSING) if isinstance(value, dict) else MISSING
+        found |= {} if value is MISSING else _leaves(value, name)
+    return found
+
+
+def _leaves(value: Any, name: str) -> dict[str, str]:
+    if isinstance(value, list) and any(isinstance(each, dict) for each in value):
+        value = {str(place): each for place, each in enumerate(value)}
+    if isinstance(value, dict):
+        found: dict[str, str] = {}
+        for part, each in value.items():
+            found |= _leaves(each, f"{name}.{part}")
+        return found
+    if numbered(name) in WITHOUT_EFFECT:
+        return {}
+    whole = isinstance(value, float) and value.is_integer()
+    return {name: json.dumps(int(value) if whole else value)}
+
+
+WITHOUT_EFFECT = {name for name, field in keys() if affects(field) == "nothing"}

@@ -1,0 +1,545 @@
+"""Every key of every program: its type, default, unit and meaning, and what it can change."""
+
+import math
+import re
+from collections.abc import Iterator
+from functools import partial
+from itertools import pairwise
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+
+
+def _exponent_float(value: object) -> object:
+    """YAML 1.1 reads `1e-4` as text; everybody means the number."""
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+        return float(value)
+    return value
+
+
+Float = Annotated[float, BeforeValidator(_exponent_float)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+Affects = Literal["weights", "scores", "nothing"]
+
+
+def key(default: Any, meaning: str, unit: str = "", affects: Affects = "weights") -> Any:
+    """A key of the schema: its default, its meaning, its unit where it has one.
+
+    affects: what another value can change. `weights`: whatever is trained, and so every number;
+    `scores`: what is measured of a model, not the model; `nothing`: how a run goes on, not what
+    comes out.
+    """
+    extra: Any = {"unit": unit, "affects": affects}
+    if isinstance(default, list | dict):
+        return Field(
+            default_factory=lambda: type(default)(default),
+            description=meaning,
+            json_schema_extra=extra,
+        )
+    return Field(default, description=meaning, json_schema_extra=extra)
+
+
+score_key = partial(key, affects="scores")
+running_key = partial(key, affects="nothing")
+
+
+def _not_empty(value: Any) -> Any:
+    if value == []:
+        raise ValueError("expected one at least")
+    return value
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelSection(Section):
+    """Which model, and how it is loaded."""
+
+    name: str = key("tiny", "hub id, local directory, or the word tiny (the embedded model)")
+    revision: str | None = key(None, "branch, tag or commit of a hub model")
+    dtype: Literal["float32", "bfloat16", "float16"] = key("float32", "dtype of the loaded weights")
+    device: str | None = running_key(None, "cpu, cuda, cuda:1, mps, ...; null: the best there is")
+    attn_implementation: (
+        Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"] | None
+    ) = key(None, "attention backend; null: the model's own default")
+    adapter: str | None = key(None, "directory of a LoRA adapter, merged on load")
+    cache: str | None = running_key(
+        None, "folder for the embedded model; null: UBMOE_CACHE or the user's cache folder"
+    )
+
+
+class DependenceSection(Section):
+    """Attention dependence DP (calculate_dp.py)."""
+
+    dataset: str = score_key(
+        "tiny",
+        "chats or texts: hub id[:config[:split]], local .json/.jsonl/.csv/.tsv/.txt, or tiny",
+    )
+    chat_template: str | None = score_key(
+        None, "Jinja file or string for a tokenizer that has no chat template"
+    )
+    max_texts: Positive | None = score_key(
+        1000, "measure at most this many, spaced evenly over the data; null: all", "texts"
+    )
+    max_tokens: Positive = score_key(
+        2048, "cut longer texts here (or at the model's context), and count them", "tokens"
+    )
+    buckets: list[int] = score_key(
+        [0, 256, 512, 1024, 2048], "edges; a text of length T is in (low, high]", "tokens"
+    )
+    flow: Literal["causal", "bidirectional"] = score_key(
+        "causal", "mask of the states; the observation is always unmasked"
+    )
+    batch_tokens: Positive = score_key(
+        8192, "padded tokens of one forward; a longer text goes alone", "tokens"
+    )
+
+    @field_validator("buckets")
+    @classmethod
+    def _ascend(cls, edges: list[int]) -> list[int]:
+        if len(edges) < 2 or edges[0] < 0 or any(a >= b for a, b in pairwise(edges)):
+            raise ValueError("expected at least two ascending edges from 0 up, as [0, 256, 512]")
+        return edges
+
+
+Share = Annotated[Float, Field(ge=0, lt=1)]
+Above = Annotated[Float, Field(gt=0)]
+Module = Literal["ffn", "attention", "embedding", "all", "ffn_up_down"]
+PROMPT = 'The representative word for sentence {text} is:"'  # the paper's, its quote included
+
+
+class TrainingSection(Section):
+    """Arguments of transformers' Trainer, under its names."""
+
+    max_steps: Annotated[int, Field(ge=-1)] = key(
+        -1, "stop after this many; -1: num_train_epochs decides", "steps"
+    )
+    num_train_epochs: Above = key(1.0, "passes over the data", "epochs")
+    per_device_train_batch_size: Positive = key(64, "rows of a step on one device", "rows")
+    learning_rate: Above = key(3e-5, "peak learning rate")
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = key(
+        "linear", "shape of the learning rate after warm-up"
+    )
+    warmup_steps: Annotated[Float, Field(ge=0)] = key(
+        0, "linear warm-up; below 1 it is a share of all steps", "steps"
+    )
+    weight_decay: Annotated[Float, Field(ge=0)] = key(0.0, "of AdamW")
+    adam_beta1: Share = key(0.9, "of AdamW")
+    adam_beta2: Share = key(0.999, "of AdamW")
+    adam_epsilon: Above = key(1e-8, "of AdamW (the paper's code has 1e-3)")
+    max_grad_norm: Above = key(1.0, "gradients are clipped at this norm")
+    bf16: bool = key(False, "autocast to bfloat16 over float32 master weights")
+    activation_checkpointing: bool = key(
+        False, "recompute activations: less memory, a third slower"
+    )
+    logging_steps: Positive = running_key(10, "between two rows of the log", "steps")
+    save_steps: Positive = running_key(200, "between two checkpoints", "steps")
+    save_total_limit: Positive = running_key(2, "checkpoints kept")
+    report_to: str = running_key("none", "none, wandb, tensorboard, ...")
+
+    def steps(self, rows: int) -> int:
+        """Optimiser steps over `rows` rows on one device; the last batch of an epoch is dropped."""
+        if self.max_steps >= 0:
+            return self.max_steps
+        return math.ceil(rows // self.per_device_train_batch_size * self.num_train_epochs)
+
+
+class LoraSection(Section):
+    """Low-rank adapters in place of full fine-tuning; the defaults are the paper's code's."""
+
+    rank: Positive = key(8, "rank of the adapters")
+    alpha: Above = key(16.0, "their scale is alpha / rank, or alpha / sqrt(rank) with rslora")
+    dropout: Share = key(0.05, "dropout in front of the adapters")
+    rslora: bool = key(True, "rank-stabilised scale")
+
+
+class StageSection(TrainingSection):
+    """One stage of bidirectional fine-tuning.
+
+    Keys of the contrastive objectives mean nothing to mntp, and the other way round.
+    """
+
+    objective: Literal["simcse", "supervised", "mntp"] = key("simcse", "what the stage learns")
+    train: list[Module] = key(["ffn"], "modules that train; everything else is frozen")
+    lora: LoraSection | None = key(None, "null: the modules themselves train; else their adapters")
+    dataset: str = key(
+        "tiny",
+        "sentences, (anchor, positive[, negative]) rows, or raw text (mntp): hub id, local file, "
+        "or tiny",
+    )
+    max_rows: Positive | None = key(None, "use at most this many, evenly spaced; null: all", "rows")
+    loss: Literal["nt_xent", "simcse"] = key(
+        "nt_xent", "nt_xent: all 2N views are candidates; simcse: anchors against positives"
+    )
+    temperature: Above = key(0.05, "of the cosines")
+    dropout: Share = key(0.3, "attention dropout that makes the two views of simcse")
+    max_tokens: Positive = key(
+        128, "longer texts are cut, and counted; mntp's chunks have this length", "tokens"
+    )
+    mini_batch_tokens: Positive = key(
+        2048, "most padded tokens of one forward; the batch is sorted by length into such", "tokens"
+    )
+    cached: bool = key(False, "GradCache: memory of one mini-batch, for one more forward")
+    mlm_probability: Annotated[Float, Field(gt=0, le=1)] = key(
+        0.2, "share of tokens that mntp chooses, anew in every epoch"
+    )
+    masking: Literal["bert", "all"] = key(
+        "bert", "bert: 80 % masked, 10 % random, 10 % as they were; all: every chosen one masked"
+    )
+    mask_token: str = key("_", "what stands for a masked token: one token of the vocabulary")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_objective(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("objective") == "mntp":
+            return MNTP | given
+        return given
+
+    @model_validator(mode="after")
+    def _lora_can_train_it(self) -> "StageSection":
+        if self.lora is not None and (wrong := {"embedding", "all"} & set(self.train)):
+            raise ValueError(
+                f"lora cannot train {' and '.join(sorted(wrong))}; expected lora: null, or train "
+                "of ffn, attention, ffn_up_down"
+            )
+        return self
+
+
+# LLM2Vec's defaults for masked next token prediction.
+MNTP = {
+    "train": ["ffn", "attention"],
+    "lora": {"rank": 16, "alpha": 32.0, "dropout": 0.05, "rslora": False},
+    "max_tokens": 512,
+    "per_device_train_batch_size": 32,
+    "learning_rate": 5e-5,
+}
+
+
+class BiSection(Section):
+    """Bidirectional fine-tuning (train_bi.py)."""
+
+    attention: Literal["bidirectional", "causal"] = key("bidirectional", "mask of the encoder")
+    prompt: str | None = key(PROMPT, "every text stands in it, at {text}; null: the text alone")
+    pooling: Literal["mean", "last"] = key("mean", "of the last states: all tokens, or the last")
+    prompt_in_mean: bool = key(
+        True, "false: the mean is of the text's own tokens; for prompts that end in {text}"
+    )
+    max_tokens: Positive = key(512, "the saved encoder cuts longer texts here", "tokens")
+    stages: list[StageSection] = key([], "run in order; none: the untouched base is scored")
+
+    @field_validator("prompt")
+    @classmethod
+    def _holds_the_text(cls, prompt: str | None) -> str | None:
+        if prompt is not None and prompt.count("{text}") != 1:
+            raise ValueError("expected {text} once, as in " + PROMPT)
+        return prompt
+
+    @model_validator(mode="after")
+    def _out_of_the_mean(self) -> "BiSection":
+        ends = self.prompt is not None and self.prompt.endswith("{text}")
+        if not self.prompt_in_mean and not (ends and self.pooling == "mean"):
+            raise ValueError(
+                "prompt_in_mean false is for pooling mean and a prompt that ends in {text}; "
+                "expected prompt_in_mean: true"
+            )
+        return self
+
+
+Route = Literal["learned", "uni", "bi", "half", "average", "mode"]
+
+
+class MoeSection(TrainingSection):
+    """The mixture of the uni and the bi FFN (train_ubmoe.py)."""
+
+    per_device_train_batch_size: Positive = key(16, "chats of a step on one device", "rows")
+    learning_rate: Above = key(1e-3, "peak learning rate; so few weights need a high one")
+    bi: str | None = key(None, "directory of the tuned encoder; null: <output_dir>/bi")
+    top_k: Literal[2, 1] = key(2, "experts of a token: both, weighted, or the likelier alone")
+    norm_topk_prob: bool = key(False, "renormalise the weights; for scoring at top_k 1")
+    router_init: Literal["zeros", "normal", "uni"] = key(
+        "zeros", "zeros: half of each; normal: N(0, initializer_range); uni: fitted to prefer uni"
+    )
+    router_aux_loss_coef: Annotated[Float, Field(ge=0)] = key(0.0, "of the load-balancing loss")
+    objective: Literal["chat", "both"] = key(
+        "chat", "chat: answers, causal (the paper's); both: the encoder's vectors of sentences, too"
+    )
+    sentences: str = key("tiny", "sentences for objective both: hub id, local file, or tiny")
+    embedding_weight: Above = key(1.0, "of 1 - cosine from the encoder's vectors, beside the loss")
+    dataset: str = key("tiny", "chats: hub id[:config[:split]], local .json/.jsonl/..., or tiny")
+    max_rows: Positive | None = key(None, "use at most this many, evenly spaced; null: all", "rows")
+    held_out: Positive = key(200, "chats kept out of training, for perplexity", "chats")
+    max_tokens: Positive = key(1024, "longer chats are cut, and counted", "tokens")
+    route: Route = score_key("learned", "who decides in the result: the routers, or a forced route")
+    routes: list[Route] = score_key(
+        ["learned"], "further routes that are scored beside it, as half, average, uni, bi"
+    )
+    export: list[Literal["mixture", "modes"]] = score_key(
+        ["mixture", "modes"], "what is saved: to <output_dir>/ubmoe, and to <output_dir>/modes"
+    )
+
+    @model_validator(mode="after")
+    def _routers_can_learn(self) -> "MoeSection":
+        if self.max_steps == 0:
+            return self
+        if self.top_k == 1 and self.norm_topk_prob:
+            raise ValueError(
+                "norm_topk_prob makes the one weight of top_k 1 always 1, so the routers get no "
+                "gradient; expected norm_topk_prob: false, or max_steps: 0 to score only"
+            )
+        if self.top_k == 1 and self.router_init != "uni":
+            raise ValueError(
+                "top_k 1 scales an FFN by its router's weight, and a router that starts undecided "
+                "would halve it; expected router_init: uni"
+            )
+        if self.objective == "both" and self.activation_checkpointing:
+            raise ValueError(
+                "activation_checkpointing would recompute the sentences under the mask of the "
+                "chats; expected false with objective: both"
+            )
+        if self.top_k == 2 and self.router_aux_loss_coef:
+            raise ValueError(
+                "router_aux_loss_coef is constant where every token has both experts; expected 0 "
+                "at top_k 2"
+            )
+        return self
+
+
+QUESTION = "Question: {prompt}\n\nAnswer:"  # Bitune's
+TASKS_OF_BITUNE = [
+    *("piqa", "arc_challenge", "commonsense_qa", "social_iqa", "mmlu", "gsm8k"),
+]
+
+
+class BituneSection(TrainingSection):
+    """Bitune: two readings of the prompt, mixed (python -m ubmoe.bitune); the paper's defaults."""
+
+    per_device_train_batch_size: Positive = key(
+        10, "examples of a step on one device, of like lengths", "examples"
+    )
+    learning_rate: Above = key(3e-4, "peak learning rate, of the adapters and of theta")
+    warmup_steps: Annotated[Float, Field(ge=0)] = key(
+        0.1, "linear warm-up; below 1 it is a share of all steps", "steps"
+    )
+    variant: Literal[
+        "full", "naive", "no_mixing", "only_causal", "shared_weights", "anticausal", "lora"
+    ] = key("full", "the method, one of the paper's ablations, or lora: the baseline")
+    adapter: Literal["lora", "dora", "ia3"] = key("lora", "kind of the adapters")
+    rank: Positive = key(8, "of lora and dora")
+    alpha: Above = key(1.0, "of lora and dora; their scale is alpha / rank")
+    theta_init: Above = key(0.01, "start of theta; the mixing starts at one half whatever it is")
+    dataset: str = key("tiny", "chats: hub id[:config[:split]], local .json/.jsonl/..., or tiny")
+    template: str | None = key(
+        QUESTION, "a user's turn stands in it, at {prompt}; null: the model's chat template"
+    )
+    max_rows: Positive | None = key(None, "use at most this many, evenly spaced; null: all", "rows")
+    max_tokens: Positive = key(
+        512,
+        "examples that are longer are dropped, and counted: their answers have no end",
+        "tokens",
+    )
+    held_out: Positive = key(200, "chats kept out of training, for perplexity", "chats")
+    generation: list[str] = score_key(
+        TASKS_OF_BITUNE, "as evaluation.generation, for this program alone"
+    )
+
+    @field_validator("template")
+    @classmethod
+    def _holds_the_prompt(cls, template: str | None) -> str | None:
+        if template is not None and template.count("{prompt}") != 1:
+            raise ValueError(f"expected {{prompt}} once, as in {QUESTION!r}")
+        return template
+
+    @model_validator(mode="after")
+    def _keeps_the_cache(self) -> "BituneSection":
+        if self.activation_checkpointing:
+            raise ValueError(
+                "activation_checkpointing drops the caches that Bitune mixes; expected false"
+            )
+        return self
+
+
+class ProbedModel(Section):
+    """One of the models whose word vectors are compared."""
+
+    label: str = score_key("", "its name in tables and figures; empty: name, attention and route")
+    name: str = score_key(..., "hub id, local directory, or tiny")
+    attention: Literal["causal", "bidirectional"] | None = score_key(
+        None, "mask that it reads with; null: the one that its config.json names"
+    )
+    route: Route | None = score_key(None, "of a mixture: who decides")
+    revision: str | None = score_key(None, "as model.revision")
+    adapter: str | None = score_key(None, "as model.adapter")
+
+
+Probed = Literal["context", "aspect", "concreteness", "sensorimotor", "wic"]
+
+
+class ProbingSection(Section):
+    """What word vectors know (python -m ubmoe.probing), after Feng et al."""
+
+    models: list[ProbedModel] = score_key(
+        [], "models to compare, with the first one; empty: model.name under both masks"
+    )
+    data: str = score_key("tiny", "folder that holds the five tasks' folders, or tiny")
+    tasks: list[Probed] = score_key(
+        ["context", "aspect", "concreteness", "sensorimotor", "wic"], "which of the five"
+    )
+    positions: list[Literal["same", "previous"]] = score_key(
+        ["same", "previous"],
+        "a word's own tokens, or the ones before, which mntp predicts from; tables and controls "
+        "are of the first one",
+    )
+    layers: list[int] | None = score_key(
+        [-1], "layers that are probed, -1: the last; null: all; tables show the first one"
+    )
+    probes: list[Literal["linear", "mlp"]] = score_key(["linear", "mlp"], "kinds of probes")
+    seeds: list[int] = score_key([0, 1, 2], "of the splits and of the MLPs")
+    jobs: Positive | None = running_key(None, "tasks that are probed at once; null: one a core")
+    controls: bool = score_key(True, "also probe random labels, and words without their sentence")
+    max_tokens: Positive = score_key(
+        512, "longer sentences are cut; words behind are counted", "tokens"
+    )
+    batch_tokens: Positive = running_key(8192, "padded tokens of one forward", "tokens")
+
+    @field_validator("tasks", "positions", "layers", "probes", "seeds")
+    @classmethod
+    def _is_not_empty(cls, value: list[Any] | None) -> list[Any] | None:
+        return _not_empty(value)
+
+
+# BIOSSES ... STSBenchmark: the ten of the paper's Table 2, in mteb's first versions.
+TABLE2 = [
+    *("BIOSSES", "SICK-R", "STS12", "STS13", "STS14", "STS15", "STS16", "STS17", "STS22"),
+    "STSBenchmark",
+]
+
+
+TABLE4 = ["mmlu", "winogrande", "truthfulqa_mc2"]  # of the paper
+
+
+class EvaluationSection(Section):
+    """Scoring (inside the training scripts, and python -m ubmoe.evaluate)."""
+
+    sts: list[str] = score_key(
+        TABLE2, "mteb task names, local STS files (.tsv: score sentence1 sentence2), or tiny"
+    )
+    generation: list[str] = score_key(
+        TABLE4, "lm-eval task names, task YAMLs, or tiny (our own, of the embedded language)"
+    )
+    language_model: bool = score_key(
+        False, "python -m ubmoe.evaluate: also score the model as a causal language model"
+    )
+    num_fewshot: Annotated[int, Field(ge=0)] | None = score_key(
+        None, "shots of every generation task; null: the task's own", "examples"
+    )
+    limit: Positive | None = score_key(None, "score at most this many examples a task", "examples")
+    apply_chat_template: bool = score_key(
+        False, "generation tasks as chats; likelihood tasks want none"
+    )
+    batch_size: Positive = running_key(64, "texts of one forward", "texts")
+
+
+Row = Literal[
+    "base",
+    "ffn",
+    "attention",
+    "embedding",
+    "ffn+attention",
+    "ffn+embedding",
+    "attention+embedding",
+    "all",
+    "ffn causal",
+]
+
+
+class ResultsSection(Section):
+    """Recorded runs, and the study of the paper's tables (python -m ubmoe.results)."""
+
+    table: Literal[2, 3, 4, "all"] | None = running_key(
+        None, "of the paper: 2 STS, 3 dependence, 4 generation; null: `table` shows the run's own"
+    )
+    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = running_key(
+        [0, 1, 2], "of the study's runs"
+    )
+    rows: list[Row] = running_key(list(get_args(Row)), "what is trained; ffn causal is a control")
+    timed_steps: Positive | None = running_key(
+        None, "plan: run this many steps of each row to estimate its hours and memory; null: none"
+    )
+    directory: str = running_key("results", "folder of the recorded runs")
+
+    @field_validator("seeds", "rows")
+    @classmethod
+    def _is_not_empty(cls, value: list[Any]) -> list[Any]:
+        return _not_empty(value)
+
+
+class Config(Section):
+    """Every key of every program."""
+
+    output_dir: str = running_key("", "where a run writes; default runs/<name of the config file>")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = key(42, "seed of whatever a run draws")
+    resume: Literal["never", "auto"] = running_key(
+        "never", "auto: go on from what an interrupted run left in output_dir"
+    )
+    dry_run: bool = running_key(
+        False,
+        "of the three scripts alone: say parameters, steps, memory and files, and run nothing",
+    )
+    model: ModelSection = key(ModelSection(), "")
+    dependence: DependenceSection = key(DependenceSection(), "")
+    bi: BiSection = key(BiSection(), "")
+    ubmoe: MoeSection = key(MoeSection(), "")
+    bitune: BituneSection = key(BituneSection(), "")
+    probing: ProbingSection = key(ProbingSection(), "")
+    evaluation: EvaluationSection = key(EvaluationSection(), "")
+    results: ResultsSection = key(ResultsSection(), "")
+
+
+# --- every key ------------------------------------------------------------------------------------
+
+
+def section_of(field: FieldInfo) -> type[Section] | None:
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+
+
+def _inner(field: FieldInfo) -> tuple[type[Section] | None, str]:
+    """The section inside a list of sections or an optional one, and how its keys are reached."""
+    for kind in get_args(field.annotation):
+        if isinstance(kind, type) and issubclass(kind, Section):
+            return kind, "" if type(None) in get_args(field.annotation) else "N."
+    return None, ""
+
+
+def keys(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every key of the schema with its dotted name, in the order of the tree; N numbers an item."""
+    for name, field in section.model_fields.items():
+        inner = section_of(field)
+        if inner is None:
+            yield prefix + name, field
+            item, step = _inner(field)
+            if item is not None:
+                yield from keys(item, f"{prefix}{name}.{step}")
+        else:
+            yield from keys(inner, f"{prefix}{name}.")
+
+
+def affects(field: FieldInfo) -> Affects:
+    """What a key can change, as it is given at the key."""
+    return field.json_schema_extra["affects"]  # type: ignore[index, return-value]
+
+
+def numbered(name: str) -> str:
+    """A dotted name with N in place of the numbers of list items, as the schema says it."""
+    return re.sub(r"\.\d+(?=\.|$)", ".N", name, flags=re.ASCII)

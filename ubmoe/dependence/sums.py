@@ -1,0 +1,149 @@
+"""Sums of shares over texts, the result that they make, and what an interrupted run leaves of them.
+
+Each text counts once, whatever its length (UBMoE, ICML 2025, section 3 and Table 3). DP depends on
+the length: attention that prefers nothing gives main = 1/T and before = after = (T-1)/2T, so that
+share stands beside every number.
+"""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+from accelerate import PartialState
+
+from ubmoe.dependence import SHARES
+from ubmoe.files import replace
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Totals:
+    """Sums over the texts measured so far: so small that they are saved and gathered whole."""
+
+    shares: Any = 0.0  # (L, H, 3), once there is a text
+    # text -> tokens, main, before, after
+    texts: dict[int, tuple[int, float, float, float]] = field(default_factory=dict)
+
+    def add(self, text: int, tokens: int, shares: np.ndarray) -> None:
+        self.shares = self.shares + shares
+        self.texts[text] = (tokens, *shares.mean((0, 1)))
+
+    def merge(self, other: "Totals") -> None:
+        self.shares = self.shares + other.shares
+        self.texts |= other.texts
+
+
+# --- the result -----------------------------------------------------------------------------------
+
+
+def bucket_of(tokens: int, edges: list[int]) -> int:
+    """Index of the bucket (low, high] that a length belongs to, or -1."""
+    inside = (number for number, (low, high) in enumerate(pairwise(edges)) if low < tokens <= high)
+    return next(inside, -1)
+
+
+def summary(totals: Totals, edges: list[int]) -> dict[str, Any]:
+    """Means in percent: overall, by bucket, layer, head; errors over texts; the uniform share."""
+    texts = [totals.texts[text] for text in sorted(totals.texts)]
+    count = len(texts)
+    layers = totals.shares / count * 100  # (L, H, 3)
+    buckets = []
+    for number, (low, high) in enumerate(pairwise(edges)):
+        members = [each for each in texts if bucket_of(each[0], edges) == number]
+        buckets.append({"range": [low, high], **_means(members), "uniform": _uniform(members)})
+    overall = _means(texts)
+    return {
+        "overall": _named([overall[share] for share in SHARES]),
+        "stderr": overall["stderr"],
+        "uniform": _uniform(texts),
+        "buckets": buckets,
+        "layers": [
+            {**_named(layer.mean(0)), "heads": [_named(head) for head in layer]} for layer in layers
+        ],
+        "texts": count,
+        "outside_buckets": count - sum(bucket["texts"] for bucket in buckets),
+        "tokens": sum(each[0] for each in texts),
+    }
+
+
+def _named(shares: Any) -> dict[str, float]:
+    return dict(zip(SHARES, map(float, shares), strict=True))
+
+
+def _means(texts: list[tuple[int, float, float, float]]) -> dict[str, Any]:
+    """Mean and standard error over texts, in percent; null where there are too few."""
+    shares = np.array([each[1:] for each in texts]).reshape(-1, 3) * 100
+    missing = dict.fromkeys(SHARES)
+    stderr = _named(shares.std(0, ddof=1) / len(texts) ** 0.5) if len(texts) > 1 else missing
+    return {"texts": len(texts), **(_named(shares.mean(0)) if texts else missing), "stderr": stderr}
+
+
+def _uniform(texts: list[tuple[int, float, float, float]]) -> dict[str, Any]:
+    """What attention without any preference gives on the same lengths, in percent."""
+    if not texts:
+        return dict.fromkeys(SHARES)
+    lengths = np.array([each[0] for each in texts])
+    other = ((lengths - 1) / (2 * lengths)).mean() * 100
+    return _named([(1 / lengths).mean() * 100, other, other])
+
+
+# --- an interrupted run ---------------------------------------------------------------------------
+
+
+class Partial:
+    """The sums of an unfinished run, one file a process, replaced whole every half minute."""
+
+    def __init__(self, directory: Path, state: PartialState, mark: str) -> None:
+        self.path = (
+            directory / f"dependence.partial-{state.process_index}-of-{state.num_processes}.npz"
+        )
+        self.mark = mark
+        self.saved = time.monotonic()
+
+    @contextmanager
+    def kept_on_interrupt(self, totals: Totals, batches: list[list[int]]) -> Iterator[None]:
+        """Save what is complete on Ctrl-C; a batch that was only half added is not."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            ends = accumulate(len(batch) for batch in batches)
+            done = next((n for n, end in enumerate(ends, 1) if end == len(totals.texts)), None)
+            if done is not None:
+                self.save(totals, done)
+            raise
+
+    def save(self, totals: Totals, done: int) -> None:
+        texts = np.array([(text, *each) for text, each in totals.texts.items()])
+
+        def write(path: Path) -> None:
+            with path.open("wb") as file:
+                np.savez(file, mark=self.mark, done=done, texts=texts, shares=totals.shares)
+
+        replace(self.path, write)
+        self.saved = time.monotonic()
+
+    def load(self) -> tuple[Totals, int]:
+        """The sums and the number of batches done; none where nothing of the same run is left."""
+        if not self.path.exists():
+            return Totals(), 0
+        try:
+            with np.load(self.path, allow_pickle=False) as file:
+                mark, done, rows = str(file["mark"]), int(file["done"]), file["texts"].tolist()
+                shares = file["shares"]
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+            mark, done, rows, shares = "", 0, [], 0.0
+        if mark != self.mark:
+            log.info("%s: of another model, data or setting; starting afresh", self.path)
+            return Totals(), 0
+        log.info("resuming after %d texts", len(rows))
+        return Totals(
+            shares, {int(text): (int(tokens), *each) for text, tokens, *each in rows}
+        ), done

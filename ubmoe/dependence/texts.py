@@ -1,0 +1,63 @@
+"""The texts whose dependence is measured, as tokens."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ubmoe.config import UserError
+from ubmoe.data.rows import Text
+from ubmoe.models.loading import context_length
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, texts: list[Text], chat_template: str | None = None
+) -> list[list[int]]:
+    """Token ids of each text; chats go through the tokenizer's own chat template, or the one named.
+
+    Raises UserError for chats without any template, one that fails on a chat, and a text without
+    tokens.
+    """
+    template = _template(chat_template)  # None: the tokenizer's own, which may be a named set
+    if template is None and tokenizer.chat_template is None and any(text.is_chat for text in texts):
+        raise UserError(
+            f"{tokenizer.name_or_path}: its tokenizer has no chat template; name a Jinja file or "
+            "string as dependence.chat_template"
+        )
+    ids = []
+    for text in texts:
+        try:
+            ids.append(_tokens(tokenizer, text, template))
+        except Exception as error:  # a template is a program, and may fail in any way
+            raise UserError(f"{text.where}: the chat template fails ({error})") from error
+        if not ids[-1]:
+            raise UserError(f"{text.where}: empty text; it has no tokens")
+    return ids
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: Text, template: Any) -> list[int]:
+    if isinstance(text.content, str):
+        return tokenizer(text.content, truncation=False)["input_ids"]
+    rendered = tokenizer.apply_chat_template(text.content, chat_template=template, tokenize=False)
+    return tokenizer(rendered, add_special_tokens=False, truncation=False)["input_ids"]
+
+
+def _template(named: str | None) -> str | None:
+    if named is None or ("{" in named and not os.path.isfile(named)):
+        return named
+    try:
+        return Path(named).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"dependence.chat_template: {named} cannot be read ({error}); expected a Jinja file "
+            "or string"
+        ) from error
+
+
+def cut(
+    model: PreTrainedModel, texts: list[list[int]], max_tokens: int
+) -> tuple[list[list[int]], int]:
+    """Texts cut at `max_tokens` and at the model's context, and how many were longer."""
+    limit = min(max_tokens, context_length(model) or max_tokens)
+    return [text[:limit] for text in texts], sum(len(text) > limit for text in texts)

@@ -1,0 +1,178 @@
+"""NT-Xent and SimCSE's loss over a batch that is sorted by length into mini-batches.
+
+The softmax over cosines, gathering and GradCache are sentence-transformers'. The padding is the
+waste: mini-batches of like lengths leave the loss and its gradient as they are. Shapes: N anchors
+of a batch, D numbers of a vector.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.losses.gradcache import CachedLossMixin
+from sentence_transformers.base.losses.merged_forward import merge_feature_batches
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from ubmoe.config import UserError
+
+OVERHEAD = 256  # tokens that take as long as starting one more forward
+DIRECTIONS: dict[str, Any] = {
+    "simcse": ("query_to_doc",),
+    "nt_xent": ("query_to_doc", "query_to_query"),
+}
+
+
+class ContrastiveLoss(nn.Module):
+    """Cross-entropy of each anchor's cosine with its positive, over temperature.
+
+    form: `simcse`, against all positives (and hard negatives) of the batch; or `nt_xent`, each of
+    the 2N views against all others, the mean of both directions. `metrics` holds the last batch's
+    alignment and uniformity (Wang and Isola, 2020) and mean positive and negative cosine.
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        form: str,
+        temperature: float,
+        mini_batch_tokens: int,
+        views_must_differ: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.form, self.mini_batch_tokens = form, mini_batch_tokens
+        criterion: Any = MultipleNegativesRankingLoss(
+            model,
+            1 / temperature,
+            directions=DIRECTIONS[form],
+            gather_across_devices=PartialState().num_processes > 1,
+        )
+        criterion.model = None  # it is given vectors, and must not hold the model twice
+        self.criterion = criterion
+        self.views_must_differ = views_must_differ
+        self.metrics: dict[str, float] = {}
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Any = None) -> Tensor:
+        """Columns of token features -> the scalar loss."""
+        pieces = self.pieces(list(sentence_features))
+        return self.of_pieces([self.model(piece)["sentence_embedding"] for piece in pieces])
+
+    def pieces(self, columns: list[dict[str, Tensor]]) -> list[dict[str, Any]]:
+        """The batch, sorted by length, as mini-batches within the budget of padded tokens."""
+        merged, self.order = by_length(columns)
+        self.columns = len(columns)
+        lengths = merged["attention_mask"].sum(1).tolist()
+        ranges = least_padding(lengths, self.mini_batch_tokens)
+        return [cropped(merged, low, high) for low, high in ranges]
+
+    def of_pieces(self, vectors: list[Tensor]) -> Tensor:
+        """The mini-batches' vectors -> the scalar loss."""
+        return self.of_vectors(in_columns(torch.cat(vectors), self.order, self.columns))
+
+    def of_vectors(self, columns: list[Tensor]) -> Tensor:
+        """[(N, D) anchors, positives, ...] -> the scalar loss."""
+        if self.views_must_differ and same_up_to_rounding(columns[0], columns[1]):
+            raise UserError(
+                "the two views of every sentence are identical: dropout has no effect on this "
+                "model; raise bi.stages.N.dropout above 0"
+            )
+        self.views_must_differ = False  # it holds for the whole run once it holds for a batch
+        self.metrics = geometry(columns[0].detach(), columns[1].detach())
+        loss = self.criterion.compute_loss_from_embeddings(columns, None)
+        if self.form == "nt_xent":
+            swapped = self.criterion.compute_loss_from_embeddings(columns[::-1], None)
+            loss = (loss + swapped) / 2
+        return loss
+
+
+class CachedContrastiveLoss(CachedLossMixin, ContrastiveLoss):
+    """The same loss by GradCache: one mini-batch's activations at a time, one more forward."""
+
+    mini_batch_size = 1 << 30  # each of our mini-batches goes to the library as a column of its own
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Any = None) -> Tensor:
+        return self.forward_cached(self.pieces(list(sentence_features)), labels)
+
+    def calculate_loss(
+        self, reps: list[list[Tensor]], labels: Any = None, *, with_backward: bool = False
+    ) -> Tensor:
+        loss = self.of_pieces([vectors for [vectors] in reps])
+        if with_backward:
+            loss.backward()
+            loss = loss.detach()
+        return loss
+
+
+def by_length(columns: list[dict[str, Tensor]]) -> tuple[dict[str, Any], Tensor]:
+    """All columns as one batch of M rows, the shortest first, and the (M,) order that sorts it."""
+    merged = merge_feature_batches(columns)
+    if merged is None:
+        raise ValueError("the columns of a batch have different features")
+    order = merged["attention_mask"].sum(1).argsort(stable=True)
+    sort = {key: value[order] for key, value in merged.items() if _is_by_row(key, value)}
+    return {**merged, **sort}, order
+
+
+def _is_by_row(key: str, value: Any) -> bool:
+    """The prompt's length is one number for the whole batch."""
+    return isinstance(value, Tensor) and key != "prompt_length"
+
+
+def least_padding(lengths: list[int], budget: int) -> list[tuple[int, int]]:
+    """Row ranges of ascending lengths, each of at most `budget` padded tokens (or one row).
+
+    Of all such splits the one with the fewest padded tokens, a forward counting as OVERHEAD more.
+    """
+    count, sizes = len(lengths), np.array(lengths)
+    cost, begin = np.zeros(count + 1), np.zeros(count + 1, dtype=int)
+    for high in range(1, count + 1):
+        longest = sizes[high - 1]
+        low = min(max(0, high - budget // longest), high - 1)
+        found = cost[low:high] + np.arange(high - low, 0, -1) * longest + OVERHEAD
+        begin[high] = low + found.argmin()
+        cost[high] = found.min()
+    ranges = [(int(begin[count]), count)]
+    while ranges[-1][0]:
+        high = ranges[-1][0]
+        ranges.append((int(begin[high]), high))
+    return ranges[::-1]
+
+
+def cropped(features: dict[str, Any], low: int, high: int) -> dict[str, Any]:
+    """Rows low to high without the columns that are padding in all of them, left or right."""
+    real = features["attention_mask"][low:high].any(0).nonzero().flatten()
+    span = slice(int(real[0]), int(real[-1]) + 1)
+    return {
+        key: value[low:high, span] if _is_by_row(key, value) else value
+        for key, value in features.items()
+    }
+
+
+def in_columns(vectors: Tensor, order: Tensor, columns: int) -> list[Tensor]:
+    """Sorted vectors (M, D) back into their columns, (N, D) each."""
+    restored = torch.empty_like(vectors).index_copy(0, order.to(vectors.device), vectors)
+    return list(restored.chunk(columns))
+
+
+def same_up_to_rounding(a: Tensor, b: Tensor) -> bool:
+    """Whether two (N, D) differ by no more than another mini-batch's shape or thread can make."""
+    full = a.dtype == torch.float32 and not torch.is_autocast_enabled(a.device.type)
+    return bool((a - b).abs().max() <= (1e-4 if full else 2e-2) * a.abs().max())
+
+
+def geometry(anchors: Tensor, positives: Tensor) -> dict[str, float]:
+    """Alignment, uniformity and mean cosines of (N, D) anchors and positives."""
+    a, b = normalize(anchors.float(), dim=-1), normalize(positives.float(), dim=-1)
+    cosines = a @ b.T
+    others = ~torch.eye(len(a), dtype=torch.bool, device=a.device)
+    return {
+        "alignment": (a - b).square().sum(-1).mean().item(),
+        "uniformity": (-4 * (1 - a @ a.T))[others].exp().mean().log().item(),
+        "positive_cosine": cosines.diagonal().mean().item(),
+        "negative_cosine": cosines[others].mean().item(),
+    }

@@ -1,0 +1,85 @@
+"""Files and folders that are written whole or not at all."""
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ubmoe.config import UserError
+
+
+def make_writable(directory: Path) -> list[Path]:
+    """Make the directory where it is missing; returns the folders made, deepest first."""
+    missing = [folder for folder in (directory, *directory.parents) if not folder.exists()]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"output_dir: {directory} cannot be written ({reason}); expected a folder of yours"
+        ) from error
+    return missing
+
+
+def replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file beside its place and rename it: nobody reads half. Raises OSError."""
+    replace_all({path: write})
+
+
+def replace_all(writes: dict[Path, Callable[[Path], object]]) -> None:
+    """Like `replace`, for files that belong together: none gives way before all are written."""
+    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in writes}
+    try:
+        for path, write in writes.items():
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+            write(temporary[path])
+        for path in writes:
+            temporary[path].replace(path)
+    finally:
+        for remains in temporary.values():
+            remains.unlink(missing_ok=True)
+
+
+def replace_directory(path: Path, write: Callable[[Path], object]) -> None:
+    """Like `replace`, for a folder: the old one gives way only to a whole new one."""
+    temporary, old = (path.with_name(f".{path.name}.{word}") for word in ("new", "old"))
+    for remains in (temporary, old):
+        shutil.rmtree(remains, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        write(temporary)
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+    finally:
+        for remains in (temporary, old):
+            shutil.rmtree(remains, ignore_errors=True)
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Atomic; a NaN is an error, since it is no JSON and no result."""
+    replace(path, partial(write_text, text=json_text(record)))
+
+
+def json_text(record: dict[str, Any]) -> str:
+    return json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a matplotlib figure as PNG."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of glyphs that the font lacks
+        figure.savefig(path, format="png")

@@ -1,0 +1,127 @@
+"""The two-expert mixture: the original ("uni") and the bidirectionally tuned ("bi") FFN.
+
+It is a stock Qwen2-MoE: expert 0 is uni, expert 1 is bi, `mlp.gate` is the router of each layer,
+and the shared expert, which the architecture demands, is small and adds exactly zero. With x the
+input of a layer's FFN and p = softmax(W x) over the two experts, the layer gives
+p_uni FFN_uni(x) + p_bi FFN_bi(x) at top_k 2.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers.initialization import no_init_weights
+
+from ubmoe.config import UserError, listed
+from ubmoe.models.lora import cast
+from ubmoe.moe.routes import BI, UNI, blocks, set_route
+
+SHARED_SIZE = 16  # of the zero expert; size 0 loads in transformers, but not in other engines
+FREE = (
+    "dtype",
+    "use_cache",
+    "transformers_version",
+    "_name_or_path",
+)  # may differ between uni and bi
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+def join(uni: PreTrainedModel, bi: PreTrainedModel, top_k: int = 2) -> PreTrainedModel:
+    """The mixture of two dense models that differ in their FFNs only; its routers are zero.
+
+    The routers are float32 whatever the dtype of the rest. Raises UserError for models that are
+    not Qwen2, whose shapes differ, or that differ outside the FFN: the mixture would drop that.
+    """
+    check_alike(uni, bi)
+    with no_init_weights():
+        model: Any = Qwen2MoeForCausalLM(mixture_config(uni.config, top_k))
+    cast(model, uni.dtype)
+    ffn, rest = _parted(uni.state_dict())
+    with torch.no_grad():
+        for value in model.parameters():
+            value.zero_()
+    model.load_state_dict(rest, strict=False)
+    model.tie_weights()
+    for number, weights in ((UNI, ffn), (BI, _parted(bi.state_dict())[0])):
+        _put_expert(model, number, weights)
+    for block in blocks(model):
+        block.gate.float()
+        block.gate.register_forward_pre_hook(_in_its_dtype)
+    model.generation_config = uni.generation_config
+    set_route(model, "learned")
+    return model.to(uni.device).eval()
+
+
+def _in_its_dtype(gate: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A float32 router reads bfloat16 states; a loader casts it, and needs no help."""
+    return tuple(each.to(gate.weight.dtype) for each in inputs)
+
+
+def mixture_config(dense: Any, top_k: int, experts: int = 2) -> Qwen2MoeConfig:
+    """The Qwen2-MoE configuration of a dense Qwen2 one, every layer sparse, causal."""
+    known = Qwen2MoeConfig().to_dict().keys() | {"head_dim"}
+    same = {key: value for key, value in dense.to_dict().items() if key in known}
+    return Qwen2MoeConfig(
+        **same
+        | {
+            "architectures": ["Qwen2MoeForCausalLM"],
+            "model_type": "qwen2_moe",
+            "num_experts": experts,
+            "num_experts_per_tok": top_k,
+            "moe_intermediate_size": dense.intermediate_size,
+            "shared_expert_intermediate_size": SHARED_SIZE,
+            "norm_topk_prob": False,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "qkv_bias": True,
+            "is_causal": True,
+        }
+    )
+
+
+def check_alike(uni: PreTrainedModel, bi: PreTrainedModel) -> None:
+    """Raises UserError unless both are dense Qwen2 and equal outside the FFN, tensor by tensor."""
+    for word, model in (("model.name", uni), ("ubmoe.bi", bi)):
+        if model.config.model_type != "qwen2":
+            raise UserError(
+                f"{word}: {model.name_or_path} is {model.config.model_type}; expected qwen2 "
+                "(Qwen2.5 or Qwen1.5), of which Qwen2-MoE is the mixture"
+            )
+    ours, theirs = uni.state_dict(), bi.state_dict()
+    shapes = [name for name, value in ours.items() if _shape(theirs.get(name)) != value.shape]
+    shapes += [name for name in theirs if name not in ours]
+    if shapes:
+        raise UserError(f"ubmoe.bi: other shapes than model.name in {listed(shapes)}")
+    configs = [mixture_config(model.config, 1).to_dict() for model in (uni, bi)]
+    other = [key for key, value in configs[0].items() if value != configs[1][key]]
+    if own := [key for key in other if key not in FREE]:
+        raise UserError(f"ubmoe.bi: another {listed(own)} than model.name; expected the same")
+    differ = [
+        name
+        for name, value in ours.items()
+        if ".mlp." not in name and not torch.equal(value, theirs[name].to(value))
+    ]
+    if differ:
+        raise UserError(
+            f"ubmoe.bi: differs from model.name outside the FFN, in {listed(differ)}; the mixture "
+            "would drop that; expected an encoder tuned with train: [ffn]"
+        )
+
+
+def _shape(value: Tensor | None) -> torch.Size | None:
+    return None if value is None else value.shape
+
+
+def _parted(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of the FFNs, and the rest."""
+    ffn = {name: value for name, value in weights.items() if ".mlp." in name}
+    return ffn, {name: value for name, value in weights.items() if name not in ffn}
+
+
+@torch.no_grad()
+def _put_expert(model: PreTrainedModel, number: int, ffn: dict[str, Tensor]) -> None:
+    for layer, block in enumerate(blocks(model)):
+        gate, up, down = (ffn[f"model.layers.{layer}.mlp.{name}.weight"] for name in PROJECTIONS)
+        block.experts.gate_up_proj[number].copy_(torch.cat((gate, up)))
+        block.experts.down_proj[number].copy_(down)

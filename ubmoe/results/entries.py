@@ -1,0 +1,223 @@
+"""What the records say in rows of tables: encoders, mixtures, dependence, generation, Bitune.
+
+What was measured of one model never stands beside another's: records are paired by the run and by
+the digest of the weights.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ubmoe.dependence import SHARES
+from ubmoe.report.tables import ROUTES, mixed, trained, variant
+from ubmoe.results.records import Record, Records
+
+Cells = dict[str, float | None]
+ENCODER = ", read causally"
+NO_TASKS = {
+    *("average", "perplexity", "STS bidirectional", "STS causal"),
+    *("DP-after", "generation"),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a record says in a row of a table.
+
+    made: the records of how its model was made; beside: further ones that its cells are from.
+    """
+
+    row: str
+    record: Record
+    cells: Cells
+    made: tuple[Record, ...]
+    beside: tuple[Record, ...] = ()
+
+    @property
+    def is_base(self) -> bool:
+        return self.row.startswith("base")
+
+    @property
+    def seed(self) -> int | None:
+        """The base has none."""
+        return None if self.is_base else self.record.seed
+
+    @property
+    def tasks(self) -> frozenset[str]:
+        return frozenset(name for name in self.cells if name not in NO_TASKS)
+
+
+def entries(kind: str, model: str, records: Records, seeds: Sequence[int]) -> list[Entry]:
+    """The first record of each row and seed, of these seeds and of the base."""
+    found: dict[tuple[str, int | None], Entry] = {}
+    for each in all_entries(kind, model, records, seeds):
+        found.setdefault((each.row, each.seed), each)
+    return list(found.values())
+
+
+def all_entries(kind: str, model: str, records: Records, seeds: Sequence[int]) -> list[Entry]:
+    return [each for each in KINDS[kind](model, records) if each.seed is None or each.seed in seeds]
+
+
+def by_row(kind: str, model: str, records: Records, seeds: Sequence[int]) -> dict[str, list[Entry]]:
+    """The entries of a kind, a list for each row."""
+    found: dict[str, list[Entry]] = {}
+    for each in entries(kind, model, records, seeds):
+        found.setdefault(each.row, []).append(each)
+    return found
+
+
+def _encoders(model: str, records: Records) -> Iterator[Entry]:
+    """What train_bi.py left, and what was measured of it; first those of which more was.
+
+    STS by task and its average, DP-after, and the perplexity and tasks when read causally again.
+    """
+    found = []
+    bases = [record for row, record, _ in _dependences(model, records) if row == "base"]
+    for record in records.of("sts", model):
+        row, section = trained(record.data), record.section
+        cells: Cells = section["tasks"] | {"average": section["average"]}
+        measured = _beside(record, "dependence", records)
+        if row == "base" and measured is None and bases:
+            measured = bases[0]  # measured by itself, in another folder
+        if measured is not None and _flow(measured) == "causal":
+            cells["DP-after"] = measured.section["overall"]["after"]
+        else:
+            measured = None
+        evaluated = _beside(record, "evaluation", records)
+        if evaluated is not None and (again := evaluated.data.get("generation")):
+            cells |= {"perplexity": again["perplexity"], "generation": again["average"]}
+        else:
+            evaluated = None
+        beside = [each for each in (measured, evaluated) if each is not None]
+        found.append(Entry(row, record, cells, (record,), tuple(beside)))
+    yield from sorted(found, key=lambda each: -len(each.beside))
+
+
+def _sts(model: str, records: Records) -> Iterator[Entry]:
+    """STS by task, and its average, of every run of train_bi.py."""
+    for each in _encoders(model, records):
+        cells = {name: each.cells[name] for name in (*each.record.section["tasks"], "average")}
+        yield Entry(each.row, each.record, cells, each.made)
+
+
+def _beside(made: Record, kind: str, records: Records) -> Record | None:
+    """What another program recorded of the model that a run left.
+
+    In the same folder there may be a record of the base, or of an earlier encoder: the measured
+    model's name and weights tell.
+    """
+    measured = records.beside(made, kind)
+    left = {"sts": "bi", "generation": "ubmoe"}[made.kind]
+    if made.kind == "sts" and trained(made.data).startswith("base"):
+        left = made.model
+    if measured is None or measured.model != left:
+        return None
+    unlike = None not in (made.weights, measured.weights) and made.weights != measured.weights
+    return None if unlike else measured
+
+
+def _measured(model: str, records: Records) -> Iterator[tuple[str, Record | None, Record]]:
+    """(row, dependence record, how its model was made): base, encoders, and mixtures' routers."""
+    for record in records.of("dependence", model):
+        yield "base", record, record
+    for made in sorted(
+        (*records.of("sts", model), *records.of("generation", model)), key=lambda each: each.name
+    ):
+        if made.kind == "generation":
+            yield mixed(made.data, "learned"), _beside(made, "dependence", records), made
+        elif not trained(made.data).startswith("base"):
+            yield trained(made.data), _beside(made, "dependence", records), made
+
+
+def _dependences(model: str, records: Records) -> Iterator[tuple[str, Record, Record]]:
+    """Those that are there; under another flow than the paper's they are other rows."""
+    for row, record, made in _measured(model, records):
+        if record is not None:
+            flow = _flow(record)
+            yield row + (f", {flow} flow" if flow != "causal" else ""), record, made
+
+
+def _flow(record: Record) -> str:
+    return record.config.get("dependence", {}).get("flow", "causal")
+
+
+def _dependence(model: str, records: Records) -> Iterator[Entry]:
+    """Three rows for each model: a share in every bucket."""
+    for row, record, made in _dependences(model, records):
+        for share in SHARES:
+            buckets = record.section["buckets"]
+            cells = {"-".join(map(str, each["range"])): each[share] for each in buckets}
+            yield Entry(f"{row}, {share}", record, cells, (made,))
+
+
+def _again(model: str, records: Records) -> Iterator[Entry]:
+    """Generation of the base, and of every encoder as a language model again; STS as it is."""
+    for made in records.of("sts", model):
+        record = _beside(made, "evaluation", records)
+        if record is not None and (section := record.data.get("generation")):
+            sts = {f"STS {made.config['bi']['attention']}": made.section["average"]}
+            cells = scored(section, section["metrics"]) | sts
+            yield Entry(trained(made.data), record, cells, (made,))
+
+
+def _routes(model: str, records: Records) -> Iterator[Entry]:
+    """The mixtures by route: generation, read causally, and STS under both masks."""
+    for record in records.of("generation", model):
+        section = record.section
+        made = (record, *_encoder_of(record, records))
+        for route, scores in section["routes"].items():
+            sts = {
+                f"STS {row['attention']}": row["average"]
+                for row in record.data["sts"]
+                if row["route"] == route
+            }
+            cells = scored(scores, section["metrics"]) | sts
+            yield Entry(mixed(record.data, route), record, cells, made)
+
+
+def _encoder_of(mixture: Record, records: Records) -> list[Record]:
+    """How its bi expert was tuned, if that run is among the records: its weights tell."""
+    weights = mixture.section.get("bi_weights")
+    return [each for each in records.of("sts") if weights and each.weights == weights][:1]
+
+
+def _bitune(model: str, records: Records) -> Iterator[Entry]:
+    """Bitune's variants: generation; its perplexity is of other chats than the mixtures'."""
+    for record in records.of("bitune", model):
+        section = record.section
+        cells = main_metrics(section, section["metrics"]) | {"average": section.get("average")}
+        yield Entry(f"bitune, {variant(record.data)}", record, cells, ())
+
+
+def _generation(model: str, records: Records) -> Iterator[Entry]:
+    """All of these; of the base's, first the one that has STS under both masks."""
+    routes = list(_routes(model, records))
+    for each in routes:
+        if each.row == ROUTES["uni"]:
+            yield replace(each, row="base")
+    for each in _again(model, records):
+        yield each if each.is_base else replace(each, row=each.row + ENCODER)
+    yield from (each for each in routes if each.row != ROUTES["uni"])
+    yield from _bitune(model, records)
+
+
+def main_metrics(scores: dict[str, Any], metrics: dict[str, str]) -> Cells:
+    return {task: scores["tasks"].get(task, {}).get(metric) for task, metric in metrics.items()}
+
+
+def scored(scores: dict[str, Any], metrics: dict[str, str]) -> Cells:
+    """The main metric of each task, their average, and the perplexity."""
+    rest = {name: scores[name] for name in ("average", "perplexity")}
+    return main_metrics(scores, metrics) | rest
+
+
+KINDS: dict[str, Callable[[str, Records], Iterator[Entry]]] = {
+    "encoders": _encoders,
+    "sts": _sts,
+    "dependence": _dependence,
+    "again": _again,
+    "routes": _routes,
+    "bitune": _bitune,
+    "generation": _generation,
+}

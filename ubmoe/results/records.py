@@ -1,0 +1,158 @@
+"""Results of runs, and records: what is kept of them, one file a program, run and seed."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ubmoe.config import Config, UserError
+from ubmoe.files import write_json
+from ubmoe.report.tables import TEXT, model_of
+
+KINDS = tuple(TEXT)  # one JSON a program, so that none overwrites another's
+NAME = re.compile(rf"(?P<label>.+)\.(?P<kind>{'|'.join(KINDS)})\.seed(?P<seed>\d+)")
+BENCHMARK = "benchmark."
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one program found in one run.
+
+    label: of the run, its output_dir's last part. kind: the program's result, one of KINDS. data:
+    the result, with config and environment.
+    """
+
+    label: str
+    kind: str
+    seed: int
+    data: dict[str, Any]
+
+    @classmethod
+    def named(cls, name: str, data: dict[str, Any]) -> "Record":
+        """The record of a file's name without `.json`. Raises UserError for one that is none."""
+        found = NAME.fullmatch(name)
+        if found is None:
+            raise UserError(
+                f"results.directory: {name}.json is no record's name; expected "
+                "<run>.<result>.seed<number>.json, as python -m ubmoe.results record writes it"
+            )
+        return cls(found["label"], found["kind"], int(found["seed"]), data)
+
+    @property
+    def name(self) -> str:
+        return f"{self.label}.{self.kind}.seed{self.seed}"
+
+    @property
+    def section(self) -> dict[str, Any]:
+        """What the program itself found."""
+        return self.data[self.kind]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.data["config"]
+
+    @property
+    def model(self) -> str:
+        return model_of(self.data)
+
+    @property
+    def weights(self) -> str | None:
+        """Digest of the model's weights; None of an older version, which did not say it."""
+        return self.data.get("environment", {}).get("weights")
+
+
+class Records:
+    """The records of a folder, in the order of their names."""
+
+    def __init__(self, records: Iterable[Record]) -> None:
+        self.by_name = {each.name: each for each in sorted(records, key=lambda each: each.name)}
+
+    @classmethod
+    def of_names(cls, results: Mapping[str, dict[str, Any]]) -> "Records":
+        return cls(Record.named(name, data) for name, data in results.items())
+
+    def of(self, kind: str, model: str | None = None, label: str | None = None) -> list[Record]:
+        """Those of one result, and of a model or a run where it is named."""
+        return [
+            each
+            for each in self.by_name.values()
+            if each.kind == kind
+            and (model is None or each.model == model)
+            and (label is None or each.label == label)
+        ]
+
+    def beside(self, record: Record, kind: str) -> Record | None:
+        """What another program recorded of the same run."""
+        return self.by_name.get(Record(record.label, kind, record.seed, {}).name)
+
+
+def recorded(config: Config) -> Records:
+    """Every record of `results.directory`."""
+    found = sorted(Path(config.results.directory).glob("*.json"))
+    return Records(
+        Record.named(path.stem, read_result(path))
+        for path in found
+        if not path.name.startswith(BENCHMARK)
+    )
+
+
+def read_benchmarks(config: Config) -> dict[str, list[dict[str, Any]]]:
+    """The benchmarks of `results.directory` by their names, one for each device."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(Path(config.results.directory).glob(f"{BENCHMARK}*.json")):
+        name = path.name.removeprefix(BENCHMARK).partition(".")[0]
+        found.setdefault(name, []).append(read_result(path, "rows"))
+    return found
+
+
+def read_result(path: Path, needed: str = "config") -> dict[str, Any]:
+    """Raises UserError for a file that is not a result."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or needed not in found:
+            raise ValueError(f"no {needed} in it")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: no result ({error}); expected what a run wrote: remove it, and run again"
+        ) from error
+    return found
+
+
+def existing(config: Config) -> list[Path]:
+    """The results in output_dir. Raises UserError where there is none."""
+    found = [path for kind in KINDS if (path := Path(config.output_dir) / f"{kind}.json").exists()]
+    if not found:
+        raise UserError(
+            f"output_dir: {config.output_dir} holds no result; run calculate_dp.py with the same "
+            "config first"
+        )
+    return found
+
+
+def record(config: Config, paths: list[Path] | None = None) -> str:
+    """Copy results (None: all of output_dir) to the folder of records, one a program and seed."""
+    written = []
+    for path in paths or existing(config):
+        result = read_result(path)
+        seed = result["config"]["seed"]
+        own = Record(Path(config.output_dir).name, path.stem, seed, without_paths(result))
+        target = Path(config.results.directory) / f"{own.name}.json"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_json(target, own.data)
+        written.append(str(target))
+    return "\n".join(written)
+
+
+def without_paths(value: Any) -> Any:
+    """Every string that is a path, reduced to its last part; hub ids and texts stay."""
+    if isinstance(value, dict):
+        return {key: without_paths(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [without_paths(each) for each in value]
+    if isinstance(value, str) and "/" in value and "\n" not in value:
+        path = Path(value)
+        local = path.is_absolute() or value.startswith((".", "~")) or path.exists()
+        return path.name if local else value
+    return value

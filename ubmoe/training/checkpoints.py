@@ -1,0 +1,91 @@
+"""Checkpoints of a training run: what trains, by name, and the marks that say of which run.
+
+What is frozen is already on disk where it came from, so it is in no checkpoint.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ubmoe.config import StageSection, TrainingSection, UserError, deciding_weights
+
+log = logging.getLogger(__name__)
+WEIGHTS = "trainable.safetensors"
+
+
+@dataclass(frozen=True)
+class Work:
+    """Where a stage keeps its checkpoints, its seed, and the stages that it stands on.
+
+    given: settings besides the stage's own that its weights depend on.
+    """
+
+    directory: Path
+    seed: int
+    resume: bool = False
+    before: Sequence[StageSection] = ()
+    given: dict[str, Any] = field(default_factory=dict)
+
+
+def begin(stage: TrainingSection, work: Work, **mark: Any) -> Path | None:
+    """The checkpoint to go on from: of the same run, stage, data and earlier stages, or none.
+
+    Checkpoints of another run are removed, so that nothing later can take them for this one's.
+    """
+    directory, state = work.directory, PartialState()
+    stages = [deciding_weights(each) for each in (*work.before, stage)]
+    mark |= {"stages": stages, "seed": work.seed, "given": work.given}
+    path, text = directory / "stage.json", json.dumps(mark, indent=1)
+    same = path.exists() and path.read_text() == text
+    state.wait_for_everyone()
+    if not (work.resume and same) and state.is_main_process:
+        for checkpoint in directory.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+        directory.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    state.wait_for_everyone()
+    if work.resume and not same:
+        log.info("%s: no checkpoint of this run; starting afresh", directory)
+    return newest_checkpoint(directory) if work.resume and same else None
+
+
+def newest_checkpoint(directory: Path) -> Path | None:
+    """The latest checkpoint whose trainer_state.json parses: it is written last."""
+    found = sorted(directory.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1]))
+    for path in found:
+        try:
+            json.loads((path / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            log.info("%s: incomplete, not used", path)
+            continue
+        return path
+    return None
+
+
+def trainable(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in model.named_parameters() if value.requires_grad}
+
+
+def save_trainable(model: nn.Module, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {name: value.detach().contiguous() for name, value in trainable(model).items()}
+    save_file(values, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+@torch.no_grad()
+def load_trainable(model: nn.Module, checkpoint: Path) -> None:
+    """Raises UserError for a checkpoint of other modules."""
+    own, saved = trainable(model), load_file(checkpoint / WEIGHTS)
+    if own.keys() != saved.keys():
+        raise UserError(f"{checkpoint}: of other modules; remove it")
+    for name, value in own.items():
+        value.copy_(saved[name])

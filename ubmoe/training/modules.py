@@ -1,0 +1,105 @@
+"""Which modules of a model train, in full or through adapters."""
+
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from accelerate import PartialState
+from torch import nn
+from transformers import PreTrainedModel, set_seed
+
+from ubmoe.config import StageSection, UserError
+from ubmoe.models import lora
+from ubmoe.training.checkpoints import Work
+
+log = logging.getLogger(__name__)
+
+# Parts of parameter names, by the words of the paper's Table 2 (ffn_up_down: FNN_GATE in its code).
+MODULES = {
+    "ffn": (".mlp.",),
+    "attention": (".self_attn.",),
+    "ffn_up_down": (".mlp.up_proj.", ".mlp.down_proj."),
+}
+
+
+def named_by(model: PreTrainedModel, module: str) -> list[str]:
+    """Names of the parameters that a word of `train` means; a tied lm_head belongs to `embedding`.
+
+    `all` is everything but an untied lm_head. Raises UserError where the model has no such module.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    embedding = model.get_input_embeddings().weight
+    if module == "all":
+        head = model.get_output_embeddings()
+        untied = head is not None and head.weight is not embedding
+        found = [name for name in names if not (untied and name.startswith("lm_head."))]
+    elif module == "embedding":
+        found = [name for name, value in model.named_parameters() if value is embedding]
+    else:
+        found = [name for name in names if any(part in name for part in MODULES[module])]
+    if not found:
+        known = sorted({re.sub(r"\.\d+\.", ".N.", name) for name in names})
+        raise UserError(
+            f"train: {type(model).__name__} has no {module} module; it has {', '.join(known)[:300]}"
+        )
+    return found
+
+
+def train_only(model: PreTrainedModel, modules: Sequence[str]) -> dict[str, int]:
+    """Freeze everything but the named modules; returns the trainable parameters by module."""
+    counts, chosen = {}, set()
+    sizes = {name: value.numel() for name, value in model.named_parameters()}
+    for module in modules:
+        names = named_by(model, module)
+        counts[module] = sum(sizes[name] for name in names)
+        chosen |= set(names)
+    for name, value in model.named_parameters():
+        value.requires_grad = name in chosen
+    return counts
+
+
+@contextmanager
+def tuning(model: PreTrainedModel, stage: StageSection, work: Work) -> Iterator[dict[str, int]]:
+    """Let the stage's modules train, or adapters on them; yields trainable parameters by module.
+
+    Adapters are saved to `<directory>/adapter` and merged when the body has ended well. Afterwards
+    everything is frozen, in eval mode.
+    """
+    counts = train_only(model, stage.train)
+    wrapped = None
+    if stage.lora is not None:
+        set_seed(work.seed)  # a resumed run draws the same first adapters
+        names = [name for module in stage.train for name in named_by(model, module)]
+        wrapped = lora.attach(model, names, stage.lora)
+        counts = {module: _trainable(model, MODULES[module]) for module in stage.train}
+    yield counts
+    if wrapped is not None:
+        if PartialState().is_main_process:
+            lora.save(wrapped, work.directory / "adapter", len(work.before))
+        lora.merge(wrapped)
+    model.requires_grad_(False).eval()
+
+
+def _trainable(model: nn.Module, parts: Sequence[str]) -> int:
+    return sum(
+        value.numel()
+        for name, value in model.named_parameters()
+        if value.requires_grad and any(part in name for part in parts)
+    )
+
+
+def announce(stage: StageSection, model: PreTrainedModel, report: dict[str, Any]) -> None:
+    """What a stage is about to do, once, for the people who watch it."""
+    kind = "full" if stage.lora is None else f"LoRA, rank {stage.lora.rank}"
+    tensors = [value for value in model.parameters() if value.requires_grad]
+    dtypes = {str(each.dtype).removeprefix("torch.") for each in tensors}
+    counts = ", ".join(f"{name} {count:,}" for name, count in report["trainable"].items())
+    log.info(
+        "stage %s (%s): %d tensors train, %s parameters, %s%s",
+        *(stage.objective, kind, len(tensors), counts, "/".join(sorted(dtypes))),
+        " under bfloat16 autocast" if stage.bf16 else "",
+    )
+    rest = {name: value for name, value in report.items() if name != "trainable"}
+    log.info("; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in rest.items()))
