@@ -67,7 +67,7 @@ def plain(model: Qwen2ForCausalLM, ids: Tensor) -> None:
 
 def ours(model: Qwen2ForCausalLM, ids: Tensor) -> Tensor:
     with observed(model) as recorder:
-        return dependence_of(model, recorder, ids, torch.ones_like(ids))[0].mean((0, 1))
+        return dependence_of(model, recorder, ids, torch.ones_like(ids))[0, ..., :3].mean((0, 1))
 
 
 @torch.no_grad()

@@ -32,6 +32,7 @@ def test_every_backend_and_padding_reads_as_asked(family):
         assert all(leak(model, padding) > 1e-3 for padding in PADDINGS)
 
 
+@pytest.mark.slow
 def test_flex_attention_reads_as_asked():
     model = random_model("qwen2", head_dim=16, hidden_size=64)
     model.set_attn_implementation("flex_attention")

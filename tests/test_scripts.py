@@ -117,6 +117,7 @@ def test_a_failed_run_keeps_the_earlier_result(inputs, tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_in_one_line(tiny_path, tmp_path):
     process = start("dependence.batch_tokens=1", "model.device=cpu", f"output_dir={tmp_path}/run")
     seen = ""
@@ -133,6 +134,7 @@ def test_ctrl_c_ends_in_one_line(tiny_path, tmp_path):
 STAGE = "bi.stages.0.max_steps=6"
 
 
+@pytest.mark.slow
 def test_an_encoder_is_trained_saved_and_scored(tiny_path, tmp_path):
     common = ["model.device=cpu", f"output_dir={tmp_path}/run"]
     code, output, errors = run(*common, STAGE, script="train_bi.py")
@@ -155,6 +157,7 @@ def test_an_encoder_is_trained_saved_and_scored(tiny_path, tmp_path):
     assert again["evaluation"]["average"] == pytest.approx(result["sts"]["average"], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_the_chain_of_llm2vec_runs_with_adapters(tiny_path, tmp_path):
     chain = (
         "bi.stages=[{objective: mntp, max_tokens: 32, max_steps: 2, logging_steps: 1},"
@@ -179,6 +182,7 @@ def encoder(tiny_path, tmp_path_factory):
     return folder / "bi"
 
 
+@pytest.mark.slow
 def test_the_mixture_is_trained_saved_and_scored(encoder, tmp_path):
     (tmp_path / "pairs.tsv").write_text(
         "score\tsentence1\tsentence2\n5\tThe dog sleeps.\tThe dog sleeps.\n"
@@ -205,6 +209,7 @@ def test_the_mixture_is_trained_saved_and_scored(encoder, tmp_path):
     assert f"{section['perplexity']:.2f}" in shown and "routing.png" in shown
 
 
+@pytest.mark.slow
 def test_bitune_is_trained_saved_and_scored(tmp_path):
     keys = ["model.device=cpu", f"output_dir={tmp_path}/run", "bitune.max_steps=3"]
     keys += ["evaluation.limit=5"]
@@ -231,6 +236,7 @@ def test_bitune_is_trained_saved_and_scored(tmp_path):
         (["ubmoe.top_k=1"], "expected router_init: uni"),
     ],
 )
+@pytest.mark.slow
 def test_bad_mixture_input_is_one_last_line_and_exit_2(
     inputs, encoder, tmp_path, arguments, expected
 ):

@@ -29,6 +29,7 @@ def some_examples(count):
     return rows
 
 
+@pytest.mark.slow
 def test_the_embedded_model_learns_a_new_answer(tiny_path, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny_path)
     tokenizer = AutoTokenizer.from_pretrained(tiny_path)

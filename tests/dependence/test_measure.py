@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from ubmoe.config import DependenceSection, UserError
 from ubmoe.data.padding import batches_by_length
 from ubmoe.data.rows import Text
-from ubmoe.dependence import SHARES, measure
+from ubmoe.dependence import SHARES, measure, sums
 from ubmoe.dependence.recorder import dependence_of, observed
 from ubmoe.dependence.sums import bucket_of
 from ubmoe.dependence.texts import cut, tokenize
@@ -65,18 +65,47 @@ def test_every_number_is_the_mean_over_texts_one_at_a_time(tmp_path):
             assert row[name] == pytest.approx(each[:, layer, :, number].mean(), abs=1e-4)
             heads = [head[name] for head in row["heads"]]
             np.testing.assert_allclose(heads, each[:, layer, :, number].mean(0), atol=1e-4)
+    nothing = dict.fromkeys((*SHARES, "first")) | {"without_first": dict.fromkeys(SHARES)}
     assert section["buckets"][3] | {"uniform": 0} == {
         "range": [32, 64],
         "texts": 0,
-        "main": None,
-        "before": None,
-        "after": None,
-        "stderr": {"main": None, "before": None, "after": None},
+        **nothing,
+        "stderr": nothing,
         "uniform": 0,
     }
     assert (section["texts"], section["outside_buckets"]) == (33, 1)
     assert section["tokens"] == lengths.sum()
     json.dumps(section, allow_nan=False)
+
+
+def test_the_sink_stands_beside_every_triple(tmp_path):
+    model, ids = random_model("qwen2"), texts()
+    section = measure.measure(model, ids, SETTINGS, tmp_path)
+    each = one_at_a_time(model, ids)
+    assert list(section["overall"]) == list(SHARES)
+    by_text = each.mean((1, 2))
+    assert section["first"] == pytest.approx(by_text[:, 3].mean(), abs=1e-4)
+    error = by_text[:, 3].std(ddof=1) / len(ids) ** 0.5
+    assert section["stderr"]["first"] == pytest.approx(error, abs=1e-4)
+    for number, share in enumerate(SHARES, 4):
+        found = section["without_first"][share]
+        assert found == pytest.approx(by_text[:, number].mean(), abs=1e-4)
+        layer = section["layers"][1]
+        assert layer["without_first"][share] == pytest.approx(
+            each[:, 1, :, number].mean(), abs=1e-4
+        )
+        head = layer["heads"][2]["without_first"][share]
+        assert head == pytest.approx(each[:, 1, 2, number].mean(), abs=1e-4)
+        assert section["buckets"][0]["without_first"][share] is not None
+
+
+def test_uniform_attention_without_its_first_key_is_counted_by_hand():
+    """Three tokens: rows (0, 0, 1), (1/2, 0, 1/2), (1/2, 1/2, 0) as main, before, after."""
+    even = sums.uniform([(3.0,), (1.0,)])
+    assert even["first"] == pytest.approx((1 / 3 + 1) / 2 * 100)
+    assert even["without_first"] == pytest.approx(
+        {"main": 100 / 3 / 2, "before": 100 / 6 / 2, "after": 100 / 2 / 2}
+    )
 
 
 def test_the_uniform_share_is_that_of_attention_without_preference(tmp_path):
@@ -216,6 +245,7 @@ def test_sums_of_another_run_are_not_taken_up(tmp_path, monkeypatch):
     assert measure.measure(changed, ids, SETTINGS, tmp_path, resume=True) == expected
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(tiny_path, tmp_path):
     common = ["dependence.max_texts=24", "dependence.batch_tokens=600", "model.device=cpu"]
     script = str(ROOT / "calculate_dp.py")
@@ -224,7 +254,7 @@ def test_two_processes_give_the_numbers_of_one(tiny_path, tmp_path):
     for processes in (1, 2):
         output = tmp_path / str(processes)
         launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-        launch += ["--master-port=29613", script, *common, f"output_dir={output}"]
+        launch += ["--standalone", script, *common, f"output_dir={output}"]
         done = subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         section = json.loads((output / "dependence.json").read_text())["dependence"]

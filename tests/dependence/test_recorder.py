@@ -13,6 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from ubmoe.config import UserError
+from ubmoe.dependence import SHARES, sums
 from ubmoe.dependence.recorder import (
     ROWS,
     Rule,
@@ -30,18 +31,22 @@ LENGTHS = [1, 2, 7, ROWS, 300]
 
 
 def loops(query: Tensor, key: Tensor, scaling: float) -> list[list[float]]:
-    """The definition, one number at a time: (H, T, d), (K, T, d) -> main, before, after of each
+    """The definition, one number at a time: (H, T, d), (K, T, d) -> the seven columns of each
     head.
     """
     heads, tokens, _ = query.shape
     result = []
     for head in range(heads):
-        shares = [0.0, 0.0, 0.0]
+        shares = [0.0] * 7
         for i in range(tokens):
             keys = key[head // (heads // len(key))]
             weights = [math.exp(float(query[head, i] @ keys[j]) * scaling) for j in range(tokens)]
+            shares[3] += weights[0] / sum(weights) / tokens
             for j in range(tokens):
-                shares[(j > i) + (j != i)] += weights[j] / sum(weights) / tokens
+                place = (j > i) + (j != i)
+                shares[place] += weights[j] / sum(weights) / tokens
+                if j > 0:
+                    shares[4 + place] += weights[j] / sum(weights[1:]) / tokens
         result.append(shares)
     return result
 
@@ -59,15 +64,23 @@ class Reference:
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         full = scores.double().softmax(-1)  # (B, H, T, T)
-        parts = (full * torch.eye(full.shape[-1])), full.tril(-1), full.triu(1)
-        self.shares.append(torch.stack([part.sum(-1).mean(-1) for part in parts], -1))
+        left = scores.double().clone()
+        left[..., 0] = float("-inf")
+        left = left.softmax(-1).nan_to_num()  # of one token nothing is left
+        columns = [
+            part
+            for weights in (full, left)
+            for part in (weights * torch.eye(full.shape[-1]), weights.tril(-1), weights.triu(1))
+        ]
+        columns.insert(3, full[..., :1])
+        self.shares.append(torch.stack([part.sum(-1).mean(-1) for part in columns], -1))
         output = (scores + attention_mask).softmax(-1) @ value
         return output.transpose(1, 2).contiguous(), None
 
 
 @torch.no_grad()
 def reference(model, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """((B, L, H, 3), logits) of unpadded texts by full maps."""
+    """((B, L, H, 7), logits) of unpadded texts by full maps."""
     way = Reference()
     AttentionInterface.register("reference", way)
     AttentionMaskInterface.register("reference", eager_mask)
@@ -140,13 +153,29 @@ def test_shares_are_never_negative_and_sum_to_one(tokens, spread, softcap, seed)
     key = torch.randn(2, tokens, 8, generator=generator)
     shares = row_shares(query, key, 0.35, softcap)
     assert (shares >= 0).all()
-    torch.testing.assert_close(
-        shares.sum(-1), torch.ones(4, dtype=torch.float64), atol=1e-6, rtol=0
-    )
+    one = torch.ones(4, dtype=torch.float64)
+    torch.testing.assert_close(shares[:, :3].sum(-1), one, atol=1e-6, rtol=0)
+    left = one * (tokens > 1)
+    torch.testing.assert_close(shares[:, 4:].sum(-1), left, atol=1e-6, rtol=0)
+    assert (shares[:, 3] <= shares[:, :2].sum(-1) + 1e-6).all()  # in before, or in main at its own
+
+
+@pytest.mark.parametrize("score", [-500.0, 0.0, 60.0, 500.0])
+def test_what_is_left_without_the_first_key_does_not_drown_in_it(score):
+    """Keys that are equal but for the first: the rest is uniform whatever the first one draws."""
+    query, key = torch.ones(1, 40, 1), torch.zeros(1, 40, 1)
+    key[0, 0] = score
+    shares = row_shares(query, key, 1.0)[0]
+    even = sums.uniform([(40.0,)])["without_first"]
+    expected = torch.tensor(list(even.values()), dtype=torch.float64) / 100
+    torch.testing.assert_close(shares[4:], expected, atol=1e-6, rtol=0)
+    weight = 1 / (1 + 39 * math.exp(-score)) if score > -400 else 0.0
+    assert shares[3] == pytest.approx(weight, abs=1e-6)
 
 
 def test_a_text_of_one_token_depends_on_itself_alone():
-    expected = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64).expand(1, 2, 4, 3)
+    row = [1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0]
+    expected = torch.tensor(row, dtype=torch.float64).expand(1, 2, 4, 7)
     torch.testing.assert_close(ours(random_model("qwen2"), torch.tensor([[5]])), expected)
 
 
@@ -157,8 +186,9 @@ def test_without_queries_and_keys_attention_is_uniform(tokens):
         for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
             torch.nn.init.zeros_(projection.weight)
             torch.nn.init.zeros_(projection.bias)
-    other = (tokens - 1) / (2 * tokens)
-    expected = torch.tensor([1 / tokens, other, other], dtype=torch.float64).expand(1, 2, 4, 3)
+    even = sums.uniform([(float(tokens),)])
+    row = [*(even[share] for share in SHARES), even["first"], *even["without_first"].values()]
+    expected = torch.tensor(row, dtype=torch.float64).expand(1, 2, 4, 7) / 100
     torch.testing.assert_close(
         ours(model, torch.randint(97, (1, tokens))), expected, atol=1e-6, rtol=0
     )
@@ -237,7 +267,7 @@ def test_the_map_is_what_the_shares_are_taken_from():
     attention = mean_attention(model, ids).double()
     shares = ours(model, torch.tensor([ids])).mean((0, 1, 2))
     parts = torch.stack([attention.trace(), attention.tril(-1).sum(), attention.triu(1).sum()])
-    torch.testing.assert_close(parts / len(ids), shares, atol=1e-6, rtol=0)
+    torch.testing.assert_close(parts / len(ids), shares[:3], atol=1e-6, rtol=0)
     query, key = torch.randn(4, 5, 8), torch.randn(2, 5, 8)
     full = (query @ key.repeat_interleave(2, 0).transpose(1, 2) * 0.4).softmax(-1)
     torch.testing.assert_close(unmasked_attention(query, key, 0.4), full)

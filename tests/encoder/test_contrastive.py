@@ -241,6 +241,7 @@ def test_training_sees_the_prompt_and_leaves_it_out_of_the_mean(tokenizer, tmp_p
     assert report["log"][0]["loss"] == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_training_tells_sentences_apart(tokenizer, tiny_path, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny_path)
     model.config.is_causal = False

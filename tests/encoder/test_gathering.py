@@ -62,12 +62,13 @@ def main(tiny_path, form, cached, target):
 
 
 @pytest.mark.parametrize(("form", "cached"), [("simcse", False), ("nt_xent", True)])
+@pytest.mark.slow
 def test_two_processes_give_the_gradient_of_one_with_the_whole_batch(
     tiny_path, tmp_path, form, cached
 ):
     expected = gradient(tiny_path, form, False, 0, 1)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    launch += ["--master-port=29614", __file__, str(tiny_path), form, str(cached)]
+    launch += ["--standalone", __file__, str(tiny_path), form, str(cached)]
     launch += [f"{tmp_path}/g.pt"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
     done = subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -124,6 +124,7 @@ def test_a_mask_token_of_several_tokens_is_refused(tokenizer):
 
 
 @pytest.mark.parametrize("lora", [None, {"rank": 2}])
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_weights(tokenizer, tmp_path, dying, lora):
     # 20 rows in batches of 4: the run is killed in its second epoch
     settings = stage(max_steps=10, save_steps=3, lora=lora, max_rows=100, learning_rate=1e-3)
@@ -153,6 +154,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tokenizer, tmp_path, dying, lo
         assert torch.equal(value, other), name
 
 
+@pytest.mark.slow
 def test_the_objective_is_learned_and_the_tokenizer_knows_of_no_mask(
     tokenizer, tiny_path, tmp_path
 ):

@@ -144,6 +144,7 @@ def test_no_task_means_no_score(model, tokenizer):
     assert (found["tasks"], found["average"]) == ({}, None)
 
 
+@pytest.mark.slow
 def test_what_is_no_task_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"winogrand: no lm-eval task; did you mean .*winogrande"):
         generation.check_tasks(["winogrand"])

@@ -51,6 +51,7 @@ BEFORE = {
 }
 
 
+@pytest.mark.slow
 def test_a_causal_model_knows_a_word_from_its_place_on_and_not_before(section):
     for feature, words in BEFORE.items():
         for word in range(1, 6):
@@ -61,6 +62,7 @@ def test_a_causal_model_knows_a_word_from_its_place_on_and_not_before(section):
         assert at_the_word > 0.65, feature
 
 
+@pytest.mark.slow
 def test_the_tokens_before_know_as_little_of_a_later_word_in_a_causal_model(section):
     for feature, words in BEFORE.items():
         for word in words:
@@ -68,11 +70,13 @@ def test_the_tokens_before_know_as_little_of_a_later_word_in_a_causal_model(sect
             assert abs(value - 0.5) <= 3 * max(error, 0.01), (feature, word)
 
 
+@pytest.mark.slow
 def test_in_both_directions_the_word_is_seen_from_before_it(section):
     found = [accuracies(section, "Bi, untrained", f"{f}@1")[0] for f in BEFORE]
     assert max((value - 0.5) / error for value, error in found) > 2, found
 
 
+@pytest.mark.slow
 def test_random_labels_are_at_chance(section):
     for model in section["models"]:
         rows = [row for row in model["rows"] if row["control"] == "random labels"]
@@ -83,6 +87,7 @@ def test_random_labels_are_at_chance(section):
         assert len(rows) >= 20 and sum(within) >= 0.9 * len(rows)
 
 
+@pytest.mark.slow
 def test_differences_say_what_is_inside_noise(section):
     for row in section["differences"]:
         assert row["label"] == "Bi, untrained" and row["against"] == "Uni"
@@ -105,6 +110,7 @@ def test_a_difference_is_noise_within_two_standard_errors_of_it(score, inside):
     assert found["noise"] == pytest.approx(0.1) and found["inside_noise"] is inside
 
 
+@pytest.mark.slow
 def test_anisotropy_is_there_for_every_layer(section):
     for model in section["models"]:
         for kind in ("between", "within"):
@@ -125,6 +131,7 @@ def test_where_no_two_words_are_left_anisotropy_is_null_and_a_gap(tmp_path):
         assert np.array_equal(drawn[:1], [first], equal_nan=True)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_keeps_the_models_that_are_done(tiny_path, tmp_path, caplog):
     encoder = tmp_path / "encoder"
     shutil.copytree(tiny_path, encoder)

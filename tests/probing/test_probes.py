@@ -28,6 +28,7 @@ def planted():
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
+@pytest.mark.slow
 def test_a_planted_feature_is_found_and_shuffled_labels_are_not(planted, kind):
     features, labels, numbers = planted
     for how in ("random", "lemma"):

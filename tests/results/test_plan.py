@@ -94,6 +94,7 @@ def test_a_run_that_is_there_is_not_repeated_and_one_with_other_keys_is(tmp_path
     assert ran == ["base", "ffn", "all", "base", "ffn"]
 
 
+@pytest.mark.slow
 def test_what_was_measured_of_another_encoder_is_measured_again(tmp_path, monkeypatch):
     ran = []
     monkeypatch.setattr(
@@ -191,6 +192,7 @@ def test_a_failed_run_ends_the_study_with_its_last_line(tmp_path):
     assert [path.name for path in (tmp_path / "records").iterdir()] == ["small-base.sts.seed0.json"]
 
 
+@pytest.mark.slow
 def test_a_study_runs_as_a_program_and_its_commands_are_the_ones_it_ran(tiny_path, tmp_path):
     keys = ["results.table=2", "results.rows=[base]", "results.seeds=[0]", "model.device=cpu"]
     one = config(tmp_path, *keys, "evaluation.sts=[]")
@@ -235,6 +237,7 @@ def test_a_plan_extrapolates_from_a_few_steps(tmp_path):
     assert plan.extrapolated(every, measured) == pytest.approx(25 + 3 * (7 / 5 - 1))
 
 
+@pytest.mark.slow
 def test_a_timed_run_leaves_neither_models_nor_checkpoints(tiny_path, tmp_path):
     keys = ["results.table=2", "results.rows=[ffn]", "results.seeds=[0]", "model.device=cpu"]
     [step] = plan.steps(config(tmp_path, *keys))
@@ -248,6 +251,7 @@ def test_a_timed_run_leaves_neither_models_nor_checkpoints(tiny_path, tmp_path):
     assert 0 < pace["seconds_per_step"] <= pace["train_runtime"]
 
 
+@pytest.mark.slow
 def test_a_plan_times_steps_once_and_says_what_it_cannot_time(tiny_path, tmp_path):
     keys = ["results.table=all", "results.rows=[base, ffn, ffn causal]", "results.seeds=[0]"]
     given = config(tmp_path, *keys, "results.timed_steps=2", "model.device=cpu", "bi.stages=[]")

@@ -72,6 +72,7 @@ def checksums(directory: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 def test_two_processes_build_the_same_bytes_whatever_the_caller_has_seeded(tmp_path: Path) -> None:
     code = (
         "import random, torch; from pathlib import Path; from ubmoe.tiny import model as tiny\n"
@@ -239,6 +240,7 @@ def test_what_a_killed_build_left_is_removed(tmp_path: Path) -> None:
     assert not (directory / "rubbish").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_build_once(tmp_path: Path) -> None:
     code = (
         "from ubmoe.tiny import model as tiny; build = tiny.build\n"

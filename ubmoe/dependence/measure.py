@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ubmoe.config import DependenceSection, UserError
 from ubmoe.data.padding import batches_by_length, padded_with_mask
+from ubmoe.dependence import COLUMNS
 from ubmoe.dependence.recorder import dependence_of, observed
 from ubmoe.dependence.sums import Partial, Totals, summary
 
@@ -55,7 +56,7 @@ def measure(
             if number >= done:
                 inputs = padded_with_mask([texts[text] for text in batch])
                 ids, mask = (value.to(model.device) for value in inputs.values())
-                shares = dependence_of(model, recorder, ids, mask).numpy()  # (B, L, H, 3)
+                shares = dependence_of(model, recorder, ids, mask).numpy()  # (B, L, H, 7)
                 for text, each in zip(batch, shares, strict=True):
                     totals.add(text, len(texts[text]), each)
                 if time.monotonic() - partial.saved > SAVE_EVERY:
@@ -82,5 +83,5 @@ def _fingerprint(
 ) -> str:
     """Of all that the numbers depend on, the weights by their sums."""
     weights = [each.detach().sum(dtype=torch.float32).item() for each in model.parameters()]
-    named = [model.config.to_dict(), settings.model_dump(), str(model.dtype)]
+    named = [model.config.to_dict(), settings.model_dump(), str(model.dtype), COLUMNS]
     return hashlib.sha256(json.dumps([weights, texts, named], default=str).encode()).hexdigest()

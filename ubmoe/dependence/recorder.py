@@ -7,6 +7,10 @@ never exist: one attention function, registered through transformers' AttentionI
 blocks of rows, and sees each text without its padding, so that any decoder is measured and no model
 code is copied.
 
+Of the same sums come the share of the text's first token (`first`: before it for every row but its
+own) and the triple with that key left out of every row (`without_first`): a language model sinks
+attention that has nowhere to go there (Xiao et al., 2309.17453), and DP cannot be read without it.
+
 Shapes: B texts, T tokens, L layers, H heads, K key-value heads, R rows of a block, d and e sizes of
 a head's keys and values.
 """
@@ -30,10 +34,11 @@ ROWS = 32  # of a block: its scores, H x 32 x T in fp32, should stay in the proc
 
 
 def row_shares(query: Tensor, key: Tensor, scaling: float, softcap: float | None = None) -> Tensor:
-    """(main, before, after) of every head, as a mean over rows: (H, T, d), (K, T, d) -> (H, 3).
+    """The COLUMNS of every head, as a mean over rows: (H, T, d), (K, T, d) -> (H, 7).
 
-    Three independent sums in fp32 over all T keys; a sliding window or a sink of the flow does not
-    limit what is observed, a softcap of the scores belongs to them.
+    Independent sums in fp32 over all T keys; a sliding window or a sink of the flow does not limit
+    what is observed, a softcap of the scores belongs to them. Of a text of one token nothing is
+    left without its first: zeros.
     """
     heads, tokens, _ = query.shape
     keys = key.float().transpose(1, 2)  # (K, d, T)
@@ -41,27 +46,55 @@ def row_shares(query: Tensor, key: Tensor, scaling: float, softcap: float | None
     buffer = torch.empty(heads * min(ROWS, tokens) * tokens, device=query.device)
     for low in range(0, tokens, ROWS):
         high = min(low + ROWS, tokens)
-        weights = _exponentials(query[:, low:high], keys, scaling, softcap, buffer)  # (H, R, T)
+        scores = _scores(query[:, low:high], keys, scaling, softcap, buffer)  # (H, R, T)
+        weights, first = _apart(scores)
         square = weights[:, :, low:high]  # (H, R, R), the block on the diagonal
         main = square.diagonal(dim1=1, dim2=2)
         before = weights[:, :, :low].sum(-1) + square.tril(-1).sum(-1)
         after = weights[:, :, high:].sum(-1) + square.triu(1).sum(-1)
-        sums = torch.stack((main, before, after), dim=-1)  # (H, R, 3)
-        blocks.append((sums / sums.sum(-1, keepdim=True)).sum(1))  # (H, 3)
+        blocks.append(_columns(torch.stack((main, before, after), dim=-1), first, low).sum(1))
     return torch.stack(blocks).cpu().double().sum(0) / tokens
 
 
-def _exponentials(
+FARTHEST = 80.0  # e^80 is in float32's range, and e^-80 far below its precision
+
+
+def _apart(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Exponentials of (H, R, T) scores, in place with 0 for the first key, and (H, R) of that key.
+
+    Relative to the largest of the others, which a sink's score would make vanish.
+    """
+    first = scores[:, :, 0].clone()
+    scores[:, :, 0] = float("-inf")
+    top = scores.amax(-1)
+    top = torch.where(top.isinf(), first, top)  # a text of one token
+    weights = scores.sub_(top[..., None]).exp_()
+    return weights, (first - top).clamp_max(FARTHEST).exp()
+
+
+def _columns(rest: Tensor, first: Tensor, low: int) -> Tensor:
+    """Of rows from `low` on: (H, R, 3) sums without the first key, (H, R) its own -> (H, R, 7)."""
+    at_first = torch.zeros_like(rest)
+    at_first[:, :, 1] = first  # it comes before every row
+    if low == 0:  # but its own
+        at_first[:, 0] = at_first[:, 0].roll(-1, dims=-1)
+    whole = rest + at_first
+    total, left = whole.sum(-1, keepdim=True), rest.sum(-1, keepdim=True)
+    without = rest / left.clamp_min(torch.finfo(rest.dtype).tiny)
+    return torch.cat((whole / total, first[..., None] / total, without), dim=-1)
+
+
+def _scores(
     query: Tensor, keys: Tensor, scaling: float, softcap: float | None, buffer: Tensor
 ) -> Tensor:
-    """exp(score - row maximum) against all keys, in `buffer`: (H, R, d), (K, d, T) -> (H, R, T)."""
+    """Against all keys, in `buffer`: (H, R, d), (K, d, T) -> (H, R, T) in fp32."""
     heads, rows, size = query.shape
     groups, _, tokens = keys.shape
     scores = buffer[: heads * rows * tokens].view(groups, -1, tokens)
     torch.bmm(query.float().mul(scaling).reshape(groups, -1, size), keys, out=scores)
     if softcap is not None:
         scores.div_(softcap).tanh_().mul_(softcap)
-    return scores.sub_(scores.amax(-1, keepdim=True)).exp_().view(heads, rows, tokens)
+    return scores.view(heads, rows, tokens)
 
 
 @dataclass(frozen=True)
@@ -125,15 +158,14 @@ def unmasked_attention(
     """The map that the shares come from, for a short text: (H, T, d), (K, T, d) -> (H, T, T)."""
     heads, tokens, _ = query.shape
     buffer = torch.empty(heads * tokens * tokens, device=query.device)
-    weights = _exponentials(query, key.float().transpose(1, 2), scaling, softcap, buffer)
-    return weights / weights.sum(-1, keepdim=True)
+    return _scores(query, key.float().transpose(1, 2), scaling, softcap, buffer).softmax(-1)
 
 
 class Recorder:
     """The attention function: computes the flow, keeps every text's, layer's and head's shares."""
 
     def __init__(self, keep_maps: bool = False) -> None:
-        self.shares: list[Tensor] = []  # one (B, H, 3) an attention layer, in order of the calls
+        self.shares: list[Tensor] = []  # one (B, H, 7) an attention layer, in order of the calls
         self.maps: list[Tensor] = []  # one (H, T, T) per layer and text, where asked
         self.keep_maps = keep_maps
 
@@ -228,7 +260,7 @@ def attention_layers(model: PreTrainedModel) -> int:
 def dependence_of(
     model: PreTrainedModel, recorder: Recorder, input_ids: Tensor, attention_mask: Tensor
 ) -> Tensor:
-    """Shares of each text, layer and head: (B, T) ids, (B, T) mask -> (B, L, H, 3) in fp64."""
+    """Shares of each text, layer and head: (B, T) ids, (B, T) mask -> (B, L, H, 7) in fp64."""
     recorder.shares.clear()
     positions = (attention_mask.cumsum(-1) - 1).clamp_min(0)
     model.base_model(

@@ -7,7 +7,7 @@ share stands beside every number.
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
@@ -18,7 +18,7 @@ from zipfile import BadZipFile
 import numpy as np
 from accelerate import PartialState
 
-from ubmoe.dependence import SHARES
+from ubmoe.dependence import COLUMNS, SHARES
 from ubmoe.files import replace
 
 log = logging.getLogger(__name__)
@@ -28,9 +28,8 @@ log = logging.getLogger(__name__)
 class Totals:
     """Sums over the texts measured so far: so small that they are saved and gathered whole."""
 
-    shares: Any = 0.0  # (L, H, 3), once there is a text
-    # text -> tokens, main, before, after
-    texts: dict[int, tuple[int, float, float, float]] = field(default_factory=dict)
+    shares: Any = 0.0  # (L, H, 7), once there is a text
+    texts: dict[int, tuple[float, ...]] = field(default_factory=dict)  # text -> tokens, COLUMNS
 
     def add(self, text: int, tokens: int, shares: np.ndarray) -> None:
         self.shares = self.shares + shares
@@ -51,48 +50,69 @@ def bucket_of(tokens: int, edges: list[int]) -> int:
 
 
 def summary(totals: Totals, edges: list[int]) -> dict[str, Any]:
-    """Means in percent: overall, by bucket, layer, head; errors over texts; the uniform share."""
+    """Means in percent: overall, by bucket, layer, head; errors over texts; the uniform share.
+
+    Beside each triple stand `first` and `without_first`, and with them their errors and uniform
+    values.
+    """
     texts = [totals.texts[text] for text in sorted(totals.texts)]
     count = len(texts)
-    layers = totals.shares / count * 100  # (L, H, 3)
+    layers = totals.shares / count * 100  # (L, H, 7)
     buckets = []
     for number, (low, high) in enumerate(pairwise(edges)):
-        members = [each for each in texts if bucket_of(each[0], edges) == number]
-        buckets.append({"range": [low, high], **_means(members), "uniform": _uniform(members)})
-    overall = _means(texts)
+        members = [each for each in texts if bucket_of(int(each[0]), edges) == number]
+        buckets.append({"range": [low, high], **_means(members), "uniform": uniform(members)})
+    whole = _means(texts)
     return {
-        "overall": _named([overall[share] for share in SHARES]),
-        "stderr": overall["stderr"],
-        "uniform": _uniform(texts),
+        "overall": {share: whole.pop(share) for share in SHARES},
+        **{name: whole[name] for name in ("first", "without_first", "stderr")},
+        "uniform": uniform(texts),
         "buckets": buckets,
         "layers": [
-            {**_named(layer.mean(0)), "heads": [_named(head) for head in layer]} for layer in layers
+            {**named(layer.mean(0)), "heads": [named(head) for head in layer]} for layer in layers
         ],
         "texts": count,
         "outside_buckets": count - sum(bucket["texts"] for bucket in buckets),
-        "tokens": sum(each[0] for each in texts),
+        "tokens": sum(int(each[0]) for each in texts),
     }
 
 
-def _named(shares: Any) -> dict[str, float]:
-    return dict(zip(SHARES, map(float, shares), strict=True))
+def named(columns: Iterable[float | None]) -> dict[str, Any]:
+    """{main, before, after, first, without_first: {main, before, after}} of the COLUMNS."""
+    found: dict[str, Any] = {}
+    for name, value in zip(COLUMNS, columns, strict=True):
+        *outer, inner = name.split(".")
+        place = found.setdefault(outer[0], {}) if outer else found
+        place[inner] = None if value is None else float(value)
+    return found
 
 
-def _means(texts: list[tuple[int, float, float, float]]) -> dict[str, Any]:
+NOTHING = named([None] * len(COLUMNS))
+
+
+def _means(texts: list[tuple[float, ...]]) -> dict[str, Any]:
     """Mean and standard error over texts, in percent; null where there are too few."""
-    shares = np.array([each[1:] for each in texts]).reshape(-1, 3) * 100
-    missing = dict.fromkeys(SHARES)
-    stderr = _named(shares.std(0, ddof=1) / len(texts) ** 0.5) if len(texts) > 1 else missing
-    return {"texts": len(texts), **(_named(shares.mean(0)) if texts else missing), "stderr": stderr}
+    shares = np.array([each[1:] for each in texts]).reshape(-1, len(COLUMNS)) * 100
+    stderr = NOTHING
+    if len(texts) > 1:
+        stderr = named(shares.std(0, ddof=1) / len(texts) ** 0.5)
+    return {"texts": len(texts), **(named(shares.mean(0)) if texts else NOTHING), "stderr": stderr}
 
 
-def _uniform(texts: list[tuple[int, float, float, float]]) -> dict[str, Any]:
-    """What attention without any preference gives on the same lengths, in percent."""
+def uniform(texts: list[tuple[float, ...]]) -> dict[str, Any]:
+    """What attention without any preference gives on the same lengths, in percent.
+
+    Without the first key its own row has all of its attention after it, and every other row T - 1
+    keys: main 1/T, before (T - 2) / 2T, after 1/2.
+    """
     if not texts:
-        return dict.fromkeys(SHARES)
+        return NOTHING
     lengths = np.array([each[0] for each in texts])
-    other = ((lengths - 1) / (2 * lengths)).mean() * 100
-    return _named([(1 / lengths).mean() * 100, other, other])
+    one, other = 1 / lengths, (lengths - 1) / (2 * lengths)
+    several = lengths > 1  # of a text of one token nothing is left
+    without = (one * several, np.maximum(lengths - 2, 0) / (2 * lengths), several / 2)
+    columns = (one, other, other, one, *without)
+    return named([column.mean() * 100 for column in columns])
 
 
 # --- an interrupted run ---------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def _both(axes: Any, place: tuple[float, float], title: str, how: str, what: str
 
 
 def _arrow(axes: Any, start: tuple[float, float], end: tuple[float, float]) -> None:
-    style = {"arrowstyle": "-|>", "mutation_scale": 11, "color": "#555555", "lw": 1.1}
+    style: Any = {"arrowstyle": "-|>", "mutation_scale": 11, "color": "#555555", "lw": 1.1}
     axes.add_patch(FancyArrowPatch(start, end, shrinkA=0, shrinkB=0, **style))
 
 

@@ -221,7 +221,11 @@ def blank(width: float, height: float) -> Figure:
 
 
 def _buckets(section: dict[str, Any]) -> Figure:
-    """Stacked shares of every bucket that holds texts; a line marks where uniform after begins."""
+    """Stacked shares of every bucket that holds texts; a line marks where uniform after begins.
+
+    Hatched: what of DP-before goes to the text's first token. Dashed: where after would begin
+    without that key.
+    """
     filled = [bucket for bucket in section["buckets"] if bucket["texts"]]
     figure = blank(1.6 + 1.3 * len(filled), 3.8)
     axes = figure.subplots()
@@ -242,6 +246,13 @@ def _buckets(section: dict[str, Any]) -> Figure:
                     fontsize=9,
                 )
         floor += heights
+    if all("first" in bucket for bucket in filled):
+        first = [bucket["first"] for bucket in filled]
+        style: Any = {"facecolor": "none", "edgecolor": "white", "linewidth": 0}
+        axes.bar(places, first, 0.62, hatch="////", label="to the first token", **style)
+        without = [100 - bucket["without_first"]["after"] for bucket in filled]
+        dashed: Any = {"color": SHARES["after"], "linestyles": "--", "label": "after without it"}
+        axes.hlines(without, places - 0.38, places + 0.38, **dashed)
     uniform = [100 - bucket["uniform"]["after"] for bucket in filled]
     axes.hlines(
         uniform, places - 0.38, places + 0.38, color="black", lw=1.5, label="uniform attention"

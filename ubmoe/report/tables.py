@@ -2,6 +2,8 @@
 
 import statistics
 from collections.abc import Callable
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +16,31 @@ CAUSAL = " causal"  # after a row's modules: tuned under the causal mask, a cont
 
 
 def dependence_rows(result: dict[str, Any]) -> list[list[str]]:
-    """Header, a row a bucket, and all texts: share ± standard error (share if uniform)."""
+    """Header, a row a bucket, and all texts: share ± standard error (share if uniform).
+
+    Where it was measured, the share of the first token, and DP-after without that key.
+    """
     section = result["dependence"]
     whole = {**section, **section["overall"]}
     rows = [[f"{low}-{high}", row] for row in section["buckets"] for low, high in [row["range"]]]
+    columns: dict[str, tuple[str, ...]] = {share: (share,) for share in SHARES}
+    if "first" in section:
+        columns |= {"first": ("first",), "after without first": ("without_first", "after")}
     body = [
-        [label, str(row["texts"]), *(_cell(row, share) for share in SHARES)]
+        [label, str(row["texts"]), *(_cell(row, path) for path in columns.values())]
         for label, row in [*rows, ["all", whole]]
     ]
-    return [["tokens", "texts", *SHARES], *body]
+    return [["tokens", "texts", *columns], *body]
 
 
-def _cell(row: dict[str, Any], share: str) -> str:
-    if row[share] is None:
+def _cell(row: dict[str, Any], path: tuple[str, ...]) -> str:
+    value, error, even = (
+        reduce(getitem, path, place) for place in (row, row["stderr"], row["uniform"])
+    )
+    if value is None:
         return NO_TEXTS
-    error = row["stderr"][share]
     spread = "" if error is None else f" ±{error:.2f}"
-    return f"{row[share]:.2f}{spread} ({row['uniform'][share]:.2f})"
+    return f"{value:.2f}{spread} ({even:.2f})"
 
 
 def dependence_caption(result: dict[str, Any]) -> str:
