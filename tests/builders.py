@@ -153,9 +153,31 @@ def check_commands(text):
 IDS = torch.randint(97, (3, 11), generator=torch.Generator().manual_seed(1))
 
 
-def pair(tied=True, **keys):
+WINDOW = {"use_sliding_window": True, "sliding_window": 4}
+ROPE = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0}
+ROPE |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+# Families that are joined, and what of them a mixture's class might lose.
+JOINED: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2": ("qwen2", {}),
+    "qwen2, a window in one layer": (
+        "qwen2",
+        WINDOW | {"layer_types": ["full_attention", "sliding_attention"]},
+    ),
+    "qwen2, scaled rope": ("qwen2", {"rope_parameters": ROPE}),
+    "llama": ("llama", {}),
+    "llama, scaled rope": ("llama", {"rope_parameters": ROPE}),
+    "llama, wide heads": ("llama", {"head_dim": 16}),
+    "mistral": ("mistral", {}),
+    "mistral, a window": ("mistral", {"sliding_window": 4}),
+    "qwen3": ("qwen3", {}),
+    "qwen3, wide heads": ("qwen3", {"head_dim": 16}),
+    "qwen3, a window": ("qwen3", WINDOW | {"layer_types": ["sliding_attention"] * 2}),
+}
+
+
+def pair(tied=True, family="qwen2", **keys):
     """(uni, bi): two dense models that differ in every FFN."""
-    uni = random_model("qwen2", tie_word_embeddings=tied, **keys)
+    uni = random_model(family, tie_word_embeddings=tied, **keys)
     bi = copy.deepcopy(uni)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():

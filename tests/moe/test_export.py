@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from builders import IDS, ROOT, drawn, logits, pair
+from builders import IDS, JOINED, ROOT, drawn, logits, pair
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -20,11 +20,16 @@ MADE = "\nMade in a test.\n"
 TEXTS = ["The cat slept.", "A much longer sentence about the small horse in the garden.", "No."]
 
 
-@pytest.fixture(params=[True, False], ids=["tied", "untied"])
+KINDS = [(True, "qwen2"), (False, "qwen2"), (True, "llama"), (False, "mistral, a window")]
+KINDS += [(True, "qwen3"), (False, "qwen3, wide heads")]
+
+
+@pytest.fixture(params=KINDS, ids=lambda kind: f"{kind[1]}, {'tied' if kind[0] else 'untied'}")
 def sources(request, tiny_path, tmp_path):
     """uni, bi, tokenizer, the encoder's directory and its vectors of TEXTS."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_path)
-    uni, bi = pair(request.param, vocab_size=len(tokenizer))
+    tied, (family, keys) = request.param[0], JOINED[request.param[1]]
+    uni, bi = pair(tied, family, vocab_size=len(tokenizer), **keys)
     bi.config.is_causal = False
     settings = BiSection(prompt="Word of {text}:", max_tokens=99)
     encoder = as_encoder(bi, tokenizer, settings)
@@ -46,7 +51,8 @@ def test_the_two_modes_are_base_and_encoder_in_stock_libraries(sources, tmp_path
     keys = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(model.generate(**prompt, **keys), uni.generate(**prompt, **keys))
     stock = SentenceTransformer(str(tmp_path / "modes"), device="cpu")
-    assert type(stock[0].model).__name__ == "Qwen2MoeModel" and stock.max_seq_length == 99
+    kind = "Qwen3" if uni.config.model_type == "qwen3" else "Qwen2"
+    assert type(stock[0].model).__name__ == f"{kind}MoeModel" and stock.max_seq_length == 99
     found = stock.encode(TEXTS, convert_to_tensor=True)
     torch.testing.assert_close(found, vectors, atol=1e-5, rtol=1e-5)
     prove_attention(AutoModel.from_pretrained(tmp_path / "modes"), bidirectional=False)
@@ -58,8 +64,10 @@ def test_the_two_modes_store_nothing_twice(sources, tmp_path):
     size = sum(file.stat().st_size for file in (tmp_path / "modes").glob("*.safetensors"))
     ffn = sum(value.nbytes for name, value in bi.named_parameters() if ".mlp." in name)
     base = sum(value.nbytes for value in uni.parameters())
-    extra = 2 * 4 * (3 * 16 * 32 + 2 * 32)  # the zero expert and two gates of each layer, fp32
-    assert base + ffn + extra <= size <= base + ffn + extra + 12_000  # headers
+    extra = 2 * 4 * 32  # a router of one row in each layer, fp32
+    if uni.config.model_type != "qwen3":
+        extra += 2 * 4 * (3 * 16 * 32 + 32)  # the zero expert and its gate
+    assert base + ffn + extra <= size <= base + ffn + extra + 12_800  # headers
     index = json.loads((tmp_path / "modes" / "model.safetensors.index.json").read_text())
     for name, file in index["weight_map"].items():
         in_bi = any(part in name for part in (".experts.", ".shared_expert", ".mlp.gate.weight"))

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from builders import IDS, drawn, logits, pair, random_model
+from builders import IDS, JOINED, WINDOW, drawn, logits, pair, random_model
 from torch.nn.functional import linear, silu, softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -111,6 +111,44 @@ def test_a_saturated_router_gives_its_expert(expert, top_k):
     torch.testing.assert_close(logits(model, ids), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", JOINED)
+def test_every_family_is_joined_without_loss(name, tied):
+    """Longer than the windows: routes bit for bit under both masks, equal experts the dense."""
+    family, keys = JOINED[name]
+    uni, bi = pair(tied, family, **keys)
+    model = join(uni, bi)
+    for bidirectional in (False, True):
+        for each in (model, uni, bi):
+            set_attention(each, bidirectional)
+        for route, dense in (("uni", uni), ("bi", bi)):
+            with route_of(model, route):
+                assert torch.equal(logits(model), logits(dense)), (route, bidirectional)
+        assert not torch.equal(logits(uni), logits(bi))
+    set_attention(uni, bidirectional=False)
+    same = drawn(join(uni, uni))
+    torch.testing.assert_close(logits(same), logits(uni), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "keys", "expected"),
+    [
+        ("llama", {"attention_bias": True}, "o_proj.bias.* which the class"),
+        ("llama", {"mlp_bias": True}, "mlp.down_proj.bias.* which the class"),
+        ("gemma", {}, "is gemma; expected one of qwen2, llama, mistral, qwen3"),
+        (
+            "qwen3",
+            WINDOW | {"layer_types": ["full_attention", "sliding_attention"]},
+            "mix sliding and full attention, which Qwen3Moe cannot say",
+        ),
+    ],
+)
+def test_what_a_mixtures_class_would_drop_is_refused_by_name(family, keys, expected):
+    uni, bi = pair(True, family, **keys)
+    with pytest.raises(UserError, match=expected):
+        join(uni, bi)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_forced_routes_are_the_dense_models_bit_for_bit(dtype):
     uni, bi = (model.to(dtype) for model in pair())
@@ -170,7 +208,7 @@ def test_what_differs_outside_the_ffn_is_refused_by_name():
     turned.config.rope_parameters = {"rope_type": "default", "rope_theta": 5.0}
     with pytest.raises(UserError, match="ubmoe.bi: another rope_parameters than model.name"):
         join(uni, turned)
-    with pytest.raises(UserError, match="is llama; expected qwen2"):
+    with pytest.raises(UserError, match="is qwen2, and model.name is llama; expected the same"):
         join(random_model("llama"), bi)
 
 

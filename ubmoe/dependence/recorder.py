@@ -188,6 +188,8 @@ class Recorder:
         if is_causal is None:  # some families do not pass it on; their masks follow the config
             config = getattr(module, "config", None)
             is_causal = getattr(config, "is_causal", getattr(module, "is_causal", True))
+        if sliding_window is None:  # nor this one, though their masks know it
+            sliding_window = getattr(module, "sliding_window", None) or None
         rule = Rule(scaling, is_causal, sliding_window, softcap, s_aux)
         output = query.new_zeros(*query.shape[:3], value.shape[-1])
         shares = []

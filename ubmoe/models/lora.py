@@ -31,7 +31,7 @@ def attach(model: PreTrainedModel, parameters: Sequence[str], settings: LoraSect
 
     Raises UserError where none of the parameters is a linear layer's weight.
     """
-    if model.config.model_type == "qwen2_moe":
+    if hasattr(model.config, "num_experts"):
         raise UserError(
             "bi.stages.N.lora: on a mixture, adapters would reach the shared expert only; expected "
             "lora: null, or the dense model to be tuned before it is joined"

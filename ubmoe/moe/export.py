@@ -79,10 +79,10 @@ def save_modes(
 ) -> None:
     """Both dense models in one checkpoint, nothing stored twice: each reader gets its own exactly.
 
-    A Qwen2-MoE with one expert a layer. Its config names every layer dense, so transformers reads
-    the uni FFN under the dense names; sentence-transformers' names none, so it reads the bi FFN as
-    the only expert, of weight 1. The bi tensors are in files of their own. Raises UserError for
-    models that differ outside the FFN.
+    A mixture's class with one expert a layer. Its config names every layer dense, so transformers
+    reads the uni FFN under the dense names; sentence-transformers' names none, so it reads the bi
+    FFN as the only expert, of weight 1. The bi tensors are in files of their own. Raises UserError
+    for models that differ outside the FFN.
     """
     check_alike(uni, bi)
     layers = list(range(uni.config.num_hidden_layers))
@@ -95,7 +95,9 @@ def save_modes(
         config.save_pretrained(folder)
         if uni.generation_config is not None:
             uni.generation_config.save_pretrained(folder)
-        _save_weights(folder, {"uni": _uni_tensors(uni), "bi": _bi_tensors(bi)}, shard)
+        shared = hasattr(config, "shared_expert_intermediate_size")
+        groups = {"uni": _uni_tensors(uni), "bi": _bi_tensors(bi, shared)}
+        _save_weights(folder, groups, shard)
         _finish(folder, tokenizer, encoder, {"mlp_only_layers": []}, MODES_CARD + made)
 
     replace_directory(directory, write)
@@ -108,8 +110,10 @@ def _uni_tensors(uni: PreTrainedModel) -> dict[str, Tensor]:
     return tensors
 
 
-def _bi_tensors(bi: PreTrainedModel) -> dict[str, Tensor]:
-    """The bi FFNs as expert 0, with a router of one row and the shared expert that adds zero."""
+def _bi_tensors(bi: PreTrainedModel, shared: bool) -> dict[str, Tensor]:
+    """The bi FFNs as expert 0, with a router of one row and, where the class has one, the shared
+    expert that adds zero.
+    """
     width = bi.config.hidden_size
     still = partial(zeros, dtype=bi.dtype)
     tensors: dict[str, Tensor] = {}
@@ -118,10 +122,13 @@ def _bi_tensors(bi: PreTrainedModel) -> dict[str, Tensor]:
         prefix = f"model.layers.{layer}.mlp"
         for name in PROJECTIONS:
             tensors[f"{prefix}.experts.0.{name}.weight"] = getattr(block.mlp, name).weight
+        tensors[f"{prefix}.gate.weight"] = still((1, width))
+        if not shared:
+            continue
+        for name in PROJECTIONS:
             shape = (width, SHARED_SIZE) if name == "down_proj" else (SHARED_SIZE, width)
             tensors[f"{prefix}.shared_expert.{name}.weight"] = still(shape)
-        for name in ("gate", "shared_expert_gate"):
-            tensors[f"{prefix}.{name}.weight"] = still((1, width))
+        tensors[f"{prefix}.shared_expert_gate.weight"] = still((1, width))
     return tensors
 
 
@@ -171,22 +178,22 @@ tokenizer = AutoTokenizer.from_pretrained(directory)
 encoder = SentenceTransformer(directory)  # its mask, prompt, pooling and length are saved
 ```
 
-Plain `AutoModel.from_pretrained(directory)` is causal. Engines that know Qwen2-MoE but read only
+Plain `AutoModel.from_pretrained(directory)` is causal. Engines that know the class but read only
 config.json can generate with it; they cannot embed with it.
 """
 MIXTURE_CARD = f"""---
 library_name: transformers
-tags: [ubmoe, qwen2_moe, sentence-transformers]
+tags: [ubmoe, mixture-of-experts, sentence-transformers]
 ---
 # A uni- and bi-directional mixture of experts
 
-A Qwen2-MoE whose expert 0 is the original FFN of a causal language model and whose expert 1 is the
+A mixture whose expert 0 is the original FFN of a causal language model and whose expert 1 is the
 same FFN tuned bidirectionally for sentence embeddings. Attention, norms and embeddings are the
-original's. A router in each layer weighs the two. The shared expert adds exactly zero.
+original's. A router in each layer weighs the two. A shared expert, if any, adds exactly zero.
 {USE}"""
 MODES_CARD = f"""---
 library_name: transformers
-tags: [ubmoe, qwen2_moe, sentence-transformers]
+tags: [ubmoe, mixture-of-experts, sentence-transformers]
 ---
 # Two modes in one checkpoint
 

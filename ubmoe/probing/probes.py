@@ -7,6 +7,7 @@ alike.
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from scipy.stats import bootstrap, pearsonr, spearmanr
@@ -44,9 +45,11 @@ def split(task: Task, how: str, seed: int) -> np.ndarray:
     if how == "shipped":
         assert task.test is not None
         return task.test
-    splitter = {"random": ShuffleSplit, "lemma": GroupShuffleSplit}[how]
-    places = splitter(n_splits=1, test_size=SHARE, random_state=seed)
-    [(_, chosen)] = places.split(task.groups, groups=task.groups)
+    keys: Any = {"n_splits": 1, "test_size": SHARE, "random_state": seed}
+    if how == "random":
+        [(_, chosen)] = ShuffleSplit(**keys).split(task.groups)
+    else:
+        [(_, chosen)] = GroupShuffleSplit(**keys).split(task.groups, groups=task.groups)
     test = np.zeros(len(task.groups), dtype=bool)
     test[chosen] = True
     return test
