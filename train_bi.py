@@ -33,7 +33,9 @@ def main(config: Config) -> Path:
         run.model = model
         if run.is_main:
             save_encoder(encoder, model, tokenizer, config.bi, run.directory / "bi")
-            scores = sts_scores(encoder, tasks, config.evaluation.batch_size)
+            scores = sts_scores(
+                encoder, tasks, config.evaluation.batch_size, config.evaluation.bf16
+            )
             run.section = scores | {"stages": reports}
             run.figures = figures.training(reports)
     return run.path

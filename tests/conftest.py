@@ -14,6 +14,7 @@ import transformers
 from builders import KilledError, random_model
 
 from ubmoe.config import Config, load_config
+from ubmoe.models import precision
 
 
 @pytest.fixture(scope="session")
@@ -48,6 +49,12 @@ def dying(monkeypatch: pytest.MonkeyPatch) -> Callable[[type, int], list[int]]:
         return steps
 
     return die
+
+
+@pytest.fixture(autouse=True)
+def float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`bf16: auto` means false: tests are of the reference mode, whatever the processor has."""
+    monkeypatch.setattr(precision, "has_bfloat16", lambda device: False)
 
 
 @pytest.fixture(autouse=True)

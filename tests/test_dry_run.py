@@ -91,7 +91,7 @@ def test_memory_follows_the_prompt_the_dtype_and_each_stage_alone(tiny_path):
         config = load_config(None, [f"model.dtype={dtype}", "model.device=cpu"])
         with dry_run.shapes():
             found = dry_run.training_memory(
-                dry_run.fake(config), config.ubmoe, dry_run.Batch(1, 2), 0.0
+                dry_run.fake(config), config.ubmoe, dry_run.Batch(1, 2), 0.0, False
             )
         assert found["gradients"] == 884_608 * number
         assert found["Adam"] == 2 * 884_608 * number

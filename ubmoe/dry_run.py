@@ -27,7 +27,8 @@ from ubmoe.data.rows import SENTENCE, cell, held_out, read_texts, training_rows
 from ubmoe.dependence.texts import tokenize
 from ubmoe.encoder.contrastive import attention_dropout
 from ubmoe.encoder.stages import read_data
-from ubmoe.models.loading import explained, load_tokenizer, source
+from ubmoe.models.loading import best_device, explained, load_tokenizer, source
+from ubmoe.models.precision import uses_bfloat16
 from ubmoe.moe import joining, routers, routes
 from ubmoe.recording import peak_memory_bytes
 from ubmoe.report.tables import aligned
@@ -77,7 +78,11 @@ def train_bi(config: Config) -> str:
             model = fake(config)  # anew: checkpointing leaves its hooks
             counts = train_only(model, stage.train)
             found = training_memory(
-                model, stage, batch, stage.dropout * (stage.objective == "simcse")
+                model,
+                stage,
+                batch,
+                stage.dropout * (stage.objective == "simcse"),
+                _casts(stage, config),
             )
         if stage.lora is not None:
             adapters = _adapters(model, stage)
@@ -113,11 +118,11 @@ def train_ubmoe(config: Config) -> str:
         mixture.requires_grad_(False)
         for value in routers.router_weights(mixture).values():
             value.requires_grad = True
-        training = training_memory(mixture, settings, batch, 0.0)
+        training = training_memory(mixture, settings, batch, 0.0, _casts(settings, config))
     if sentences:  # real, so not made among shapes
         tokens = _mean_tokens(sentences, tokenizer, config.bi.prompt, config.bi.max_tokens)
         with shapes():
-            kept = kept_for_backward(mixture, Batch(texts, tokens), settings.bf16)
+            kept = kept_for_backward(mixture, Batch(texts, tokens), _casts(settings, config))
         training[f"activations of {texts} sentences of {tokens} tokens"] = kept
     while_joining = {"weights, three models while joining": size(mixture) + 2 * size(dense)}
     after = {"weights": size(mixture)} | training
@@ -185,15 +190,17 @@ def kept_for_backward(
 
 
 def training_memory(
-    model: Any, section: TrainingSection, batch: Batch, dropout: float
+    model: Any, section: TrainingSection, batch: Batch, dropout: float, bf16: bool
 ) -> dict[str, int]:
     trainable = sum(value.nbytes for value in model.parameters() if value.requires_grad)
     with attention_dropout(model, dropout) if dropout else nullcontext():
-        kept = kept_for_backward(
-            model.train(), batch, section.bf16, section.activation_checkpointing
-        )
+        kept = kept_for_backward(model.train(), batch, bf16, section.activation_checkpointing)
     name = f"activations of {batch.texts} x {batch.tokens} tokens"
     return {"gradients": trainable, "Adam": 2 * trainable, name: kept}  # in the weights' dtype
+
+
+def _casts(section: TrainingSection, config: Config) -> bool:
+    return uses_bfloat16(section.bf16, best_device(config.model.device))
 
 
 def _states(model: Any, tokens: int) -> int:

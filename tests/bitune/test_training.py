@@ -86,7 +86,7 @@ def test_perplexity_is_that_of_each_answer_token_alone():
             total -= logits[-1].log_softmax(-1)[token].item()
             count += 1
     for budget in (1, 20, 10_000):
-        found = instruct.perplexity(bitune, EXAMPLES, budget)
+        found = instruct.perplexity(bitune, EXAMPLES, batch_tokens=budget)
         assert found == pytest.approx(math.exp(total / count), rel=1e-4)
 
 

@@ -191,7 +191,7 @@ def test_a_bidirectional_model_is_refused(tokenizer):
     with pytest.raises(UserError, match="its likelihoods would read the future"):
         generation.generation_scores(model, tokenizer, settings())
     with pytest.raises(UserError, match="its likelihoods would read the future"):
-        generation.perplexity(model, chats, 100)
+        generation.perplexity(model, chats, batch_tokens=100)
 
 
 def test_perplexity_is_that_of_each_answer_token_alone(model, tokenizer):
@@ -205,7 +205,9 @@ def test_perplexity_is_that_of_each_answer_token_alone(model, tokenizer):
                 losses.append(-logs[place - 1, chat.ids[place]].item())
     expected = math.exp(sum(losses) / len(losses))
     for budget in (1, 500, 10**6):
-        assert generation.perplexity(model, chats, budget) == pytest.approx(expected, rel=1e-5)
+        assert generation.perplexity(model, chats, batch_tokens=budget) == pytest.approx(
+            expected, rel=1e-5
+        )
 
 
 def test_shares_become_percent_and_nothing_else_does():

@@ -43,6 +43,7 @@ def test_dtype_device_and_attention_are_those_asked_for(saved):
         "dtype": "bfloat16",
         "device": "cpu",
         "attn_implementation": "eager",
+        "bfloat16": False,
     }
     assert context_length(model) == 512
     assert load_model(section(saved), bidirectional=True).config.is_causal is False

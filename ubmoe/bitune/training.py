@@ -16,6 +16,7 @@ from ubmoe.bitune.model import Bitune
 from ubmoe.config import BituneSection
 from ubmoe.data.padding import batches_by_length
 from ubmoe.models.digests import digest_of_frozen
+from ubmoe.models.precision import Setting, autocast
 from ubmoe.training import losses
 from ubmoe.training.checkpoints import Work
 from ubmoe.training.trainer import GuardedTrainer, enough_rows, run_trainer
@@ -88,7 +89,9 @@ def train(
     return history
 
 
-def perplexity(bitune: Bitune, examples: list[Example], batch_tokens: int = 8192) -> float:
+def perplexity(
+    bitune: Bitune, examples: list[Example], bf16: Setting = False, batch_tokens: int = 8192
+) -> float:
     """Of the answers' tokens, end tokens included."""
 
     def predicted(chosen: list[int]) -> tuple[Tensor, Tensor]:
@@ -97,6 +100,6 @@ def perplexity(bitune: Bitune, examples: list[Example], batch_tokens: int = 8192
         return bitune(**{name: value.to(device) for name, value in inputs.items()})
 
     batches = batches_by_length([each.prompt + each.answer for each in examples], batch_tokens)
-    with torch.no_grad():
+    with torch.no_grad(), autocast(bf16, bitune.decoder.device):
         bar = tqdm(batches, desc="perplexity", disable=None)
         return losses.perplexity(predicted(chosen) for chosen in bar)

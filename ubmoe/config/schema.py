@@ -59,6 +59,9 @@ def _not_empty(value: Any) -> Any:
     return value
 
 
+Bf16 = Literal["auto"] | bool
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -104,6 +107,9 @@ class DependenceSection(Section):
     batch_tokens: Positive = score_key(
         8192, "padded tokens of one forward; a longer text goes alone", "tokens"
     )
+    bf16: Bf16 = score_key(
+        "auto", "the model's flow under bfloat16 autocast, the sums in float32; auto: where it pays"
+    )
 
     @field_validator("buckets")
     @classmethod
@@ -139,7 +145,9 @@ class TrainingSection(Section):
     adam_beta2: Share = key(0.999, "of AdamW")
     adam_epsilon: Above = key(1e-8, "of AdamW (the paper's code has 1e-3)")
     max_grad_norm: Above = key(1.0, "gradients are clipped at this norm")
-    bf16: bool = key(False, "autocast to bfloat16 over float32 master weights")
+    bf16: Bf16 = key(
+        "auto", "bfloat16 autocast over float32 weights; auto: where the processor has bfloat16"
+    )
     activation_checkpointing: bool = key(
         False, "recompute activations: less memory, a third slower"
     )
@@ -448,6 +456,7 @@ class EvaluationSection(Section):
         False, "generation tasks as chats; likelihood tasks want none"
     )
     batch_size: Positive = running_key(64, "texts of one forward", "texts")
+    bf16: Bf16 = score_key("auto", "score under bfloat16 autocast; auto: where it pays")
 
 
 Row = Literal[

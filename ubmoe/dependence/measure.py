@@ -18,6 +18,7 @@ from ubmoe.data.padding import batches_by_length, padded_with_mask
 from ubmoe.dependence import COLUMNS
 from ubmoe.dependence.recorder import dependence_of, observed
 from ubmoe.dependence.sums import Partial, Totals, summary
+from ubmoe.models.precision import autocast
 
 log = logging.getLogger(__name__)
 SAVE_EVERY = 30.0  # seconds between two partial states
@@ -56,7 +57,8 @@ def measure(
             if number >= done:
                 inputs = padded_with_mask([texts[text] for text in batch])
                 ids, mask = (value.to(model.device) for value in inputs.values())
-                shares = dependence_of(model, recorder, ids, mask).numpy()  # (B, L, H, 7)
+                with autocast(settings.bf16, model.device):
+                    shares = dependence_of(model, recorder, ids, mask).numpy()  # (B, L, H, 7)
                 for text, each in zip(batch, shares, strict=True):
                     totals.add(text, len(texts[text]), each)
                 if time.monotonic() - partial.saved > SAVE_EVERY:

@@ -191,14 +191,16 @@ class Recorder:
         if sliding_window is None:  # nor this one, though their masks know it
             sliding_window = getattr(module, "sliding_window", None) or None
         rule = Rule(scaling, is_causal, sliding_window, softcap, s_aux)
-        output = query.new_zeros(*query.shape[:3], value.shape[-1])
+        output = value.new_zeros(*query.shape[:3], value.shape[-1])
         shares = []
         for text, real in enumerate(_spans(attention_mask, len(query), query.shape[2])):
             q, k, v = query[text, :, real], key[text, :, real], value[text, :, real]
-            output[text, :, real] = flow(q, k, v, rule)
-            shares.append(row_shares(q, k, scaling, softcap))
-            if self.keep_maps:
-                self.maps.append(unmasked_attention(q, k, scaling, softcap))
+            with torch.autocast(query.device.type, enabled=False):  # sums are float32
+                # autocast leaves queries and keys float32, and casts them for attention as here
+                output[text, :, real] = flow(q.to(v.dtype), k.to(v.dtype), v, rule)
+                shares.append(row_shares(q, k, scaling, softcap))
+                if self.keep_maps:
+                    self.maps.append(unmasked_attention(q, k, scaling, softcap))
         self.shares.append(torch.stack(shares))
         return output.transpose(1, 2).contiguous(), None
 

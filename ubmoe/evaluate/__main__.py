@@ -23,7 +23,9 @@ def main(config: Config) -> Path:
         if config.evaluation.language_model:
             run.more = {"generation": language_model_scores(config)}
         encoder = load_encoder(config)
-        run.section = sts_scores(encoder, tasks, config.evaluation.batch_size)
+        run.section = sts_scores(
+            encoder, tasks, config.evaluation.batch_size, config.evaluation.bf16
+        )
         run.model = encoder[0].model
     return run.path
 

@@ -26,6 +26,7 @@ from ubmoe.data.chats import Chat, collate, read_chats
 from ubmoe.data.padding import batches_by_length
 from ubmoe.data.rows import held_out
 from ubmoe.models.loading import load_model, load_tokenizer
+from ubmoe.models.precision import Setting, autocast
 from ubmoe.tiny import tasks as tiny_tasks
 from ubmoe.training import losses
 
@@ -125,8 +126,14 @@ def generation_scores(
         if lm is None:
             from lm_eval.models.huggingface import HFLM
 
-            lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size)
-        found = _evaluated(lm, settings)
+            lm = HFLM(
+                pretrained=model,
+                tokenizer=tokenizer,
+                batch_size=settings.batch_size,
+                softmax_dtype="float32",  # of logits that autocast made
+            )
+        with autocast(settings.bf16, model.device):
+            found = _evaluated(lm, settings)
     tasks, metrics = {}, {}
     for asked in settings.generation:
         for name in _result_names(asked):
@@ -195,7 +202,10 @@ def _main_metric(task: Any, scores: dict[str, float]) -> str:
 
 
 def perplexity(
-    model: PreTrainedModel, chats: list[Chat], batch_tokens: int = BATCH_TOKENS
+    model: PreTrainedModel,
+    chats: list[Chat],
+    bf16: Setting = False,
+    batch_tokens: int = BATCH_TOKENS,
 ) -> float:
     """Of the answers' tokens, end tokens included. Raises UserError for a bidirectional model."""
     check_causal(model)
@@ -208,7 +218,7 @@ def perplexity(
 
     batches = batches_by_length([chat.ids for chat in chats], batch_tokens)
     bar = tqdm(batches, desc="perplexity", disable=None, leave=False)
-    with torch.no_grad():
+    with torch.no_grad(), autocast(bf16, model.device):
         return losses.perplexity(predicted(batch) for batch in bar)
 
 
@@ -220,4 +230,4 @@ def language_model_scores(config: Config) -> dict[str, Any]:
     _, kept = held_out(found.chats, settings.held_out, "ubmoe.held_out")
     model = load_model(config.model)
     scores = generation_scores(model, tokenizer, config.evaluation)
-    return {**scores, "perplexity": perplexity(model, kept)}
+    return {**scores, "perplexity": perplexity(model, kept, config.evaluation.bf16)}

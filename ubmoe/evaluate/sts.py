@@ -19,6 +19,7 @@ from sentence_transformers import SentenceTransformer
 
 from ubmoe.config import UserError
 from ubmoe.data.rows import Row, cell, decoded, table_rows
+from ubmoe.models.precision import Setting, autocast
 from ubmoe.tiny import language
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,10 @@ SUBSETS = {"STS17": ["en-en"], "STS22": ["en"]}  # the English ones, as in the p
 
 
 def sts_scores(
-    encoder: SentenceTransformer, tasks: list[AbsTaskSTS], batch_size: int
+    encoder: SentenceTransformer,
+    tasks: list[AbsTaskSTS],
+    batch_size: int,
+    bf16: Setting = False,
 ) -> dict[str, Any]:
     """The `sts` section: Spearman correlation of cosines x 100 by task, their average, and sources.
 
@@ -35,7 +39,7 @@ def sts_scores(
     """
     scores, sources = {}, {}
     for task in tasks:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), autocast(bf16, encoder.device):
             warnings.simplefilter("ignore", FutureWarning)  # mteb's own use of older names
             result = mteb.evaluate(
                 encoder,

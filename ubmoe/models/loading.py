@@ -22,7 +22,7 @@ from transformers import (
 
 from ubmoe.bidirectional import attention_name, prove_attention, set_attention
 from ubmoe.config import ModelSection, UserError, listed
-from ubmoe.models import lora
+from ubmoe.models import lora, precision
 from ubmoe.tiny.model import tiny_directory
 
 log = logging.getLogger(__name__)
@@ -193,6 +193,7 @@ def environment(model: PreTrainedModel) -> dict[str, Any]:
         if model.device.type == "cuda"
         else str(model.device),
         "attn_implementation": model.config._attn_implementation,
+        "bfloat16": precision.has_bfloat16(model.device),  # what bf16: auto means here
         # sums on a CPU depend on it in their last digits
         "threads": torch.get_num_threads() if model.device.type == "cpu" else None,
     }

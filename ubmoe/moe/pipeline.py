@@ -137,7 +137,7 @@ def generation_of(config: Config, inputs: Inputs, model: PreTrainedModel) -> dic
     for route in _routes(config):
         with route_of(model, route):
             scores = generation.generation_scores(model, inputs.tokenizer, config.evaluation)
-            perplexity = generation.perplexity(model, inputs.held_out)
+            perplexity = generation.perplexity(model, inputs.held_out, config.evaluation.bf16)
         routes[route] = {**scores, "perplexity": perplexity}
         log.info("route %s: average %s, perplexity %s", route, scores["average"], perplexity)
     own = config.ubmoe.route
@@ -151,12 +151,12 @@ def sts_of(config: Config, inputs: Inputs, model: PreTrainedModel) -> list[dict[
     """STS of every route under both masks, in the encoder's own form."""
     if not inputs.sts:
         return []
-    encoder, rows = encoder_of(inputs, model), []
+    encoder, rows, settings = encoder_of(inputs, model), [], config.evaluation
     for attention in ("bidirectional", "causal"):
         set_attention(model, bidirectional=attention == "bidirectional")
         for route in _routes(config):
             with route_of(model, route):
-                found = sts_scores(encoder, inputs.sts, config.evaluation.batch_size)
+                found = sts_scores(encoder, inputs.sts, settings.batch_size, settings.bf16)
             rows.append({"route": route, "attention": attention, **found})
             log.info("STS, %s, %s: %s", route, attention, found["average"])
     set_attention(model, bidirectional=False)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, set_seed
 
 from ubmoe.config import StageSection, UserError
 from ubmoe.models import lora
+from ubmoe.models.precision import uses_bfloat16
 from ubmoe.training.checkpoints import Work
 
 log = logging.getLogger(__name__)
@@ -99,7 +100,7 @@ def announce(stage: StageSection, model: PreTrainedModel, report: dict[str, Any]
     log.info(
         "stage %s (%s): %d tensors train, %s parameters, %s%s",
         *(stage.objective, kind, len(tensors), counts, "/".join(sorted(dtypes))),
-        " under bfloat16 autocast" if stage.bf16 else "",
+        " under bfloat16 autocast" if uses_bfloat16(stage.bf16, model.device) else "",
     )
     rest = {name: value for name, value in report.items() if name != "trainable"}
     log.info("; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in rest.items()))

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.integrations import get_available_reporting_integrations
 
 from ubmoe.config import TrainingSection, UserError
+from ubmoe.models.precision import uses_bfloat16
 from ubmoe.training.checkpoints import Work, begin, load_trainable, save_trainable
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ def arguments(section: TrainingSection, work: Work, device: torch.device) -> dic
             f"{', '.join(reporters)}"
         )
     flat = {name: getattr(section, name) for name in TrainingSection.model_fields}
+    flat["bf16"] = uses_bfloat16(section.bf16, device)
     flat["activation_checkpointing_kwargs"] = {"use_reentrant": False}
     return flat | {
         "output_dir": str(work.directory),
@@ -79,7 +81,8 @@ def run_trainer(
             train_dataset=data,
             callbacks=[StopOnBadLoss()],
         )
-        return fit(trainer, begin(section, work, rows=len(data), **mark))
+        bf16 = uses_bfloat16(section.bf16, device)  # what auto was, when the checkpoint was made
+        return fit(trainer, begin(section, work, rows=len(data), bf16=bf16, **mark))
 
 
 def fit(trainer: Trainer, checkpoint: Path | None) -> list[dict[str, Any]]:

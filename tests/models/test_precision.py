@@ -1,0 +1,49 @@
+"""bfloat16 is used where it is asked for or pays, and changes little."""
+
+import logging
+
+import pytest
+import torch
+from builders import random_model
+
+from ubmoe.config import DependenceSection
+from ubmoe.dependence.measure import measure
+from ubmoe.models import precision
+from ubmoe.models.precision import autocast, uses_bfloat16
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("flag", precision.CPU_FLAGS)
+def test_auto_is_what_the_processor_has(monkeypatch, flag):
+    monkeypatch.undo()  # the tests' own reference mode
+    for has in (True, False):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: {flag: has})
+        assert uses_bfloat16("auto", CPU) is has
+        assert uses_bfloat16(True, CPU) and not uses_bfloat16(False, CPU)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "aarch64"})
+    assert not uses_bfloat16("auto", CPU) and not uses_bfloat16("auto", torch.device("mps"))
+
+
+def test_autocast_says_what_auto_chose(monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    product = torch.ones(2, 2)
+    monkeypatch.setattr(precision, "has_bfloat16", lambda device: True)
+    with autocast("auto", CPU):
+        assert (product @ product).dtype == torch.bfloat16
+    assert "bfloat16 autocast, which cpu has in hardware" in caplog.text
+    with autocast(False, CPU):
+        assert (product @ product).dtype == torch.float32
+
+
+def test_dependence_under_autocast_is_near_that_of_float32_and_its_sums_are_whole(tmp_path):
+    """The flow is rounded, the sums are not: shares still sum to one to float32's precision."""
+    model = random_model("llama")
+    texts = [list(range(3, 60)), list(range(40, 90)), [5]]
+    found = {}
+    for bf16 in (False, True):
+        settings = DependenceSection(bf16=bf16)
+        found[bf16] = measure(model, texts, settings, tmp_path / str(bf16))["overall"]
+        assert sum(found[bf16].values()) == pytest.approx(100, abs=1e-4)
+    assert found[True] != found[False]
+    assert found[True] == pytest.approx(found[False], abs=1.0)
