@@ -26,7 +26,7 @@ def main(config: Config) -> Path:
         tokenizer = load_tokenizer(config.model)
         data = [read_data(stage, tokenizer) for stage in config.bi.stages]
         tasks = [sts_task(name) for name in config.evaluation.sts]
-        model = load_model(config.model, bidirectional=config.bi.attention == "bidirectional")
+        model = load_model(config.model, config.bi.bidirectional, config.bi.layers)
         encoder = as_encoder(model, tokenizer, config.bi)
         run.log("one text, as the model reads it: %s", rendered(encoder, "A small example."))
         reports = train_stages(config, data, encoder, model, tokenizer)

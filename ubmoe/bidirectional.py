@@ -13,7 +13,8 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from ubmoe.config import UserError
+from ubmoe import layered
+from ubmoe.config import Layers, UserError
 
 Attention = Literal["causal", "bidirectional"]
 PROOF_TOKENS = 8
@@ -35,6 +36,18 @@ def attention_name(config: Any) -> Attention:
     return "bidirectional" if is_bidirectional(config) else "causal"
 
 
+def set_layers(model: PreTrainedModel, layers: Layers) -> PreTrainedModel:
+    """Write into the config which layers may look both ways. Raises UserError.
+
+    `all` leaves what a saved encoder says of itself.
+    """
+    config = model.config.get_text_config()
+    if (numbers := layered.chosen(layers, config.num_hidden_layers)) is not None:
+        for each in (model.config, config):
+            setattr(each, layered.KEY, numbers)
+    return model
+
+
 def make_bidirectional(model: PreTrainedModel) -> PreTrainedModel:
     """Let every token see every other one; UserError names a family where that has no effect."""
     set_attention(model, bidirectional=True)
@@ -48,6 +61,8 @@ def set_attention(model: PreTrainedModel, bidirectional: bool) -> PreTrainedMode
         id(each): each for each in (model.config, model.config.get_text_config())
     }.values():
         config.is_causal = not bidirectional
+    some = layered.partial_layers(model.config.get_text_config()) is not None
+    layered.switch(model, on=bidirectional and some)
     return model
 
 
@@ -76,6 +91,9 @@ def prove_attention(model: PreTrainedModel, bidirectional: bool) -> str:
             f"{family} has {', '.join(recurrent)} layers, which read left to right; it cannot be "
             "bidirectional"
         )
+    layers = layered.partial_layers(model.config.get_text_config())
+    if bidirectional and layers is not None:
+        return _prove_layers(model, family, layers)
     for padding in PADDINGS:
         moved = leak(model, padding)
         if bidirectional and moved <= tolerance(model):
@@ -90,6 +108,44 @@ def prove_attention(model: PreTrainedModel, bidirectional: bool) -> str:
             )
     mode = "bidirectional" if bidirectional else "causal"
     return f"attention {mode}, verified on {family} with no, left and right padding"
+
+
+def _prove_layers(model: PreTrainedModel, family: str, layers: list[int]) -> str:
+    for padding in PADDINGS:
+        for number, moved in enumerate(layer_leaks(model, padding)):
+            if (moved > tolerance(model)) != (number in layers):
+                sees = "stays causal" if number in layers else "sees later tokens"
+                raise UserError(
+                    f"bi.layers: layer {number} of {family} {sees} with {padding} padding; it "
+                    "cannot be bidirectional in some layers"
+                )
+    named = layered.named_layers(layers)
+    return f"attention bidirectional in layers {named}, each verified on {family}"
+
+
+@torch.no_grad()
+def layer_leaks(model: PreTrainedModel, padding: str = "none") -> list[float]:
+    """How far each layer alone moves the first token when the last token's input changes."""
+    found: list[float] = []
+    first, last = {"none": (0, -1), "left": (3, -1), "right": (0, -4)}[padding]
+
+    def look(layer: Any, arguments: tuple[Any, ...], keys: dict[str, Any], output: Any) -> None:
+        states, *rest = arguments
+        changed = states.clone()
+        changed[:, last] += states[:, last].roll(1, dims=-1) - 2 * states[:, last]
+        again = layer.forward(changed, *rest, **keys)
+        one, other = (each[0] if isinstance(each, tuple) else each for each in (output, again))
+        own = one[0, first].float()
+        found.append(((own - other[0, first]).abs().max() / own.abs().max()).item())
+
+    inner: Any = model.base_model
+    hooks = [layer.register_forward_hook(look, with_kwargs=True) for layer in inner.layers]
+    try:
+        _first_states(model, padding, _unlike(model))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
 
 
 def tolerance(model: PreTrainedModel) -> float:

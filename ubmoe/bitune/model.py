@@ -26,7 +26,7 @@ from peft import (
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel, set_seed
 
-from ubmoe.bidirectional import attending, prove_attention
+from ubmoe.bidirectional import attending, prove_attention, set_layers
 from ubmoe.config import BituneSection, UserError
 from ubmoe.training.losses import predictions
 
@@ -253,6 +253,7 @@ def attach(model: PreTrainedModel, settings: BituneSection, seed: int) -> Bitune
     """
     config, variant = _adapter_config(settings), VARIANTS[settings.variant]
     if variant.second == "bidirectional":
+        set_layers(model, settings.layers)
         with attending(model, bidirectional=True):
             prove_attention(model, bidirectional=True)
     set_seed(seed)  # a resumed run draws the same first adapters

@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -121,7 +122,24 @@ class DependenceSection(Section):
 
 Share = Annotated[Float, Field(ge=0, lt=1)]
 Above = Annotated[Float, Field(gt=0)]
-Module = Literal["ffn", "attention", "embedding", "all", "ffn_up_down"]
+MODULES = ("ffn", "attention", "embedding", "all", "ffn_up_down")
+
+
+def _is_module(text: str) -> str:
+    """ffn, or ffn@3-29 and ffn@7: the module in some layers alone."""
+    module, at, layers = text.partition("@")
+    whole = not at or (
+        module in ("ffn", "attention", "ffn_up_down") and re.fullmatch(r"\d+(-\d+)?", layers)
+    )
+    if module not in MODULES or not whole:
+        choices = " or ".join(map(repr, MODULES)).replace(" or ", ", ", len(MODULES) - 2)
+        raise ValueError(f"expected {choices}, or one in some layers, as 'ffn@3-29'")
+    return text
+
+
+Module = Annotated[str, AfterValidator(_is_module)]
+# Which layers look both ways: {from: 3}, {every: 3, from: 2, to: 20}, or their numbers.
+Layers = Literal["all", "none"] | dict[Literal["from", "to", "every"], int] | list[int]
 PROMPT = 'The representative word for sentence {text} is:"'  # the paper's, its quote included
 
 
@@ -238,8 +256,13 @@ class BiSection(Section):
     """Bidirectional fine-tuning (train_bi.py)."""
 
     attention: Literal["bidirectional", "causal"] = key("bidirectional", "mask of the encoder")
+    layers: Layers = key(
+        "all", "layers that look both ways: all, none, {from: N}, {every: K, from: N}, or a list"
+    )
     prompt: str | None = key(PROMPT, "every text stands in it, at {text}; null: the text alone")
-    pooling: Literal["mean", "last"] = key("mean", "of the last states: all tokens, or the last")
+    pooling: Literal["mean", "weighted_mean", "last"] = key(
+        "mean", "of the last states: all tokens, all by their position (for causal), or the last"
+    )
     prompt_in_mean: bool = key(
         True, "false: the mean is of the text's own tokens; for prompts that end in {text}"
     )
@@ -252,6 +275,20 @@ class BiSection(Section):
         if prompt is not None and prompt.count("{text}") != 1:
             raise ValueError("expected {text} once, as in " + PROMPT)
         return prompt
+
+    @property
+    def bidirectional(self) -> bool:
+        """Whether any layer looks both ways."""
+        return self.attention == "bidirectional" and self.layers != "none"
+
+    @model_validator(mode="after")
+    def _layers_look(self) -> "BiSection":
+        if self.attention == "causal" and self.layers not in ("all", "none"):
+            raise ValueError("attention causal has no layers that look both ways; expected none")
+        every = self.layers.get("every", 1) if isinstance(self.layers, dict) else 1
+        if every < 1 or self.layers in ({}, []):
+            raise ValueError("layers must name some; expected all, {from: 3}, {every: 3} or a list")
+        return self
 
     @model_validator(mode="after")
     def _out_of_the_mean(self) -> "BiSection":
@@ -345,6 +382,7 @@ class BituneSection(TrainingSection):
     adapter: Literal["lora", "dora", "ia3"] = key("lora", "kind of the adapters")
     rank: Positive = key(8, "of lora and dora")
     alpha: Above = key(1.0, "of lora and dora; their scale is alpha / rank")
+    layers: Layers = key("all", "as bi.layers: those in which the second reading looks both ways")
     theta_init: Above = key(0.01, "start of theta; the mixing starts at one half whatever it is")
     dataset: str = key("tiny", "chats: hub id[:config[:split]], local .json/.jsonl/..., or tiny")
     template: str | None = key(

@@ -28,6 +28,7 @@ from transformers.masking_utils import flash_attention_mask
 
 from ubmoe.bidirectional import is_bidirectional, prove_attention
 from ubmoe.config import UserError
+from ubmoe.layered import looks_both_ways, partial_layers, visible
 
 NAME = "dependence"
 ROWS = 32  # of a block: its scores, H x 32 x T in fp32, should stay in the processor's cache
@@ -108,10 +109,8 @@ class Rule:
     sink: Tensor | None = None  # (H,), a score that takes weight and gives no value
 
     def visible(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """(R, C) which columns a row may see; a window ends as transformers' masks end it."""
-        if self.causal:
-            return (columns <= rows) & (columns > rows - self.window if self.window else True)
-        return (columns - rows).abs() <= (self.window or len(columns) + len(rows))
+        """(R, C) which columns a row may see."""
+        return visible(rows, columns, self.causal, self.window)
 
 
 def flow(query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
@@ -190,6 +189,8 @@ class Recorder:
             is_causal = getattr(config, "is_causal", getattr(module, "is_causal", True))
         if sliding_window is None:  # nor this one, though their masks know it
             sliding_window = getattr(module, "sliding_window", None) or None
+        if getattr(module, "config", None) is not None and partial_layers(module.config):
+            is_causal = not looks_both_ways(module)
         rule = Rule(scaling, is_causal, sliding_window, softcap, s_aux)
         output = value.new_zeros(*query.shape[:3], value.shape[-1])
         shares = []

@@ -18,12 +18,14 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from sentence_transformers.util import is_sentence_transformer_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ubmoe.bidirectional import is_bidirectional, set_attention
 from ubmoe.config import BiSection, Config, UserError
 from ubmoe.files import replace_directory
+from ubmoe.layered import named_layers, partial_layers
 from ubmoe.models.loading import best_device, load_model, load_tokenizer, source
 from ubmoe.models.lora import adapter_attention
 
-POOLING = {"mean": "mean", "last": "lasttoken"}
+POOLING = {"mean": "mean", "weighted_mean": "weightedmean", "last": "lasttoken"}
 OWN = "own"  # name of the prompt that every text gets
 PROBES = (*string.ascii_letters, *string.digits, *string.punctuation, "é", "你", "ж")
 TEXT_FORM = {"method": "forward", "method_output_name": "last_hidden_state"}
@@ -47,7 +49,9 @@ def as_encoder(
         model.config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         module = _Given(folder, model_kwargs={"given": model.base_model}, **keys)
-    module.__class__ = Transformer  # what modules.json names must be the library's own
+    # what modules.json names is the library's own, where stock libraries can read it
+    some = is_bidirectional(model.config) and partial_layers(model.config) is not None
+    module.__class__ = LayeredTransformer if some else Transformer
     width = model.config.get_text_config().hidden_size
     pooling = Pooling(width, POOLING[settings.pooling], include_prompt=prefix is None)
     return SentenceTransformer(
@@ -55,6 +59,40 @@ def as_encoder(
         device=str(model.device),
         prompts=None if prefix is None else {OWN: prefix},
         default_prompt_name=None if prefix is None else OWN,
+    )
+
+
+class LayeredTransformer(Transformer):
+    """The module of an encoder in which some layers look both ways and others only back.
+
+    Saved encoders name it in modules.json: sentence-transformers has one switch for all layers. It
+    asks for trust_remote_code=True before it imports a class of another package; `load_saved` does
+    not need it.
+    """
+
+    def _load_model(self, *arguments: Any, **model_kwargs: Any) -> PreTrainedModel:
+        model = super()._load_model(*arguments, **model_kwargs)
+        return set_attention(model, is_bidirectional(model.config))
+
+
+def load_saved(directory: str, device: str | None = None, **keys: Any) -> SentenceTransformer:
+    """As `SentenceTransformer(directory)`, and knows LayeredTransformer without trusting any code.
+
+    directory: or a hub id; keys: further ones of SentenceTransformer, as revision.
+    """
+    path = Path(directory) / "modules.json"
+    own = f"{LayeredTransformer.__module__}.{LayeredTransformer.__qualname__}"
+    if not path.is_file() or json.loads(path.read_text())[0]["type"] != own:
+        return SentenceTransformer(directory, device=device, **keys)
+    said = json.loads((Path(directory) / "config_sentence_transformers.json").read_text())
+    return SentenceTransformer(
+        modules=[
+            LayeredTransformer.load(directory, **keys),
+            Pooling.load(directory, subfolder="1_Pooling"),
+        ],
+        device=device,
+        prompts=said.get("prompts"),
+        default_prompt_name=said.get("default_prompt_name"),
     )
 
 
@@ -114,19 +152,18 @@ def load_encoder(config: Config) -> SentenceTransformer:
                 f"model.adapter: {config.model.name} is an encoder of sentence-transformers; "
                 "expected null, or a causal language model as model.name"
             )
-        return SentenceTransformer(
-            name,
-            device=str(device),
-            revision=config.model.revision,
-            model_kwargs={"dtype": config.model.dtype},
-        )
+        keys: Any = {
+            "revision": config.model.revision,
+            "model_kwargs": {"dtype": config.model.dtype},
+        }
+        return load_saved(name, str(device), **keys)
     if config.model.adapter and (trained := adapter_attention(config.model.adapter)) != attention:
         raise UserError(
             f"bi.attention: the adapter was trained {trained}, not {attention}; expected "
             f"bi.attention={trained}"
         )
     tokenizer = load_tokenizer(config.model)
-    model = load_model(config.model, bidirectional=attention == "bidirectional")
+    model = load_model(config.model, config.bi.bidirectional, config.bi.layers)
     return as_encoder(model, tokenizer, config.bi)
 
 
@@ -151,17 +188,40 @@ def save_encoder(
         model.config.use_cache = cached
         tokenizer.save_pretrained(folder)
         path = folder / "sentence_bert_config.json"
-        form = json.loads(path.read_text(encoding="utf-8")) | {
-            "max_seq_length": settings.max_tokens
-        }
+        form = json.loads(path.read_text(encoding="utf-8"))
+        form["max_seq_length"] = settings.max_tokens
+        if isinstance(encoder[0], LayeredTransformer):
+            form["config_kwargs"] = {"is_causal": False}
+            _make_causal(folder / "config.json")
         path.write_text(json.dumps(form, indent=4, ensure_ascii=False), encoding="utf-8")
         card = folder / "README.md"
-        text = card.read_text(encoding="utf-8") + CARD.format(attention=settings.attention)
+        use = CARD
+        if isinstance(encoder[0], LayeredTransformer):
+            use = LAYERED_CARD
+        layers = named_layers(partial_layers(model.config) or [0])
+        text = card.read_text(encoding="utf-8")
+        text += use.format(attention=settings.attention, layers=layers)
         card.write_text(text, encoding="utf-8")
 
     replace_directory(directory, write)
 
 
+def _make_causal(path: Path) -> None:
+    """What reads config.json alone does not know layers, and must not look both ways in all."""
+    config = json.loads(path.read_text(encoding="utf-8")) | {"is_causal": True}
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+LAYERED_CARD = """
+## Made with ubmoe
+
+A causal language model as an encoder that looks both ways in layers {layers} and only back in the
+others; its head is still there.
+
+- As an encoder: `SentenceTransformer(directory, trust_remote_code=True)`, with the package `ubmoe`
+  installed, which knows layers. The prompt, the pooling and the length are saved.
+- As a language model: `AutoModelForCausalLM.from_pretrained(directory)`, causal in every layer.
+"""
 CARD = """
 ## Made with ubmoe
 

@@ -20,8 +20,9 @@ from transformers import (
     logging as transformers_logging,
 )
 
-from ubmoe.bidirectional import attention_name, prove_attention, set_attention
-from ubmoe.config import ModelSection, UserError, listed
+from ubmoe.bidirectional import attention_name, prove_attention, set_attention, set_layers
+from ubmoe.config import Layers, ModelSection, UserError, listed
+from ubmoe.layered import partial_layers
 from ubmoe.models import lora, precision
 from ubmoe.tiny.model import tiny_directory
 
@@ -81,11 +82,17 @@ def saved_attention(config: ModelSection) -> str:
     """The mask that config.json names, causal or bidirectional. Raises UserError."""
     with explained(config):
         settings = AutoConfig.from_pretrained(source(config), revision=config.revision)
+    if partial_layers(settings):  # its config.json is causal, for language models
+        return "bidirectional"
     return attention_name(settings)
 
 
-def load_model(config: ModelSection, bidirectional: bool = False) -> PreTrainedModel:
+def load_model(
+    config: ModelSection, bidirectional: bool = False, layers: Layers = "all"
+) -> PreTrainedModel:
     """The causal LM in eval mode on its device, its attention as asked and proved by a leak test.
+
+    layers: those that look both ways; `all` leaves what a saved encoder says of itself.
 
     Raises UserError for a missing or broken checkpoint, a model that is not a decoder, tensors that
     the checkpoint lacks (they would be random), and weights that are not finite.
@@ -124,7 +131,8 @@ def load_model(config: ModelSection, bidirectional: bool = False) -> PreTrainedM
     if config.adapter:
         model = lora.cast(lora.merged(model, config.adapter), dtype)
     _check_finite(model, config.name)
-    model = set_attention(model.eval().to(best_device(config.device)), bidirectional)
+    set_layers(model.eval().to(best_device(config.device)), layers if bidirectional else "all")
+    set_attention(model, bidirectional)
     log.info("%s: %s", config.name, prove_attention(model, bidirectional))
     return model
 

@@ -18,7 +18,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ubmoe.bidirectional import attention_name
 from ubmoe.config import UserError
 from ubmoe.files import replace_directory
-from ubmoe.moe.joining import PROJECTIONS, SHARED_SIZE, check_alike, mixture_config
+from ubmoe.moe.joining import (
+    PROJECTIONS,
+    SHARED_SIZE,
+    check_alike,
+    mixture_config,
+    share_layers,
+)
 
 FORM_FILES = ("modules.json", "config_sentence_transformers.json", "1_Pooling")
 FORM = "sentence_bert_config.json"
@@ -44,7 +50,8 @@ def encoder_attention(directory: Path) -> str:
             raise UserError(f"ubmoe.bi: {directory / name}: no JSON ({error})") from error
     if not isinstance(read["config.json"], dict) or not isinstance(read[FORM], dict):
         raise UserError(f"ubmoe.bi: {directory}: config.json and {FORM} must hold an object each")
-    return attention_name(read["config.json"])
+    # sentence-transformers reads config.json with these over it
+    return attention_name(read["config.json"] | read[FORM].get("config_kwargs", {}))
 
 
 def save_mixture(
@@ -91,6 +98,7 @@ def save_modes(
         config = mixture_config(uni.config, top_k=1, experts=1)
         config.norm_topk_prob = True
         config.mlp_only_layers = layers
+        share_layers(bi.config, config)
         config.use_cache = True
         config.save_pretrained(folder)
         if uni.generation_config is not None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2MoeConfig, Qwen3MoeConfig
 from transformers.initialization import no_init_weights
 
+from ubmoe import layered
 from ubmoe.config import UserError, listed
 from ubmoe.models.lora import cast
 from ubmoe.moe.routes import BI, UNI, blocks, set_route
@@ -56,8 +57,15 @@ def join(uni: PreTrainedModel, bi: PreTrainedModel, top_k: int = 2) -> PreTraine
         block.gate.float()
         block.gate.register_forward_pre_hook(_in_its_dtype)
     model.generation_config = uni.generation_config
+    share_layers(bi.config, model.config)
     set_route(model, "learned")
     return model.to(uni.device).eval()
+
+
+def share_layers(bi: Any, mixture: Any) -> None:
+    """The mixture looks both ways in the layers in which the encoder does."""
+    if (layers := layered.partial_layers(bi)) is not None:
+        setattr(mixture, layered.KEY, layers)
 
 
 def _in_its_dtype(gate: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

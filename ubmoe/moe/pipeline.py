@@ -13,6 +13,7 @@ from ubmoe.bidirectional import set_attention
 from ubmoe.config import Config, Route, UserError
 from ubmoe.data.chats import Chat, read_chats
 from ubmoe.data.rows import SENTENCE, cell, held_out, training_rows
+from ubmoe.encoder.sentence_encoder import load_saved
 from ubmoe.evaluate import generation
 from ubmoe.evaluate.sts import sts_scores, sts_task
 from ubmoe.models.loading import load_model, load_tokenizer
@@ -91,7 +92,7 @@ def train(config: Config, inputs: Inputs, model: PreTrainedModel) -> dict[str, A
 
 def encoder_of(inputs: Inputs, model: PreTrainedModel) -> SentenceTransformer:
     """The mixture in the tuned encoder's form: its prompt, its pooling, its length."""
-    encoder = SentenceTransformer(str(inputs.encoder), device=str(model.device))
+    encoder = load_saved(str(inputs.encoder), str(model.device))
     encoder[0].model = model.base_model
     return encoder
 

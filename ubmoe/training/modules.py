@@ -39,13 +39,24 @@ def named_by(model: PreTrainedModel, module: str) -> list[str]:
     elif module == "embedding":
         found = [name for name, value in model.named_parameters() if value is embedding]
     else:
+        module, _, layers = module.partition("@")
         found = [name for name in names if any(part in name for part in MODULES[module])]
+        found = [name for name in found if _is_in(name, layers)]
     if not found:
         known = sorted({re.sub(r"\.\d+\.", ".N.", name) for name in names})
         raise UserError(
             f"train: {type(model).__name__} has no {module} module; it has {', '.join(known)[:300]}"
         )
     return found
+
+
+def _is_in(name: str, layers: str) -> bool:
+    """Whether a parameter is in the layers `3-29` or `7`; empty: in any."""
+    if not layers:
+        return True
+    low, _, high = layers.partition("-")
+    found = re.search(r"\.(\d+)\.", name)
+    return found is not None and int(low) <= int(found[1]) <= int(high or low)
 
 
 def train_only(model: PreTrainedModel, modules: Sequence[str]) -> dict[str, int]:
@@ -74,7 +85,9 @@ def tuning(model: PreTrainedModel, stage: StageSection, work: Work) -> Iterator[
         set_seed(work.seed)  # a resumed run draws the same first adapters
         names = [name for module in stage.train for name in named_by(model, module)]
         wrapped = lora.attach(model, names, stage.lora)
-        counts = {module: _trainable(model, MODULES[module]) for module in stage.train}
+        counts = {
+            module: _trainable(model, MODULES[module.partition("@")[0]]) for module in stage.train
+        }
     yield counts
     if wrapped is not None:
         if PartialState().is_main_process:

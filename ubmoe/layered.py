@@ -1,0 +1,124 @@
+"""Attention in which some layers look both ways, and the others only back.
+
+transformers has one switch for all layers, `config.is_causal`. Here a list in the config,
+`bidirectional_layers`, says which of them it switches; the rest stay causal. One attention
+function, registered through the library's interfaces, asks each layer for its own mask and calls
+sdpa: no model file is copied, and the key is saved in config.json. Stock libraries do not know it.
+
+Shapes: B texts, Q queries, K keys, H heads, d and e sizes of a head's keys and values.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import flash_attention_mask
+
+from ubmoe.config import Layers, UserError
+
+NAME = "layered_sdpa"
+KEY = "bidirectional_layers"
+
+
+def chosen(layers: Layers, depth: int) -> list[int] | None:
+    """Numbers of the layers that `bi.layers` means, from 0; None: all. Raises UserError."""
+    if layers == "all":
+        return None
+    if layers == "none":
+        return []
+    if isinstance(layers, dict):
+        ends = layers.get("from", 0), layers.get("to", depth - 1)
+        layers = list(range(ends[0], ends[1] + 1, layers.get("every", 1)))
+    if not layers or not 0 <= min(layers) <= max(layers) < depth:
+        raise UserError(f"bi.layers: means {layers or 'none'}; expected some of 0 to {depth - 1}")
+    numbers = sorted(set(layers))
+    return None if len(numbers) == depth else numbers
+
+
+def partial_layers(config: Any) -> list[int] | None:
+    """The layers that may look both ways, where a config (or config.json) names some; else None."""
+    return config.get(KEY) if isinstance(config, dict) else getattr(config, KEY, None)
+
+
+def looks_both_ways(module: nn.Module) -> bool:
+    """Whether an attention layer does, as its config is now."""
+    config: Any = module.config
+    layers = partial_layers(config)
+    return config.is_causal is False and (layers is None or module.layer_idx in layers)
+
+
+def switch(model: PreTrainedModel, on: bool) -> None:
+    """Put our attention function into a model's layers, or its own back. Raises UserError."""
+    own = model.config._attn_implementation
+    if on and own not in (NAME, "dependence"):  # which asks the layers itself
+        if not model._supports_attention_backend or not hasattr(model.base_model, "layers"):
+            raise UserError(
+                f"bi.layers: {type(model).__name__} does not use transformers' attention "
+                "interface; expected all"
+            )
+        AttentionInterface.register(NAME, attend)
+        AttentionMaskInterface.register(NAME, flash_attention_mask)  # None, or (B, K)
+        model.own_attention = own  # type: ignore[assignment]
+        model.set_attn_implementation(NAME)
+    elif not on and own == NAME:
+        model.set_attn_implementation(getattr(model, "own_attention", "sdpa"))
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    **keys: Any,
+) -> tuple[Tensor, None]:
+    """(B, H, Q, d), (B, H', K, d), (B, H', K, e), a (B, K) padding mask -> (B, Q, H, e)."""
+    causal = not looks_both_ways(module)
+    window = sliding_window or getattr(module, "sliding_window", None) or None
+    mask = layer_mask(attention_mask, query.shape[2], key.shape[2], causal, window, query.device)
+    return sdpa_attention_forward(module, query, key, value, mask, is_causal=causal, **keys)
+
+
+def layer_mask(
+    padding: Tensor | None,
+    queries: int,
+    keys: int,
+    causal: bool,
+    window: int | None,
+    device: torch.device,
+) -> Tensor | None:
+    """What a layer's queries may see: (B or 1, 1, Q or 1, K), or None where sdpa knows without."""
+    left = padding is not None and not bool(padding[:, 0].all())
+    limited = window is not None and window < keys
+    if causal and not left and not limited:
+        return None  # no real token looks at padding on the right
+    mask = None
+    if causal or limited:
+        rows = torch.arange(keys - queries, keys, device=device)[:, None]
+        mask = visible(rows, torch.arange(keys, device=device), causal, window)[None, None]
+    if padding is not None and not bool(padding.all()):
+        real = padding[:, None, None, :].bool()
+        mask = real if mask is None else mask & real
+        if causal and left:  # padding sees itself, so that no row is empty
+            mask = mask | torch.eye(keys, dtype=torch.bool, device=device)[keys - queries :]
+    return mask
+
+
+def visible(rows: Tensor, columns: Tensor, causal: bool, window: int | None) -> Tensor:
+    """(R, C) which columns a row may see; a window ends as transformers' masks end it."""
+    if causal:
+        return (columns <= rows) & (columns > rows - window if window else True)
+    return (columns - rows).abs() <= (window or len(columns) + len(rows))
+
+
+def named_layers(layers: Sequence[int]) -> str:
+    """As a reader would say them: 3-29, or 2, 5, 8."""
+    first, last = layers[0], layers[-1]
+    if len(layers) > 2 and list(layers) == list(range(first, last + 1)):
+        return f"{first}-{last}"
+    return ", ".join(map(str, layers))
