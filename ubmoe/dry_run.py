@@ -27,7 +27,7 @@ from ubmoe.data.rows import SENTENCE, cell, held_out, read_texts, training_rows
 from ubmoe.dependence.texts import tokenize
 from ubmoe.encoder.contrastive import attention_dropout
 from ubmoe.encoder.stages import read_data
-from ubmoe.models.loading import best_device, explained, load_tokenizer, source
+from ubmoe.models.loading import best_device, explained, keywords, load_tokenizer, source
 from ubmoe.models.precision import uses_bfloat16
 from ubmoe.moe import joining, routers, routes
 from ubmoe.recording import peak_memory_bytes
@@ -152,7 +152,7 @@ def fake(config: Config) -> Any:
     keys = {"attn_implementation": config.model.attn_implementation}
     dtype = getattr(torch, config.model.dtype)
     with explained(config.model):
-        settings = AutoConfig.from_pretrained(path, revision=config.model.revision)
+        settings = AutoConfig.from_pretrained(path, **keywords(config.model))
         return AutoModelForCausalLM.from_config(settings, dtype=dtype, **keys)
 
 

@@ -70,7 +70,7 @@ class Section(BaseModel):
 class ModelSection(Section):
     """Which model, and how it is loaded."""
 
-    name: str = key("tiny", "hub id, local directory, or the word tiny (the embedded model)")
+    name: str = key("tiny", "hub id, local directory, .gguf file, or the word tiny")
     revision: str | None = key(None, "branch, tag or commit of a hub model")
     dtype: Literal["float32", "bfloat16", "float16"] = key("float32", "dtype of the loaded weights")
     device: str | None = running_key(None, "cpu, cuda, cuda:1, mps, ...; null: the best there is")

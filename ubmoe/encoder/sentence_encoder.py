@@ -22,7 +22,7 @@ from ubmoe.bidirectional import is_bidirectional, set_attention
 from ubmoe.config import BiSection, Config, UserError
 from ubmoe.files import replace_directory
 from ubmoe.layered import named_layers, partial_layers
-from ubmoe.models.loading import best_device, load_model, load_tokenizer, source
+from ubmoe.models.loading import best_device, keywords, load_model, load_tokenizer, source
 from ubmoe.models.lora import adapter_attention
 
 POOLING = {"mean": "mean", "weighted_mean": "weightedmean", "last": "lasttoken"}
@@ -146,7 +146,8 @@ def load_encoder(config: Config) -> SentenceTransformer:
     """Any encoder that sentence-transformers knows, or else a causal LM in the form of `bi`."""
     device, name = best_device(config.model.device), source(config.model)
     attention = config.bi.attention
-    if is_sentence_transformer_model(name, revision=config.model.revision):
+    file = "gguf_file" in keywords(config.model)
+    if not file and is_sentence_transformer_model(name, revision=config.model.revision):
         if config.model.adapter:
             raise UserError(
                 f"model.adapter: {config.model.name} is an encoder of sentence-transformers; "

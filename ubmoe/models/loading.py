@@ -50,11 +50,21 @@ def best_device(name: str | None = None) -> torch.device:
     return device
 
 
+GGUF = ".gguf"
+
+
 def source(config: ModelSection) -> str:
-    """The directory or hub id to load from; the embedded model is built where it is missing."""
+    """The directory or hub id to load from; the embedded model is built where it is missing.
+
+    Of a GGUF file, its folder: `keywords` names the file in it.
+    """
     if config.name == "tiny":
         return str(tiny_directory(config.cache))
     path = Path(config.name).expanduser()
+    if path.suffix.lower() == GGUF:
+        if not path.is_file():
+            raise UserError(f"model.name: {path} is no file; expected a GGUF file that is there")
+        return str(path.parent)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"model.name: {path} has no config.json; expected a model directory")
@@ -66,10 +76,17 @@ def source(config: ModelSection) -> str:
     return config.name
 
 
+def keywords(config: ModelSection) -> dict[str, Any]:
+    """What else the libraries are told, to load a tokenizer, a config or a model."""
+    if Path(config.name).suffix.lower() == GGUF:
+        return {"gguf_file": Path(config.name).name}
+    return {"revision": config.revision}
+
+
 def load_tokenizer(config: ModelSection) -> PreTrainedTokenizerBase:
     """The model's own tokenizer, with a padding token where it has none. Raises UserError."""
     with explained(config):
-        tokenizer = AutoTokenizer.from_pretrained(source(config), revision=config.revision)
+        tokenizer = AutoTokenizer.from_pretrained(source(config), **keywords(config))
     # Without tokenizer files transformers 5 makes an empty tokenizer, and says nothing.
     if not tokenizer("any text", add_special_tokens=False)["input_ids"]:
         raise UserError(f"model.name: {config.name} has no tokenizer; expected tokenizer.json")
@@ -81,7 +98,7 @@ def load_tokenizer(config: ModelSection) -> PreTrainedTokenizerBase:
 def saved_attention(config: ModelSection) -> str:
     """The mask that config.json names, causal or bidirectional. Raises UserError."""
     with explained(config):
-        settings = AutoConfig.from_pretrained(source(config), revision=config.revision)
+        settings = AutoConfig.from_pretrained(source(config), **keywords(config))
     if partial_layers(settings):  # its config.json is causal, for language models
         return "bidirectional"
     return attention_name(settings)
@@ -98,15 +115,16 @@ def load_model(
     the checkpoint lacks (they would be random), and weights that are not finite.
     """
     path = source(config)
+    patterns = (Path(config.name).name,) if "gguf_file" in keywords(config) else WEIGHTS
     if Path(path).is_dir() and not any(
-        match for pattern in WEIGHTS for match in Path(path).glob(pattern)
+        match for pattern in patterns for match in Path(path).glob(pattern)
     ):
         raise UserError(
             f"model.name: {path} has no weights; expected model.safetensors beside config.json"
         )
     dtype = getattr(torch, config.dtype)
     with explained(config):
-        settings = AutoConfig.from_pretrained(path, revision=config.revision)
+        settings = AutoConfig.from_pretrained(path, **keywords(config))
         if settings.is_encoder_decoder:
             raise UserError(
                 f"model.name: {config.name} ({settings.model_type}) is an encoder-decoder; "
@@ -114,7 +132,7 @@ def load_model(
             )
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
-            revision=config.revision,
+            **keywords(config),
             config=settings,
             # an adapter is merged in fp32, then cast
             dtype=torch.float32 if config.adapter else dtype,
@@ -128,6 +146,8 @@ def load_model(
             "language model"
         )
     _check_layers(model, report["unexpected_keys"], config.name)
+    if "gguf_file" in keywords(config):
+        _forget_quantization(model)
     if config.adapter:
         model = lora.cast(lora.merged(model, config.adapter), dtype)
     _check_finite(model, config.name)
@@ -135,6 +155,13 @@ def load_model(
     set_attention(model, bidirectional)
     log.info("%s: %s", config.name, prove_attention(model, bidirectional))
     return model
+
+
+def _forget_quantization(model: Any) -> None:
+    """Dequantised on loading, it is an ordinary model, which transformers would refuse to save."""
+    model.hf_quantizer, model.is_quantized = None, False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
 
 
 @contextmanager

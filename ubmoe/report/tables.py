@@ -70,7 +70,12 @@ def trained(result: dict[str, Any]) -> str:
     """What train_bi.py trained, in the words of Table 2; `causal` where under that mask."""
     settings = result["config"]["bi"]
     words = " then ".join(map(_stage, settings["stages"])) or "base"
-    return words + CAUSAL if settings.get("attention") == "causal" else words
+    layers = settings.get("layers", "all")
+    if settings.get("attention") == "causal" or layers == "none":
+        return words + CAUSAL
+    if isinstance(layers, dict):
+        return f"{words}, layers {' '.join(f'{word} {n}' for word, n in layers.items())}"
+    return words if layers == "all" else f"{words}, layers {', '.join(map(str, layers))}"
 
 
 def _stage(stage: dict[str, Any]) -> str:
