@@ -72,7 +72,7 @@ def train_bi(config: Config) -> str:
         model = fake(config)
     training = [stage for stage in config.bi.stages if stage.max_steps != 0]
     for number, stage in enumerate(training):
-        data = read_data(stage, tokenizer)  # outside of the shapes: it is real
+        data = read_data(stage, tokenizer).rows  # outside of the shapes: it is real
         batch = _batch_of_stage(stage, data, tokenizer, config.bi.prompt)
         with shapes():
             model = fake(config)  # anew: checkpointing leaves its hooks

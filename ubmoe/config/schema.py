@@ -217,6 +217,13 @@ class StageSection(TrainingSection):
         2048, "most padded tokens of one forward; the batch is sorted by length into such", "tokens"
     )
     cached: bool = key(False, "GradCache: memory of one mini-batch, for one more forward")
+    lm_weight: Annotated[Float, Field(ge=0)] = key(
+        0.0, "of the causal language-model loss beside a contrastive one; 0: without"
+    )
+    lm_dataset: str = key("tiny", "its chats (their answers count) or texts: hub id, file, or tiny")
+    lm_max_rows: Positive | None = key(None, "use at most this many, evenly spaced", "rows")
+    lm_max_tokens: Positive = key(256, "longer ones are cut", "tokens")
+    lm_batch_size: Positive = key(16, "of them beside each contrastive batch", "rows")
     mlm_probability: Annotated[Float, Field(gt=0, le=1)] = key(
         0.2, "share of tokens that mntp chooses, anew in every epoch"
     )
@@ -231,6 +238,15 @@ class StageSection(TrainingSection):
         if isinstance(given, dict) and given.get("objective") == "mntp":
             return MNTP | given
         return given
+
+    @model_validator(mode="after")
+    def _lm_beside_contrast(self) -> "StageSection":
+        if self.lm_weight and (self.objective == "mntp" or self.activation_checkpointing):
+            raise ValueError(
+                "lm_weight stands beside simcse or supervised, without activation_checkpointing, "
+                "which would recompute it under the other mask; expected 0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _lora_can_train_it(self) -> "StageSection":

@@ -4,7 +4,7 @@ Trainer and sampler are sentence-transformers'. Ours: which modules train, the v
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -20,8 +20,10 @@ from sentence_transformers.base.sampler import BatchSamplers
 from transformers import PreTrainedModel
 
 from ubmoe.config import StageSection, UserError
+from ubmoe.data.chats import Chat
 from ubmoe.data.rows import SENTENCE, cell, training_rows
 from ubmoe.encoder.contrastive_loss import CachedContrastiveLoss, ContrastiveLoss
+from ubmoe.encoder.language_loss import LanguageLoss
 from ubmoe.encoder.sentence_encoder import own_prompt
 from ubmoe.training.checkpoints import Work
 from ubmoe.training.modules import announce, tuning
@@ -79,11 +81,28 @@ def attention_dropout(model: PreTrainedModel, share: float) -> Iterator[None]:
 
 
 class ContrastiveTrainer(GuardedTrainer, SentenceTransformerTrainer):
-    """Logs the geometry of the last batch beside the loss."""
+    """Logs the geometry of the last batch beside the loss, and the language-model loss if any."""
+
+    def __init__(self, *arguments: Any, language: LanguageLoss | None, weight: float, **keys: Any):
+        super().__init__(*arguments, **keys)
+        self.language, self.weight = language, weight
+        self.lm_loss = 0.0
+
+    def compute_loss(self, *arguments: Any, **keys: Any) -> Any:
+        loss: Any = super().compute_loss(*arguments, **keys)
+        if self.language is None:
+            return loss
+        with self.accelerator.autocast(), attention_dropout(self.language.model, 0.0):
+            lm_loss = self.language(self.state.global_step)
+        self.lm_loss = lm_loss.item()
+        return loss + self.weight * lm_loss
 
     def log(self, logs: dict[str, float], *arguments: Any) -> None:
         loss: Any = self.loss
-        super().log(logs | (loss.metrics if "loss" in logs else {}), *arguments)
+        more = dict(loss.metrics) if "loss" in logs else {}
+        if more and self.language is not None:
+            more["lm_loss"] = self.lm_loss
+        super().log(logs | more, *arguments)
 
 
 def train_stage(
@@ -92,13 +111,20 @@ def train_stage(
     stage: StageSection,
     data: Dataset,
     work: Work,
+    language: Sequence[Chat] = (),
 ) -> dict[str, Any]:
     """Train the stage's modules of `model`, the encoder's inner model with its head, in place.
 
-    Returns what the record says of the stage: counts by module, negatives, truncated share, log.
+    language: what `lm_weight` keeps the language-model loss on. Returns what the record says of the
+    stage: counts by module, negatives, truncated share, log.
     """
     encoder.max_seq_length, length = stage.max_tokens, encoder.max_seq_length
     views = stage.objective == "simcse"
+    beside = None
+    if language:
+        if PartialState().num_processes > 1:
+            raise UserError("bi.stages.N.lm_weight: is for one process; expected 0 under torchrun")
+        beside = LanguageLoss(model, list(language), stage.lm_batch_size, work.seed)
     kind = CachedContrastiveLoss if stage.cached else ContrastiveLoss
     with tuning(model, stage, work) as counts:
         loss = kind(encoder, stage.loss, stage.temperature, stage.mini_batch_tokens, views)
@@ -108,10 +134,13 @@ def train_stage(
             "truncated_percent": truncated(encoder, data),
             "negatives_per_anchor": negatives(stage, data.column_names),
         }
+        report |= {"lm_rows": len(language)} if language else {}
         announce(stage, model, report)
         with attention_dropout(model, stage.dropout if views else 0.0):
             history = run_trainer(
-                partial(ContrastiveTrainer, encoder, loss=loss),
+                partial(
+                    ContrastiveTrainer, encoder, loss=loss, language=beside, weight=stage.lm_weight
+                ),
                 stage,
                 work,
                 data,

@@ -1,33 +1,43 @@
 """The stages of bidirectional fine-tuning, one after the other, by their objectives."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sentence_transformers import SentenceTransformer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ubmoe.config import Config, StageSection
+from ubmoe.data.chats import Chat
 from ubmoe.encoder import contrastive, mntp
+from ubmoe.encoder.language_loss import read_language
 from ubmoe.training.checkpoints import Work
 
 
-def read_data(stage: StageSection, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """What the stage trains on. Raises UserError, before any model is loaded."""
+class Data(NamedTuple):
+    """What a stage trains on: its rows, and the chats of a language-model loss."""
+
+    rows: Any
+    language: list[Chat]
+
+
+def read_data(stage: StageSection, tokenizer: PreTrainedTokenizerBase) -> Data:
+    """Raises UserError, before any model is loaded."""
     if stage.objective == "mntp":
-        return mntp.chunked(stage, tokenizer)
-    return contrastive.read_dataset(stage)
+        return Data(mntp.chunked(stage, tokenizer), [])
+    return Data(contrastive.read_dataset(stage), read_language(stage, tokenizer))
 
 
 def train_stages(
     config: Config,
-    data: list[Any],
+    data: list[Data],
     encoder: SentenceTransformer,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[dict[str, Any]]:
     """Train `model`, the encoder's inner model with its head, in place; a report for each stage."""
     reports: list[dict[str, Any]] = []
-    for number, (stage, rows) in enumerate(zip(config.bi.stages, data, strict=True)):
+    for number, (stage, given) in enumerate(zip(config.bi.stages, data, strict=True)):
+        rows, language = given
         if stage.max_steps == 0:  # transformers would take it for no limit
             reports.append({"objective": stage.objective, "rows": len(rows), "log": []})
             continue
@@ -42,6 +52,6 @@ def train_stages(
         if stage.objective == "mntp":
             report = mntp.train_stage(model, tokenizer, stage, rows, work)
         else:
-            report = contrastive.train_stage(encoder, model, stage, rows, work)
+            report = contrastive.train_stage(encoder, model, stage, rows, work, language)
         reports.append({"objective": stage.objective} | report)
     return reports

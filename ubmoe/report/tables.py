@@ -81,7 +81,9 @@ def trained(result: dict[str, Any]) -> str:
 def _stage(stage: dict[str, Any]) -> str:
     """Its modules; an objective other than simcse, and adapters, are named."""
     words = [stage["objective"]] if stage["objective"] != "simcse" else []
-    return " ".join([*words, "+".join(stage["train"]), *(["(LoRA)"] if stage.get("lora") else [])])
+    more = ["(LoRA)"] if stage.get("lora") else []
+    more += ["with LM loss"] if stage.get("lm_weight") else []
+    return " ".join([*words, "+".join(stage["train"]), *more])
 
 
 def sts_text(result: dict[str, Any]) -> str:
