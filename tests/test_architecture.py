@@ -11,6 +11,7 @@ from builders import ROOT
 
 FROM_THE_OUTSIDE = {  # tests of no one module
     *("test_architecture", "test_scripts", "test_pages", "config/test_shipped"),
+    "config/test_tasks",
     "encoder/test_gathering",
 }
 

@@ -27,7 +27,7 @@ def main(config: Config) -> Path | None:
 
         settings = config.bitune
         scoring = config.evaluation.model_copy(update={"generation": settings.generation})
-        generation.check_tasks(scoring.generation)
+        generation.check_tasks(scoring.generation, scoring.data)
         tokenizer = load_tokenizer(config.model)
         found = read_examples(
             settings.dataset, tokenizer, settings.template, settings.max_tokens, settings.max_rows

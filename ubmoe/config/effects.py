@@ -9,7 +9,7 @@ from ubmoe.config.schema import BiSection, Section, affects, keys, numbered
 FORM = tuple(f"bi.{name}" for name in BiSection.model_fields if name != "stages")
 CHATS = tuple(f"ubmoe.{name}" for name in ("dataset", "max_rows", "held_out", "max_tokens"))
 ASKED = tuple(
-    f"evaluation.{name}" for name in ("num_fewshot", "limit", "apply_chat_template", "bf16")
+    f"evaluation.{name}" for name in ("num_fewshot", "limit", "apply_chat_template", "bf16", "data")
 )
 # Sections and keys of how a model is scored, by the result that says it; and of how it was made.
 SCORED = {

@@ -499,6 +499,10 @@ class EvaluationSection(Section):
     generation: list[str] = score_key(
         TABLE4, "lm-eval task names, task YAMLs, or tiny (our own, of the embedded language)"
     )
+    data: str = score_key(
+        "",
+        "folder of local benchmark files, {data} in the task YAMLs of configs/tasks/",
+    )
     language_model: bool = score_key(
         False, "python -m ubmoe.evaluate: also score the model as a causal language model"
     )

@@ -46,11 +46,14 @@ def manager() -> Any:
     return TaskManager()
 
 
-def check_tasks(names: list[str]) -> None:
-    """Raises UserError for a name that is no lm-eval task, no task YAML and not tiny."""
+def check_tasks(names: list[str], data: str = "") -> None:
+    """Raises UserError for a name that is no lm-eval task, no task YAML and not tiny.
+
+    data: the folder that {data} in a task YAML stands for.
+    """
     for name in names:
         if name.endswith((".yaml", ".yml")):
-            _check_yaml(Path(name))
+            _check_yaml(Path(name), data)
         elif name != "tiny" and name in manager().all_tags:
             raise UserError(
                 f"evaluation.generation: {name} is a tag of several tasks; name the tasks"
@@ -79,19 +82,48 @@ def _name_in(path: Path) -> str:
         ) from error
 
 
-def _check_yaml(path: Path) -> None:
+def _check_yaml(path: Path, data: str) -> None:
     """Build the task, its data too: what is wrong with it should not wait until it is scored."""
     from lm_eval.tasks import TaskManager, get_task_dict
 
     _name_in(path)
     try:
         with redirect_stdout(sys.stderr):
-            get_task_dict([str(path)], TaskManager(include_defaults=False))
+            get_task_dict([task_of(path, data)], TaskManager(include_defaults=False))
+    except UserError:
+        raise
     except Exception as error:  # lm-eval raises nearly every type here
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
             f"evaluation.generation: {path}: no lm-eval task ({type(error).__name__}: {reason})"
         ) from error
+
+
+PLACE = "{data}"  # in a task YAML's dataset_kwargs
+
+
+def task_of(path: Path, data: str) -> Any:
+    """What lm-eval is given for a YAML: its path, or its keys with the folder of the data in them.
+
+    Raises UserError where the YAML wants a folder and none is named.
+    """
+    if PLACE not in path.read_text(encoding="utf-8"):
+        return str(path)
+    if not data:
+        raise UserError(
+            f"evaluation.data: {path} reads local files; name the folder that holds them"
+        )
+    if not Path(data).is_dir():
+        raise UserError(f"evaluation.data: {data} is no folder; expected the benchmark files")
+    from lm_eval.tasks._yaml_loader import load_yaml  # which knows !function
+
+    keys = load_yaml(path, resolve_func=True)
+    given = keys.get("dataset_kwargs") or {}
+    keys["dataset_kwargs"] = {
+        key: value.replace(PLACE, data) if isinstance(value, str) else value
+        for key, value in given.items()
+    }
+    return keys
 
 
 def check_causal(model: PreTrainedModel) -> None:
@@ -159,7 +191,9 @@ def _evaluated(lm: Any, settings: EvaluationSection) -> dict[str, Any]:
     asked = settings.generation
     theirs = any(not name.endswith((".yaml", ".yml")) and name != "tiny" for name in asked)
     tasks: list[Any] = [
-        task for name in asked for task in (tiny_tasks.TASKS if name == "tiny" else [name])
+        task
+        for name in asked
+        for task in (tiny_tasks.TASKS if name == "tiny" else [_asked(name, settings.data)])
     ]
     try:
         found = lm_eval.simple_evaluate(
@@ -177,6 +211,10 @@ def _evaluated(lm: Any, settings: EvaluationSection) -> dict[str, Any]:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UserError(f"evaluation.generation: {', '.join(asked)}: {reason}") from error
     return dict(found or {})
+
+
+def _asked(name: str, data: str) -> Any:
+    return task_of(Path(name), data) if name.endswith((".yaml", ".yml")) else name
 
 
 def _result_names(asked: str) -> list[str]:
@@ -224,7 +262,7 @@ def perplexity(
 
 def language_model_scores(config: Config) -> dict[str, Any]:
     """Generation tasks and perplexity of held-out chats, read causally whatever its own mask."""
-    check_tasks(config.evaluation.generation)
+    check_tasks(config.evaluation.generation, config.evaluation.data)
     settings, tokenizer = config.ubmoe, load_tokenizer(config.model)
     found = read_chats(settings.dataset, tokenizer, settings.max_tokens, settings.max_rows)
     _, kept = held_out(found.chats, settings.held_out, "ubmoe.held_out")

@@ -44,7 +44,7 @@ def read(config: Config) -> Inputs:
     """Raises UserError for whatever is missing or wrong, before a model is loaded."""
     encoder = Path(config.ubmoe.bi or f"{config.output_dir}/bi").expanduser().resolve()
     attention = encoder_attention(encoder)
-    generation.check_tasks(config.evaluation.generation)
+    generation.check_tasks(config.evaluation.generation, config.evaluation.data)
     sts = [sts_task(name) for name in config.evaluation.sts]
     tokenizer = load_tokenizer(config.model)
     if load_tokenizer(_of_encoder(config, encoder)).get_vocab() != tokenizer.get_vocab():
