@@ -74,6 +74,15 @@ def test_encoders_stand_beside_each_other_over_their_seeds():
     ).splitlines()
     assert again[1].endswith("| DP-after | perplexity |")
     assert [line.split("|")[-2].strip() for line in again[3:-1]] == ["", "3.00", ""]
+    sunk = dependence(47.0, "bi")
+    sunk["dependence"] |= {"first": 20.0, "without_first": {"after": 58.0}}
+    sink = renewed_squeezed(
+        "<!-- sts: small -->\n<!-- end -->",
+        Records.of_names(records | {"x-ffn.dependence.seed0": sunk}),
+        SEEDS,
+    ).splitlines()
+    assert sink[1].endswith("| DP-after | first | after without first |")
+    assert sink[4].endswith("| 48.00 ±1.41 | 20.00 | 58.00 |")
 
 
 def test_mixtures_stand_beside_each_other_over_their_seeds():

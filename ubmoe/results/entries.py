@@ -16,7 +16,7 @@ Cells = dict[str, float | None]
 ENCODER = ", read causally"
 NO_TASKS = {
     *("average", "perplexity", "STS bidirectional", "STS causal"),
-    *("DP-after", "generation"),
+    *("DP-after", "first", "after without first", "generation"),
 }
 
 
@@ -70,7 +70,7 @@ def by_row(kind: str, model: str, records: Records, seeds: Sequence[int]) -> dic
 def _encoders(model: str, records: Records) -> Iterator[Entry]:
     """What train_bi.py left, and what was measured of it; first those of which more was.
 
-    STS by task and its average, DP-after, and the perplexity and tasks when read causally again.
+    STS by task and its average, DP-after with the sink, and the perplexity and tasks when read causally again.
     """
     found = []
     bases = [record for row, record, _ in _dependences(model, records) if row == "base"]
@@ -81,7 +81,7 @@ def _encoders(model: str, records: Records) -> Iterator[Entry]:
         if row == "base" and measured is None and bases:
             measured = bases[0]  # measured by itself, in another folder
         if measured is not None and _flow(measured) == "causal":
-            cells["DP-after"] = measured.section["overall"]["after"]
+            cells |= {"DP-after": measured.section["overall"]["after"]} | _sink(measured)
         else:
             measured = None
         evaluated = _beside(record, "evaluation", records)
@@ -92,6 +92,14 @@ def _encoders(model: str, records: Records) -> Iterator[Entry]:
         beside = [each for each in (measured, evaluated) if each is not None]
         found.append(Entry(row, record, cells, (record,), tuple(beside)))
     yield from sorted(found, key=lambda each: -len(each.beside))
+
+
+def _sink(measured: Record) -> Cells:
+    """What goes to the first token, and DP-after without it; older records do not say it."""
+    if "first" not in measured.section:
+        return {}
+    without = measured.section["without_first"]["after"]
+    return {"first": measured.section["first"], "after without first": without}
 
 
 def _sts(model: str, records: Records) -> Iterator[Entry]:

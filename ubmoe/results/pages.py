@@ -99,11 +99,12 @@ def _names(rows: dict[str, list[Entry]]) -> list[str]:
 def _sts_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     """A row for what was trained on a model, over its seeds: STS by task, DP-after if measured.
 
-    Where it was read causally again, the perplexity of that, too.
+    Where they were measured, what the first token gets, and the perplexity when read causally again.
     """
     rows = by_row("encoders", name, records, seeds)
-    again = any("perplexity" in each.cells for row in rows.values() for each in row)
-    columns = [*_names(rows), "average", "DP-after", *(["perplexity"] if again else [])]
+    there = {name for row in rows.values() for each in row for name in each.cells}
+    more = [name for name in ("first", "after without first", "perplexity") if name in there]
+    columns = [*_names(rows), "average", "DP-after", *more]
     body = [
         [row, str(len(rows[row])), *(_column(rows[row], column) for column in columns)]
         for row in sorted(rows, key=lambda row: (row != "base", row.count(" "), row))
