@@ -19,7 +19,7 @@ from ubmoe.bidirectional import (
 from ubmoe.config import BiSection, ModelSection, UserError
 from ubmoe.dependence.recorder import dependence_of, observed
 from ubmoe.encoder.sentence_encoder import LayeredTransformer, as_encoder, load_saved, save_encoder
-from ubmoe.layered import chosen, named_layers
+from ubmoe.layered import NAME, chosen, named_layers
 from ubmoe.models.loading import load_model
 from ubmoe.moe.export import encoder_attention
 
@@ -138,6 +138,18 @@ def test_padding_does_not_change_what_a_text_says(side):
             position_ids=(mask.cumsum(1) - 1).clamp_min(0),
         ).last_hidden_state[:, real]
     torch.testing.assert_close(alone, together, atol=1e-5, rtol=1e-5)
+
+
+def test_layers_that_look_back_read_a_text_in_parts():
+    model = layered("none")
+    assert model.config._attn_implementation == NAME
+    ids = torch.randint(1, 50, (2, 7), generator=torch.Generator().manual_seed(0))
+    whole = model(ids).logits
+    cache = model(ids[:, :3], use_cache=True).past_key_values
+    for start, end in ((3, 6), (6, 7)):
+        part = model(ids[:, start:end], past_key_values=cache, use_cache=True)
+        assert torch.allclose(part.logits, whole[:, start:end], atol=1e-5)
+        cache = part.past_key_values
 
 
 def test_dependence_follows_the_layers_of_the_flow():

@@ -95,8 +95,8 @@ def layer_mask(
     """What a layer's queries may see: (B or 1, 1, Q or 1, K), or None where sdpa knows without."""
     left = padding is not None and not bool(padding[:, 0].all())
     limited = window is not None and window < keys
-    if causal and not left and not limited:
-        return None  # no real token looks at padding on the right
+    if causal and not left and not limited and queries in (1, keys):
+        return None  # no real token looks at padding on the right; sdpa's triangle starts at key 0
     mask = None
     if causal or limited:
         rows = torch.arange(keys - queries, keys, device=device)[:, None]
