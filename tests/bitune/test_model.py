@@ -168,7 +168,7 @@ def test_the_whole_method_is_the_formula(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("family", ["qwen2", "llama", "gemma2"])
+@pytest.mark.parametrize("family", ["qwen2", "llama", "mistral", "qwen3", "gemma2"])
 def test_ragged_prompts_in_one_batch_are_as_one_at_a_time(family, variant):
     bitune = tuned(variant, family)
     alone = torch.cat([scores(bitune, [each]) for each in EXAMPLES])

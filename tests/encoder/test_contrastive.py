@@ -35,9 +35,9 @@ def tokenizer(tiny_path):
     return AutoTokenizer.from_pretrained(tiny_path)
 
 
-def build(tokenizer, **keys):
+def build(tokenizer, family="qwen2", **keys):
     """(encoder, causal LM) on a random model with the embedded tokenizer."""
-    model = random_model("qwen2", vocab_size=len(tokenizer), **keys)
+    model = random_model(family, vocab_size=len(tokenizer), **keys)
     model.config.is_causal = False
     return as_encoder(model, tokenizer, BiSection(prompt=None)), model
 
@@ -71,11 +71,14 @@ def gradients(model):
 
 @pytest.mark.parametrize("kind", [ContrastiveLoss, CachedContrastiveLoss])
 @pytest.mark.parametrize(("form", "hard"), [("nt_xent", 0), ("simcse", 0), ("simcse", 1)])
-@pytest.mark.parametrize("budget", [1, 40, 10**6])
+@pytest.mark.parametrize(
+    ("budget", "family"),
+    [(1, "qwen2"), (40, "qwen2"), (10**6, "qwen2"), (40, "llama"), (40, "mistral"), (40, "qwen3")],
+)
 def test_loss_and_gradient_are_those_of_the_hand_written_softmax(
-    tokenizer, kind, form, hard, budget
+    tokenizer, kind, form, hard, budget, family
 ):
-    encoder, model = build(tokenizer)
+    encoder, model = build(tokenizer, family)
     texts = [SENTENCES[:4], SENTENCES[4:], SENTENCES[2:6]][: 2 + hard]
     plain = [encoder(features)["sentence_embedding"] for features in columns_of(encoder, *texts)]
     expected = by_hand(plain, form)

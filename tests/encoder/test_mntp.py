@@ -75,7 +75,7 @@ def test_every_epoch_has_every_row_once_in_an_order_of_its_own():
     assert [row for _, row in first] != [row for _, row in second]
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
+@pytest.mark.parametrize("family", ["qwen2", "llama", "mistral", "qwen3", "gemma2"])
 def test_the_loss_is_that_of_the_position_before_and_softcaps_are_kept(
     tokenizer, tmp_path, family, monkeypatch
 ):

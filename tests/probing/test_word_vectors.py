@@ -23,9 +23,9 @@ def tokenizer(tiny_path):
     return AutoTokenizer.from_pretrained(tiny_path)
 
 
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    return random_model("qwen2", vocab_size=len(tokenizer))
+@pytest.fixture(scope="module", params=["qwen2", "llama", "mistral", "qwen3"])
+def model(tokenizer, request):
+    return random_model(request.param, vocab_size=len(tokenizer))
 
 
 def all_words():
