@@ -70,7 +70,7 @@ def by_row(kind: str, model: str, records: Records, seeds: Sequence[int]) -> dic
 def _encoders(model: str, records: Records) -> Iterator[Entry]:
     """What train_bi.py left, and what was measured of it; first those of which more was.
 
-    STS by task and its average, DP-after with the sink, and the perplexity and tasks when read causally again.
+    STS by task and its average, DP-after with the sink; read causally again, perplexity and tasks.
     """
     found = []
     bases = [record for row, record, _ in _dependences(model, records) if row == "base"]

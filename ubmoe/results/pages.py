@@ -99,7 +99,7 @@ def _names(rows: dict[str, list[Entry]]) -> list[str]:
 def _sts_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     """A row for what was trained on a model, over its seeds: STS by task, DP-after if measured.
 
-    Where they were measured, what the first token gets, and the perplexity when read causally again.
+    Where measured: what the first token gets, and the perplexity when read causally again.
     """
     rows = by_row("encoders", name, records, seeds)
     there = {name for row in rows.values() for each in row for name in each.cells}
