@@ -29,7 +29,7 @@ from ubmoe.models.loading import best_device, load_model, load_tokenizer
 from ubmoe.models.precision import autocast, has_bfloat16
 
 DEVICE = best_device()
-SENTENCES, TOKENS = 32, 24
+SENTENCES, TOKENS = 64, 48  # the configuration's batch, at its longest
 CHATS = 20
 REPEATS = 3
 
