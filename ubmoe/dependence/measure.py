@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +19,6 @@ from ubmoe.dependence.recorder import dependence_of, observed
 from ubmoe.dependence.sums import Partial, Totals, summary
 from ubmoe.models.precision import autocast
 
-log = logging.getLogger(__name__)
 SAVE_EVERY = 30.0  # seconds between two partial states
 
 

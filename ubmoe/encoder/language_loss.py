@@ -5,8 +5,6 @@ GritLM (2402.09906) trains both uses jointly and loses nothing of generation. He
 the stage trains.
 """
 
-import logging
-
 import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,8 +14,6 @@ from ubmoe.config import StageSection, UserError
 from ubmoe.data.chats import Chat, collate, read_chats
 from ubmoe.data.rows import Text, read_texts
 from ubmoe.training.losses import mean_loss, predictions
-
-log = logging.getLogger(__name__)
 
 
 def read_language(stage: StageSection, tokenizer: PreTrainedTokenizerBase) -> list[Chat]:

@@ -35,8 +35,6 @@ BATCH_TOKENS = 8192  # padded tokens of a forward, for perplexity
 SHARES = re.compile(r"acc|^exact_match|^em$|^f1$|^mcc$|^pass@|^mc[12]$")
 PERCENT = ("squadv2", "scrolls", "longbench")
 
-log = logging.getLogger(__name__)
-
 
 @cache
 def manager() -> Any:

@@ -5,7 +5,6 @@ would get the first one's scores: no cache is used, and every run is named by it
 """
 
 import hashlib
-import logging
 import math
 import warnings
 from pathlib import Path
@@ -22,7 +21,6 @@ from ubmoe.data.rows import Row, cell, decoded, table_rows
 from ubmoe.models.precision import Setting, autocast
 from ubmoe.tiny import language
 
-log = logging.getLogger(__name__)
 TINY_PAIRS, TINY_SEED = 1500, 2  # of the embedded language
 SUBSETS = {"STS17": ["en-en"], "STS22": ["en"]}  # the English ones, as in the paper's Table 2
 
