@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -73,6 +74,18 @@ def cell(row: Row, names: Iterable[str], blank: bool = False) -> str:
     if not found.strip() and not blank:
         raise UserError(f"{row.where}: empty {next(iter(names))}; remove the row")
     return found.strip()
+
+
+def finite_number(where: str, text: str, name: str = "") -> float:
+    """The finite number that a text is. Raises UserError naming the row, and the column if said."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not math.isfinite(found):
+        said = f"the {name} {text!r}" if name else repr(text)
+        raise UserError(f"{where}: got {said}; expected a number")
+    return found
 
 
 def spaced(rows: list[Row], most: int | None) -> list[Row]:

@@ -17,7 +17,7 @@ from mteb.abstasks.task_metadata import TaskMetadata
 from sentence_transformers import SentenceTransformer
 
 from ubmoe.config import UserError
-from ubmoe.data.rows import Row, cell, decoded, table_rows
+from ubmoe.data.rows import cell, decoded, finite_number, table_rows
 from ubmoe.models.precision import Setting, autocast
 from ubmoe.tiny import language
 
@@ -88,23 +88,15 @@ def read_pairs(path: Path) -> list[dict[str, Any]]:
     Cells and columns beyond these are passed over. Raises UserError naming file and line.
     """
     rows = [
-        {"score": _score(row), **{name: cell(row, [name]) for name in PAIR}}
+        {
+            "score": finite_number(row.where, cell(row, ["score"]), "score"),
+            **{name: cell(row, [name]) for name in PAIR},
+        }
         for row in table_rows(path, decoded(path), ragged=True)
     ]
     if len(rows) < 2:
         raise UserError(f"{path}: {len(rows)} pairs; expected a header and at least two rows")
     return rows
-
-
-def _score(row: Row) -> float:
-    text = cell(row, ["score"])
-    try:
-        score = float(text)
-    except ValueError:
-        score = math.nan
-    if not math.isfinite(score):
-        raise UserError(f"{row.where}: got the score {text!r}; expected a number")
-    return score
 
 
 PAIR = ("sentence1", "sentence2")

@@ -5,7 +5,6 @@ cannot be placed is counted and listed, never guessed.
 """
 
 import csv
-import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ubmoe.config import UserError
-from ubmoe.data.rows import decoded
+from ubmoe.data.rows import decoded, finite_number
 from ubmoe.probing.items import FEATURES, IRREGULAR, Items, Task, bare, lemma, text, tokens
 from ubmoe.probing.word_vectors import Word
 
@@ -112,7 +111,7 @@ def _concreteness(folder: Path) -> list[Task]:
     for where, line in lines:
         _, target, _, index, sentence, score = _columns(where, line, 6)
         word = _at(where, tokens(sentence), _whole(where, index))
-        items.add((word,), [_number(where, score)], lemma(target))
+        items.add((word,), [finite_number(where, score)], lemma(target))
     return [items.task("concreteness")]
 
 
@@ -132,7 +131,7 @@ def _sensorimotor(folder: Path) -> list[Task]:
         if word is None:
             items.unplaced.append(f"{where}: {row['word']}")
             continue
-        norms = [_number(where, row[f"{norm}.M"]) for norm in NORMS]
+        norms = [finite_number(where, row[f"{norm}.M"]) for norm in NORMS]
         items.add((word,), norms, lemma(row["word"]))
     return [items.task("sensorimotor")]
 
@@ -165,16 +164,6 @@ def _word_in_context(folder: Path) -> list[Task]:
         )
         items.add((first, second), int(label == "T"), lemma(word))
     return [items.task("word in context")]
-
-
-def _number(where: str, value: str) -> float:
-    try:
-        found = float(value)
-    except ValueError:
-        found = math.nan
-    if not math.isfinite(found):
-        raise UserError(f"{where}: got {value!r}, expected a number")
-    return found
 
 
 READERS: dict[str, Callable[[Path], list[Task]]] = {
