@@ -29,6 +29,11 @@ def main(config: Config) -> Path:
         if run.is_main and "modes" in config.ubmoe.export:
             made = pipeline.made(config, inputs, routed=False)
             export.save_modes(uni, bi, tokenizer, encoder, out / "modes", made)
+        if run.is_main and "adapter" in config.ubmoe.export:
+            made = pipeline.made(config, inputs, routed=False)
+            run.more["adapter"] = export.save_adapter(
+                uni, bi, tokenizer, encoder, out / "adapter", made, config.ubmoe.rank
+            )
         bi_weights = fingerprint(bi)
         del uni, bi  # the mixture holds both
         router = pipeline.train(config, inputs, model)
@@ -39,7 +44,7 @@ def main(config: Config) -> Path:
                 export.save_mixture(model, tokenizer, encoder, out / "ubmoe", made)
             scores = pipeline.generation_of(config, inputs, model)
             run.section = scores | {"router": router, "bi_weights": bi_weights}
-            run.more = {"sts": pipeline.sts_of(config, inputs, model)}
+            run.more["sts"] = pipeline.sts_of(config, inputs, model)
             run.figures = figures.routing(router["log"], router["bi_weight_by_role"])
     return run.path
 

@@ -21,7 +21,7 @@ from ubmoe.dependence.recorder import dependence_of, observed
 from ubmoe.encoder.sentence_encoder import LayeredTransformer, as_encoder, load_saved, save_encoder
 from ubmoe.layered import NAME, chosen, named_layers
 from ubmoe.models.loading import load_model
-from ubmoe.moe.export import encoder_attention
+from ubmoe.moe.export import encoder_attention, save_adapter
 
 DEPTH = 4
 FAMILIES = ["qwen2", "llama", "mistral", "qwen3", "qwen2_moe"]
@@ -199,6 +199,30 @@ def test_a_saved_encoder_keeps_its_layers_and_is_the_base_to_language_models(
         assert torch.equal(plain(ids).logits, base(ids).logits)
     again = load_model(ModelSection(name=str(tmp_path / "bi")), bidirectional=True)
     assert [leak > 1e-3 for leak in layer_leaks(again)] == [False, False, True, True]
+
+
+def test_the_adapter_of_an_encoder_keeps_its_layers(tiny_path, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_path)
+    base = load_model(ModelSection(name=str(tiny_path)))
+    model = load_model(ModelSection(name=str(tiny_path)), True, {"from": 2})
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight *= 1.2
+    encoder = as_encoder(model, tokenizer, BiSection(prompt=None))
+    save_encoder(encoder, model, tokenizer, BiSection(prompt=None), tmp_path / "bi")
+    bi, made = tmp_path / "bi", tmp_path / "adapter"
+    save_adapter(base, model, tokenizer, bi, made, "", rank=model.config.hidden_size)
+    vectors = encoder.encode("The dog sleeps.", convert_to_tensor=True)
+    for saved in (
+        SentenceTransformer(str(made), device="cpu", trust_remote_code=True),
+        load_saved(str(made), "cpu"),
+    ):
+        found = saved.encode("The dog sleeps.", convert_to_tensor=True)
+        torch.testing.assert_close(found, vectors, atol=1e-4, rtol=1e-4)
+    plain = AutoModelForCausalLM.from_pretrained(made).eval()
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        assert torch.equal(plain(ids).logits, base(ids).logits)
 
 
 def test_weights_of_the_weighted_mean_are_the_positions(tiny_path):

@@ -190,7 +190,8 @@ def test_the_mixture_is_trained_saved_and_scored(encoder, tmp_path):
     )
     keys = ["model.device=cpu", f"output_dir={tmp_path}/run", f"ubmoe.bi={encoder}"]
     keys += ["ubmoe.max_steps=4", "ubmoe.held_out=20", "evaluation.limit=5"]
-    keys += [f"evaluation.sts=[{tmp_path}/pairs.tsv]"]
+    keys += [f"evaluation.sts=[{tmp_path}/pairs.tsv]", "ubmoe.export=[mixture, modes, adapter]"]
+    keys += ["ubmoe.rank=4"]
     code, output, errors = run(*keys, script="train_ubmoe.py")
     assert code == 0, errors
     assert output == f"{tmp_path}/run/generation.json\n"
@@ -201,9 +202,12 @@ def test_the_mixture_is_trained_saved_and_scored(encoder, tmp_path):
     assert len(section["router"]["bi_weight_by_role"]) == 4
     places = {(row["route"], row["attention"]) for row in result["sts"]}
     routes = ("learned", "half", "average", "uni", "bi")
-    assert places == {(route, mask) for route in routes for mask in ("causal", "bidirectional")}
+    expected = {(route, mask) for route in routes for mask in ("causal", "bidirectional")}
+    assert places == expected | {("adapter", "bidirectional")}
+    assert result["adapter"]["rank"] == 4 and 0 < result["adapter"]["kept"] < 1
     assert {each.name for each in (tmp_path / "run").iterdir()} == {
-        *("generation.json", "train_ubmoe.config.yaml", "routing.png", "ubmoe", "modes", "routers")
+        *("generation.json", "train_ubmoe.config.yaml", "routing.png"),
+        *("ubmoe", "modes", "adapter", "routers"),
     }
     shown = table(load_config(None, [f"output_dir={tmp_path}/run"]))
     assert f"{section['perplexity']:.2f}" in shown and "routing.png" in shown

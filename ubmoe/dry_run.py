@@ -130,7 +130,7 @@ def train_ubmoe(config: Config) -> str:
     memory |= baseline("ubmoe.evaluate", "lm_eval.models.huggingface")
     count = sum(value.numel() for value in routers.router_weights(mixture).values())
     work = [f"routers: {_steps(settings, len(chats))}"]
-    saved = {"mixture": "ubmoe/", "modes": "modes/"}
+    saved = {"mixture": "ubmoe/", "modes": "modes/", "adapter": "adapter/"}
     files = [saved[name] for name in settings.export]
     files += ["routers/", "generation.json", "routing.png"]
     return _said(config, mixture, [f"trains routers {count:,}"], work, memory, files)

@@ -1,8 +1,11 @@
 """Directories that stock libraries load both ways: each reader gets exactly its model."""
 
+import copy
 import json
 import re
+import shutil
 
+import numpy as np
 import pytest
 import torch
 from builders import IDS, JOINED, ROOT, drawn, logits, pair
@@ -10,8 +13,9 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from ubmoe.bidirectional import prove_attention
-from ubmoe.config import BiSection, UserError
+from ubmoe.config import BiSection, ModelSection, UserError
 from ubmoe.encoder.sentence_encoder import as_encoder, save_encoder
+from ubmoe.models.loading import load_model
 from ubmoe.moe import export
 from ubmoe.moe.joining import join
 from ubmoe.moe.routers import router_weights
@@ -135,6 +139,90 @@ def test_a_damaged_encoder_is_refused(sources, name):
     (encoder / name).write_text("{")
     with pytest.raises(UserError, match=f"{name}: no JSON"):
         export.encoder_attention(encoder)
+
+
+# --- an adapter in place of the second set of FFNs ------------------------------------------------
+
+
+def save_adapter(sources, directory, rank):
+    uni, bi, tokenizer, encoder, _ = sources
+    return export.save_adapter(uni, bi, tokenizer, encoder, directory, MADE, rank)
+
+
+def truncated(uni, bi, rank):
+    """uni with the FFNs of bi but for the smaller singular values, and the share that is kept."""
+    model, ours = copy.deepcopy(bi), dict(uni.named_parameters())
+    kept = total = 0.0
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if ".mlp." in name:
+                left, values, right = np.linalg.svd((value - ours[name]).double().numpy())
+                change = left[:, :rank] * values[:rank] @ right[:rank]
+                value.copy_(ours[name] + torch.from_numpy(change))
+                kept, total = kept + sum(values[:rank] ** 2), total + sum(values**2)
+    return model, kept / total
+
+
+@pytest.mark.parametrize("rank", [3, 32])
+def test_an_adapter_is_the_base_and_the_nearest_encoder_of_its_rank(
+    sources, tmp_path, monkeypatch, rank
+):
+    uni, bi, tokenizer, encoder, vectors = sources
+    found = save_adapter(sources, tmp_path / "made", rank)
+    (tmp_path / "made").rename(tmp_path / "moved")
+    shutil.rmtree(encoder)  # nothing else is needed
+    monkeypatch.chdir("/")
+    path = str(tmp_path / "moved")
+    model = AutoModelForCausalLM.from_pretrained(path)
+    assert type(model) is type(uni) and not hasattr(model, "peft_config")
+    assert torch.equal(logits(model), logits(uni))
+    expected, kept = truncated(uni, bi, rank)
+    settings = BiSection(prompt="Word of {text}:", max_tokens=99)
+    expected = as_encoder(expected, tokenizer, settings).encode(TEXTS, convert_to_tensor=True)
+    stock = SentenceTransformer(path, device="cpu")
+    assert stock[0].model.peft_config["default"].r == rank and stock.max_seq_length == 99
+    again = stock.encode(TEXTS, convert_to_tensor=True)
+    torch.testing.assert_close(again, expected, atol=1e-4, rtol=1e-4)
+    assert bool((again - vectors).abs().max() < 1e-4) == (rank == 32)
+    size = 3 * 2 * rank * (32 + 48)  # projections, layers, and the two factors
+    assert found == {"rank": rank, "parameters": size, "kept": pytest.approx(kept, abs=1e-9)}
+
+
+def test_an_encoder_that_was_trained_as_an_adapter_is_kept_whole(tiny_path, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_path)
+    uni, _ = pair(vocab_size=len(tokenizer))
+    bi, generator = copy.deepcopy(uni), torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name in ("gate_proj", "down_proj"):  # and only in layer 1
+            weight = getattr(bi.model.layers[1].mlp, name).weight
+            out, into = (torch.randn(size, 4, generator=generator) for size in weight.shape)
+            weight += 0.1 * out @ into.T
+    settings = BiSection(attention="causal", prompt=None, pooling="last")
+    encoder = as_encoder(bi, tokenizer, settings)
+    save_encoder(encoder, bi, tokenizer, settings, tmp_path / "bi")
+    sources = (uni, bi, tokenizer, tmp_path / "bi", None)
+    found = save_adapter(sources, tmp_path / "adapter", 4)
+    assert found["kept"] == pytest.approx(1, abs=1e-6)
+    assert found["parameters"] == 2 * 4 * (32 + 48)
+    stock = SentenceTransformer(str(tmp_path / "adapter"), device="cpu")
+    torch.testing.assert_close(stock.encode(TEXTS), encoder.encode(TEXTS), atol=1e-5, rtol=1e-5)
+    prove_attention(stock[0].model, bidirectional=False)
+    config = ModelSection(
+        name=str(tmp_path / "adapter"), adapter=str(tmp_path / "adapter" / "bi"), device="cpu"
+    )
+    torch.testing.assert_close(logits(load_model(config)), logits(bi), atol=1e-4, rtol=1e-4)
+
+
+def test_an_adapter_that_cannot_be_made_is_refused_in_one_line(sources, tmp_path):
+    uni, bi, tokenizer, encoder, _ = sources
+    with pytest.raises(UserError, match=r"^ubmoe.rank: got 33; expected at most 32$"):
+        save_adapter(sources, tmp_path / "adapter", 33)
+    with pytest.raises(UserError, match=r"the encoder has the weights of model.name"):
+        save_adapter((uni, uni, tokenizer, encoder, None), tmp_path / "adapter", 4)
+    assert not (tmp_path / "adapter").exists()
+    save_adapter(sources, tmp_path / "adapter", 4)
+    with pytest.raises(UserError, match=r"expected the encoder that it was made from"):
+        export.encoder_attention(tmp_path / "adapter")
 
 
 def test_the_snippet_of_the_readme_generates_and_embeds(tiny_path, tmp_path):

@@ -345,9 +345,10 @@ class MoeSection(TrainingSection):
     routes: list[Route] = score_key(
         ["learned"], "further routes that are scored beside it, as half, average, uni, bi"
     )
-    export: list[Literal["mixture", "modes"]] = score_key(
-        ["mixture", "modes"], "what is saved: to <output_dir>/ubmoe, and to <output_dir>/modes"
+    export: list[Literal["mixture", "modes", "adapter"]] = score_key(
+        ["mixture", "modes"], "what is saved: to <output_dir>/ubmoe, /modes and /adapter"
     )
+    rank: Positive = score_key(16, "of the adapters of export: adapter")
 
     @model_validator(mode="after")
     def _routers_can_learn(self) -> "MoeSection":

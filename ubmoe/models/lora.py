@@ -7,7 +7,7 @@ shape it is silently wrong: ubmoe.json beside it says both.
 
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
@@ -15,7 +15,8 @@ from typing import Any, get_args
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ubmoe.bidirectional import Attention, attention_name
@@ -36,26 +37,87 @@ def attach(model: PreTrainedModel, parameters: Sequence[str], settings: LoraSect
             "bi.stages.N.lora: on a mixture, adapters would reach the shared expert only; expected "
             "lora: null, or the dense model to be tuned before it is joined"
         )
-    linear = {name for name, each in model.named_modules() if isinstance(each, nn.Linear)}
-    targets = {name.rpartition(".")[0] for name in parameters} & linear
+    targets = _targets(model, parameters)
     if not targets:
         raise UserError(
             f"bi.stages.N.lora: {type(model).__name__} has no linear layers in these modules; "
             "expected lora: null"
         )
-    leaves = {name.rpartition(".")[2] for name in targets}
-    if {name for name in linear if name.rpartition(".")[2] in leaves} == targets:
-        targets = leaves  # short names, as people write them
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]  # any number works, and saves
         lora_dropout=settings.dropout,
         use_rslora=settings.rslora,
-        target_modules=sorted(targets),
+        target_modules=targets,
         task_type="CAUSAL_LM",
     )
     wrapped: Any = get_peft_model(model, config)
     return wrapped
+
+
+def _targets(model: nn.Module, parameters: Iterable[str]) -> list[str]:
+    """The linear layers that own the named parameters; by short names, as people write them, where
+    these mean no others.
+    """
+    linear = {name for name, each in model.named_modules() if isinstance(each, nn.Linear)}
+    targets = {name.rpartition(".")[0] for name in parameters} & linear
+    leaves = {name.rpartition(".")[2] for name in targets}
+    alike = {name for name in linear if name.rpartition(".")[2] in leaves}
+    return sorted(leaves if alike == targets else targets)
+
+
+@torch.no_grad()
+def save_difference(
+    base: PreTrainedModel, tuned: PreTrainedModel, rank: int, directory: Path
+) -> dict[str, float]:
+    """What tuning changed in linear layers, as an adapter of that rank for the headless base.
+
+    Of each difference the nearest matrix of the rank (Eckart and Young), which is the difference
+    itself where it was trained as an adapter of at most that rank. Returns the rank, the number of
+    parameters, and `kept`: the share of the differences' squared norm that the adapter has. Raises
+    UserError for a rank that a matrix cannot have, and for models that do not differ.
+    """
+    before, inner = base.base_model.state_dict(), tuned.base_model
+    tensors: dict[str, Tensor] = {}
+    kept = total = 0.0
+    for name, weight in inner.named_parameters():
+        change = weight.double() - before[name].double()
+        if not change.any():
+            continue
+        if rank > min(change.shape):
+            raise UserError(f"ubmoe.rank: got {rank}; expected at most {min(change.shape)}")
+        out, into = nearest(change, rank)
+        kept += float((out @ into).square().sum())
+        total += float(change.square().sum())
+        layer = f"base_model.model.{name.removesuffix('.weight')}"
+        for word, factor in (("lora_A", into), ("lora_B", out)):
+            tensors[f"{layer}.{word}.weight"] = factor.to(base.dtype).cpu().contiguous()
+    if not tensors:
+        raise UserError("ubmoe.export: adapter: the encoder has the weights of model.name")
+    names = [name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in tensors]
+    LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=_targets(inner, [f"{name}.weight" for name in names]),
+        task_type="FEATURE_EXTRACTION",
+        base_model_name_or_path=base.name_or_path,
+        inference_mode=True,
+    ).save_pretrained(str(directory))
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    count = sum(value.numel() for value in tensors.values())
+    return {"rank": rank, "parameters": count, "kept": kept / total}
+
+
+def nearest(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """(m, n) -> (m, r) and (r, n), whose product is the nearest of that rank.
+
+    One of them holds singular vectors, of the smaller Gram matrix, the other what they project to.
+    """
+    if change.shape[0] > change.shape[1]:
+        into, out = nearest(change.T, rank)
+        return out.T, into.T
+    basis = torch.linalg.eigh(change @ change.T).eigenvectors[:, -rank:]
+    return basis, basis.T @ change
 
 
 def save(wrapped: PeftModel, directory: Path, stages_before: int) -> None:
@@ -68,7 +130,7 @@ def save(wrapped: PeftModel, directory: Path, stages_before: int) -> None:
     replace_directory(directory, write)
 
 
-def write_mode(folder: Path, wrapped: PeftModel, attention: str, stages_before: int = 0) -> None:
+def write_mode(folder: Path, wrapped: nn.Module, attention: str, stages_before: int = 0) -> None:
     """The mask, how many stages an adapter sits on, and what tells its base apart."""
     metadata = {"attention": attention, "stages_before": stages_before}
     write_json(folder / MODE, metadata | {"base": fingerprint(wrapped)})

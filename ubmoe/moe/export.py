@@ -1,9 +1,11 @@
 """One directory that generates and embeds in stock libraries: the mixture, or the two modes.
 
 A directory has two readers. transformers reads config.json: causal. sentence-transformers reads the
-same file with the `config_kwargs` of sentence_bert_config.json over it: bidirectional.
+same file with the `config_kwargs` of sentence_bert_config.json over it: bidirectional; and its
+`model_kwargs`, which can name an adapter in a folder within, where transformers does not look.
 """
 
+import copy
 import json
 import shutil
 from functools import partial
@@ -18,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ubmoe.bidirectional import attention_name
 from ubmoe.config import UserError
 from ubmoe.files import replace_directory
+from ubmoe.models import lora
 from ubmoe.moe.joining import (
     PROJECTIONS,
     SHARED_SIZE,
@@ -28,6 +31,7 @@ from ubmoe.moe.joining import (
 
 FORM_FILES = ("modules.json", "config_sentence_transformers.json", "1_Pooling")
 FORM = "sentence_bert_config.json"
+ADAPTER = "bi"  # the adapter's folder within
 SHARD = "5GB"
 
 
@@ -50,6 +54,11 @@ def encoder_attention(directory: Path) -> str:
             raise UserError(f"ubmoe.bi: {directory / name}: no JSON ({error})") from error
     if not isinstance(read["config.json"], dict) or not isinstance(read[FORM], dict):
         raise UserError(f"ubmoe.bi: {directory}: config.json and {FORM} must hold an object each")
+    if "adapter_kwargs" in (read[FORM].get("model_kwargs") or {}):
+        raise UserError(
+            f"ubmoe.bi: {directory} is a language model with an adapter as its encoder; expected "
+            "the encoder that it was made from"
+        )
     # sentence-transformers reads config.json with these over it
     return attention_name(read["config.json"] | read[FORM].get("config_kwargs", {}))
 
@@ -111,6 +120,39 @@ def save_modes(
     replace_directory(directory, write)
 
 
+def save_adapter(
+    uni: PreTrainedModel,
+    bi: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: Path,
+    directory: Path,
+    made: str,
+    rank: int,
+) -> dict[str, float]:
+    """The dense base model as it is, and the bi FFNs as a low-rank adapter for the other reader.
+
+    transformers finds a model of its own class, to the bit, and nothing else; sentence-transformers
+    loads the adapter over it by peft. Returns what `lora.save_difference` says. Raises UserError
+    for models that differ outside the FFN.
+    """
+    check_alike(uni, bi)
+    report: dict[str, float] = {}
+
+    def write(folder: Path) -> None:
+        uni.save_pretrained(folder)
+        config = copy.deepcopy(uni.config)
+        share_layers(bi.config, config)
+        config.is_causal = True  # what is not in config.json cannot be switched
+        config.save_pretrained(folder)
+        report.update(lora.save_difference(uni, bi, rank, folder / ADAPTER))
+        lora.write_mode(folder / ADAPTER, uni, encoder_attention(encoder))
+        adapter = {"adapter_kwargs": {"subfolder": ADAPTER}}
+        _finish(folder, tokenizer, encoder, {}, ADAPTER_CARD + made, {"model_kwargs": adapter})
+
+    replace_directory(directory, write)
+    return report
+
+
 def _uni_tensors(uni: PreTrainedModel) -> dict[str, Tensor]:
     tensors = dict(uni.state_dict())
     if uni.config.tie_word_embeddings:
@@ -162,6 +204,7 @@ def _finish(
     encoder: Path,
     switch: dict[str, Any],
     card: str,
+    more: dict[str, Any] | None = None,
 ) -> None:
     """What is beside the weights: tokenizer, the encoder's form with its switch, the card."""
     tokenizer.save_pretrained(folder)
@@ -169,9 +212,8 @@ def _finish(
         copy = shutil.copytree if (encoder / name).is_dir() else shutil.copy
         copy(encoder / name, folder / name)  # type: ignore[operator]
     own = {"is_causal": encoder_attention(encoder) == "causal"}
-    form = json.loads((encoder / FORM).read_text(encoding="utf-8")) | {
-        "config_kwargs": own | switch
-    }
+    form = json.loads((encoder / FORM).read_text(encoding="utf-8"))
+    form |= {"config_kwargs": own | switch} | (more or {})
     (folder / FORM).write_text(json.dumps(form, indent=4, ensure_ascii=False), encoding="utf-8")
     (folder / "README.md").write_text(card, encoding="utf-8")
 
@@ -211,4 +253,16 @@ bidirectionally tuned one. Both share everything but their FFNs, and each runs a
 Each reader reports the other mode's FFN as unexpected tensors: that is how it works. It is promised
 for transformers and sentence-transformers only: other engines stop at tensors that they did not
 build. There, serve the original model and the dense encoder, which the two modes equal.
+"""
+ADAPTER_CARD = f"""---
+library_name: transformers
+tags: [ubmoe, lora, sentence-transformers]
+---
+# A language model, and an encoder as an adapter of it
+
+As a language model this is exactly the original model, in its own class. As an encoder it is the
+same model with the low-rank adapter in `{ADAPTER}/`, which sentence-transformers loads by peft.
+{USE}
+Engines that know the class generate with it; the adapter is a LoRA as peft saves it. On a model
+hub, write this repository's own id as `base_model_name_or_path` in `{ADAPTER}/adapter_config.json`.
 """

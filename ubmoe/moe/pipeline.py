@@ -149,7 +149,7 @@ def generation_of(config: Config, inputs: Inputs, model: PreTrainedModel) -> dic
 
 
 def sts_of(config: Config, inputs: Inputs, model: PreTrainedModel) -> list[dict[str, Any]]:
-    """STS of every route under both masks, in the encoder's own form."""
+    """STS of every route under both masks, in the encoder's own form, and of the saved adapter."""
     if not inputs.sts:
         return []
     encoder, rows, settings = encoder_of(inputs, model), [], config.evaluation
@@ -161,4 +161,9 @@ def sts_of(config: Config, inputs: Inputs, model: PreTrainedModel) -> list[dict[
             rows.append({"route": route, "attention": attention, **found})
             log.info("STS, %s, %s: %s", route, attention, found["average"])
     set_attention(model, bidirectional=False)
+    if "adapter" in config.ubmoe.export:
+        saved = load_saved(f"{config.output_dir}/adapter", str(model.device))
+        found = sts_scores(saved, inputs.sts, settings.batch_size, settings.bf16)
+        rows.append({"route": "adapter", "attention": inputs.attention, **found})
+        log.info("STS, the adapter of rank %s: %s", config.ubmoe.rank, found["average"])
     return rows
