@@ -63,7 +63,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not YAML ({getattr(error, 'problem', error)})") from error
+        reason = " ".join(str(getattr(error, "problem", error)).split())
+        raise UserError(f"{path}{line}: not YAML ({reason})") from error
     if not isinstance(tree, dict | None):
         raise UserError(
             f"{path}: got {type(tree).__name__}, expected sections such as model: and dependence:"
