@@ -77,12 +77,12 @@ class KilledError(Exception):
 # --- programs -------------------------------------------------------------------------------------
 
 
-def start(*arguments, script="calculate_dp.py", **keys):
+def start(*arguments, script="calculate_dp.py", folder=ROOT, environment=None, **keys):
     """A program in a process of its own."""
     command = [sys.executable, *script.split(), *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes, **keys)
+    environment = environment or os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=folder, env=environment, **pipes, **keys)
 
 
 def run(*arguments, script="calculate_dp.py"):

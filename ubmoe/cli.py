@@ -11,8 +11,11 @@ from ubmoe.config import Config, UserError, help_text, load_config
 
 # How Python, torch's CPU allocator, and CUDA before accelerate is there, say it.
 NO_MEMORY = ("MemoryError", "OutOfMemoryError", "out of memory", "can't allocate memory")
-# How Python, safetensors and torch's zip writer say it.
-NO_SPACE = ("No space left on device", "PytorchStreamWriter failed writing", "unexpected pos")
+# How Python, safetensors and torch's zip writer say it; a quota and a limit of the shell, too.
+NO_SPACE = (
+    *("No space left on device", "PytorchStreamWriter failed writing", "unexpected pos"),
+    *("Disk quota exceeded", "File too large"),
+)
 Program = Callable[[Config], Path | str | None]
 INTERRUPTED = 130
 WAIT = 3.0  # seconds in which torchrun ends the other processes when the first one failed
@@ -31,6 +34,7 @@ def run(
     the keys to lower when memory runs out. Exit status 0; 2 with one line on stderr for a
     UserError, a full disk or missing memory; 130 after Ctrl-C.
     """
+    _open_streams()
     logging.basicConfig(stream=sys.stderr, format="%(message)s")
     logging.getLogger("ubmoe").setLevel(logging.INFO)
     try:
@@ -57,6 +61,13 @@ def run(
         if _says(error, NO_SPACE):
             fail("no space left for output_dir or the cache; make some and add resume=auto")
         raise
+
+
+def _open_streams() -> None:
+    """Where the caller closed one: else a file of ours would get its number, and what it prints."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # open to the end
 
 
 def _called(
@@ -105,6 +116,9 @@ def is_first_process() -> bool:
 
 def parse(arguments: list[str]) -> Config:
     """[CONFIG] [key=value ...] -> Config. Raises UserError."""
+    for text in arguments:
+        if any("\ud800" <= letter <= "\udfff" for letter in text):  # how Python keeps such bytes
+            raise UserError(f"command line: {ascii(text)} is not UTF-8; expected names that are")
     paths = [text for text in arguments if "=" not in text and not text.startswith("-")]
     if len(paths) > 1:
         raise UserError(
