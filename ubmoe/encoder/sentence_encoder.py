@@ -22,7 +22,14 @@ from ubmoe.bidirectional import is_bidirectional, set_attention
 from ubmoe.config import BiSection, Config, UserError
 from ubmoe.files import replace_directory
 from ubmoe.layered import named_layers, partial_layers
-from ubmoe.models.loading import best_device, keywords, load_model, load_tokenizer, source
+from ubmoe.models.loading import (
+    best_device,
+    explained,
+    keywords,
+    load_model,
+    load_tokenizer,
+    source,
+)
 from ubmoe.models.lora import adapter_attention
 
 POOLING = {"mean": "mean", "weighted_mean": "weightedmean", "last": "lasttoken"}
@@ -157,7 +164,8 @@ def load_encoder(config: Config) -> SentenceTransformer:
             "revision": config.model.revision,
             "model_kwargs": {"dtype": config.model.dtype},
         }
-        return load_saved(name, str(device), **keys)
+        with explained(config.model, "an encoder"):
+            return load_saved(name, str(device), **keys)
     if config.model.adapter and (trained := adapter_attention(config.model.adapter)) != attention:
         raise UserError(
             f"bi.attention: the adapter was trained {trained}, not {attention}; expected "

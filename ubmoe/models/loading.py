@@ -165,7 +165,7 @@ def _forget_quantization(model: Any) -> None:
 
 
 @contextmanager
-def explained(config: ModelSection) -> Iterator[None]:
+def explained(config: ModelSection, kind: str = "a decoder") -> Iterator[None]:
     """The libraries' many ways to say that a model cannot be loaded, as one line, and nothing else.
 
     What they say to the user is as it was afterwards.
@@ -184,7 +184,7 @@ def explained(config: ModelSection) -> Iterator[None]:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         revision = f" (revision {config.revision})" if config.revision else ""
         raise UserError(
-            f"model.name: {config.name}{revision} cannot be loaded as a decoder: {reason}"
+            f"model.name: {config.name}{revision} cannot be loaded as {kind}: {reason}"
         ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)

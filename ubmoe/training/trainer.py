@@ -4,13 +4,15 @@ import logging
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
@@ -95,12 +97,14 @@ def fit(trainer: Trainer, checkpoint: Path | None) -> list[dict[str, Any]]:
     if checkpoint is not None:
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     if checkpoint is not None and state is not None and state.global_step >= state.max_steps:
-        load_trainable(model, checkpoint)
+        with readable(checkpoint):
+            load_trainable(model, checkpoint)
         log.info("%s: trained to the end before", checkpoint.parent)
         return state.log_history
     pace = Pace()
     trainer.add_callback(pace)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with readable(checkpoint):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     for name, value in model.named_parameters():
         if value.requires_grad and not torch.isfinite(value).all():
             raise UserError(f"the last step made {name} infinite; lower learning_rate")
@@ -112,6 +116,24 @@ def fit(trainer: Trainer, checkpoint: Path | None) -> list[dict[str, Any]]:
         )
     trainer.state.log_history[-1] |= {"seconds_per_step": pace.seconds_per_step()}
     return trainer.state.log_history
+
+
+@contextmanager
+def readable(checkpoint: Path | None) -> Iterator[None]:
+    """What the libraries say of a damaged checkpoint, or of one that would run code, as one line.
+
+    They read it with `weights_only`, so that nothing in it is called.
+    """
+    try:
+        yield
+    except (UnpicklingError, SafetensorError, EOFError, RuntimeError) as error:
+        zipped = "PytorchStreamReader" in str(error)  # of torch's own files
+        if checkpoint is None or (isinstance(error, RuntimeError) and not zipped):
+            raise
+        raise UserError(
+            f"{checkpoint}: cannot be read ({type(error).__name__}); remove it, and the run goes "
+            "on from the one before"
+        ) from error
 
 
 class Pace(TrainerCallback):
