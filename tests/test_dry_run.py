@@ -95,6 +95,13 @@ def test_memory_follows_the_prompt_the_dtype_and_each_stage_alone(tiny_path):
             )
         assert found["gradients"] == 884_608 * number
         assert found["Adam"] == 2 * 884_608 * number
+        for optim, moments in (("adamw_8bit", 2), ("adafactor", 0)):
+            section = config.ubmoe.model_copy(update={"optim": optim})
+            with dry_run.shapes():
+                found = dry_run.training_memory(
+                    dry_run.fake(config), section, dry_run.Batch(1, 2), 0.0, False
+                )
+            assert found["Adam"] == moments * 884_608
     stage = "{objective: simcse, dataset: tiny, per_device_train_batch_size: 64, dropout: 0.3%s}"
     alone, _ = parts(f"bi.stages=[{stage % ''}]")
     checkpointed = stage % ", activation_checkpointing: true"

@@ -37,7 +37,9 @@ from ubmoe.training.modules import MODULES, train_only
 SAMPLE = 1000  # texts whose lengths are looked at
 # Of the three scripts on two small models; the numbers are in README.md.
 MEASURED = "counts tensors: on a CPU the measured peaks were 0.9 to 2.2 times it; on a GPU: not run"
-ADAM, GRADIENT = 8, 4  # bytes of an adapter's number; adapters are float32 whatever the model is
+GRADIENT = 4  # bytes of an adapter's number; adapters are float32 whatever the model is
+# Bytes of the optimiser's state per number that trains; of the others two moments in its dtype.
+MOMENTS = {"adamw_8bit": 2, "paged_adamw_8bit": 0, "adafactor": 0}
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,10 @@ def train_bi(config: Config) -> str:
         if stage.lora is not None:
             adapters = _adapters(model, stage)
             counts = {"adapters": adapters}
-            found |= {"gradients": GRADIENT * adapters, "Adam": ADAM * adapters}
+            found |= {
+                "gradients": GRADIENT * adapters,
+                "Adam": _moments(stage, adapters, GRADIENT * adapters),
+            }
         named = ", ".join(f"{name} {count:,}" for name, count in counts.items())
         trained.append(f"stage {number} ({stage.objective}) trains {named}")
         work.append(f"stage {number}: {_steps(stage, len(data))}")
@@ -192,11 +197,22 @@ def kept_for_backward(
 def training_memory(
     model: Any, section: TrainingSection, batch: Batch, dropout: float, bf16: bool
 ) -> dict[str, int]:
-    trainable = sum(value.nbytes for value in model.parameters() if value.requires_grad)
+    training = [value for value in model.parameters() if value.requires_grad]
+    trainable = sum(value.nbytes for value in training)
+    moments = _moments(section, sum(value.numel() for value in training), trainable)
     with attention_dropout(model, dropout) if dropout else nullcontext():
         kept = kept_for_backward(model.train(), batch, bf16, section.activation_checkpointing)
     name = f"activations of {batch.texts} x {batch.tokens} tokens"
-    return {"gradients": trainable, "Adam": 2 * trainable, name: kept}  # in the weights' dtype
+    return {"gradients": trainable, "Adam": moments, name: kept}
+
+
+def _moments(section: TrainingSection, count: int, size: int) -> int:
+    """Bytes on the device of the optimiser's state for so many numbers of so many bytes.
+
+    AdamW has two moments in the weights' dtype, or in 8 bits; paged ones may leave the device, and
+    Adafactor keeps a row and a column of each matrix.
+    """
+    return MOMENTS[section.optim] * count if section.optim in MOMENTS else 2 * size
 
 
 def _casts(section: TrainingSection, config: Config) -> bool:

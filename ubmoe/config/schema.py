@@ -158,6 +158,9 @@ class TrainingSection(Section):
     warmup_steps: Annotated[Float, Field(ge=0)] = key(
         0, "linear warm-up; below 1 it is a share of all steps", "steps"
     )
+    optim: Literal[
+        "adamw_torch_fused", "adamw_torch", "adamw_8bit", "paged_adamw_8bit", "adafactor"
+    ] = key("adamw_torch_fused", "optimiser, by transformers' name; 8bit wants bitsandbytes")
     weight_decay: Annotated[Float, Field(ge=0)] = key(0.0, "of AdamW")
     adam_beta1: Share = key(0.9, "of AdamW")
     adam_beta2: Share = key(0.999, "of AdamW")

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
+from transformers.utils import is_bitsandbytes_available
 
 from ubmoe.config import TrainingSection, UserError
 from ubmoe.models.precision import uses_bfloat16
@@ -27,13 +28,18 @@ log = logging.getLogger(__name__)
 def arguments(section: TrainingSection, work: Work, device: torch.device) -> dict[str, Any]:
     """Keyword arguments of transformers' TrainingArguments, the same for every trainer of ours.
 
-    Raises UserError for a report_to that is not installed.
+    Raises UserError for a report_to or an optim that is not installed.
     """
     reporters = ["none", *get_available_reporting_integrations()]
     if section.report_to not in reporters:
         raise UserError(
             f"report_to: {section.report_to!r} is not known or not installed; expected one of "
             f"{', '.join(reporters)}"
+        )
+    if "8bit" in section.optim and not is_bitsandbytes_available():
+        raise UserError(
+            f"optim: {section.optim} wants the package bitsandbytes; expected "
+            "pip install 'ubmoe[8bit]', or adamw_torch_fused"
         )
     flat = {name: getattr(section, name) for name in TrainingSection.model_fields}
     flat["bf16"] = uses_bfloat16(section.bf16, device)
