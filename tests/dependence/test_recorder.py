@@ -13,9 +13,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from ubmoe.config import UserError
-from ubmoe.dependence import SHARES, sums
+from ubmoe.dependence import SHARES, recorder, sums
 from ubmoe.dependence.recorder import (
     ROWS,
+    Recorder,
     Rule,
     attention_layers,
     dependence_of,
@@ -91,6 +92,11 @@ def reference(model, ids: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(way.shares, 1), logits
 
 
+def shares_of(query: Tensor, key: Tensor, *more: float | None) -> Tensor:
+    """Of one text."""
+    return row_shares(query[None], key[None], *more)[0]
+
+
 def ours(model, ids: Tensor, mask: Tensor | None = None) -> Tensor:
     with observed(model) as recorder:
         return dependence_of(model, recorder, ids, torch.ones_like(ids) if mask is None else mask)
@@ -100,7 +106,7 @@ def test_shares_of_a_four_by_four_map_are_those_of_three_nested_loops():
     torch.manual_seed(1)
     query, key = torch.randn(4, 4, 8), torch.randn(2, 4, 8)
     expected = torch.tensor(loops(query, key, 0.7), dtype=torch.float64)
-    torch.testing.assert_close(row_shares(query, key, 0.7), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(shares_of(query, key, 0.7), expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("tokens", LENGTHS)
@@ -151,7 +157,7 @@ def test_shares_are_never_negative_and_sum_to_one(tokens, spread, softcap, seed)
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(4, tokens, 8, generator=generator) * spread
     key = torch.randn(2, tokens, 8, generator=generator)
-    shares = row_shares(query, key, 0.35, softcap)
+    shares = shares_of(query, key, 0.35, softcap)
     assert (shares >= 0).all()
     one = torch.ones(4, dtype=torch.float64)
     torch.testing.assert_close(shares[:, :3].sum(-1), one, atol=1e-6, rtol=0)
@@ -165,7 +171,7 @@ def test_what_is_left_without_the_first_key_does_not_drown_in_it(score):
     """Keys that are equal but for the first: the rest is uniform whatever the first one draws."""
     query, key = torch.ones(1, 40, 1), torch.zeros(1, 40, 1)
     key[0, 0] = score
-    shares = row_shares(query, key, 1.0)[0]
+    shares = shares_of(query, key, 1.0)[0]
     even = sums.uniform([(40.0,)])["without_first"]
     expected = torch.tensor(list(even.values()), dtype=torch.float64) / 100
     torch.testing.assert_close(shares[4:], expected, atol=1e-6, rtol=0)
@@ -209,11 +215,91 @@ def test_a_padded_batch_gives_what_each_text_gives_alone(family, side):
         torch.testing.assert_close(together[row], ours(model, text[None])[0], atol=1e-5, rtol=0)
 
 
+# --- the way of a GPU, taken here by a processor --------------------------------------------------
+
+MEMORY = [1, 2**40]  # small blocks, and one for all
+FLOWS = [*PLAIN, "gemma2", "gemma3_text", "gpt_oss", "nemotron"]
+
+
+@pytest.mark.parametrize("family", FLOWS)
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("memory", MEMORY)
+def test_whole_batches_are_measured_as_text_after_text(family, bidirectional, memory, monkeypatch):
+    sizes = {"num_local_experts": 4, "sliding_window": 16} if family == "gpt_oss" else {}
+    model = random_model(family, **sizes)
+    model.config.is_causal = not bidirectional
+    ids, mask = torch.randint(97, (4, 90)), torch.ones(4, 90, dtype=torch.long)
+    for row, length in enumerate((90, 70, 33, 1)):
+        mask[row, length:] = 0
+    expected = ours(model, ids, mask)
+    monkeypatch.setattr(recorder, "_spare", lambda device: memory)
+    calls = []
+    monkeypatch.setattr(Recorder, "_whole_batch", counted(Recorder._whole_batch, calls))
+    torch.testing.assert_close(ours(model, ids, mask), expected, atol=1e-5, rtol=0)
+    assert len(calls) == 2  # both layers
+
+
+def counted(function, calls):
+    def call(*arguments):
+        calls.append(1)
+        return function(*arguments)
+
+    return call
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 300])
+@pytest.mark.parametrize("memory", MEMORY)
+def test_whole_batches_equal_the_materialised_reference(monkeypatch, memory, tokens):
+    monkeypatch.setattr(recorder, "_spare", lambda device: memory)
+    model = random_model("llama")
+    ids = torch.randint(97, (2, tokens), generator=torch.Generator().manual_seed(tokens))
+    expected, _ = reference(model, ids)
+    torch.testing.assert_close(ours(model, ids), expected, atol=1e-5, rtol=0)
+
+
+class Counted(TorchDispatchMode):
+    """How many operations ran, and how many of them waited for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = self.waits = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.operations += 1
+        self.waits += str(function).startswith(
+            ("aten._local_scalar_dense", "aten.nonzero", "aten.item")
+        )
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("family", ["qwen2", "llama", "gemma2"])
+def test_operations_of_a_layer_do_not_grow_with_the_length(monkeypatch, padded, family):
+    monkeypatch.setattr(recorder, "_spare", lambda device: 2**40)
+    counts = {}
+    for layers in (1, 3):
+        for tokens in (40, 400):
+            model = random_model(family, num_hidden_layers=layers)
+            ids, mask = torch.randint(97, (3, tokens)), torch.ones(3, tokens, dtype=torch.long)
+            mask[1:, tokens - 9 :] = 1 - padded
+            with observed(model) as each, Counted() as counted:
+                dependence_of(model, each, ids, mask)
+            counts[layers, tokens] = counted.operations, counted.waits
+    for tokens in (40, 400):
+        more, waits = (
+            (b - a) / 2 for a, b in zip(counts[1, tokens], counts[3, tokens], strict=True)
+        )
+        assert waits == 0
+        if family != "gemma2":  # a soft cap is followed text after text
+            assert more <= 150
+            assert counts[1, tokens] == counts[1, 40]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_statistics_are_fp32_whatever_the_dtype(dtype):
     query, key = torch.randn(4, 200, 8).to(dtype), torch.randn(2, 200, 8).to(dtype)
-    expected = row_shares(query.float(), key.float(), 0.35)
-    torch.testing.assert_close(row_shares(query, key, 0.35), expected, atol=0, rtol=0)
+    expected = shares_of(query.float(), key.float(), 0.35)
+    torch.testing.assert_close(shares_of(query, key, 0.35), expected, atol=0, rtol=0)
 
 
 class NoSquare(TorchDispatchMode):
