@@ -32,7 +32,7 @@ def main(config: Config) -> Path:
         reports = train_stages(config, data, encoder, model, tokenizer)
         run.model = model
         if run.is_main:
-            save_encoder(encoder, model, tokenizer, config.bi, run.directory / "bi")
+            save_encoder(encoder, model, tokenizer, config.bi, run.place("bi"))
             scores = sts_scores(
                 encoder, tasks, config.evaluation.batch_size, config.evaluation.bf16
             )

@@ -41,7 +41,7 @@ def main(config: Config) -> Path | None:
         log = training.train(bitune, settings, examples, work)
         run.model = bitune.decoder
         if run.is_main:
-            saving.save(bitune, tokenizer, settings.template, run.directory / "bitune")
+            saving.save(bitune, tokenizer, settings.template, run.place("bitune"))
             lm = Likelihoods(bitune, tokenizer, scoring.batch_size)
             scores = generation.generation_scores(bitune.decoder, tokenizer, scoring, lm)
             perplexity = training.perplexity(bitune, kept, scoring.bf16)
