@@ -5,10 +5,14 @@ python train_ubmoe.py configs/qwen2.5-0.5b.yaml ubmoe.bi=runs/qwen2.5-0.5b/bi ub
 torchrun --nproc-per-node 8 train_ubmoe.py configs/qwen2.5-7b.yaml
 """
 
+import sys
 from pathlib import Path
 
-from ubmoe import cli
-from ubmoe.config import Config
+try:
+    from ubmoe import cli
+    from ubmoe.config import Config
+except KeyboardInterrupt:  # before anything was begun
+    sys.exit(130)
 
 
 def main(config: Config) -> Path:

@@ -31,9 +31,9 @@ def run(
     the keys to lower when memory runs out. Exit status 0; 2 with one line on stderr for a
     UserError, a full disk or missing memory; 130 after Ctrl-C.
     """
-    logging.basicConfig(stream=sys.stderr, format="%(message)s")
-    logging.getLogger("ubmoe").setLevel(logging.INFO)
     try:
+        logging.basicConfig(stream=sys.stderr, format="%(message)s")
+        logging.getLogger("ubmoe").setLevel(logging.INFO)
         arguments = sys.argv[1:]
         if {"-h", "--help"} & set(arguments):
             print(help_text(name, purpose, () if callable(main) else tuple(main)))

@@ -53,7 +53,7 @@ def locked(directory: Path, program: str) -> Iterator[None]:
 
     Raises UserError where another process holds it.
     """
-    path = directory / f".{program}.lock"
+    path = directory / f".{program.replace(' ', '-')}.lock"
     lock = FileLock(path)
     try:
         lock.acquire(blocking=False)

@@ -182,6 +182,19 @@ def test_a_result_of_a_version_without_weights_runs_again_once(tmp_path, monkeyp
     assert step.state() == "there"
 
 
+def test_two_studies_in_one_folder_are_refused(tmp_path, monkeypatch):
+    keys = ["results.table=2", "results.seeds=[1]", "results.rows=[base]"]
+    given = config(tmp_path, *keys)
+
+    def again(step):
+        with pytest.raises(UserError, match="python -m ubmoe.results run already runs in "):
+            plan.run(given)
+        finish(step)
+
+    monkeypatch.setattr(plan, "execute", again)
+    assert plan.run(given).startswith("1 runs")
+
+
 def test_a_failed_run_ends_the_study_with_its_last_line(tmp_path):
     keys = ["results.table=3", "results.rows=[base]", "results.seeds=[0]", "model.device=cpu"]
     wrong = config(tmp_path, *keys, "dependence.dataset=none.txt")

@@ -4,10 +4,14 @@ python -m ubmoe.bitune configs/tiny.yaml
 python -m ubmoe.bitune configs/qwen2.5-0.5b.yaml bitune.variant=lora
 """
 
+import sys
 from pathlib import Path
 
-from ubmoe import cli
-from ubmoe.config import Config
+try:
+    from ubmoe import cli
+    from ubmoe.config import Config
+except KeyboardInterrupt:  # before anything was begun
+    sys.exit(130)
 
 
 def main(config: Config) -> Path | None:

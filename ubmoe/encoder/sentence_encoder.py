@@ -22,7 +22,14 @@ from ubmoe.bidirectional import is_bidirectional, set_attention
 from ubmoe.config import BiSection, Config, UserError
 from ubmoe.files import replace_directory
 from ubmoe.layered import named_layers, partial_layers
-from ubmoe.models.loading import best_device, keywords, load_model, load_tokenizer, source
+from ubmoe.models.loading import (
+    best_device,
+    explained,
+    keywords,
+    load_model,
+    load_tokenizer,
+    source,
+)
 from ubmoe.models.lora import adapter_attention
 
 POOLING = {"mean": "mean", "weighted_mean": "weightedmean", "last": "lasttoken"}
@@ -82,6 +89,7 @@ def load_saved(directory: str, device: str | None = None, **keys: Any) -> Senten
     """
     path = Path(directory) / "modules.json"
     own = f"{LayeredTransformer.__module__}.{LayeredTransformer.__qualname__}"
+    keys |= {"trust_remote_code": False}
     if not path.is_file() or json.loads(path.read_text())[0]["type"] != own:
         return SentenceTransformer(directory, device=device, **keys)
     said = json.loads((Path(directory) / "config_sentence_transformers.json").read_text())
@@ -157,7 +165,8 @@ def load_encoder(config: Config) -> SentenceTransformer:
             "revision": config.model.revision,
             "model_kwargs": {"dtype": config.model.dtype},
         }
-        return load_saved(name, str(device), **keys)
+        with explained(config.model):
+            return load_saved(name, str(device), **keys)
     if config.model.adapter and (trained := adapter_attention(config.model.adapter)) != attention:
         raise UserError(
             f"bi.attention: the adapter was trained {trained}, not {attention}; expected "

@@ -34,6 +34,7 @@ from ubmoe.data.rows import read_texts
 from ubmoe.files import replace, write_text
 from ubmoe.report.tables import CAUSAL
 from ubmoe.results.records import read_result, record
+from ubmoe.staging import complete_moves, locked
 
 log = logging.getLogger(__name__)
 ROOT = Path(__file__).parent.parent.parent  # where the three scripts are
@@ -89,6 +90,7 @@ class Step:
 
     def state(self) -> str:
         """`there`, with these very settings and of this very model; `other`; or `missing`."""
+        complete_moves(self.path.parent)
         if not self.path.exists():
             return "missing"
         kept = read_result(self.path)
@@ -224,8 +226,9 @@ def run(config: Config) -> str:
     """
     _check_table(config, "run")
     planned = steps(config)
-    for _ in range(2):  # a model that was made anew on another machine makes others stale
-        _run(config, planned)
+    with locked(Path(config.output_dir) / "study", "python -m ubmoe.results run"):
+        for _ in range(2):  # a model that was made anew on another machine makes others stale
+            _run(config, planned)
     return f"{len(planned)} runs in {Path(config.output_dir) / 'study'}"
 
 
@@ -260,6 +263,11 @@ def execute(step: Step, resume: str = "auto") -> None:
     folder.mkdir(parents=True, exist_ok=True)
     log_file = folder / f"{step.result}.log"
     program = [str(ROOT / each) if each.endswith(".py") else each for each in step.program]
+    if program[0] != "-m" and not Path(program[0]).is_file():
+        raise UserError(
+            f"{step.program[0]} is not beside the package; expected a checkout of the repository, "
+            "in which the study runs"
+        )
     command = [sys.executable, *program, step.config_file, *step.keys, f"resume={resume}"]
     with log_file.open("a") as file:
         done = subprocess.run(command, stdout=file, stderr=file)
