@@ -19,6 +19,7 @@ from typing import Any
 
 from ubmoe.cli import is_first_process
 from ubmoe.config import Config, dump_config
+from ubmoe.data.inputs import inputs
 from ubmoe.files import json_text, make_writable, save_figure, write_text
 from ubmoe.staging import move_into_place, staging
 
@@ -41,7 +42,8 @@ CODE = (".", ":(top,glob)*.py")
 class Run:
     """What a script fills in while it runs; written when it ends well.
 
-    unfinished: where the first process writes, until all is there.
+    unfinished: where the first process writes, until all is there. inputs: digests of what was
+    read, taken before it was.
     """
 
     program: str
@@ -54,6 +56,7 @@ class Run:
     section: dict[str, Any] = field(default_factory=dict)
     more: dict[str, Any] = field(default_factory=dict)  # further sections of the result
     figures: dict[str, Any] = field(default_factory=dict)  # file name -> matplotlib figure
+    inputs: dict[str, str | None] = field(default_factory=dict)
 
     @property
     def path(self) -> Path:
@@ -77,8 +80,10 @@ class Run:
 
     def write(self) -> None:
         """The resolved config, the figures and the result, and all of the run into its place."""
+        late = inputs(self.config, self.name) if None in self.inputs.values() else {}
         record = {
             "config": self.config.model_dump(),
+            "inputs": late | {key: each for key, each in self.inputs.items() if each is not None},
             "environment": environment(self.model, self.config.seed),
             "seconds": round(time.monotonic() - self.started, 3),
             "peak_memory_bytes": peak_memory_bytes(),
@@ -109,6 +114,7 @@ def recording(program: str, name: str, config: Config) -> Iterator[Run]:
     try:
         with own as unfinished:
             run = Run(program, name, config, directory, unfinished)
+            run.inputs = inputs(config, name) if is_first_process() else {}
             yield run
             if run.is_main:
                 run.write()

@@ -28,6 +28,7 @@ from ubmoe.config.schema import (
     StageSection,
     TrainingSection,
     keys,
+    numbered,
 )
 
 __all__ = [
@@ -60,5 +61,6 @@ __all__ = [
     "leaves",
     "listed",
     "load_config",
+    "numbered",
     "unlike",
 ]
