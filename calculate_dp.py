@@ -5,11 +5,15 @@ python calculate_dp.py configs/qwen2.5-0.5b.yaml dependence.max_texts=200
 torchrun --nproc-per-node 8 calculate_dp.py configs/qwen2.5-7b.yaml
 """
 
+import sys
 import time
 from pathlib import Path
 
-from ubmoe import cli
-from ubmoe.config import Config
+try:
+    from ubmoe import cli
+    from ubmoe.config import Config
+except KeyboardInterrupt:  # before anything was begun
+    sys.exit(130)
 
 
 def main(config: Config) -> Path:

@@ -5,10 +5,14 @@ python train_bi.py configs/qwen2.5-0.5b.yaml 'bi.stages.0.train=[attention]'
 torchrun --nproc-per-node 8 train_bi.py configs/qwen2.5-7b.yaml
 """
 
+import sys
 from pathlib import Path
 
-from ubmoe import cli
-from ubmoe.config import Config
+try:
+    from ubmoe import cli
+    from ubmoe.config import Config
+except KeyboardInterrupt:  # before anything was begun
+    sys.exit(130)
 
 
 def main(config: Config) -> Path:
@@ -32,7 +36,7 @@ def main(config: Config) -> Path:
         reports = train_stages(config, data, encoder, model, tokenizer)
         run.model = model
         if run.is_main:
-            save_encoder(encoder, model, tokenizer, config.bi, run.directory / "bi")
+            save_encoder(encoder, model, tokenizer, config.bi, run.place("bi"))
             scores = sts_scores(
                 encoder, tasks, config.evaluation.batch_size, config.evaluation.bf16
             )

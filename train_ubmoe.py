@@ -5,10 +5,14 @@ python train_ubmoe.py configs/qwen2.5-0.5b.yaml ubmoe.bi=runs/qwen2.5-0.5b/bi ub
 torchrun --nproc-per-node 8 train_ubmoe.py configs/qwen2.5-7b.yaml
 """
 
+import sys
 from pathlib import Path
 
-from ubmoe import cli
-from ubmoe.config import Config
+try:
+    from ubmoe import cli
+    from ubmoe.config import Config
+except KeyboardInterrupt:  # before anything was begun
+    sys.exit(130)
 
 
 def main(config: Config) -> Path:
@@ -23,16 +27,16 @@ def main(config: Config) -> Path:
         from ubmoe.report import figures
 
         inputs = pipeline.read(config)
-        out, tokenizer, encoder = run.directory, inputs.tokenizer, inputs.encoder
+        tokenizer, encoder = inputs.tokenizer, inputs.encoder
         uni, bi = pipeline.load(config, inputs)
         model = join(uni, bi, config.ubmoe.top_k)
         if run.is_main and "modes" in config.ubmoe.export:
             made = pipeline.made(config, inputs, routed=False)
-            export.save_modes(uni, bi, tokenizer, encoder, out / "modes", made)
+            export.save_modes(uni, bi, tokenizer, encoder, run.place("modes"), made)
         if run.is_main and "adapter" in config.ubmoe.export:
             made = pipeline.made(config, inputs, routed=False)
             run.more["adapter"] = export.save_adapter(
-                uni, bi, tokenizer, encoder, out / "adapter", made, config.ubmoe.rank
+                uni, bi, tokenizer, encoder, run.place("adapter"), made, config.ubmoe.rank
             )
         bi_weights = fingerprint(bi)
         del uni, bi  # the mixture holds both
@@ -41,10 +45,10 @@ def main(config: Config) -> Path:
         if run.is_main:
             if "mixture" in config.ubmoe.export:
                 made = pipeline.made(config, inputs, routed=True)
-                export.save_mixture(model, tokenizer, encoder, out / "ubmoe", made)
+                export.save_mixture(model, tokenizer, encoder, run.place("ubmoe"), made)
             scores = pipeline.generation_of(config, inputs, model)
             run.section = scores | {"router": router, "bi_weights": bi_weights}
-            run.more["sts"] = pipeline.sts_of(config, inputs, model)
+            run.more["sts"] = pipeline.sts_of(config, inputs, model, run.place("adapter"))
             run.figures = figures.routing(router["log"], router["bi_weight_by_role"])
     return run.path
 

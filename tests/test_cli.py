@@ -2,14 +2,17 @@
 
 import errno
 import re
+import subprocess
+import sys
 from importlib import import_module
 
 import pytest
 import torch
+from builders import ROOT
 from safetensors import SafetensorError
 
 from ubmoe import cli as command
-from ubmoe.config import UserError, keys
+from ubmoe.config import UserError, keys, reading
 
 
 def outcome(monkeypatch, capsys, error=None, arguments=(), main=None):
@@ -119,3 +122,34 @@ def test_another_process_says_what_the_first_one_did_not_meet(monkeypatch, capsy
     monkeypatch.setenv("RANK", "3")
     code, _, errors = outcome(monkeypatch, capsys, MemoryError())
     assert code == 2 and errors.startswith("error (process 3): out of memory")
+
+
+PROGRAMS = ["calculate_dp", "train_bi", "train_ubmoe"]
+PROGRAMS += [f"ubmoe.{name}.__main__" for name in ("bitune", "evaluate", "probing", "results")]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_ctrl_c_while_a_program_is_being_imported_is_quiet(program):
+    code = f"""
+import sys, runpy
+class Impatient:
+    def find_spec(self, name, *_):
+        if name == "pydantic":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Impatient())
+runpy.run_module({program!r}, run_name="__main__")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_without_the_repository_a_config_is_asked_for(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(reading, "DEFAULT_CONFIG", tmp_path / "configs" / "tiny.yaml")
+    code, output, errors = outcome(monkeypatch, capsys, arguments=["seed=1"])
+    assert (code, output) == (2, "") and errors.count("\n") == 1
+    assert "no CONFIG; expected a YAML file, as configs/tiny.yaml of the repository" in errors
+    (tmp_path / "own.yaml").write_text("")
+    given = [str(tmp_path / "own.yaml")]
+    assert outcome(monkeypatch, capsys, arguments=given) == (0, "runs/own/x.json\n", "")

@@ -24,7 +24,14 @@ def test_what_an_interrupted_run_left_goes_when_the_result_is_there(config):
 
 def test_a_result_says_what_its_numbers_depend_on(config):
     result = json.loads(recorded(config).read_text())
-    assert set(result) == {"config", "environment", "seconds", "peak_memory_bytes", "dependence"}
+    assert set(result) == {
+        "config",
+        "inputs",
+        "environment",
+        "seconds",
+        "peak_memory_bytes",
+        "dependence",
+    }
     assert result["dependence"] == SECTION
     assert result["config"] == config.model_dump()
     environment = result["environment"]

@@ -35,9 +35,9 @@ def run(
     UserError, a full disk or missing memory; 130 after Ctrl-C.
     """
     _open_streams()
-    logging.basicConfig(stream=sys.stderr, format="%(message)s")
-    logging.getLogger("ubmoe").setLevel(logging.INFO)
     try:
+        logging.basicConfig(stream=sys.stderr, format="%(message)s")
+        logging.getLogger("ubmoe").setLevel(logging.INFO)
         arguments = sys.argv[1:]
         if {"-h", "--help"} & set(arguments):
             print(help_text(name, purpose, () if callable(main) else tuple(main)))

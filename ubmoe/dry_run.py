@@ -158,7 +158,9 @@ def fake(config: Config) -> Any:
     dtype = getattr(torch, config.model.dtype)
     with explained(config.model):
         settings = AutoConfig.from_pretrained(path, **keywords(config.model))
-        return AutoModelForCausalLM.from_config(settings, dtype=dtype, **keys)
+        return AutoModelForCausalLM.from_config(
+            settings, dtype=dtype, trust_remote_code=False, **keys
+        )
 
 
 def size(model: nn.Module) -> int:

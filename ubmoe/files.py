@@ -52,6 +52,8 @@ def replace_all(writes: dict[Path, Callable[[Path], object]]) -> None:
 def replace_directory(path: Path, write: Callable[[Path], object]) -> None:
     """Like `replace`, for a folder: the old one gives way only to a whole new one."""
     temporary, old = (path.with_name(f".{path.name}.{word}") for word in ("new", "old"))
+    if old.exists() and not path.exists():  # of a process that was killed between the renames
+        old.rename(path)
     for remains in (temporary, old):
         shutil.rmtree(remains, ignore_errors=True)
     try:

@@ -1,4 +1,4 @@
-"""A run as one JSON with its figures, whole or not at all.
+"""A run as one JSON with its figures and its models, whole or not at all.
 
 Nothing heavy is imported at the top: an output directory that cannot be written is said at once.
 """
@@ -10,16 +10,18 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ubmoe.cli import is_first_process
 from ubmoe.config import Config, dump_config
-from ubmoe.files import json_text, make_writable, replace_all, save_figure, write_text
+from ubmoe.data.inputs import inputs
+from ubmoe.files import json_text, make_writable, save_figure, write_text
+from ubmoe.staging import move_into_place, staging
 
 log = logging.getLogger(__name__)
 PACKAGES = (
@@ -38,17 +40,23 @@ CODE = (".", ":(top,glob)*.py")
 
 @dataclass
 class Run:
-    """What a script fills in while it runs; written when it ends well."""
+    """What a script fills in while it runs; written when it ends well.
+
+    unfinished: where the first process writes, until all is there. inputs: digests of what was
+    read, taken before it was.
+    """
 
     program: str
     name: str
     config: Config
     directory: Path
+    unfinished: Path
     started: float = field(default_factory=time.monotonic)
     model: Any = None
     section: dict[str, Any] = field(default_factory=dict)
     more: dict[str, Any] = field(default_factory=dict)  # further sections of the result
     figures: dict[str, Any] = field(default_factory=dict)  # file name -> matplotlib figure
+    inputs: dict[str, str | None] = field(default_factory=dict)
 
     @property
     def path(self) -> Path:
@@ -61,14 +69,21 @@ class Run:
 
         return PartialState().is_main_process
 
+    def place(self, name: str) -> Path:
+        """Where to write, and read, a model that is `<output_dir>/<name>` once the run is whole."""
+        self.unfinished.mkdir(exist_ok=True)
+        return self.unfinished / name
+
     def log(self, message: str, *values: object) -> None:
         """A line for the people who watch the run."""
         log.info(message, *values)
 
     def write(self) -> None:
-        """The resolved config, the figures, and last the result itself, each by rename."""
+        """The resolved config, the figures and the result, and all of the run into its place."""
+        late = inputs(self.config, self.name) if None in self.inputs.values() else {}
         record = {
             "config": self.config.model_dump(),
+            "inputs": late | {key: each for key, each in self.inputs.items() if each is not None},
             "environment": environment(self.model, self.config.seed),
             "seconds": round(time.monotonic() - self.started, 3),
             "peak_memory_bytes": peak_memory_bytes(),
@@ -76,32 +91,33 @@ class Run:
             **self.more,
         }
         text = json_text(record)  # fails before anything is written
-        writes: dict[Path, Callable[[Path], object]] = {
-            self.directory / f"{self.program}.config.yaml": partial(
-                write_text, text=dump_config(self.config)
-            )
-        }
+        write_text(self.place(f"{self.program}.config.yaml"), dump_config(self.config))
         for name, figure in self.figures.items():
-            writes[self.directory / name] = partial(save_figure, figure)
-        replace_all({**writes, self.path: partial(write_text, text=text)})
-        for leftover in self.directory.glob(f"{self.name}.partial-*"):
-            leftover.unlink()
+            save_figure(figure, self.place(name))
+        write_text(self.place(self.path.name), text)
+        move_into_place(self.unfinished)
+        for pattern in (f"{self.name}.partial-*", f".{self.name}.partial-*"):
+            for leftover in self.directory.glob(pattern):
+                leftover.unlink()
 
 
 @contextmanager
 def recording(program: str, name: str, config: Config) -> Iterator[Run]:
     """A run that writes `<output_dir>/<name>.json` when its body ends well, on the main process.
 
-    Raises UserError at once for an output directory that cannot be written; a failed run leaves an
-    earlier result as it was.
+    Raises UserError at once for an output directory that cannot be written, or in which the program
+    already runs; a failed run leaves earlier results and models as they were.
     """
     directory = Path(config.output_dir)
     made = make_writable(directory)
-    run = Run(program, name, config, directory)
+    own = staging(directory, program) if is_first_process() else nullcontext(Path())
     try:
-        yield run
-        if run.is_main:
-            run.write()
+        with own as unfinished:
+            run = Run(program, name, config, directory, unfinished)
+            run.inputs = inputs(config, name) if is_first_process() else {}
+            yield run
+            if run.is_main:
+                run.write()
     except BaseException:
         for folder in made:  # deepest first; what holds the sums of an interrupted run stays
             if folder.is_dir() and not any(folder.iterdir()):

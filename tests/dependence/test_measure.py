@@ -231,6 +231,27 @@ def test_ctrl_c_keeps_the_batches_that_are_complete(tmp_path, monkeypatch):
     assert len(calls) == 4 + len(batches_by_length(ids, SETTINGS.batch_tokens)) - 3
 
 
+def test_sums_of_the_same_run_are_taken_up_whatever_its_paths(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", "ubmoe")
+    monkeypatch.setattr(measure, "SAVE_EVERY", 0.0)
+    model, ids = random_model("qwen2"), texts()
+    model.name_or_path = "here"
+    measure.measure(model, ids, SETTINGS, tmp_path)
+    model.name_or_path = "there"
+    elsewhere = SETTINGS.model_copy(update={"dataset": "elsewhere.jsonl"})
+    measure.measure(model, ids, elsewhere, tmp_path, resume=True)
+    assert "resuming after" in caplog.text and "afresh" not in caplog.text
+    with torch.no_grad():  # two rows change places: no sum of a tensor sees it
+        rows = model.model.layers[0].self_attn.k_proj.weight
+        rows[[1, 2]] = rows[[2, 1]]
+    (tmp_path / "fresh").mkdir()
+    expected = measure.measure(model, ids, SETTINGS, tmp_path / "fresh")
+    assert measure.measure(model, ids, SETTINGS, tmp_path, resume=True) == expected
+    assert "of another run (other weights); starting afresh" in caplog.text
+    measure.measure(model, ids[:-1], SETTINGS, tmp_path, resume=True)
+    assert "of another run (other data); starting afresh" in caplog.text
+
+
 def test_sums_of_another_run_are_not_taken_up(tmp_path, monkeypatch):
     model, ids = random_model("qwen2"), texts()
     monkeypatch.setattr(measure, "SAVE_EVERY", 0.0)

@@ -7,7 +7,7 @@ import shutil
 import gguf
 import pytest
 import torch
-from builders import random_model
+from builders import random_model, run
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -191,3 +191,36 @@ def test_a_broken_gguf_file_is_one_line(tmp_path, content, expected):
         path.write_bytes(content)
     with pytest.raises(UserError, match=expected):
         load_model(ModelSection(name=str(path)))
+
+
+def test_a_file_of_weights_beside_an_index_of_others_is_named(saved):
+    index = saved / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"lm_head.weight": "model-1-of-2.safetensors"}}))
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(UserError, match="would read model.safetensors; remove it if it is old"):
+            load(section(saved))
+    index.write_text(json.dumps({"weight_map": {"lm_head.weight": "model.safetensors"}}))
+    load_model(section(saved))
+
+
+@pytest.mark.parametrize("program", ["calculate_dp.py", "train_bi.py", "-m ubmoe.evaluate"])
+def test_code_that_comes_with_a_model_is_neither_run_nor_asked_about(
+    program, tiny_path, tmp_path, monkeypatch
+):
+    """A question on the terminal would be answered with yes."""
+    folder, ran = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(tiny_path, folder)
+    (folder / "own.py").write_text(f"open({str(ran)!r}, 'w')\nclass Config: pass\n")
+    own = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": own, "model_type": "own"}))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    given = [f"model.name={folder}", "model.device=cpu", f"output_dir={tmp_path}/run"]
+    code, output, errors = run(*given, "evaluation.sts=[tiny]", script=program)
+    assert (code, output, errors.count("\n")) == (2, "", 1), errors
+    assert "it needs code of its own (auto_map in its .json files), which is never run" in errors
+    assert not ran.exists() and not (tmp_path / "run").exists()
+    # of a model that the library knows itself, its own class is taken
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": own}))
+    load_model(section(folder))
+    assert not ran.exists()

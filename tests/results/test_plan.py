@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 import zlib
 from pathlib import Path
 
@@ -117,8 +118,64 @@ def test_what_was_measured_of_another_encoder_is_measured_again(tmp_path, monkey
         *((name, "generation") for name in plan.MIXTURES),
         ("ubmoe", "dependence"),
     }
-    assert again("model.name=other") == first
-    assert again("model.name=other", "evaluation.batch_size=7", "bitune.logging_steps=3") == set()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    assert again(f"model.name={tmp_path}/other") == first
+    assert (
+        again(f"model.name={tmp_path}/other", "evaluation.batch_size=7", "bitune.logging_steps=3")
+        == set()
+    )
+
+
+def test_records_count_where_the_runs_are_gone_if_their_digests_say_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "execute", finish)
+    for name in ("model", "elsewhere"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(bytes(99))
+        (tmp_path / name / "a.tsv").write_text("pairs")
+        (tmp_path / name / "chats.jsonl").write_text("chats")
+        (tmp_path / name / "sentences.txt").write_text("a\nb")
+    (tmp_path / "elsewhere" / "README.md").write_text("a card")
+
+    def keys(name="model"):
+        where = tmp_path / name
+        return [
+            *("results.table=3", "results.seeds=[1]", "results.rows=[ffn]"),
+            *(f"model.name={where}", f"evaluation.sts=[{where}/a.tsv]"),
+            f"bi.stages.0.dataset={where}/sentences.txt",
+            f"dependence.dataset={where}/chats.jsonl",
+        ]
+
+    def states(name="model"):
+        return [step.state() for step in plan.steps(config(tmp_path, *keys(name)))]
+
+    assert states() == ["missing", "missing"]
+    plan.run(config(tmp_path, *keys()))
+    shutil.rmtree(tmp_path / "small")
+    assert states() == ["there", "there"]
+    assert states("elsewhere") == ["there", "there"]  # the same bytes under another path
+    assert plan.plan(config(tmp_path, *keys())).count("done in") == 2
+    ran = []
+    monkeypatch.setattr(plan, "execute", lambda step: (ran.append(step.result), finish(step)))
+    plan.run(config(tmp_path, *keys()))
+    assert ran == []
+    for file, expected in {
+        "sentences.txt": ["other", "other"],
+        "a.tsv": ["other", "other"],
+        "model.safetensors": ["other", "other"],
+        "chats.jsonl": ["there", "other"],
+    }.items():
+        path = tmp_path / "model" / file
+        before = path.read_bytes()
+        path.write_bytes(before[:-1] + b"c")  # as many bytes, rows and all
+        assert states() == expected, file
+        path.unlink()
+        assert states() == expected, file
+        path.write_bytes(before)
+    assert states() == ["there", "there"]
+    (tmp_path / "records" / "small-ffn.dependence.seed1.json").unlink()
+    plan.run(config(tmp_path, *keys()))
+    assert ran == ["sts", "dependence"]  # which needs the model that is gone
 
 
 def test_what_was_removed_is_made_again_all_the_way_down(tmp_path, monkeypatch):
@@ -137,6 +194,7 @@ def test_what_was_removed_is_made_again_all_the_way_down(tmp_path, monkeypatch):
     plan.run(config(tmp_path, *keys))
     assert ran == []  # nothing needs them
     last.path.unlink()
+    (tmp_path / "records" / "small-ubmoe.dependence.seed1.json").unlink()
     plan.run(config(tmp_path, *keys))
     assert ran == [("ffn", "sts"), ("ubmoe", "generation"), ("ubmoe", "dependence")]
 
@@ -163,6 +221,7 @@ def test_a_model_that_came_out_otherwise_makes_what_was_measured_of_it_stale(tmp
     [encoder, dependence] = plan.steps(config(tmp_path, *keys))
     encoder.left.rmdir()
     dependence.path.unlink()
+    (tmp_path / "records" / "small-ffn.dependence.seed1.json").unlink()
     plan.run(config(tmp_path, *keys))
     assert ran == ["sts", "dependence", "sts", "dependence"]
     records = [json.loads(path.read_text()) for path in (tmp_path / "records").iterdir()]
@@ -180,6 +239,19 @@ def test_a_result_of_a_version_without_weights_runs_again_once(tmp_path, monkeyp
     assert step.state() == "other"
     plan.run(config(tmp_path, *keys))
     assert step.state() == "there"
+
+
+def test_two_studies_in_one_folder_are_refused(tmp_path, monkeypatch):
+    keys = ["results.table=2", "results.seeds=[1]", "results.rows=[base]"]
+    given = config(tmp_path, *keys)
+
+    def again(step):
+        with pytest.raises(UserError, match="python -m ubmoe.results run already runs in "):
+            plan.run(given)
+        finish(step)
+
+    monkeypatch.setattr(plan, "execute", again)
+    assert plan.run(given).startswith("1 runs")
 
 
 def test_a_failed_run_ends_the_study_with_its_last_line(tmp_path):

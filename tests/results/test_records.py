@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from builders import ROOT, recorded
+from builders import ROOT, recorded, run
 
 from ubmoe.config import UserError
 from ubmoe.results.__main__ import table
@@ -85,3 +85,23 @@ def test_tables_and_pictures_are_made_without_torch(config, keys, expected):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.rstrip().endswith("False") and expected in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ({"config": {}}, "no config in it"),
+        ({"config": {"seed": 1}}, "no model.name in its config"),
+        ({"config": {"seed": 1, "model": {"name": None}}}, "no model.name in its config"),
+        ({"config": {"model": {"name": "a"}}}, "no seed in its config"),
+        ({"config": {"seed": 1, "model": {"name": "a"}}}, "no sts in it"),
+        ({"config": {"seed": 1, "model": {"name": "a"}}, "sts": None}, "no sts in it"),
+    ],
+)
+@pytest.mark.parametrize("verb", [["table", "results.table=2"], ["figure"], ["readme"]])
+def test_a_record_that_says_too_little_is_one_line(tmp_path, data, expected, verb):
+    (tmp_path / "a.sts.seed1.json").write_text(json.dumps(data))
+    given = [*verb, f"results.directory={tmp_path}", f"output_dir={tmp_path}/run"]
+    code, output, errors = run(*given, script="-m ubmoe.results")
+    assert (code, output, errors.count("\n")) == (2, "", 1)
+    assert "a.sts.seed1.json: " in errors and expected in errors

@@ -4,10 +4,14 @@ python -m ubmoe.bitune configs/tiny.yaml
 python -m ubmoe.bitune configs/qwen2.5-0.5b.yaml bitune.variant=lora
 """
 
+import sys
 from pathlib import Path
 
-from ubmoe import cli
-from ubmoe.config import Config
+try:
+    from ubmoe import cli
+    from ubmoe.config import Config
+except KeyboardInterrupt:  # before anything was begun
+    sys.exit(130)
 
 
 def main(config: Config) -> Path | None:
@@ -41,7 +45,7 @@ def main(config: Config) -> Path | None:
         log = training.train(bitune, settings, examples, work)
         run.model = bitune.decoder
         if run.is_main:
-            saving.save(bitune, tokenizer, settings.template, run.directory / "bitune")
+            saving.save(bitune, tokenizer, settings.template, run.place("bitune"))
             lm = Likelihoods(bitune, tokenizer, scoring.batch_size)
             scores = generation.generation_scores(bitune.decoder, tokenizer, scoring, lm)
             perplexity = training.perplexity(bitune, kept, scoring.bf16)

@@ -4,7 +4,7 @@ Nothing heavy is imported here, so that --help and every complaint about a key c
 loaded.
 """
 
-from ubmoe.config.effects import MADE, SCORED, deciding_weights, leaves
+from ubmoe.config.effects import MADE, SCORED, deciding_weights, leaves, unlike
 from ubmoe.config.errors import UserError, listed
 from ubmoe.config.help import help_text
 from ubmoe.config.reading import DEFAULT_CONFIG, dump_config, load_config
@@ -28,6 +28,7 @@ from ubmoe.config.schema import (
     StageSection,
     TrainingSection,
     keys,
+    numbered,
 )
 
 __all__ = [
@@ -60,4 +61,6 @@ __all__ = [
     "leaves",
     "listed",
     "load_config",
+    "numbered",
+    "unlike",
 ]

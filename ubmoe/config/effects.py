@@ -23,13 +23,20 @@ MADE = {"sts": ("model", *FORM, "bi.stages"), "generation": ("model", "ubmoe")}
 MISSING = object()
 
 
+# Keys that say where something lies: what was read there tells runs apart, whatever its path.
+PLACES = ("dataset", "lm_dataset", "sentences", "bi")
+
+
 def deciding_weights(section: Section) -> dict[str, Any]:
-    """What of a section the trained weights depend on: a run goes on whatever the rest is now."""
+    """What of a section the trained weights depend on: a run goes on whatever the rest is now.
+
+    Where the data lie is left out: their digest stands beside these keys.
+    """
     fields = type(section).model_fields
     return {
         name: value
         for name, value in section.model_dump().items()
-        if affects(fields[name]) == "weights"
+        if affects(fields[name]) == "weights" and name not in PLACES
     }
 
 
@@ -59,6 +66,12 @@ def _leaves(value: Any, name: str) -> dict[str, str]:
         return {}
     whole = isinstance(value, float) and value.is_integer()
     return {name: json.dumps(int(value) if whole else value)}
+
+
+def unlike(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The dotted keys in which two dumped configurations, or marks of runs, differ."""
+    old, new = leaves(before, before), leaves(now, now)
+    return sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
 
 
 WITHOUT_EFFECT = {name for name, field in keys() if affects(field) == "nothing"}

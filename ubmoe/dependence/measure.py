@@ -1,7 +1,5 @@
 """Measure the attention dependence of a model on texts, resumable, on any number of processes."""
 
-import hashlib
-import json
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +15,8 @@ from ubmoe.data.padding import batches_by_length, padded_with_mask
 from ubmoe.dependence import COLUMNS
 from ubmoe.dependence.recorder import dependence_of, observed
 from ubmoe.dependence.sums import Partial, Totals, summary
-from ubmoe.models.precision import autocast
+from ubmoe.models.digests import digest_of_rows, mark_of
+from ubmoe.models.precision import autocast, uses_bfloat16
 
 SAVE_EVERY = 30.0  # seconds between two partial states
 
@@ -40,7 +39,7 @@ def measure(
     batches = batches_by_length(texts, settings.batch_tokens)[
         state.process_index :: state.num_processes
     ]
-    partial = Partial(directory, state, _fingerprint(model, texts, settings))
+    partial = Partial(directory, state, _mark(model, texts, settings))
     totals, done = partial.load() if resume else (Totals(), 0)
     everything = sum(len(texts[text]) for batch in batches for text in batch)
     bar = tqdm(
@@ -78,10 +77,14 @@ def _check_vocabulary(model: PreTrainedModel, texts: list[list[int]]) -> None:
         )
 
 
-def _fingerprint(
+def _mark(
     model: PreTrainedModel, texts: list[list[int]], settings: DependenceSection
-) -> str:
-    """Of all that the numbers depend on, the weights by their sums."""
-    weights = [each.detach().sum(dtype=torch.float32).item() for each in model.parameters()]
-    named = [model.config.to_dict(), settings.model_dump(), str(model.dtype), COLUMNS]
-    return hashlib.sha256(json.dumps([weights, texts, named], default=str).encode()).hexdigest()
+) -> dict[str, Any]:
+    """All that the sums depend on: the texts and the weights by digest, wherever they lie."""
+    return mark_of(model) | {
+        "data": digest_of_rows(texts),
+        "flow": settings.flow,
+        "batch_tokens": settings.batch_tokens,
+        "bf16": uses_bfloat16(settings.bf16, model.device),
+        "columns": list(COLUMNS),
+    }

@@ -5,6 +5,7 @@ the length: attention that prefers nothing gives main = 1/T and before = after =
 share stands beside every number.
 """
 
+import json
 import logging
 import time
 from collections.abc import Iterable, Iterator
@@ -18,6 +19,7 @@ from zipfile import BadZipFile
 import numpy as np
 from accelerate import PartialState
 
+from ubmoe.config import listed, unlike
 from ubmoe.dependence import COLUMNS, SHARES
 from ubmoe.files import replace
 
@@ -121,7 +123,7 @@ def uniform(texts: list[tuple[float, ...]]) -> dict[str, Any]:
 class Partial:
     """The sums of an unfinished run, one file a process, replaced whole every half minute."""
 
-    def __init__(self, directory: Path, state: PartialState, mark: str) -> None:
+    def __init__(self, directory: Path, state: PartialState, mark: dict[str, Any]) -> None:
         self.path = (
             directory / f"dependence.partial-{state.process_index}-of-{state.num_processes}.npz"
         )
@@ -145,7 +147,9 @@ class Partial:
 
         def write(path: Path) -> None:
             with path.open("wb") as file:
-                np.savez(file, mark=self.mark, done=done, texts=texts, shares=totals.shares)
+                np.savez(
+                    file, mark=json.dumps(self.mark), done=done, texts=texts, shares=totals.shares
+                )
 
         replace(self.path, write)
         self.saved = time.monotonic()
@@ -156,12 +160,14 @@ class Partial:
             return Totals(), 0
         try:
             with np.load(self.path, allow_pickle=False) as file:
-                mark, done, rows = str(file["mark"]), int(file["done"]), file["texts"].tolist()
-                shares = file["shares"]
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
-            mark, done, rows, shares = "", 0, [], 0.0
-        if mark != self.mark:
-            log.info("%s: of another model, data or setting; starting afresh", self.path)
+                mark, done = json.loads(str(file["mark"])), int(file["done"])
+                rows, shares = file["texts"].tolist(), file["shares"]
+            other = unlike(mark, self.mark)
+        except (OSError, ValueError, KeyError, EOFError, AttributeError, BadZipFile):
+            log.info("%s: not whole, or of an older version; starting afresh", self.path)
+            return Totals(), 0
+        if other:
+            log.info("%s: of another run (other %s); starting afresh", self.path, listed(other))
             return Totals(), 0
         log.info("resuming after %d texts", len(rows))
         return Totals(

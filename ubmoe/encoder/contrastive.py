@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from accelerate import PartialState
@@ -25,6 +26,7 @@ from ubmoe.data.rows import SENTENCE, cell, training_rows
 from ubmoe.encoder.contrastive_loss import CachedContrastiveLoss, ContrastiveLoss
 from ubmoe.encoder.language_loss import LanguageLoss
 from ubmoe.encoder.sentence_encoder import own_prompt
+from ubmoe.models.digests import digest_of_rows, digest_of_tokenizer, mark_of
 from ubmoe.training.checkpoints import Work
 from ubmoe.training.modules import announce, tuning
 from ubmoe.training.trainer import GuardedTrainer, run_trainer
@@ -126,6 +128,10 @@ def train_stage(
             raise UserError("bi.stages.N.lm_weight: is for one process; expected 0 under torchrun")
         beside = LanguageLoss(model, list(language), stage.lm_batch_size, work.seed)
     kind = CachedContrastiveLoss if stage.cached else ContrastiveLoss
+    mark = mark_of(model) | {
+        "data": digest_of_rows(chain(data.iter(1000), ((c.ids, c.answer) for c in language))),
+        "tokenizer": digest_of_tokenizer(encoder.tokenizer),
+    }
     with tuning(model, stage, work) as counts:
         loss = kind(encoder, stage.loss, stage.temperature, stage.mini_batch_tokens, views)
         report = {
@@ -145,7 +151,7 @@ def train_stage(
                 work,
                 data,
                 model.device,
-                mark={"model": model.name_or_path},
+                mark=mark,
                 kind=SentenceTransformerTrainingArguments,
                 batch_sampler=BatchSamplers.NO_DUPLICATES,
                 prompts=own_prompt(encoder),

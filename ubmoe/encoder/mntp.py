@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ubmoe.config import StageSection, UserError
 from ubmoe.data.padding import IGNORE_INDEX
 from ubmoe.data.rows import SENTENCE, cell, training_rows
+from ubmoe.models.digests import digest, digest_of_tokenizer, mark_of
 from ubmoe.training.checkpoints import Work
 from ubmoe.training.losses import mean_loss, predictions
 from ubmoe.training.modules import announce, tuning
@@ -151,6 +152,7 @@ def train_stage(
     Returns what the record says of the stage: counts by module, rows, log.
     """
     data = Chunks(chunks, Masking(stage, tokenizer), work.seed)
+    mark = mark_of(model) | {"data": digest([("chunks", chunks)])}
     with tuning(model, stage, work) as counts:
         report = {"trainable": counts, "rows": len(chunks), "tokens": chunks.numel()}
         announce(stage, model, report)
@@ -160,7 +162,7 @@ def train_stage(
             work,
             data,
             model.device,
-            mark={"model": model.name_or_path},
+            mark=mark | {"tokenizer": digest_of_tokenizer(tokenizer)},
             remove_unused_columns=False,
         )
     return report | {"log": history}

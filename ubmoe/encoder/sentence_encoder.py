@@ -89,6 +89,7 @@ def load_saved(directory: str, device: str | None = None, **keys: Any) -> Senten
     """
     path = Path(directory) / "modules.json"
     own = f"{LayeredTransformer.__module__}.{LayeredTransformer.__qualname__}"
+    keys |= {"trust_remote_code": False}
     if not path.is_file() or json.loads(path.read_text())[0]["type"] != own:
         return SentenceTransformer(directory, device=device, **keys)
     said = json.loads((Path(directory) / "config_sentence_transformers.json").read_text())

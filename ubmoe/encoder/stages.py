@@ -46,8 +46,7 @@ def train_stages(
             seed=config.seed,
             resume=config.resume == "auto",
             before=config.bi.stages[:number],
-            given=config.bi.model_dump(exclude={"stages"})
-            | config.model.model_dump(include={"revision", "dtype", "adapter"}),
+            given=config.bi.model_dump(exclude={"stages"}),
         )
         if stage.objective == "mntp":
             report = mntp.train_stage(model, tokenizer, stage, rows, work)

@@ -3,10 +3,14 @@
 python -m ubmoe.evaluate configs/tiny.yaml model.name=runs/tiny/bi
 """
 
+import sys
 from pathlib import Path
 
-from ubmoe import cli
-from ubmoe.config import Config
+try:
+    from ubmoe import cli
+    from ubmoe.config import Config
+except KeyboardInterrupt:  # before anything was begun
+    sys.exit(130)
 
 
 def main(config: Config) -> Path:

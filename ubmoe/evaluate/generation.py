@@ -161,6 +161,7 @@ def generation_scores(
                 tokenizer=tokenizer,
                 batch_size=settings.batch_size,
                 softmax_dtype="float32",  # of logits that autocast made
+                trust_remote_code=False,
             )
         with autocast(settings.bf16, model.device):
             found = _evaluated(lm, settings)

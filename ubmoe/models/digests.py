@@ -1,21 +1,29 @@
-"""What tells a model from another: digests of weights."""
+"""What tells a model, a tokenizer or rows of data from others: digests of what is in them.
+
+Whether work is the same is asked of every byte; a path, a count or a date says nothing.
+"""
 
 import hashlib
+import json
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ADAPTERS = ("lora_", "ia3_")  # how peft calls what it adds
 SAMPLED = 1024  # numbers of each weight that tell a model from another
+# Of a config: where it was read and by what, and what training switches off for its own time.
+ELSEWHERE = {"_name_or_path", "transformers_version", "use_cache"}
 
 
 def fingerprint(model: nn.Module) -> str:
     """sha256 of evenly spaced numbers of each weight, adapters and head left out.
 
-    In bfloat16, so that it is the same for a bfloat16 and a float32 copy of one model.
+    It pairs records, and adapters with their bases; it may miss an edit of a few rows, so no work
+    is taken for done by it. In bfloat16: it is the same for a bfloat16 and a float32 copy.
     """
     found = hashlib.sha256()
     below: Any = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -25,6 +33,19 @@ def fingerprint(model: nn.Module) -> str:
             some = value.detach().flatten()[::step].to("cpu", torch.bfloat16)
             found.update(some.contiguous().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
+
+
+def mark_of(model: PreTrainedModel, weights: str | None = None) -> dict[str, Any]:
+    """What work on a model depends on: every byte of its weights, and its config without paths.
+
+    weights: their digest, where it is not of all that the model holds.
+    """
+    config = {key: each for key, each in model.config.to_dict().items() if key not in ELSEWHERE}
+    return {
+        "weights": weights or digest(model.named_parameters()),
+        "config": json.loads(json.dumps(config, default=str)),
+        "attn_implementation": model.config._attn_implementation,
+    }
 
 
 def digest_of_frozen(model: nn.Module) -> str:
@@ -38,5 +59,24 @@ def digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     for name, value in tensors:
         found.update(f"{name} {value.dtype}".encode())
         flat = value.detach().cpu().contiguous().reshape(-1)
-        found.update(flat.view(torch.uint8).numpy().tobytes())
+        found.update(flat.view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+def digest_of_rows(rows: Iterable[object]) -> str:
+    """sha256 of rows of texts and numbers in their order, one held at a time."""
+    found = hashlib.sha256()
+    for row in rows:
+        text = repr(row).encode("utf-8", "backslashreplace")
+        found.update(b"%d " % len(text) + text)
+    return found.hexdigest()
+
+
+def digest_of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 of what decides a text's tokens, the chat template with it."""
+    parts: list[object] = [sorted(tokenizer.get_vocab().items())]
+    if tokenizer.is_fast:
+        parts = [json.loads(tokenizer.backend_tokenizer.to_str())]
+        for state in ("truncation", "padding"):  # of the call before
+            parts[0].pop(state, None)  # type: ignore[attr-defined]
+    return digest_of_rows([*parts, tokenizer.special_tokens_map, tokenizer.chat_template])

@@ -1,5 +1,6 @@
 """Load a decoder and its tokenizer: explicit dtype, no hub code, nothing missing or NaN."""
 
+import json
 import logging
 import re
 from collections.abc import Iterator
@@ -68,6 +69,7 @@ def source(config: ModelSection) -> str:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"model.name: {path} has no config.json; expected a model directory")
+        _check_index(path)
         return str(path)
     if path.is_absolute() or config.name.startswith((".", "~")) or config.name.count("/") > 1:
         raise UserError(
@@ -76,11 +78,30 @@ def source(config: ModelSection) -> str:
     return config.name
 
 
+def _check_index(path: Path) -> None:
+    """A file of weights beside an index of others is read, and they are not. Raises UserError."""
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if not (single.exists() and index.exists()):
+        return
+    try:
+        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        named = set()
+    if single.name not in named:
+        raise UserError(
+            f"model.name: {path} has {single.name} and {index.name} of other files; the libraries "
+            f"would read {single.name}; remove it if it is older, or else the index and its files"
+        )
+
+
 def keywords(config: ModelSection) -> dict[str, Any]:
-    """What else the libraries are told, to load a tokenizer, a config or a model."""
+    """What else the libraries are told, to load a tokenizer, a config or a model.
+
+    Told nothing of remote code, transformers would ask on the terminal whether to run it.
+    """
     if Path(config.name).suffix.lower() == GGUF:
-        return {"gguf_file": Path(config.name).name}
-    return {"revision": config.revision}
+        return {"gguf_file": Path(config.name).name, "trust_remote_code": False}
+    return {"revision": config.revision, "trust_remote_code": False}
 
 
 def load_tokenizer(config: ModelSection) -> PreTrainedTokenizerBase:
@@ -182,6 +203,11 @@ def explained(config: ModelSection, kind: str = "a decoder") -> Iterator[None]:
         raise
     except Exception as error:  # the libraries raise nearly every type here
         reason = " ".join(str(error).split())[:300] or type(error).__name__
+        if "trust_remote_code" in str(error):
+            reason = (
+                "it needs code of its own (auto_map in its .json files), which is never run; "
+                "expected a model that transformers knows"
+            )
         revision = f" (revision {config.revision})" if config.revision else ""
         raise UserError(
             f"model.name: {config.name}{revision} cannot be loaded as {kind}: {reason}"

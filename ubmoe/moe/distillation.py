@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from ubmoe.bidirectional import attending
 from ubmoe.config import UserError
 from ubmoe.data.chats import Chat, collate
-from ubmoe.encoder.sentence_encoder import own_prompt
+from ubmoe.encoder.sentence_encoder import own_prompt, rendered
+from ubmoe.models.digests import digest_of_tokenizer
 from ubmoe.moe.routes import route_of
 
 CENTRED_ON = 256  # sentences whose mean vector is the encoder's
@@ -50,6 +51,14 @@ class Distillation(Dataset[tuple[Chat, str]]):
 
     def __getitem__(self, row: int) -> tuple[Chat, str]:
         return self.chats[row], self.sentences[row % len(self.sentences)]
+
+    def form(self) -> list[object]:
+        """The sentences, and what of the encoder decides their vectors beside its weights."""
+        encoder: Any = self.encoder
+        pooling = encoder[1].get_config_dict()
+        tokenizer = digest_of_tokenizer(encoder.tokenizer)
+        own = [encoder.max_seq_length, rendered(encoder, "text"), own_prompt(encoder), tokenizer]
+        return [own, pooling, self.bidirectional, *self.sentences]
 
     def collated(self, rows: list[tuple[Chat, str]]) -> dict[str, Any]:
         """The chats as `collate` gives them, and the sentences as the encoder reads them."""

@@ -148,8 +148,13 @@ def generation_of(config: Config, inputs: Inputs, model: PreTrainedModel) -> dic
     return routes[own] | metadata | {"routes": brief}
 
 
-def sts_of(config: Config, inputs: Inputs, model: PreTrainedModel) -> list[dict[str, Any]]:
-    """STS of every route under both masks, in the encoder's own form, and of the saved adapter."""
+def sts_of(
+    config: Config, inputs: Inputs, model: PreTrainedModel, adapter: Path
+) -> list[dict[str, Any]]:
+    """STS of every route under both masks, in the encoder's own form, and of the saved adapter.
+
+    adapter: where this run has saved it, if it has.
+    """
     if not inputs.sts:
         return []
     encoder, rows, settings = encoder_of(inputs, model), [], config.evaluation
@@ -162,7 +167,7 @@ def sts_of(config: Config, inputs: Inputs, model: PreTrainedModel) -> list[dict[
             log.info("STS, %s, %s: %s", route, attention, found["average"])
     set_attention(model, bidirectional=False)
     if "adapter" in config.ubmoe.export:
-        saved = load_saved(f"{config.output_dir}/adapter", str(model.device))
+        saved = load_saved(str(adapter), str(model.device))
         found = sts_scores(saved, inputs.sts, settings.batch_size, settings.bf16)
         rows.append({"route": "adapter", "attention": inputs.attention, **found})
         log.info("STS, the adapter of rank %s: %s", config.ubmoe.rank, found["average"])

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss
 
 from ubmoe.config import MoeSection, UserError
 from ubmoe.data.chats import Chat, collate
-from ubmoe.models.digests import digest_of_frozen
+from ubmoe.models.digests import digest_of_frozen, digest_of_rows, mark_of
 from ubmoe.moe import routers, routes
 from ubmoe.moe.distillation import Distillation
 from ubmoe.training.checkpoints import Work
@@ -148,8 +149,14 @@ def train(
             work,
             distillation or chats,
             model.device,
-            mark={"weights": digest_of_frozen(model)},
+            mark=mark_of(model, digest_of_frozen(model)) | {"data": _digest(chats, distillation)},
             remove_unused_columns=False,
         )
     model.requires_grad_(False).eval()
     return history
+
+
+def _digest(chats: list[Chat], distillation: Distillation | None) -> str:
+    """Of the chats as tokens, and of the sentences in the form in which the encoder reads them."""
+    rows: list[object] = [] if distillation is None else distillation.form()
+    return digest_of_rows(chain(((chat.ids, chat.answer) for chat in chats), rows))

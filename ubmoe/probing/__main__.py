@@ -5,10 +5,14 @@ python -m ubmoe.probing configs/tiny.yaml probing.data=path/to/semantic-probing-
 """
 
 import os
+import sys
 from pathlib import Path
 
-from ubmoe import cli
-from ubmoe.config import Config, UserError
+try:
+    from ubmoe import cli
+    from ubmoe.config import Config, UserError
+except KeyboardInterrupt:  # before anything was begun
+    sys.exit(130)
 
 
 def main(config: Config) -> Path | None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ubmoe.config import Config, ProbedModel, ProbingSection, UserError
 from ubmoe.files import replace
-from ubmoe.models.digests import digest
+from ubmoe.models.digests import digest_of_rows, digest_of_tokenizer, mark_of
 from ubmoe.models.loading import load_model, load_tokenizer, saved_attention
 from ubmoe.moe.routes import set_route
 from ubmoe.probing.anisotropy import anisotropy
@@ -72,14 +72,15 @@ def probe(
     layers = _layers(settings, count)
     path = folder / re.sub(r"\W+", "-", label).strip("-").lower()
     attention = _attention(config, which)
-    key = f"{digest(sorted(model.state_dict().items()))} {attention} {which.route}"
+    key = digest_of_rows([mark_of(model), digest_of_tokenizer(tokenizer), attention, which.route])
     done = path.with_suffix(".report.json")
     mark = _mark(key, label, tasks, settings)
     if config.resume == "auto" and done.exists():
-        kept = json.loads(done.read_text())
+        kept = json.loads(done.read_text())  # written by rename: whole
         if kept["mark"] == mark:
             log.info("%s: probed already", label)
-            return kept["report"]
+            return kept["report"] | {"model": which.name}
+        log.info("%s: %s is of another model, other items or settings", label, done)
     log.info("%s: %d of %d layers of %s", label, len(layers), count - 1, which.name)
 
     words = list(dict.fromkeys(word for word in _words(tasks, settings.controls)))
@@ -105,7 +106,7 @@ def probe(
 def _mark(key: str, label: str, tasks: Sequence[Task], settings: ProbingSection) -> str:
     """What a report depends on: the model as it reads, the items, and the settings."""
     items = [(task.name, task.words, task.targets.tolist(), task.groups) for task in tasks]
-    metadata = settings.model_dump(exclude={"models", "jobs", "batch_tokens"})
+    metadata = settings.model_dump(exclude={"models", "data", "jobs", "batch_tokens"})
     return hashlib.sha256(repr((key, label, items, metadata)).encode()).hexdigest()
 
 

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ubmoe.config import UserError
 from ubmoe.data.padding import batches_by_length, padded_with_mask
+from ubmoe.files import write_json
 
 log = logging.getLogger(__name__)
 POSITIONS = ("same", "previous")
@@ -109,8 +110,13 @@ def word_vectors(
     mark = path.with_suffix(".json")
     metadata = {"key": key, "words": _digest(sentences), "layers": list(layers)}
     metadata |= {"positions": list(positions)}
-    if path.exists() and mark.exists() and json.loads(mark.read_text()) == metadata:
-        return np.load(path, mmap_mode="r")
+    if path.exists() and mark.exists():
+        try:
+            if json.loads(mark.read_text()) == metadata:
+                return np.load(path, mmap_mode="r")
+        except ValueError:  # half a mark, or half a file of vectors
+            pass
+        log.info("%s: of another model, words or settings; made anew", path)
     mark.unlink(missing_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     log.info("word vectors: %.2f GB to %s", 4e-9 * math.prod(shape), path)
@@ -145,7 +151,7 @@ def word_vectors(
                 vectors[numbers, position] = found.cpu().numpy()
             bar.update(sum(len(sentences.ids[row]) for row in chosen))
     vectors.flush()
-    mark.write_text(json.dumps(metadata))
+    write_json(mark, metadata)
     return np.load(path, mmap_mode="r")
 
 

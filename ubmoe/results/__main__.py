@@ -4,14 +4,18 @@ python -m ubmoe.results table configs/tiny.yaml
 python -m ubmoe.results plan configs/qwen1.5-0.5b.yaml results.table=2
 """
 
+import sys
 from pathlib import Path
 
-from ubmoe import cli
-from ubmoe.config import Config
-from ubmoe.report.tables import TEXT
-from ubmoe.results import paper, plan
-from ubmoe.results.pages import renew
-from ubmoe.results.records import existing, read_result, record, recorded
+try:
+    from ubmoe import cli
+    from ubmoe.config import Config
+    from ubmoe.report.tables import TEXT
+    from ubmoe.results import paper, plan
+    from ubmoe.results.pages import renew
+    from ubmoe.results.records import existing, read_result, record, recorded
+except KeyboardInterrupt:  # before anything was begun
+    sys.exit(130)
 
 
 def table(config: Config) -> str:

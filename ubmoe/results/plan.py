@@ -29,11 +29,14 @@ from ubmoe.config import (
     dump_config,
     leaves,
     load_config,
+    numbered,
 )
+from ubmoe.data.inputs import MODEL, READ, inputs
 from ubmoe.data.rows import read_texts
 from ubmoe.files import replace, write_text
 from ubmoe.report.tables import CAUSAL
-from ubmoe.results.records import read_result, record
+from ubmoe.results.records import Record, read_result, record
+from ubmoe.staging import complete_moves, locked
 
 log = logging.getLogger(__name__)
 ROOT = Path(__file__).parent.parent.parent  # where the three scripts are
@@ -60,7 +63,8 @@ LEFT = {"sts": "bi", "generation": "ubmoe"}
 class Step:
     """One run of one program; `row` names its line in the tables, over the seeds.
 
-    after: the step whose model this one reads; None: it reads the base alone.
+    after: the step whose model this one reads; None: it reads the base alone. records: the folder
+    in which its record may be, where its output_dir is gone.
     """
 
     program: tuple[str, ...]
@@ -69,6 +73,7 @@ class Step:
     config_file: str
     keys: tuple[str, ...]
     after: "Step | None" = None
+    records: str | None = None
 
     @cached_property
     def config(self) -> Config:
@@ -89,22 +94,50 @@ class Step:
 
     def state(self) -> str:
         """`there`, with these very settings and of this very model; `other`; or `missing`."""
-        if not self.path.exists():
+        kept = self.kept()
+        if kept is None:
             return "missing"
-        kept = read_result(self.path)
-        read = ("seed", *SCORED[self.result], *MADE.get(self.result, ()))
-        same = leaves(kept["config"], read) == leaves(self.config.model_dump(), read)
-        known = "weights" in kept["environment"]  # an older version did not say them
+        same = self._keys(kept["config"]) == self._keys(self.config.model_dump())
+        same = same and self._has_read_the_same(kept)
+        known = "weights" in kept.get("environment", {})  # an older version did not say them
         return "there" if same and known and self._is_of_what_it_reads(kept) else "other"
+
+    def kept(self) -> dict[str, Any] | None:
+        """Its result; its record, where the result is gone; or None."""
+        folder = self.path.parent
+        complete_moves(folder)
+        if self.path.exists():
+            return read_result(self.path)
+        if self.records is None:
+            return None
+        name = Record(folder.name, self.result, self.config.seed, {}).name
+        path = Path(self.records) / f"{name}.json"
+        return read_result(path) if path.exists() else None
+
+    def _keys(self, config: dict[str, Any]) -> dict[str, str]:
+        """The settings that decide its numbers, but for those that say where something lies."""
+        read = ("seed", *SCORED[self.result], *MADE.get(self.result, ()))
+        places = (*READ[self.result], *MODEL, "ubmoe.bi", "evaluation.data")
+        found = leaves(config, read)
+        return {name: value for name, value in found.items() if numbered(name) not in places}
+
+    def _has_read_the_same(self, kept: dict[str, Any]) -> bool:
+        """Whether the digests of data and model are those of what the keys name now."""
+        now, before = inputs(self.config, self.result), dict(kept.get("inputs", {}))
+        if self.after is not None and self.config.model.name == str(self.after.left):
+            for each in (now, before):  # the weights tell, and the model may be gone
+                each.pop("model.name", None)
+        return now == before and None not in now.values()
 
     def _is_of_what_it_reads(self, kept: dict[str, Any]) -> bool:
         if self.after is None:
             return True
-        if self.after.state() != "there":
+        upstream = self.after.kept()
+        if upstream is None or self.after.state() != "there":
             return False
         mixture = self.result == "generation"  # whose weights are not those that it reads
         own = kept["generation"].get("bi_weights") if mixture else kept["environment"]["weights"]
-        return own == read_result(self.after.path)["environment"]["weights"]
+        return own == upstream["environment"]["weights"]
 
 
 def steps(config: Config) -> list[Step]:
@@ -134,7 +167,8 @@ def _of_seed(config: Config, config_file: str, seed: int, rows: Sequence[str]) -
         slug = name.replace("+", "-").replace(" ", "-")
         folder = Path(config.output_dir) / "study" / f"seed{seed}" / f"{label(config)}-{slug}"
         given = (f"seed={seed}", f"output_dir={folder}", *keys)
-        return Step(tuple(program.split()), name, result, config_file, given, after)
+        records = config.results.directory
+        return Step(tuple(program.split()), name, result, config_file, given, after, records)
 
     encoders = {}
     needed = {encoder for encoder, _ in MIXTURES.values()} if table == 4 else set(rows)
@@ -206,14 +240,13 @@ def _check_table(config: Config, verb: str) -> None:
 
 def _known(step: Step) -> str:
     """Whether it is there, and what it took."""
-    state = step.state()
-    if state == "missing":
+    state, result = step.state(), step.kept()
+    if result is None:
         return "not run"
-    result = read_result(step.path)
     took = f"{result['seconds'] / 3600:.2f} h, {result['peak_memory_bytes'] / 1e9:.1f} GB"
     if state == "there":
         return f"done in {took}"
-    return f"run with other keys, or of another model ({took}); runs again"
+    return f"run with other keys, data, or of another model ({took}); runs again"
 
 
 def run(config: Config) -> str:
@@ -224,8 +257,9 @@ def run(config: Config) -> str:
     """
     _check_table(config, "run")
     planned = steps(config)
-    for _ in range(2):  # a model that was made anew on another machine makes others stale
-        _run(config, planned)
+    with locked(Path(config.output_dir) / "study", "python -m ubmoe.results run"):
+        for _ in range(2):  # a model that was made anew on another machine makes others stale
+            _run(config, planned)
     return f"{len(planned)} runs in {Path(config.output_dir) / 'study'}"
 
 
@@ -244,15 +278,16 @@ def _run(config: Config, planned: list[Step]) -> None:
 
 
 def _remake(step: Step, config: Config) -> None:
-    """Make again what a step reads, where somebody removed that model to make room."""
-    if step.after is not None and not step.after.left.exists():
+    """Make again what a step reads, where somebody removed that model to make room, or its run."""
+    if step.after is not None and not (step.after.left.exists() and step.after.path.exists()):
         _remake(step.after, config)
         execute(step.after)
         _record(step.after, config)
 
 
 def _record(step: Step, config: Config) -> None:
-    record(step.config.model_copy(update={"results": config.results}), [step.path])
+    if step.path.exists():  # else its record is what is there
+        record(step.config.model_copy(update={"results": config.results}), [step.path])
 
 
 def execute(step: Step, resume: str = "auto") -> None:
@@ -260,6 +295,11 @@ def execute(step: Step, resume: str = "auto") -> None:
     folder.mkdir(parents=True, exist_ok=True)
     log_file = folder / f"{step.result}.log"
     program = [str(ROOT / each) if each.endswith(".py") else each for each in step.program]
+    if program[0] != "-m" and not Path(program[0]).is_file():
+        raise UserError(
+            f"{step.program[0]} is not beside the package; expected a checkout of the repository, "
+            "in which the study runs"
+        )
     command = [sys.executable, *program, step.config_file, *step.keys, f"resume={resume}"]
     with log_file.open("a") as file:
         done = subprocess.run(command, stdout=file, stderr=file)
@@ -279,7 +319,9 @@ def estimate(step: Step, count: int) -> str:
     if step.after is not None and not step.after.left.exists():
         return f"not timed: {step.after.left} is not there yet"
     folder = Path(step.config.output_dir).parent.parent / "timed" / step.row
-    timed = dataclasses.replace(step, keys=(*step.keys, *keys, f"output_dir={folder}"), after=None)
+    timed = dataclasses.replace(
+        step, keys=(*step.keys, *keys, f"output_dir={folder}"), after=None, records=None
+    )
     if timed.state() != "there":
         execute(timed, resume="never")
         for each in folder.iterdir():  # models and checkpoints, as large as the run's

@@ -10,6 +10,7 @@ from typing import Any
 from ubmoe.config import Config, UserError
 from ubmoe.files import write_json
 from ubmoe.report.tables import TEXT, model_of
+from ubmoe.staging import complete_moves
 
 KINDS = tuple(TEXT)  # one JSON a program, so that none overwrites another's
 NAME = re.compile(rf"(?P<label>.+)\.(?P<kind>{'|'.join(KINDS)})\.seed(?P<seed>\d+)")
@@ -91,11 +92,13 @@ class Records:
 def recorded(config: Config) -> Records:
     """Every record of `results.directory`."""
     found = sorted(Path(config.results.directory).glob("*.json"))
-    return Records(
-        Record.named(path.stem, read_result(path))
-        for path in found
-        if not path.name.startswith(BENCHMARK)
-    )
+    records = []
+    for path in found:
+        if not path.name.startswith(BENCHMARK):
+            records.append(Record.named(path.stem, read_result(path)))
+            if not isinstance(records[-1].data.get(records[-1].kind), dict):
+                raise UserError(f"{path}: no {records[-1].kind} in it; remove it, and record again")
+    return Records(records)
 
 
 def read_benchmarks(config: Config) -> dict[str, list[dict[str, Any]]]:
@@ -111,8 +114,10 @@ def read_result(path: Path, needed: str = "config") -> dict[str, Any]:
     """Raises UserError for a file that is not a result."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict) or needed not in found:
+        if not isinstance(found, dict) or not found.get(needed):
             raise ValueError(f"no {needed} in it")
+        if needed == "config":
+            _check_config(found["config"])
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path}: no result ({error}); expected what a run wrote: remove it, and run again"
@@ -120,8 +125,18 @@ def read_result(path: Path, needed: str = "config") -> dict[str, Any]:
     return found
 
 
+def _check_config(config: Any) -> None:
+    """Raises ValueError for what does not say of which model and seed it is."""
+    model = config.get("model") if isinstance(config, dict) else None
+    if not isinstance(model, dict) or not isinstance(model.get("name"), str):
+        raise ValueError("no model.name in its config")
+    if not isinstance(config.get("seed"), int):
+        raise ValueError("no seed in its config")
+
+
 def existing(config: Config) -> list[Path]:
     """The results in output_dir. Raises UserError where there is none."""
+    complete_moves(Path(config.output_dir))
     found = [path for kind in KINDS if (path := Path(config.output_dir) / f"{kind}.json").exists()]
     if not found:
         raise UserError(

@@ -16,7 +16,14 @@ from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ubmoe.config import StageSection, TrainingSection, UserError, deciding_weights
+from ubmoe.config import (
+    StageSection,
+    TrainingSection,
+    UserError,
+    deciding_weights,
+    listed,
+    unlike,
+)
 
 log = logging.getLogger(__name__)
 WEIGHTS = "trainable.safetensors"
@@ -39,23 +46,38 @@ class Work:
 def begin(stage: TrainingSection, work: Work, **mark: Any) -> Path | None:
     """The checkpoint to go on from: of the same run, stage, data and earlier stages, or none.
 
-    Checkpoints of another run are removed, so that nothing later can take them for this one's.
+    mark: digests of the data and of the weights that the stage starts from, and what else tells
+    its run from others. Checkpoints of another run are removed, so that nothing later can take
+    them for this one's; the log says in what that run was another.
     """
     directory, state = work.directory, PartialState()
     stages = [deciding_weights(each) for each in (*work.before, stage)]
     mark |= {"stages": stages, "seed": work.seed, "given": work.given}
     path, text = directory / "stage.json", json.dumps(mark, indent=1)
-    same = path.exists() and path.read_text() == text
+    before = _mark_in(path)
+    other = None if before is None else unlike(before, json.loads(text))
     state.wait_for_everyone()
-    if not (work.resume and same) and state.is_main_process:
+    if not (work.resume and other == []) and state.is_main_process:
+        path.unlink(missing_ok=True)  # first: what is left of a checkpoint must not have a mark
         for checkpoint in directory.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
         directory.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     state.wait_for_everyone()
-    if work.resume and not same:
+    if work.resume and other is None:
         log.info("%s: no checkpoint of this run; starting afresh", directory)
-    return newest_checkpoint(directory) if work.resume and same else None
+    elif work.resume and other:
+        log.info("%s: of another run (other %s); starting afresh", directory, listed(other))
+    return newest_checkpoint(directory) if work.resume and other == [] else None
+
+
+def _mark_in(path: Path) -> dict[str, Any] | None:
+    """The mark of an earlier run; none where there is none, or only half of one."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def newest_checkpoint(directory: Path) -> Path | None:

@@ -80,7 +80,8 @@ def run_trainer(
     """Build a trainer on rows of data and run it; returns its log.
 
     build: the trainer's class with its own arguments. mark: what a checkpoint must have been made
-    of, beside the section, to be gone on from. kind and more: its training arguments.
+    of, beside the section, to be gone on from: digests of its `data`, of the `weights` that it
+    started from, and the like. kind and more: its training arguments.
     """
     # A trainer prints its log; stdout is for the path of the result.
     with redirect_stdout(sys.stderr):

@@ -1,0 +1,134 @@
+"""What a run reads, by digests of contents: by them a result is known on any machine.
+
+A file is told by its bytes, a folder of a model by those of its files, whatever they are called by
+the configuration. A hub's data sets and tasks are told by their names.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+
+from ubmoe.config import Config, ModelSection
+from ubmoe.tiny import language
+
+# Keys that say what is read, by the result: their digests stand for them.
+READ: dict[str, tuple[str, ...]] = {
+    "dependence": ("dependence.dataset", "dependence.chat_template"),
+    "sts": ("bi.stages.N.dataset", "bi.stages.N.lm_dataset", "evaluation.sts"),
+    "generation": ("ubmoe.dataset", "ubmoe.sentences", "evaluation.sts", "evaluation.generation"),
+    "evaluation": ("ubmoe.dataset", "evaluation.sts", "evaluation.generation"),
+    "bitune": ("bitune.dataset", "bitune.generation"),
+}
+MODEL = ("model.name", "model.adapter")
+# Of a model's folder: no cards, no pictures, no states of trainers.
+SUFFIXES = (".json", ".safetensors", ".bin", ".txt", ".model", ".jinja")
+
+
+def inputs(config: Config, result: str) -> dict[str, str | None]:
+    """{key: sha256} of the model and the data of a result; None for what is not on this machine.
+
+    The encoder of a mixture is not among them: its result has a digest of the weights itself.
+    """
+    found: dict[str, str | None] = {"model.name": _of_model(config.model)}
+    if config.model.adapter:
+        found["model.adapter"] = _of_path(Path(config.model.adapter).expanduser())
+    for key in READ.get(result, ()):
+        for name, value in _values(config, key):
+            found[name] = _of_value(value, config.evaluation.data)
+    return found
+
+
+def _values(config: Config, key: str) -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of a key that is set and means something."""
+    first, _, last = key.partition(".stages.N.")
+    if last:
+        for number, stage in enumerate(config.bi.stages):
+            if last != "lm_dataset" or stage.lm_weight:
+                yield f"{first}.stages.{number}.{last}", getattr(stage, last)
+        return
+    section, _, last = key.partition(".")
+    unused = {
+        "ubmoe.sentences": config.ubmoe.objective != "both",
+        "dependence.chat_template": config.dependence.chat_template is None,
+    }
+    if not unused.get(key):
+        yield key, getattr(getattr(config, section), last)
+
+
+def _of_model(config: ModelSection) -> str | None:
+    if config.name == "tiny":
+        return _of_files([Path(language.__file__), Path(language.__file__).with_name("model.py")])
+    path = Path(config.name).expanduser()
+    if path.exists():
+        return _of_path(path)
+    try:
+        cached = try_to_load_from_cache(config.name, "config.json", revision=config.revision)
+    except ValueError:  # no id of a hub
+        return None
+    return _of_path(Path(cached).parent) if isinstance(cached, str) else None
+
+
+def _of_path(path: Path) -> str | None:
+    if path.is_file():
+        return _of_files([path])
+    files = [each for each in path.rglob("*") if each.suffix in SUFFIXES and each.is_file()]
+    return _of_files(sorted(files), path) if files else None
+
+
+def _of_value(value: Any, data: str) -> str | None:
+    """Of a file, a name or a text; of several the digest of theirs, with the names of files."""
+    if isinstance(value, list):
+        several = [(Path(each).stem, _of_value(each, data)) for each in value]
+        return None if None in dict(several).values() else _of_text(repr(several))
+    if value == "tiny":
+        return _of_files([Path(language.__file__)])
+    path = Path(value).expanduser()
+    if not _is_file(path):
+        local = path.is_absolute() or value.startswith((".", "~"))
+        return None if local else _of_text(value)
+    if path.suffix in (".yaml", ".yml"):  # a task, with those of the local files that it names
+        text = path.read_text(encoding="utf-8")
+        named = sorted(
+            file
+            for each in (Path(data).iterdir() if data and Path(data).is_dir() else ())
+            if each.name in text or each.stem in text
+            for file in ([each] if each.is_file() else each.rglob("*"))
+            if file.is_file()
+        )
+        return _of_files([path, *named])
+    return _of_files([path])
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a template is too long for a name
+        return False
+
+
+def _of_files(paths: list[Path], below: Path | None = None) -> str:
+    """Of one file its own; of several with their names, below a folder or alone."""
+    several = [
+        (str(each.relative_to(below)) if below else each.name, _of_file(each)) for each in paths
+    ]
+    return several[0][1] if len(paths) == 1 and below is None else _of_text(repr(several))
+
+
+def _of_file(path: Path) -> str:
+    status = path.stat()
+    return _read(path.resolve(), status.st_size, status.st_mtime_ns)
+
+
+@cache
+def _read(path: Path, *_: int) -> str:
+    """sha256 of a file's bytes, once in a process as long as the file stays as it is."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _of_text(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
