@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ubmoe.config import Config, dump_config
+from ubmoe.data.bad_rows import dropping
 from ubmoe.files import json_text, make_writable, replace_all, save_figure, write_text
 
 log = logging.getLogger(__name__)
@@ -92,6 +93,7 @@ class Run:
 def recording(program: str, name: str, config: Config) -> Iterator[Run]:
     """A run that writes `<output_dir>/<name>.json` when its body ends well, on the main process.
 
+    Bad rows are errors in it, or dropped and counted in the result, as `data.skip_bad_rows` says.
     Raises UserError at once for an output directory that cannot be written; a failed run leaves an
     earlier result as it was.
     """
@@ -99,7 +101,11 @@ def recording(program: str, name: str, config: Config) -> Iterator[Run]:
     made = make_writable(directory)
     run = Run(program, name, config, directory)
     try:
-        yield run
+        with dropping(config.data.skip_bad_rows) as dropped:
+            yield run
+        if config.data.skip_bad_rows:
+            run.log("%d rows dropped, which cannot be used", len(dropped))
+            run.more["skipped_rows"] = len(dropped)
         if run.is_main:
             run.write()
     except BaseException:

@@ -83,6 +83,15 @@ class ModelSection(Section):
     )
 
 
+class DataSection(Section):
+    """How data sets are read, by every program."""
+
+    skip_bad_rows: bool = key(
+        False,
+        "drop rows that cannot be used, and count them in the result; false: they are errors",
+    )
+
+
 class DependenceSection(Section):
     """Attention dependence DP (calculate_dp.py)."""
 
@@ -565,6 +574,7 @@ class Config(Section):
         "of the three scripts alone: say parameters, steps, memory and files, and run nothing",
     )
     model: ModelSection = key(ModelSection(), "")
+    data: DataSection = key(DataSection(), "")
     dependence: DependenceSection = key(DependenceSection(), "")
     bi: BiSection = key(BiSection(), "")
     ubmoe: MoeSection = key(MoeSection(), "")

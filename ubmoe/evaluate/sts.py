@@ -17,7 +17,8 @@ from mteb.abstasks.task_metadata import TaskMetadata
 from sentence_transformers import SentenceTransformer
 
 from ubmoe.config import UserError
-from ubmoe.data.rows import cell, decoded, finite_number, table_rows
+from ubmoe.data.bad_rows import usable
+from ubmoe.data.rows import Row, cell, finite_number, read_rows
 from ubmoe.models.precision import Setting, autocast
 from ubmoe.tiny import language
 
@@ -85,21 +86,17 @@ def sts_task(name: str) -> AbsTaskSTS:
 def read_pairs(path: Path) -> list[dict[str, Any]]:
     """Rows of a tab-separated file with header `score sentence1 sentence2`; nothing is quoted.
 
-    Cells and columns beyond these are passed over. Raises UserError naming file and line.
+    Further columns are passed over. Raises UserError naming file and line.
     """
-    rows = [
-        {
-            "score": finite_number(row.where, cell(row, ["score"]), "score"),
-            **{name: cell(row, [name]) for name in PAIR},
-        }
-        for row in table_rows(path, decoded(path), ragged=True)
-    ]
+    rows = list(usable(_pair, read_rows(str(path), ragged=True)))
     if len(rows) < 2:
         raise UserError(f"{path}: {len(rows)} pairs; expected a header and at least two rows")
     return rows
 
 
-PAIR = ("sentence1", "sentence2")
+def _pair(row: Row) -> dict[str, Any]:
+    score = finite_number(row.where, cell(row, ["score"]), "score")
+    return {"score": score} | {name: cell(row, [name]) for name in ("sentence1", "sentence2")}
 
 
 def local_task(name: str, rows: list[dict[str, Any]], revision: str) -> AbsTaskSTS:

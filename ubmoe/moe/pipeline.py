@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ubmoe.bidirectional import set_attention
 from ubmoe.config import Config, Route, UserError
 from ubmoe.data.chats import Chat, read_chats
-from ubmoe.data.rows import SENTENCE, cell, held_out, training_rows
+from ubmoe.data.rows import held_out, sentences_of
 from ubmoe.encoder.sentence_encoder import load_saved
 from ubmoe.evaluate import generation
 from ubmoe.evaluate.sts import sts_scores, sts_task
@@ -54,8 +54,7 @@ def read(config: Config) -> Inputs:
     chats, kept = held_out(found.chats, settings.held_out, "ubmoe.held_out")
     sentences = []
     if settings.objective == "both":
-        rows = training_rows(settings.sentences, len(chats))
-        sentences = [cell(row, SENTENCE) for row in rows]
+        sentences = sentences_of(settings.sentences, len(chats))
     counts = {"chats": len(chats), "held_out": len(kept), "truncated": found.truncated}
     log.info("chats: %s", counts)
     counts["dropped"] = found.dropped
