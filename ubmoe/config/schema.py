@@ -66,6 +66,16 @@ Bf16 = Literal["auto"] | bool
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
+    @field_validator("*")
+    @classmethod
+    def _is_named_once(cls, value: Any) -> Any:
+        """Of what stands twice in a list, one would be lost in a result, or counted twice."""
+        listed = value if isinstance(value, list) else []
+        names = [each for each in listed if isinstance(each, str | int)]
+        if twice := [each for each in names if names.count(each) > 1]:
+            raise ValueError(f"{twice[0]} stands there twice; expected each once")
+        return value
+
 
 class ModelSection(Section):
     """Which model, and how it is loaded."""
