@@ -23,13 +23,13 @@ def main(config: Config) -> Path:
     with recording("train_bi", "sts", config) as run:
         from ubmoe.encoder.sentence_encoder import as_encoder, rendered, save_encoder
         from ubmoe.encoder.stages import read_data, train_stages
-        from ubmoe.evaluate.sts import sts_scores, sts_task
+        from ubmoe.evaluate.sts import sts_scores, sts_tasks
         from ubmoe.models.loading import load_model, load_tokenizer
         from ubmoe.report import figures
 
         tokenizer = load_tokenizer(config.model)
         data = [read_data(stage, tokenizer) for stage in config.bi.stages]
-        tasks = [sts_task(name) for name in config.evaluation.sts]
+        tasks = sts_tasks(config.evaluation.sts)
         model = load_model(config.model, config.bi.bidirectional, config.bi.layers)
         encoder = as_encoder(model, tokenizer, config.bi)
         run.log("one text, as the model reads it: %s", rendered(encoder, "A small example."))

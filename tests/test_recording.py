@@ -5,10 +5,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from builders import SECTION, recorded
+from builders import SECTION, random_model, recorded
 
 from ubmoe import recording as run_recording
 from ubmoe.config import UserError, load_config
+from ubmoe.data.rows import read_texts
 
 
 def test_what_an_interrupted_run_left_goes_when_the_result_is_there(config):
@@ -40,6 +41,22 @@ def test_a_result_says_what_its_numbers_depend_on(config):
     assert result["peak_memory_bytes"] > 50e6  # torch alone takes more
     again = load_config(Path(config.output_dir) / "calculate_dp.config.yaml")
     assert again == config
+
+
+def test_dropped_rows_are_counted_in_the_result_where_that_is_wanted(config, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n{"text": ""}\n')
+    data = config.data.model_copy(update={"skip_bad_rows": True})
+    skipping = config.model_copy(update={"data": data})
+    with run_recording.recording("evaluate", "dependence", skipping) as run:
+        assert len(read_texts(str(path))) == 1
+        run.model = random_model("qwen2")
+    assert json.loads(run.path.read_text())["skipped_rows"] == 1
+    with (
+        pytest.raises(UserError, match=":2: empty text"),
+        run_recording.recording("evaluate", "dependence", config),
+    ):
+        read_texts(str(path))
 
 
 def test_the_commit_is_edited_where_code_is_and_not_where_records_are(tmp_path, monkeypatch):

@@ -7,9 +7,10 @@ batch. Data and tokenizer are read as the script reads them.
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import wraps
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ubmoe.config import Config, StageSection, TrainingSection
+from ubmoe.data.bad_rows import dropping
 from ubmoe.data.chats import read_chats
-from ubmoe.data.rows import SENTENCE, cell, held_out, read_texts, training_rows
+from ubmoe.data.rows import held_out, read_texts, sentences_of
 from ubmoe.dependence.texts import tokenize
 from ubmoe.encoder.contrastive import attention_dropout
 from ubmoe.encoder.stages import read_data
@@ -51,6 +53,18 @@ class Batch:
     predicted: int = 0
 
 
+def reading(said: Callable[[Config], str]) -> Callable[[Config], str]:
+    """Bad rows are dropped where the program drops them."""
+
+    @wraps(said)
+    def wrapped(config: Config) -> str:
+        with dropping(config.data.skip_bad_rows):
+            return said(config)
+
+    return wrapped
+
+
+@reading
 def calculate_dp(config: Config) -> str:
     """Texts and tokens, and the memory of one forward."""
     tokenizer = load_tokenizer(config.model)
@@ -66,6 +80,7 @@ def calculate_dp(config: Config) -> str:
     return _said(config, model, [], [work], memory, ["dependence.json", "dependence_*.png"])
 
 
+@reading
 def train_bi(config: Config) -> str:
     """A stage after the other; the memory is the largest of theirs."""
     tokenizer, work, trained = load_tokenizer(config.model), [], []
@@ -102,6 +117,7 @@ def train_bi(config: Config) -> str:
     return _said(config, model, trained, work, memory, files)
 
 
+@reading
 def train_ubmoe(config: Config) -> str:
     """The mixture's routers; both dense models are there while it is made."""
     settings, tokenizer = config.ubmoe, load_tokenizer(config.model)
@@ -112,8 +128,7 @@ def train_ubmoe(config: Config) -> str:
     batch = Batch(texts, len(longest.ids), texts * max(sum(chat.answer) for chat in chats))
     sentences = []
     if settings.objective == "both":
-        rows = training_rows(settings.sentences, SAMPLE)
-        sentences = [cell(row, SENTENCE) for row in rows]
+        sentences = sentences_of(settings.sentences, SAMPLE)
     with shapes():
         dense = fake(config)
         # every token to both experts, whatever top_k: which it would choose is not known

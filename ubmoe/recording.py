@@ -19,6 +19,7 @@ from typing import Any
 
 from ubmoe.cli import is_first_process
 from ubmoe.config import Config, dump_config
+from ubmoe.data.bad_rows import dropping
 from ubmoe.data.inputs import inputs
 from ubmoe.files import json_text, make_writable, save_figure, write_text
 from ubmoe.staging import move_into_place, staging
@@ -105,6 +106,7 @@ class Run:
 def recording(program: str, name: str, config: Config) -> Iterator[Run]:
     """A run that writes `<output_dir>/<name>.json` when its body ends well, on the main process.
 
+    Bad rows are errors in it, or dropped and counted in the result, as `data.skip_bad_rows` says.
     Raises UserError at once for an output directory that cannot be written, or in which the program
     already runs; a failed run leaves earlier results and models as they were.
     """
@@ -112,10 +114,13 @@ def recording(program: str, name: str, config: Config) -> Iterator[Run]:
     made = make_writable(directory)
     own = staging(directory, program) if is_first_process() else nullcontext(Path())
     try:
-        with own as unfinished:
+        with own as unfinished, dropping(config.data.skip_bad_rows) as dropped:
             run = Run(program, name, config, directory, unfinished)
             run.inputs = inputs(config, name) if is_first_process() else {}
             yield run
+            if config.data.skip_bad_rows:
+                run.log("%d rows dropped, which cannot be used", len(dropped))
+                run.more["skipped_rows"] = len(dropped)
             if run.is_main:
                 run.write()
     except BaseException:

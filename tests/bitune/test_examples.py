@@ -99,5 +99,18 @@ def test_an_answer_of_one_letter_is_no_empty_one(tokenizer, tmp_path):
 
 
 def test_an_answer_to_nothing_is_refused(tokenizer, tmp_path):
-    with pytest.raises(UserError, match="jsonl:1: an answer to nothing"):
-        read_examples(saved(tmp_path, TALK[1:]), tokenizer, QUESTION, 512)
+    with pytest.raises(UserError, match="jsonl:1: turn 3 answers nothing"):
+        read_examples(saved(tmp_path, [*TALK[:2], TALK[1]]), tokenizer, QUESTION, 512)
+
+
+@pytest.mark.parametrize("template", [None, QUESTION])
+def test_what_a_chat_opens_with_is_read_and_not_trained_on(tokenizer, tmp_path, template):
+    [[example]] = read_examples(saved(tmp_path, TALK[1:]), tokenizer, template, 512).chats
+    assert TALK[1]["content"] in tokenizer.decode(example.prompt)
+    assert tokenizer.decode(example.answer).strip() == f"In the garden.{tokenizer.eos_token}"
+
+
+def test_a_call_has_no_place_in_the_question_form(tokenizer, tmp_path):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
+    with pytest.raises(UserError, match="jsonl:1: calls tools, for which bitune.template has no"):
+        read_examples(saved(tmp_path, [TALK[0], call]), tokenizer, QUESTION, 512)

@@ -96,6 +96,24 @@ def test_all_problems_of_a_file_are_reported_together(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("evaluation.sts", "[STS12, tiny, STS12]"),
+        ("evaluation.generation", "[mmlu, mmlu]"),
+        ("bitune.generation", "[tiny, tiny]"),
+        ("results.seeds", "[0, 1, 0]"),
+        ("results.rows", "[ffn, ffn]"),
+        ("probing.tasks", "[wic, wic]"),
+        ("probing.layers", "[-1, -1]"),
+        ("ubmoe.routes", "[half, half]"),
+    ],
+)
+def test_what_stands_twice_in_a_list_is_refused(tmp_path, name, value):
+    found = problem(written(tmp_path, ""), f"{name}={value}")
+    assert f"{name}: got " in found and "stands there twice; expected each once" in found
+
+
+@pytest.mark.parametrize(
     "value", ["[512, 256]", "[0, 0]", "[5]", "[]", "[-1, 4]", "[0, 1.5]", "text", "null"]
 )
 def test_buckets_must_ascend(tmp_path, value):

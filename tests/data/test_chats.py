@@ -8,6 +8,8 @@ from transformers import AutoTokenizer
 from ubmoe.config import UserError
 from ubmoe.data.chats import Chat, collate, read_chats
 from ubmoe.data.padding import IGNORE_INDEX
+from ubmoe.data.rows import read_texts
+from ubmoe.dependence.texts import tokenize
 
 LLAMA = (
     "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'].strip() }} [/INST]"
@@ -18,7 +20,18 @@ QWEN = (
     "{% endif %}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+QWEN_TOOLS = (  # as Qwen2.5 writes tools and calls
+    "{% if tools %}{{ '<|im_start|>system\n' }}{% for t in tools %}{{ t | tojson }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endif %}{% for m in messages %}{% if m.role == 'tool' %}"
+    "{{ '<|im_start|>user\n<tool_response>\n' + m.content + '\n</tool_response><|im_end|>\n' }}"
+    "{% else %}<|im_start|>{{ m.role }}{% if m.content %}{{ '\n' + m.content }}{% endif %}"
+    '{% for c in m.tool_calls %}{{ \'\n<tool_call>\n{"name": "\' + c.function.name }}'
+    "{{ '\", \"arguments\": ' }}{{ c.function.arguments | tojson }}{{ '}\n</tool_call>' }}"
+    "{% endfor %}{{ '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 LAST_ONLY = "{% for m in messages %}{% if loop.last %}{{ m['content'] }}{% endif %}{% endfor %}"
+BACKWARDS = "{% for m in messages | reverse %}{{ m['content'] }}{% endfor %}"
 TURNS = [
     {"role": "user", "content": "Where does he live?"},
     {"role": "assistant", "content": "In the garden, 你好!"},
@@ -98,7 +111,14 @@ def test_labels_are_the_answers_tokens():
     [
         ({"text": "hello"}, None, ":1: a text, no chat; expected messages"),
         ({"messages": TURNS[:1]}, None, ":1: no assistant turn; expected one at least"),
-        ({"messages": TURNS}, LAST_ONLY, "hides where turn 2, the assistant's, stands"),
+        ({"messages": [TURNS[1]]}, None, ":1: no assistant turn but the first; expected one"),
+        ({"messages": TURNS}, LAST_ONLY, ":1: the chat template leaves out the content of turn 1"),
+        ({"messages": TURNS}, BACKWARDS, "hides where turn 2, the assistant's, stands"),
+        (
+            {"messages": TURNS},
+            "{{ messages[0].content + 1 }}",
+            "the chat template fails (TypeError)",
+        ),
         ({"messages": TURNS}, "{{ raise_exception('no') }}", ":1: the chat template fails"),
     ],
 )
@@ -109,6 +129,90 @@ def test_what_has_no_answers_is_refused_by_row(tokenizer, tmp_path, row, templat
     with pytest.raises(UserError) as caught:
         read_chats(str(tmp_path / "bad.jsonl"), tokenizer, 100)
     assert expected in str(caught.value)
+
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+CALLING = [
+    {"role": "user", "content": "How warm is it in Oslo?"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "content": "4", "tool_call_id": "1"},
+    {"role": "assistant", "content": "It is 4 degrees."},
+]
+TOOL = {"type": "function", "function": {"name": "weather"}}
+
+
+def read(tmp_path, tokenizer, row):
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps(row))
+    [measured] = tokenize(tokenizer, read_texts(str(path)))
+    [chat] = read_chats(str(path), tokenizer, 500).chats
+    assert measured == chat.ids  # measured and trained alike
+    return chat
+
+
+@pytest.mark.parametrize("tools", [None, [TOOL], json.dumps([TOOL])])
+def test_calls_and_tools_reach_the_template_and_a_call_is_an_answer(tokenizer, tmp_path, tools):
+    tokenizer.chat_template = QWEN_TOOLS
+    chat = read(tmp_path, tokenizer, {"messages": CALLING, "tools": tools})
+    said = [CALLING[0], {**CALLING[1], "content": ""}, *CALLING[2:]]
+    offered = None if tools is None else [TOOL]
+    expected = tokenizer.apply_chat_template(said, offered, tokenize=False)
+    assert tokenizer.decode(chat.ids) == expected and '"city": "Oslo"' in expected
+    answers = pieces(tokenizer, chat, lambda number: chat.answer[number])
+    assert [answer.strip() for answer in answers] == [
+        '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>',
+        "It is 4 degrees.<|im_end|>",
+    ]
+
+
+def test_a_template_that_leaves_calls_out_is_refused_wherever_chats_are_read(tokenizer, tmp_path):
+    path = written(tmp_path, CALLING)
+    expected = ":1: the chat template leaves out the tool_calls of turn 2"
+    with pytest.raises(UserError, match=expected):
+        read_chats(path, tokenizer, 500)
+    with pytest.raises(UserError, match=expected):
+        tokenize(tokenizer, read_texts(path))
+
+
+SPOKEN = [("human", "Hi"), ("gpt", "Hello."), ("human", "Bye"), ("gpt", "Good bye.")]
+
+
+def test_sharegpt_and_text_parts_are_the_chats_that_they_say(tokenizer, tmp_path):
+    roles = {"human": "user", "gpt": "assistant"}
+    plain = [{"role": roles[who], "content": said} for who, said in SPOKEN]
+    parts = [each | {"content": [{"type": "text", "text": each["content"]}]} for each in plain]
+    share = [{"from": who, "value": said} for who, said in SPOKEN]
+    expected = read(tmp_path, tokenizer, {"messages": plain})
+    for row in (
+        {"messages": parts},
+        {"conversations": share, "id": "7"},
+        {"conversations": json.dumps(share)},
+        {"conversations": plain, "messages": None},
+    ):
+        found = read(tmp_path, tokenizer, row)
+        assert (found.ids, found.answer) == (expected.ids, expected.answer)
+    with_system = [{"role": "system", "content": "Be kind."}, *plain]
+    found = read(tmp_path, tokenizer, {"conversations": share, "system": "Be kind."})
+    assert found.ids == read(tmp_path, tokenizer, {"messages": with_system}).ids
+
+
+def test_a_call_of_sharegpt_is_a_call(tokenizer, tmp_path):
+    tokenizer.chat_template = QWEN_TOOLS
+    share = [
+        {"from": "human", "value": CALLING[0]["content"]},
+        {"from": "function_call", "value": json.dumps(CALL["function"])},
+        {"from": "observation", "value": "4"},
+        {"from": "gpt", "value": "It is 4 degrees."},
+    ]
+    found = read(tmp_path, tokenizer, {"conversations": share})
+    assert found.ids == read(tmp_path, tokenizer, {"messages": CALLING}).ids
+
+
+def test_what_a_chat_opens_with_is_read_and_not_trained_on(tokenizer, tmp_path):
+    chat = read(tmp_path, tokenizer, {"messages": TURNS[1:]})
+    answers = pieces(tokenizer, chat, lambda number: chat.answer[number])
+    assert answers == ["Where does he live?<|im_end|>"]
+    assert TURNS[1]["content"] in tokenizer.decode(chat.ids)
 
 
 def test_a_tokenizer_without_a_template_is_refused(tokenizer):

@@ -172,7 +172,7 @@ def test_templates_that_cannot_be_used(tiny_path, tmp_path):
         ("", "name|cannot be read"),
         (str(tmp_path / "none.jinja"), "dependence.chat_template: .* cannot be read"),
         ("{{ 1 / 0 }}", "a.jsonl:7: the chat template fails"),
-        ("{# nothing #}", "a.jsonl:7: empty text"),
+        ("{# nothing #}", "a.jsonl:7: the chat template leaves out the content of turn 1"),
     ):
         with pytest.raises(UserError, match=reason):
             tokenize(tokenizer, chats, template)

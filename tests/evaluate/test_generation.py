@@ -1,6 +1,7 @@
 """lm-eval scores what a hand computation gives, and never a model that reads the future."""
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -177,6 +178,23 @@ def test_a_broken_task_yaml_is_refused_before_anything_is_scored(tmp_path, chang
     path.write_text(TASK.replace(*change))
     with pytest.raises(UserError, match=expected):
         generation.check_tasks([str(path)])
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        ("task: one", "task: one", r"b.yaml and .*a.yaml are both called one; expected a task: of"),
+        ("task: one", "task: tiny_facts", "tiny and .*b.yaml are both called tiny_facts"),
+        ("task: one", "task: winogrande", "b.yaml is called winogrande, as a task of lm-eval"),
+        ("task: one", "group: g\ntask: [one, two]", "b.yaml is a group; name its tasks"),
+    ],
+)
+def test_two_things_of_one_name_are_never_averaged(tmp_path, first, second, expected):
+    names = [str(tmp_path / name) for name in ("a.yaml", "b.yaml")]
+    for name, text in zip(names, (first, second), strict=True):
+        Path(name).write_text(text)
+    with pytest.raises(UserError, match=expected):
+        generation.check_tasks([*names, "tiny"])
 
 
 def test_a_tag_is_refused():

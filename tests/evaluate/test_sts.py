@@ -90,6 +90,7 @@ def test_no_task_means_no_score(encoders):
         ("oops\ta\tb\n", ":42: got the score 'oops'; expected a number"),
         ("1\tonly one\n", ":42: lacks a column sentence2"),
         ("1\t \tb\n", ":42: empty sentence1"),
+        ("1\ta stray\ttab\tb\tx\n", ":42: got 5 columns, expected 4"),
         ("nan\ta\tb\n", ":42: got the score 'nan'"),
     ],
 )
@@ -99,12 +100,39 @@ def test_a_bad_row_is_named(tmp_path, extra, expected):
     assert expected in str(caught.value)
 
 
+def test_files_of_one_stem_are_both_scored_under_names_that_differ(encoders, tmp_path):
+    paths = []
+    for number, folder in enumerate(("a", "b", "b/c")):
+        (tmp_path / folder).mkdir()
+        paths.append(pairs_file(tmp_path / folder, "test.tsv", f"{number}\tsome\twords\n" * number))
+    paths.append(pairs_file(tmp_path, "other.tsv"))
+    tasks = evaluate.sts_tasks([str(path) for path in paths])
+    found = evaluate.sts_scores(encoders[0], tasks, 16)
+    assert list(found["tasks"]) == ["a/test", "b/test", "c/test", "other"]
+    for name, path in zip(found["tasks"], paths, strict=True):
+        expected = by_hand(encoders[0], evaluate.read_pairs(path))
+        assert found["tasks"][name] == pytest.approx(expected, abs=1e-3)
+    assert found["average"] == pytest.approx(np.mean(list(found["tasks"].values())))
+
+
+def test_a_file_is_not_called_as_what_needs_no_file(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    names = [str(pairs_file(folder, f"{name}.tsv")) for name in ("STS12", "tiny", "plain")]
+    tasks = evaluate.sts_tasks(["STS12", "tiny", *names])
+    called = [task.metadata.name for task in tasks]
+    assert called == ["STS12", "tiny", "mine/STS12", "mine/tiny", "plain"]
+    with pytest.raises(UserError, match=r"plain.tsv is named twice"):
+        evaluate.sts_tasks([names[2], str(folder / ".." / "mine" / "plain.tsv")])
+
+
 def test_missing_files_and_unknown_tasks(tmp_path):
     (tmp_path / "empty.tsv").write_text("score\tsentence1\tsentence2\n")
     for name, expected in (
         (str(tmp_path / "none.tsv"), "cannot be read"),
         (str(tmp_path / "empty.tsv"), "0 pairs; expected a header and at least two rows"),
         ("STS99", "no mteb task and no .tsv file"),
+        ("STSBenchmarkMultilingualSTS", "is 10 data sets .*; expected a task of one"),
         ("Banking77Classification", "is a Classification task; expected an STS task"),
     ):
         with pytest.raises(UserError, match=expected):

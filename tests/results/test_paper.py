@@ -207,6 +207,16 @@ def test_only_runs_of_the_studys_seeds_are_averaged_and_missing_ones_are_counted
     assert paper.compared("ffn", own, "STS12", {}) == "61.00 of 1"
 
 
+def test_a_second_run_of_one_row_and_seed_is_said_and_never_averaged():
+    records = RECORDS | encoder("aa", 0, 10.0, ["ffn"])
+    config = load_config(None, [f"model.name=Qwen/{MODEL}"])
+    said = paper.text(2, config, Records.of_names(records))
+    assert "Not shown: aa.sts.seed0, which says otherwise of ffn than a.sts.seed0." in said
+    assert lines(2, ["average"], records) == lines(2, ["average"])
+    same = RECORDS | encoder("aa", 0, 60.0, ["ffn"])
+    assert "Not shown" not in paper.text(2, config, Records.of_names(same))
+
+
 def test_shots_and_limits_are_said_beside_the_published_numbers():
     record = RECORDS["m.generation.seed0"]
     asked = {"shots": {"mmlu": 5, "group": None}, "limit": 100}

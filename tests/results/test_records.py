@@ -10,7 +10,7 @@ from builders import ROOT, recorded, run
 
 from ubmoe.config import UserError
 from ubmoe.results.__main__ import table
-from ubmoe.results.records import record, without_paths
+from ubmoe.results.records import Record, record, without_paths
 
 
 def test_a_record_keeps_seeds_apart_and_shows_no_path(tmp_path, config):
@@ -30,6 +30,26 @@ def test_a_record_keeps_seeds_apart_and_shows_no_path(tmp_path, config):
         assert str(tmp_path) not in text
         assert json.loads(text)["config"]["model"]["name"] == "mine"
     assert len(list((tmp_path / "records").iterdir())) == 2
+
+
+def test_a_record_of_another_run_is_not_replaced(tmp_path, config):
+    results = config.results.model_copy(update={"directory": f"{tmp_path}/records"})
+    for _ in range(2):  # the same run, again
+        first = config.model_copy(update={"results": results})
+        recorded(first)
+        written = Path(record(first)).read_bytes()
+    dependence = config.dependence.model_copy(update={"max_texts": 3})
+    changes = {"dependence": dependence, "output_dir": f"{tmp_path}/elsewhere/some"}
+    other = first.model_copy(update=changes)
+    recorded(other)
+    with pytest.raises(UserError, match=r"seed5.json: is of another run \(dependence.max_texts\)"):
+        record(other)
+    assert Path(f"{tmp_path}/records/some.dependence.seed5.json").read_bytes() == written
+
+
+def test_two_names_of_one_record_are_refused(config):
+    with pytest.raises(UserError, match="x.sts.seed00.json is no record's name"):
+        Record.named("x.sts.seed00", {})
 
 
 def test_a_hub_id_is_no_path():

@@ -8,11 +8,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ubmoe.config import UserError
-from ubmoe.data.chats import Chat, read_chats
+from ubmoe.data.bad_rows import RowError, usable
+from ubmoe.data.chats import Chat, read_chats, turns
+from ubmoe.data.messages import calls
 from ubmoe.data.padding import IGNORE_INDEX, padded
-from ubmoe.data.rows import Text, read_texts
-
-EMPTY = "an empty answer; remove the row"
+from ubmoe.data.rows import Text, left, read_texts
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,15 @@ def read_examples(
         found = [_parted(chat) for chat in read_chats(dataset, tokenizer, sys.maxsize, most).chats]
     else:
         texts = read_texts(dataset, most)
-        found = [_templated(text, tokenizer, template) for text in texts]
+        read = usable(lambda text: _templated(text, tokenizer, template), texts)
+        found = left(dataset, list(read), len(texts))
     kept = [[each for each in chat if len(each) <= max_tokens] for chat in found]
-    total, left = (sum(map(len, chats)) for chats in (found, kept))
-    if not left:
+    total, short = (sum(map(len, chats)) for chats in (found, kept))
+    if not short:
         raise UserError(
             f"{dataset}: none of {total} examples has at most bitune.max_tokens={max_tokens}"
         )
-    return Examples([chat for chat in kept if chat], total - left)
+    return Examples([chat for chat in kept if chat], total - short)
 
 
 def _parted(chat: Chat) -> list[Example]:
@@ -69,35 +70,37 @@ def _parted(chat: Chat) -> list[Example]:
     for own, run in groupby(chat.answer):
         end = place + len(list(run))
         if own and place:
-            if set(chat.roles[place:end]) == {"template"}:
-                raise UserError(f"{chat.where}: {EMPTY}")
             found.append(Example(chat.ids[:place], chat.ids[place:end]))
         place = end
     return found
 
 
 def _templated(text: Text, tokenizer: PreTrainedTokenizerBase, template: str) -> list[Example]:
-    if isinstance(text.content, str):
-        raise UserError(f"{text.where}: a text, no chat; expected messages")
+    messages = turns(text)
+    if text.tools or any(map(calls, messages)):
+        raise RowError(
+            text.where, "calls tools, for which bitune.template has no place; expected null there"
+        )
     if tokenizer.eos_token_id is None:
         raise UserError(f"{tokenizer.name_or_path}: its tokenizer has no end token")
     before, asked, found = "", "", []
-    for message in text.content:
+    for turn, message in enumerate(messages):
         content = message["content"].strip()
         if message["role"] != "assistant":
             asked = f"{asked}\n{content}".strip()
             continue
-        if not content:
-            raise UserError(f"{text.where}: {EMPTY}")
+        if not turn:
+            before = f"{content}\n\n"
+            continue
         if not asked:
-            raise UserError(f"{text.where}: an answer to nothing; remove the row")
+            raise RowError(
+                text.where, f"turn {turn + 1} answers nothing; expected a question before it"
+            )
         prompt = before + template.replace("{prompt}", asked)
         answer = tokenizer(f" {content}", add_special_tokens=False)["input_ids"]
         ids = tokenizer(prompt, verbose=False)["input_ids"]
         found.append(Example(ids, [*answer, tokenizer.eos_token_id]))
         before, asked = f"{prompt} {content}\n\n", ""
-    if not found:
-        raise UserError(f"{text.where}: no assistant turn; expected one at least")
     return found
 
 

@@ -66,6 +66,16 @@ Bf16 = Literal["auto"] | bool
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
+    @field_validator("*")
+    @classmethod
+    def _is_named_once(cls, value: Any) -> Any:
+        """Of what stands twice in a list, one would be lost in a result, or counted twice."""
+        listed = value if isinstance(value, list) else []
+        names = [each for each in listed if isinstance(each, str | int)]
+        if twice := [each for each in names if names.count(each) > 1]:
+            raise ValueError(f"{twice[0]} stands there twice; expected each once")
+        return value
+
 
 class ModelSection(Section):
     """Which model, and how it is loaded."""
@@ -80,6 +90,15 @@ class ModelSection(Section):
     adapter: str | None = key(None, "directory of a LoRA adapter, merged on load")
     cache: str | None = running_key(
         None, "folder for the embedded model; null: UBMOE_CACHE or the user's cache folder"
+    )
+
+
+class DataSection(Section):
+    """How data sets are read, by every program."""
+
+    skip_bad_rows: bool = key(
+        False,
+        "drop rows that cannot be used, and count them in the result; false: they are errors",
     )
 
 
@@ -568,6 +587,7 @@ class Config(Section):
         "of the three scripts alone: say parameters, steps, memory and files, and run nothing",
     )
     model: ModelSection = key(ModelSection(), "")
+    data: DataSection = key(DataSection(), "")
     dependence: DependenceSection = key(DependenceSection(), "")
     bi: BiSection = key(BiSection(), "")
     ubmoe: MoeSection = key(MoeSection(), "")

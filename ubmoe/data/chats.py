@@ -7,12 +7,15 @@ whole, and what lies between them is the answer, its end token included.
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ubmoe.config import UserError
+from ubmoe.data.bad_rows import RowError, usable
+from ubmoe.data.messages import Message, calls
 from ubmoe.data.padding import IGNORE_INDEX, padded, padded_with_mask
-from ubmoe.data.rows import Text, read_texts
+from ubmoe.data.rows import Text, left, read_texts
 
 Span = tuple[int, int]  # of characters
 
@@ -54,7 +57,8 @@ def read_chats(
         )
     if not tokenizer.is_fast:
         raise UserError(f"{tokenizer.name_or_path}: its tokenizer gives no offsets; expected fast")
-    whole = [_chat(tokenizer, text) for text in read_texts(dataset, most)]
+    texts = read_texts(dataset, most)
+    whole = left(dataset, list(usable(lambda text: _chat(tokenizer, text), texts)), len(texts))
     cut = [
         Chat(c.where, c.ids[:max_tokens], c.answer[:max_tokens], c.roles[:max_tokens])
         for c in whole
@@ -66,14 +70,25 @@ def read_chats(
     return Chats(kept, truncated, len(cut) - len(kept))
 
 
-def _chat(tokenizer: PreTrainedTokenizerBase, text: Text) -> Chat:
+def turns(text: Text) -> list[Message]:
+    """The messages of a chat to train on: an answer that follows another turn, one at least.
+
+    What a chat opens with answers nothing: it is read, and never trained on. Raises RowError.
+    """
     if isinstance(text.content, str):
-        raise UserError(f"{text.where}: a text, no chat; expected messages")
-    if not any(message["role"] == "assistant" for message in text.content):
-        raise UserError(f"{text.where}: no assistant turn; expected one at least")
-    rendered = _rendered(tokenizer, text, text.content)
-    answers = _answers(tokenizer, text, rendered)
-    contents = _contents(tokenizer, text, rendered)
+        raise RowError(text.where, "a text, no chat; expected messages")
+    answers = [turn for turn, each in enumerate(text.content) if each["role"] == "assistant"]
+    if not any(answers):  # the opening is turn 0
+        found = "no assistant turn but the first" if answers else "no assistant turn"
+        raise RowError(text.where, f"{found}; expected one at least")
+    return text.content
+
+
+def _chat(tokenizer: PreTrainedTokenizerBase, text: Text) -> Chat:
+    messages = turns(text)
+    rendered = render(tokenizer, text)
+    answers = _answers(tokenizer, text, messages, rendered)
+    contents = _contents(tokenizer, text, messages, rendered)
     keys = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
     encoded = tokenizer(rendered, **keys)
     offsets: list[Span] = encoded["offset_mapping"]
@@ -82,28 +97,78 @@ def _chat(tokenizer: PreTrainedTokenizerBase, text: Text) -> Chat:
     return Chat(text.where, encoded["input_ids"], answer, roles)
 
 
+def render(tokenizer: PreTrainedTokenizerBase, text: Text, template: str | None = None) -> str:
+    """A whole chat through the tokenizer's chat template, or the one given.
+
+    Raises RowError where the template fails, or leaves a content or a call out.
+    """
+    messages: Any = text.content
+    rendered = _rendered(tokenizer, text, messages, chat_template=template)
+    hidden = _left_out(tokenizer, text, messages, rendered, template)
+    if hidden is not None:
+        turn, name = hidden
+        raise RowError(
+            text.where,
+            f"the chat template leaves out the {name} of turn {turn + 1} "
+            f"({messages[turn]['role']}); expected a template that writes it",
+        )
+    return rendered
+
+
+def _left_out(
+    tokenizer: PreTrainedTokenizerBase,
+    text: Text,
+    messages: list[Message],
+    rendered: str,
+    template: str | None,
+) -> tuple[int, str] | None:
+    """The first turn of which the rendered chat does not say the content or a call, and which."""
+
+    def other(changed: list[Message]) -> str | None:
+        try:
+            return _rendered(tokenizer, text, changed, chat_template=template)
+        except RowError:  # a template that fails without something has looked at it
+            return None
+
+    marks = [f"Qz{turn}zQ" if each["content"].strip() else "" for turn, each in enumerate(messages)]
+    pairs = list(enumerate(zip(messages, marks, strict=True)))
+    marked = other([message | {"content": mark} for _, (message, mark) in pairs])
+    for turn, (message, mark) in pairs:
+        if marked is not None and mark not in marked:
+            return turn, "content"
+        for name in calls(message):
+            less = {key: value for key, value in message.items() if key != name}
+            if other([*messages[:turn], less, *messages[turn + 1 :]]) == rendered:
+                return turn, name
+    return None
+
+
 def _rendered(
-    tokenizer: PreTrainedTokenizerBase, text: Text, messages: list[dict[str, str]], **keys: Any
+    tokenizer: PreTrainedTokenizerBase, text: Text, messages: list[Message], **keys: Any
 ) -> str:
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **keys))
+        tools: Any = text.tools
+        return str(tokenizer.apply_chat_template(messages, tools, tokenize=False, **keys))
     except Exception as error:  # a template is a program, and may fail in any way
-        reason = " ".join(str(error).split())
-        raise UserError(f"{text.where}: the chat template fails ({reason})") from error
+        said = isinstance(error, TemplateError)  # its own words; others know nothing of chats
+        reason = " ".join(str(error).split()) if said else type(error).__name__
+        raise RowError(text.where, f"the chat template fails ({reason})") from error
 
 
-def _answers(tokenizer: PreTrainedTokenizerBase, text: Text, rendered: str) -> list[Span]:
-    """Where the assistant speaks, its end token included and the line break after it not."""
-    messages: Any = text.content
+def _answers(
+    tokenizer: PreTrainedTokenizerBase, text: Text, messages: list[Message], rendered: str
+) -> list[Span]:
+    """Where the assistant answers, its end token included and the line break after it not."""
     spans = []
     for turn, message in enumerate(messages):
-        if message["role"] == "assistant":
+        if message["role"] == "assistant" and turn:
             before = _rendered(tokenizer, text, messages[:turn], add_generation_prompt=True)
             after = _rendered(tokenizer, text, messages[: turn + 1])
             if not (after.startswith(before) and rendered.startswith(after)):
-                raise UserError(
-                    f"{text.where}: the chat template hides where turn {turn + 1}, the assistant's,"
-                    " stands; expected one that renders a chat's beginning as the chat's beginning"
+                raise RowError(
+                    text.where,
+                    f"the chat template hides where turn {turn + 1}, the assistant's, stands; "
+                    "expected one that renders a chat's beginning as the chat's beginning",
                 )
             spans.append((len(before), len(after.rstrip())))
     return spans
@@ -113,14 +178,13 @@ STAND_IN = "\u2063content\u2063"  # of a message; invisible separators are in no
 
 
 def _contents(
-    tokenizer: PreTrainedTokenizerBase, text: Text, rendered: str
+    tokenizer: PreTrainedTokenizerBase, text: Text, messages: list[Message], rendered: str
 ) -> list[tuple[Span, str]]:
     """Where each message's content stands, and whose it is.
 
     A short content may be part of the template, too (`a` of `assistant`): so the place of another
     text in the same message is looked for first.
     """
-    messages: Any = text.content
     found, place = [], 0
     for turn, message in enumerate(messages):
         content = message["content"].strip()

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import math
 import re
 from collections.abc import Iterable, Iterator
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ubmoe.config import UserError
+from ubmoe.data.bad_rows import RowError, usable
+from ubmoe.data.messages import CHATS, SHAREGPT, Message, check_unicode, messages, parsed, tools
 from ubmoe.tiny import language
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt")
@@ -31,10 +32,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Text:
-    """What a language model is shown: chat messages, or plain text."""
+    """What a language model is shown: chat messages and the tools they may call, or plain text."""
 
     where: str
-    content: list[dict[str, str]] | str
+    content: list[Message] | str
+    tools: list[dict[str, Any]] | None = None
 
     @property
     def is_chat(self) -> bool:
@@ -42,9 +44,10 @@ class Text:
 
 
 def read_texts(dataset: str, most: int | None = None) -> list[Text]:
-    """Rows with `messages` (chats) or `text`, at most `most` of them, spaced evenly over the data.
+    """Rows with `messages` or `conversations` (chats), or `text`, at most `most` of them.
 
-    Raises UserError for a missing, empty or malformed data set, naming file and line.
+    They are spaced evenly over the data. Raises UserError for a missing, empty or malformed data
+    set, naming file and line.
     """
     if dataset == "tiny":
         chats = language.chats(min(most or TINY_CHATS, TINY_CHATS), seed=TINY_HELD_OUT_SEED)
@@ -52,7 +55,8 @@ def read_texts(dataset: str, most: int | None = None) -> list[Text]:
     rows = list(read_rows(dataset))
     if not rows:
         raise UserError(f"{dataset}: empty; expected rows with messages or text")
-    return [_text(row) for row in spaced(rows, most)]
+    chosen = spaced(rows, most)
+    return left(dataset, list(usable(_text, chosen)), len(chosen))
 
 
 def training_rows(dataset: str, most: int | None = None) -> list[Row]:
@@ -65,26 +69,55 @@ def training_rows(dataset: str, most: int | None = None) -> list[Row]:
     return [Row(f"tiny:{number}", {"text": text}) for number, text in enumerate(sentences, 1)]
 
 
+def sentences_of(dataset: str, most: int | None = None, blank: bool = False) -> list[str]:
+    """The sentences of a data set to train on; blank: empty ones, too."""
+    rows = training_rows(dataset, most)
+    return left(dataset, list(usable(lambda row: cell(row, SENTENCE, blank), rows)), len(rows))
+
+
+def left(dataset: str, found: list[Item], of: int) -> list[Item]:
+    """What is left of `of` rows. Raises UserError where all of them were dropped."""
+    if of and not found:
+        raise UserError(f"{dataset}: none of its {of} rows can be used; see the ones dropped above")
+    return found
+
+
+def given(row: Row, names: Iterable[str]) -> Any:
+    """The first of the named columns that holds anything: a list of one is its one item."""
+    found = next((row.fields[name] for name in names if row.fields.get(name) is not None), None)
+    return found[0] if isinstance(found, list) and len(found) == 1 else found
+
+
 def cell(row: Row, names: Iterable[str], blank: bool = False) -> str:
-    """The text of the first of the named columns that is there. Raises UserError naming the row."""
-    found = next((row.fields[name] for name in names if name in row.fields), None)
-    if not isinstance(found, str):
+    """The text of the first of the named columns that is there. Raises RowError."""
+    names = list(names)
+    found = given(row, names)
+    there = [name for name in names if name in row.fields]
+    if not there:
         has = ", ".join(row.fields) or "none"
-        raise UserError(f"{row.where}: lacks a column {' or '.join(names)} (it has {has})")
+        raise RowError(row.where, f"lacks a column {' or '.join(names)} (it has {has})")
+    if isinstance(found, list) and found:
+        raise RowError(
+            row.where,
+            f"{there[0]} is a list of {len(found)}; expected one text: write a row for each",
+        )
+    if not isinstance(found, str):
+        what = "null" if found is None else repr(found)[:60]
+        raise RowError(row.where, f"{there[0]} is {what}; expected a text")
     if not found.strip() and not blank:
-        raise UserError(f"{row.where}: empty {next(iter(names))}; remove the row")
+        raise RowError(row.where, f"empty {there[0]}; remove the row")
     return found.strip()
 
 
 def finite_number(where: str, text: str, name: str = "") -> float:
-    """The finite number that a text is. Raises UserError naming the row, and the column if said."""
+    """The finite number that a text is. Raises RowError, naming the column if said."""
     try:
         found = float(text)
     except ValueError:
         found = math.nan
     if not math.isfinite(found):
         said = f"the {name} {text!r}" if name else repr(text)
-        raise UserError(f"{where}: got {said}; expected a number")
+        raise RowError(where, f"got {said}; expected a number")
     return found
 
 
@@ -109,19 +142,21 @@ def held_out(items: list[Item], count: int, key: str) -> tuple[list[Item], list[
     )
 
 
-def read_rows(dataset: str) -> Iterator[Row]:
+def read_rows(dataset: str, ragged: bool = False) -> Iterator[Row]:
     """Rows of a local .json/.jsonl/.csv/.tsv/.txt file or of a hub data set `id[:config[:split]]`.
 
     A .txt line is a row {"text": line}; blank lines are skipped. A .tsv knows no quoting (csv's
-    default would swallow rows).
+    default would swallow rows). ragged: a table's row may have fewer cells than its header.
     """
     path = Path(dataset)
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         yield from _hub_rows(dataset)
-        return
-    readers = {".json": _json, ".jsonl": _jsonl, ".txt": _lines}
-    yield from readers.get(suffix, table_rows)(path, decoded(path))
+    elif suffix in (".csv", ".tsv"):
+        yield from table_rows(path, decoded(path), ragged)
+    else:
+        readers = {".json": _json, ".jsonl": _jsonl, ".txt": _lines}
+        yield from readers[suffix](path, decoded(path))
 
 
 def decoded(path: Path) -> str:
@@ -143,41 +178,32 @@ def decoded(path: Path) -> str:
 
 def _json(path: Path, text: str) -> Iterator[Row]:
     """A list of objects, as in the paper's code."""
-    rows = _parsed(text, str(path))
+    rows = parsed(text, str(path))
     if not isinstance(rows, list):
         raise UserError(
             f"{path}: got {type(rows).__name__}, expected a list of objects (one object a line is "
             ".jsonl)"
         )
-    for number, fields in enumerate(rows, 1):
-        yield Row(f"{path}: item {number}", _object(fields, f"{path}: item {number}"))
+    numbered = ((f"{path}: item {number}", fields) for number, fields in enumerate(rows, 1))
+    return usable(lambda each: _object(*each), numbered)
 
 
 def _jsonl(path: Path, text: str) -> Iterator[Row]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            where = f"{path}:{number}"
-            yield Row(where, _object(_parsed(line, where), where))
+    lines = ((f"{path}:{number}", line) for number, line in enumerate(text.split("\n"), 1))
+    return usable(
+        lambda each: _object(each[0], parsed(each[1], each[0])),
+        (each for each in lines if each[1].strip()),
+    )
 
 
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = f":{error.lineno}" if "\n" in text else ""
-        reason = f"{error.msg}, column {error.colno}"
-        raise UserError(f"{where}{line}: malformed JSON ({reason})") from error
-    except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
-        raise UserError(f"{where}: malformed JSON ({error})") from error
-
-
-def _object(fields: Any, where: str) -> dict[str, Any]:
+def _object(where: str, fields: Any) -> Row:
     if not isinstance(fields, dict):
-        raise UserError(
-            f"{where}: got {type(fields).__name__}, expected an object such as "
-            f'{{"messages": [...]}}'
+        raise RowError(
+            where,
+            f'got {type(fields).__name__}, expected an object such as {{"messages": [...]}}',
         )
-    return fields
+    check_unicode(where, fields)
+    return Row(where, fields)
 
 
 def _lines(path: Path, text: str) -> Iterator[Row]:
@@ -187,30 +213,44 @@ def _lines(path: Path, text: str) -> Iterator[Row]:
 
 
 def table_rows(path: Path, text: str, ragged: bool = False) -> Iterator[Row]:
-    """Rows of a .csv or .tsv under its header. ragged: a row may have fewer cells, or more."""
-    dialect = (
-        {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-        if path.suffix.lower() == ".tsv"
-        else {"strict": True}
-    )
-    reader = csv.reader(io.StringIO(text, newline=""), **dialect)  # type: ignore[arg-type]
+    """Rows of a .csv or .tsv under its header. ragged: a row may have fewer cells.
+
+    A row with more is refused: a stray tab or comma would move a sentence into another column.
+    """
+    (first, header), *rows = list(_cells(path, text)) or [("", [])]
+    header = [name.strip() for name in header]
+    if twice := [name for name in header if name and header.count(name) > 1]:
+        raise UserError(f"{first}: two columns are called {twice[0]}; expected a name for each")
+
+    def named(row: tuple[str, list[str]]) -> Row:
+        where, cells = row
+        if len(cells) > len(header) or (len(cells) < len(header) and not ragged):
+            stray = "; is there a stray tab?" if path.suffix.lower() == ".tsv" else ""
+            raise RowError(
+                where,
+                f"got {len(cells)} columns, expected {len(header)} ({', '.join(header)}){stray}",
+            )
+        return Row(where, dict(zip(header, cells, strict=False)))
+
+    return usable(named, rows)
+
+
+def _cells(path: Path, text: str) -> Iterator[tuple[str, list[str]]]:
+    """(file:line, cells) of each row that has any. Raises UserError for an open quote."""
     csv.field_size_limit(10**9)  # a chat may be longer than csv's 131,072 characters
-    header = next(reader, [])
+    tabs: Any = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    is_tsv = path.suffix.lower() == ".tsv"
+    reader = csv.reader(io.StringIO(text, newline=""), **(tabs if is_tsv else {"strict": True}))
     while True:
+        where = f"{path}:{reader.line_num + 1}"  # where the row begins: a cell may hold lines
         try:
             cells = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            raise UserError(f"{path}:{reader.line_num}: malformed row ({error})") from error
-        if not cells:
-            continue
-        if len(cells) != len(header) and not ragged:
-            raise UserError(
-                f"{path}:{reader.line_num}: got {len(cells)} columns, expected {len(header)} "
-                f"({', '.join(header)})"
-            )
-        yield Row(f"{path}:{reader.line_num}", dict(zip(header, cells, strict=False)))
+            raise UserError(f"{where}: malformed row ({error}); is a quote not closed?") from error
+        if cells:
+            yield where, cells
 
 
 def _hub_rows(dataset: str) -> Iterator[Row]:
@@ -233,34 +273,18 @@ def _hub_rows(dataset: str) -> Iterator[Row]:
 
 
 def _text(row: Row) -> Text:
-    if "messages" in row.fields:
-        return Text(row.where, _messages(row))
-    text = row.fields.get("text")
+    fields = row.fields
+    name = next((name for name in CHATS if fields.get(name) is not None), None)
+    if name is not None:
+        system = fields.get("system") if name == SHAREGPT else None
+        found = messages(row.where, fields[name], system)
+        return Text(row.where, found, tools(row.where, fields.get("tools")))
+    text = fields.get("text")
     if not isinstance(text, str):
-        raise UserError(
-            f"{row.where}: has no messages and no text (its fields: "
-            f"{', '.join(row.fields) or 'none'})"
+        raise RowError(
+            row.where,
+            f"has no messages and no text (its fields: {', '.join(fields) or 'none'})",
         )
     if not text.strip():
-        raise UserError(f"{row.where}: empty text; remove the row")
+        raise RowError(row.where, "empty text; remove the row")
     return Text(row.where, text)
-
-
-def _messages(row: Row) -> list[dict[str, str]]:
-    messages = row.fields["messages"]
-    if isinstance(messages, str):  # a table keeps them as JSON
-        messages = _parsed(messages, row.where)
-    good = isinstance(messages, list) and all(
-        isinstance(each, dict)
-        and isinstance(each.get("role"), str)
-        and isinstance(each.get("content"), str)
-        for each in messages
-    )
-    if not good or not messages:
-        raise UserError(
-            f'{row.where}: messages must be a list of {{"role": text, "content": text}}, not '
-            f"{str(messages)[:60]!r}"
-        )
-    if not any(each["content"].strip() for each in messages):
-        raise UserError(f"{row.where}: empty text in every message; remove the row")
-    return [{"role": each["role"], "content": each["content"]} for each in messages]

@@ -2,12 +2,13 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ubmoe.config import UserError
-from ubmoe.data.rows import Text
+from ubmoe.data.bad_rows import RowError, usable
+from ubmoe.data.chats import render
+from ubmoe.data.rows import Text, left
 from ubmoe.models.loading import context_length
 
 
@@ -16,8 +17,8 @@ def tokenize(
 ) -> list[list[int]]:
     """Token ids of each text; chats go through the tokenizer's own chat template, or the one named.
 
-    Raises UserError for chats without any template, one that fails on a chat, and a text without
-    tokens.
+    Raises UserError for chats without any template, and RowError for one that fails on a chat or
+    leaves out a part of it, and for a text without tokens.
     """
     template = _template(chat_template)  # None: the tokenizer's own, which may be a named set
     if template is None and tokenizer.chat_template is None and any(text.is_chat for text in texts):
@@ -25,22 +26,19 @@ def tokenize(
             f"{tokenizer.name_or_path}: its tokenizer has no chat template; name a Jinja file or "
             "string as dependence.chat_template"
         )
-    ids = []
-    for text in texts:
-        try:
-            ids.append(_tokens(tokenizer, text, template))
-        except Exception as error:  # a template is a program, and may fail in any way
-            raise UserError(f"{text.where}: the chat template fails ({error})") from error
-        if not ids[-1]:
-            raise UserError(f"{text.where}: empty text; it has no tokens")
-    return ids
+    ids = list(usable(lambda text: _tokens(tokenizer, text, template), texts))
+    return left("dependence.dataset", ids, len(texts))
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: Text, template: Any) -> list[int]:
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: Text, template: str | None) -> list[int]:
     if isinstance(text.content, str):
-        return tokenizer(text.content, truncation=False)["input_ids"]
-    rendered = tokenizer.apply_chat_template(text.content, chat_template=template, tokenize=False)
-    return tokenizer(rendered, add_special_tokens=False, truncation=False)["input_ids"]
+        ids = tokenizer(text.content, truncation=False)["input_ids"]
+    else:
+        rendered = render(tokenizer, text, template)
+        ids = tokenizer(rendered, add_special_tokens=False, truncation=False)["input_ids"]
+    if not ids:
+        raise RowError(text.where, "empty text; it has no tokens")
+    return ids
 
 
 def _template(named: str | None) -> str | None:

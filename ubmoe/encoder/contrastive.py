@@ -21,8 +21,9 @@ from sentence_transformers.base.sampler import BatchSamplers
 from transformers import PreTrainedModel
 
 from ubmoe.config import StageSection, UserError
+from ubmoe.data.bad_rows import RowError, usable
 from ubmoe.data.chats import Chat
-from ubmoe.data.rows import SENTENCE, cell, training_rows
+from ubmoe.data.rows import Row, cell, given, sentences_of, training_rows
 from ubmoe.encoder.contrastive_loss import CachedContrastiveLoss, ContrastiveLoss
 from ubmoe.encoder.language_loss import LanguageLoss
 from ubmoe.encoder.sentence_encoder import own_prompt
@@ -44,22 +45,39 @@ def read_dataset(stage: StageSection) -> Dataset:
 
     SimCSE's positive is the anchor itself: the views differ by dropout alone.
     """
-    rows = training_rows(stage.dataset, stage.max_rows)
     if stage.objective == "simcse":
-        texts = list(dict.fromkeys(cell(row, SENTENCE) for row in rows))
+        texts = list(dict.fromkeys(sentences_of(stage.dataset, stage.max_rows)))
         columns = {"anchor": texts, "positive": texts}
     else:
-        present = {
-            name: aliases
-            for name, aliases in COLUMNS.items()
-            if name != "negative" or (rows and any(alias in rows[0].fields for alias in aliases))
-        }
-        columns = {name: [cell(row, aliases) for row in rows] for name, aliases in present.items()}
+        columns = _pairs(training_rows(stage.dataset, stage.max_rows))
     if stage.loss == "nt_xent" and "negative" in columns:
         raise UserError("bi.stages.N.loss: nt_xent knows no hard negatives; expected simcse")
     if len(set(columns["anchor"])) < 2:
-        raise UserError(f"{stage.dataset}: {len(rows)} rows; expected two different texts at least")
+        count = len(columns["anchor"])
+        raise UserError(f"{stage.dataset}: {count} rows; expected two different texts at least")
     return Dataset.from_dict(columns)
+
+
+def _pairs(rows: list[Row]) -> dict[str, list[str]]:
+    """The columns of a supervised data set; negatives where any row has one, and then every row.
+
+    Raises RowError for a row without one among others that have it, whatever their order.
+    """
+    negative = COLUMNS["negative"]
+    having = next((row.where for row in rows if given(row, negative)), None)
+    names = [name for name in COLUMNS if name != "negative" or having is not None]
+
+    def read(row: Row) -> list[str]:
+        if having is not None and not given(row, negative):
+            raise RowError(
+                row.where,
+                f"has no negative ({' or '.join(negative)}), and {having} has one; expected one in "
+                "every row, or in none",
+            )
+        return [cell(row, COLUMNS[name]) for name in names]
+
+    found = list(usable(read, rows))
+    return {name: [row[place] for row in found] for place, name in enumerate(names)}
 
 
 @contextmanager

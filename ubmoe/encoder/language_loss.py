@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ubmoe.bidirectional import attending
 from ubmoe.config import StageSection, UserError
+from ubmoe.data.bad_rows import RowError, usable
 from ubmoe.data.chats import Chat, collate, read_chats
 from ubmoe.data.rows import Text, read_texts
 from ubmoe.training.losses import mean_loss, predictions
@@ -26,7 +27,7 @@ def read_language(stage: StageSection, tokenizer: PreTrainedTokenizerBase) -> li
             stage.lm_dataset, tokenizer, stage.lm_max_tokens, stage.lm_max_rows
         ).chats
     else:
-        chats = [_plain(text, tokenizer, stage.lm_max_tokens) for text in texts]
+        chats = list(usable(lambda text: _plain(text, tokenizer, stage.lm_max_tokens), texts))
     if len(chats) < stage.lm_batch_size:
         raise UserError(
             f"{stage.lm_dataset}: {len(chats)} rows; expected bi.stages.N.lm_batch_size="
@@ -38,7 +39,7 @@ def read_language(stage: StageSection, tokenizer: PreTrainedTokenizerBase) -> li
 def _plain(text: Text, tokenizer: PreTrainedTokenizerBase, most: int) -> Chat:
     """A text all of whose tokens are predicted."""
     if not isinstance(text.content, str):
-        raise UserError(f"{text.where}: a chat among texts; expected one or the other")
+        raise RowError(text.where, "a chat among texts; expected one or the other")
     ids = tokenizer(text.content, verbose=False)["input_ids"][:most]
     return Chat(text.where, ids, [True] * len(ids), ["answer"] * len(ids))
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ubmoe.config import StageSection, UserError
 from ubmoe.data.padding import IGNORE_INDEX
-from ubmoe.data.rows import SENTENCE, cell, training_rows
+from ubmoe.data.rows import sentences_of
 from ubmoe.models.digests import digest, digest_of_tokenizer, mark_of
 from ubmoe.training.checkpoints import Work
 from ubmoe.training.losses import mean_loss, predictions
@@ -106,9 +106,7 @@ def chunked(stage: StageSection, tokenizer: PreTrainedTokenizerBase) -> Tensor:
 
     Raises UserError where the texts do not fill one chunk.
     """
-    texts = [
-        cell(row, SENTENCE, blank=True) for row in training_rows(stage.dataset, stage.max_rows)
-    ]
+    texts = sentences_of(stage.dataset, stage.max_rows, blank=True)
     lines = [f"{text}\n" for text in texts if text]
     ids = [token for line in tokenizer(lines)["input_ids"] for token in line] if lines else []
     rows = len(ids) // stage.max_tokens

@@ -21,9 +21,9 @@ def main(config: Config) -> Path:
     with recording("evaluate", "evaluation", config) as run:
         from ubmoe.encoder.sentence_encoder import load_encoder
         from ubmoe.evaluate.generation import language_model_scores
-        from ubmoe.evaluate.sts import sts_scores, sts_task
+        from ubmoe.evaluate.sts import sts_scores, sts_tasks
 
-        tasks = [sts_task(name) for name in config.evaluation.sts]
+        tasks = sts_tasks(config.evaluation.sts)
         if config.evaluation.language_model:
             run.more = {"generation": language_model_scores(config)}
         encoder = load_encoder(config)

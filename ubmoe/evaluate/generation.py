@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ubmoe.bidirectional import is_bidirectional
-from ubmoe.config import Config, EvaluationSection, UserError
+from ubmoe.config import TABLE4, TASKS_OF_BITUNE, Config, EvaluationSection, UserError
 from ubmoe.data.chats import Chat, collate, read_chats
 from ubmoe.data.padding import batches_by_length
 from ubmoe.data.rows import held_out
@@ -34,6 +34,7 @@ BATCH_TOKENS = 8192  # padded tokens of a forward, for perplexity
 # Metrics of lm-eval that are shares of 1, and tasks whose metrics are percent already.
 SHARES = re.compile(r"acc|^exact_match|^em$|^f1$|^mcc$|^pass@|^mc[12]$")
 PERCENT = ("squadv2", "scrolls", "longbench")
+OWN = {*TABLE4, *TASKS_OF_BITUNE}  # of lm-eval's tasks those in tables: listing all takes seconds
 
 
 @cache
@@ -47,8 +48,10 @@ def manager() -> Any:
 def check_tasks(names: list[str], data: str = "") -> None:
     """Raises UserError for a name that is no lm-eval task, no task YAML and not tiny.
 
-    data: the folder that {data} in a task YAML stands for.
+    And for two things of one name, of which only one would be scored. data: the folder that {data}
+    in a task YAML stands for.
     """
+    result_names(names)
     for name in names:
         if name.endswith((".yaml", ".yml")):
             _check_yaml(Path(name), data)
@@ -65,19 +68,22 @@ def check_tasks(names: list[str], data: str = "") -> None:
 
 
 def _name_in(path: Path) -> str:
-    """The name that a task YAML gives its task."""
+    """The name that a task YAML gives its task. Raises UserError for none, and for a group."""
 
     class Loader(yaml.SafeLoader):
         """Passes over lm-eval's own tags, such as !function."""
 
     Loader.add_multi_constructor("!", lambda *_: None)
     try:
-        return str(yaml.load(path.read_text(), Loader=Loader)["task"])
+        name = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)["task"]
     except (OSError, yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
             f"evaluation.generation: {path}: no lm-eval task YAML with a task: name ({reason})"
         ) from error
+    if not isinstance(name, str):
+        raise UserError(f"evaluation.generation: {path} is a group; name its tasks, or their YAMLs")
+    return name
 
 
 def _check_yaml(path: Path, data: str) -> None:
@@ -166,10 +172,9 @@ def generation_scores(
         with autocast(settings.bf16, model.device):
             found = _evaluated(lm, settings)
     tasks, metrics = {}, {}
-    for asked in settings.generation:
-        for name in _result_names(asked):
-            tasks[name] = percent(name, found["results"][name])
-            metrics[name] = _main_metric(found["configs"].get(name), tasks[name])
+    for name in result_names(settings.generation):
+        tasks[name] = percent(name, found["results"][name])
+        metrics[name] = _main_metric(found["configs"].get(name), tasks[name])
     for name, metric in metrics.items():
         if not math.isfinite(tasks[name].get(metric, math.nan)):
             raise UserError(f"evaluation.generation: {name} has no finite {metric}: {tasks[name]}")
@@ -216,7 +221,31 @@ def _asked(name: str, data: str) -> Any:
     return task_of(Path(name), data) if name.endswith((".yaml", ".yml")) else name
 
 
-def _result_names(asked: str) -> list[str]:
+def result_names(asked: list[str]) -> dict[str, str]:
+    """{name in the result: what was asked for}. Raises UserError for two things of one name.
+
+    A YAML may not call its task as lm-eval calls one of its own, either: its score would stand in
+    that one's column.
+    """
+    found: dict[str, str] = {}
+    for each in asked:
+        is_file = each.endswith((".yaml", ".yml"))
+        for name in _names_of(each):
+            other = found.setdefault(name, each)
+            if other != each:
+                raise UserError(
+                    f"evaluation.generation: {each} and {other} are both called {name}; expected "
+                    "a task: of its own in each YAML"
+                )
+            if is_file and name in OWN:
+                raise UserError(
+                    f"evaluation.generation: {each} is called {name}, as a task of lm-eval; "
+                    f"expected another task:, as {name}_local"
+                )
+    return found
+
+
+def _names_of(asked: str) -> list[str]:
     if asked == "tiny":
         return [str(task["task"]) for task in tiny_tasks.TASKS]
     return [_name_in(Path(asked))] if asked.endswith((".yaml", ".yml")) else [asked]

@@ -7,6 +7,8 @@ would get the first one's scores: no cache is used, and every run is named by it
 import hashlib
 import math
 import warnings
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ from mteb.abstasks.sts import AbsTaskSTS
 from mteb.abstasks.task_metadata import TaskMetadata
 from sentence_transformers import SentenceTransformer
 
-from ubmoe.config import UserError
-from ubmoe.data.rows import cell, decoded, finite_number, table_rows
+from ubmoe.config import UserError, listed
+from ubmoe.data.bad_rows import usable
+from ubmoe.data.rows import Row, cell, finite_number, read_rows
 from ubmoe.models.precision import Setting, autocast
 from ubmoe.tiny import language
 
@@ -56,16 +59,39 @@ def sts_scores(
     return {"tasks": scores, "average": average, "sources": sources, "mteb": mteb.__version__}
 
 
-def sts_task(name: str) -> AbsTaskSTS:
-    """An mteb task from its name, a local file or the word tiny. Raises UserError."""
-    if name == "tiny":
-        pairs = language.pairs(TINY_PAIRS, TINY_SEED)
-        rows = [pair._asdict() for pair in pairs]
-        return local_task("tiny", rows, f"seed {TINY_SEED}")
-    if name.endswith(".tsv"):
-        path = Path(name)
-        revision = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
-        return local_task(path.stem, read_pairs(path), revision)
+def sts_tasks(names: Sequence[str]) -> list[AbsTaskSTS]:
+    """A task of each name: an mteb task, a local file or the word tiny. No two are called alike.
+
+    A local file is called by its stem; where something else has that name, by its folder, too.
+    Raises UserError.
+    """
+    called = local_names([Path(name) for name in names if _is_local(name)])
+    return [sts_task(name, called.get(Path(name), "")) for name in names]
+
+
+def local_names(paths: Sequence[Path]) -> dict[Path, str]:
+    """What local files are called: the shortest end of the path that nothing else is called.
+
+    Raises UserError for one file that is named twice.
+    """
+    parts = {path: path.resolve().with_suffix("").parts for path in paths}
+    found: dict[Path, str] = {}
+    for path, own in parts.items():
+        others = [other for each, other in parts.items() if each != path]
+        if own in others:
+            raise UserError(f"evaluation.sts: {path} is named twice; name it once")
+        ends = range(2 if _is_taken(own[-1]) else 1, len(own))
+        free = (end for end in ends if all(other[-end:] != own[-end:] for other in others))
+        found[path] = "/".join(own[-next(free, len(own)) :])
+    return found
+
+
+def _is_local(name: str) -> bool:
+    return name.endswith(".tsv")
+
+
+def _mteb_task(name: str) -> Any:
+    """mteb's task of a name. Raises UserError where it has none."""
     try:
         [task] = mteb.get_tasks(tasks=[name], languages=None, exclude_superseded=False)
     except (KeyError, ValueError) as error:
@@ -73,33 +99,58 @@ def sts_task(name: str) -> AbsTaskSTS:
         raise UserError(
             f"evaluation.sts: {name}: no mteb task and no .tsv file ({reason})"
         ) from error
+    return task
+
+
+def _is_taken(name: str) -> bool:
+    """Whether a name means something without any file."""
+    with suppress(UserError):
+        return name == "tiny" or bool(_mteb_task(name))
+    return False
+
+
+def sts_task(name: str, called: str = "") -> AbsTaskSTS:
+    """An mteb task from its name, a local file or the word tiny. Raises UserError.
+
+    called: what a local file is called in the result; empty: by its stem.
+    """
+    if name == "tiny":
+        pairs = language.pairs(TINY_PAIRS, TINY_SEED)
+        rows = [pair._asdict() for pair in pairs]
+        return local_task("tiny", rows, f"seed {TINY_SEED}")
+    if _is_local(name):
+        path = Path(name)
+        revision = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
+        return local_task(called or path.stem, read_pairs(path), revision)
+    task = _mteb_task(name)
     if not isinstance(task, AbsTaskSTS):
         raise UserError(
             f"evaluation.sts: {name} is a {task.metadata.type} task; expected an STS task"
         )
     if name in SUBSETS:
         task.hf_subsets = SUBSETS[name]
+    if len(task.hf_subsets) != 1:
+        raise UserError(
+            f"evaluation.sts: {name} is {len(task.hf_subsets)} data sets "
+            f"({listed(task.hf_subsets)}); expected a task of one"
+        )
     return task
 
 
 def read_pairs(path: Path) -> list[dict[str, Any]]:
     """Rows of a tab-separated file with header `score sentence1 sentence2`; nothing is quoted.
 
-    Cells and columns beyond these are passed over. Raises UserError naming file and line.
+    Further columns are passed over. Raises UserError naming file and line.
     """
-    rows = [
-        {
-            "score": finite_number(row.where, cell(row, ["score"]), "score"),
-            **{name: cell(row, [name]) for name in PAIR},
-        }
-        for row in table_rows(path, decoded(path), ragged=True)
-    ]
+    rows = list(usable(_pair, read_rows(str(path), ragged=True)))
     if len(rows) < 2:
         raise UserError(f"{path}: {len(rows)} pairs; expected a header and at least two rows")
     return rows
 
 
-PAIR = ("sentence1", "sentence2")
+def _pair(row: Row) -> dict[str, Any]:
+    score = finite_number(row.where, cell(row, ["score"]), "score")
+    return {"score": score} | {name: cell(row, [name]) for name in ("sentence1", "sentence2")}
 
 
 def local_task(name: str, rows: list[dict[str, Any]], revision: str) -> AbsTaskSTS:

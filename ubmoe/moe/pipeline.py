@@ -12,10 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ubmoe.bidirectional import set_attention
 from ubmoe.config import Config, Route, UserError
 from ubmoe.data.chats import Chat, read_chats
-from ubmoe.data.rows import SENTENCE, cell, held_out, training_rows
+from ubmoe.data.rows import held_out, sentences_of
 from ubmoe.encoder.sentence_encoder import load_saved
 from ubmoe.evaluate import generation
-from ubmoe.evaluate.sts import sts_scores, sts_task
+from ubmoe.evaluate.sts import sts_scores, sts_tasks
 from ubmoe.models.loading import load_model, load_tokenizer
 from ubmoe.moe import router_training, routers
 from ubmoe.moe.distillation import Distillation
@@ -45,7 +45,7 @@ def read(config: Config) -> Inputs:
     encoder = Path(config.ubmoe.bi or f"{config.output_dir}/bi").expanduser().resolve()
     attention = encoder_attention(encoder)
     generation.check_tasks(config.evaluation.generation, config.evaluation.data)
-    sts = [sts_task(name) for name in config.evaluation.sts]
+    sts = sts_tasks(config.evaluation.sts)
     tokenizer = load_tokenizer(config.model)
     if load_tokenizer(_of_encoder(config, encoder)).get_vocab() != tokenizer.get_vocab():
         raise UserError(f"ubmoe.bi: {encoder} has another tokenizer than {config.model.name}")
@@ -54,8 +54,7 @@ def read(config: Config) -> Inputs:
     chats, kept = held_out(found.chats, settings.held_out, "ubmoe.held_out")
     sentences = []
     if settings.objective == "both":
-        rows = training_rows(settings.sentences, len(chats))
-        sentences = [cell(row, SENTENCE) for row in rows]
+        sentences = sentences_of(settings.sentences, len(chats))
     counts = {"chats": len(chats), "held_out": len(kept), "truncated": found.truncated}
     log.info("chats: %s", counts)
     counts["dropped"] = found.dropped

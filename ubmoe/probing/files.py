@@ -4,15 +4,16 @@ Words are found by the files' own indices (of tokens between spaces, from 0), or
 cannot be placed is counted and listed, never guessed.
 """
 
-import csv
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ubmoe.config import UserError
-from ubmoe.data.rows import decoded, finite_number
+from ubmoe.data.bad_rows import RowError, usable
+from ubmoe.data.rows import Row, decoded, finite_number, table_rows
 from ubmoe.probing.items import FEATURES, IRREGULAR, Items, Task, bare, lemma, text, tokens
 from ubmoe.probing.word_vectors import Word
 
@@ -22,35 +23,52 @@ NORMS = (
 )
 
 
-def _lines(folder: Path, pattern: str) -> Iterator[tuple[str, str]]:
-    """(file:line, line) of the one file that fits, blank lines left out."""
+Line = tuple[str, str]  # file:line, and what stands there
+Item = tuple[tuple[Word, ...], Any, str]  # words, target, group
+
+
+def _file(folder: Path, pattern: str) -> tuple[Path, str]:
+    """The one file that fits, and its text."""
     found = sorted(folder.glob(pattern))
     if not found:
         raise UserError(f"probing.data: {folder} has no {pattern}")
-    lines = decoded(found[0]).split("\n")
-    if not any(line.strip() for line in lines):
+    text = decoded(found[0])
+    if not text.strip():
         raise UserError(f"{found[0]}: empty; expected rows")
-    for number, line in enumerate(lines, 1):
+    return found[0], text
+
+
+def _lines(folder: Path, pattern: str) -> Iterator[Line]:
+    """The lines of the one file that fits, blank ones left out."""
+    path, text = _file(folder, pattern)
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            yield f"{found[0]}:{number}", line
+            yield f"{path}:{number}", line
+
+
+def _placed(items: Items, read: Callable[[Any], Item | None], rows: Iterable[Any]) -> None:
+    """Add what is read of each row; None: its word is nowhere, which `read` has listed."""
+    for found in usable(read, rows):
+        if found is not None:
+            items.add(*found)
 
 
 def _columns(where: str, line: str, count: int) -> list[str]:
     cells = line.split("\t")
     if len(cells) != count:
-        raise UserError(f"{where}: got {len(cells)} columns, expected {count}")
+        raise RowError(where, f"got {len(cells)} columns, expected {count}")
     return cells
 
 
 def _whole(where: str, value: str) -> int:
     if not re.fullmatch(r"\d+", value.strip()):
-        raise UserError(f"{where}: got {value!r}, expected a whole number")
+        raise RowError(where, f"got {value!r}, expected a whole number")
     return int(value)
 
 
 def _at(where: str, words: list[Word], index: int) -> Word:
     if index >= len(words):
-        raise UserError(f"{where}: word {index} of a sentence of {len(words)} words")
+        raise RowError(where, f"word {index} of a sentence of {len(words)} words")
     return bare(words[index])
 
 
@@ -61,19 +79,24 @@ def _context(folder: Path) -> list[Task]:
         places = [Items() for _ in range(5)]
         test = []
         for split in ("train", "test"):
-            for where, line in _lines(folder, f"Task1*/{feature}/{split}.txt"):
-                sentence, _, label = line.rpartition(",")
-                words = tokens(sentence)
-                if len(words) != 5 or label.strip() not in ("0", "1"):
-                    raise UserError(f"{where}: expected five words, a comma and 0 or 1")
+            for words, label in usable(_five, _lines(folder, f"Task1*/{feature}/{split}.txt")):
                 for items, word in zip(places, words, strict=True):
-                    items.add((word,), int(label), text(words[target]))
+                    items.add((word,), label, text(words[target]))
                 test.append(split == "test")
         found += [
             items.task(f"{feature}@{number}", test=np.array(test))
             for number, items in enumerate(places, 1)
         ]
     return found
+
+
+def _five(given: Line) -> tuple[list[Word], int]:
+    where, line = given
+    sentence, _, label = line.rpartition(",")
+    words = tokens(sentence)
+    if len(words) != 5 or label.strip() not in ("0", "1"):
+        raise RowError(where, "expected five words, a comma and 0 or 1")
+    return words, int(label)
 
 
 def _aspect(folder: Path) -> list[Task]:
@@ -84,21 +107,21 @@ def _aspect(folder: Path) -> list[Task]:
     found = []
     for name in ("telicity", "duration"):
         items = Items()
-        for where, line in _lines(folder, f"Task2*/{name}_train.txt"):
+
+        def read(given: Line, items: Items = items) -> Item | None:
+            where, line = given
             _, sentence, verb, index, label = _columns(where, line, 5)
             words, place = tokens(sentence), _whole(where, index)
-            if not re.search(r"[^\W\d_]", verb):
+            same = [word for word in words if text(word) == verb]
+            if not re.search(r"[^\W\d_]", verb) or not same:
                 items.unplaced.append(f"{where}: {verb}")
-                continue
-            if place >= len(words) or text(words[place]) != verb:
-                same = [word for word in words if text(word) == verb]
-                if not same:
-                    items.unplaced.append(f"{where}: {verb}")
-                    continue
-                words, place = same, 0
+                return None
+            there = place < len(words) and text(words[place]) == verb
             if label.strip() not in ("0", "1"):
-                raise UserError(f"{where}: got {label!r}, expected 0 or 1")
-            items.add((words[place],), int(label), lemma(verb))
+                raise RowError(where, f"got {label!r}, expected 0 or 1")
+            return (words[place] if there else same[0],), int(label), lemma(verb)
+
+        _placed(items, read, _lines(folder, f"Task2*/{name}_train.txt"))
         found.append(items.task(name))
     return found
 
@@ -108,31 +131,33 @@ def _concreteness(folder: Path) -> list[Task]:
     (header, first), *lines = _lines(folder, "Task3*/*.txt")
     if "TARGET" not in first:
         raise UserError(f"{header}: expected a header with TARGET")
-    for where, line in lines:
+
+    def read(given: Line) -> Item:
+        where, line = given
         _, target, _, index, sentence, score = _columns(where, line, 6)
         word = _at(where, tokens(sentence), _whole(where, index))
-        items.add((word,), [finite_number(where, score)], lemma(target))
+        return (word,), [finite_number(where, score)], lemma(target)
+
+    _placed(items, read, lines)
     return [items.task("concreteness")]
 
 
 def _sensorimotor(folder: Path) -> list[Task]:
     """Eleven norms of a word; it is found by its form, or by one that begins with it."""
     items = Items()
-    lines = list(_lines(folder, "Task4*/*.txt"))
-    header = next(csv.reader([lines[0][1]]))
-    if missing := {"word", "sentence", *(f"{norm}.M" for norm in NORMS)} - set(header):
-        raise UserError(f"{lines[0][0]}: no column {', '.join(sorted(missing))}")
-    for where, line in lines[1:]:
-        cells = next(csv.reader([line]))
-        if len(cells) != len(header):
-            raise UserError(f"{where}: got {len(cells)} columns, expected {len(header)}")
-        row = dict(zip(header, cells, strict=True))
-        word = _of_form(row["word"].lower(), tokens(row["sentence"]))
+    path, lines = _file(folder, "Task4*/*.txt")
+
+    def read(row: Row) -> Item | None:
+        if missing := {"word", "sentence", *(f"{norm}.M" for norm in NORMS)} - set(row.fields):
+            raise UserError(f"{path}:1: no column {', '.join(sorted(missing))}")
+        word = _of_form(row.fields["word"].lower(), tokens(row.fields["sentence"]))
         if word is None:
-            items.unplaced.append(f"{where}: {row['word']}")
-            continue
-        norms = [finite_number(where, row[f"{norm}.M"]) for norm in NORMS]
-        items.add((word,), norms, lemma(row["word"]))
+            items.unplaced.append(f"{row.where}: {row.fields['word']}")
+            return None
+        norms = [finite_number(row.where, row.fields[f"{norm}.M"]) for norm in NORMS]
+        return (word,), norms, lemma(row.fields["word"])
+
+    _placed(items, read, table_rows(path, lines))
     return [items.task("sensorimotor")]
 
 
@@ -153,16 +178,20 @@ def _word_in_context(folder: Path) -> list[Task]:
     rows = list(_lines(folder, "Task5*/test.data.txt"))
     if len(gold) != len(rows) or set(gold) - {"T", "F"}:
         raise UserError(f"{folder}: {len(gold)} gold labels for {len(rows)} pairs, each T or F")
-    for (where, line), label in zip(rows, gold, strict=True):
+
+    def read(given: tuple[Line, str]) -> Item:
+        (where, line), label = given
         word, _, indices, *pair = _columns(where, line, 5)
         places = [_whole(where, index) for index in indices.split("-")]
         if len(places) != 2:
-            raise UserError(f"{where}: got {indices!r}, expected two indices as 4-4")
+            raise RowError(where, f"got {indices!r}, expected two indices as 4-4")
         first, second = (
             _at(where, tokens(sentence), place)
             for sentence, place in zip(pair, places, strict=True)
         )
-        items.add((first, second), int(label == "T"), lemma(word))
+        return (first, second), int(label == "T"), lemma(word)
+
+    _placed(items, read, zip(rows, gold, strict=True))
     return [items.task("word in context")]
 
 

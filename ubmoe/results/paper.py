@@ -143,10 +143,23 @@ def notes(kind: str, model: str, records: Records, seeds: Sequence[int]) -> list
 
 
 def left_out(kind: str, model: str, records: Records, seeds: Sequence[int]) -> list[str]:
-    """The seeds of runs that are not shown."""
+    """The seeds of runs that are not shown, and further runs of one row and seed."""
     others = {each.seed for each in KINDS[kind](model, records)} - {None, *seeds}
     said = ", ".join(map(str, sorted(seed for seed in others if seed is not None)))
-    return [f"Not shown: runs of seed {said}; see results.seeds."] if others else []
+    notes = [f"Not shown: runs of seed {said}; see results.seeds."] if others else []
+    shown = {(each.row, each.seed): each for each in entries(kind, model, records, seeds)}
+    for each in all_entries(kind, model, records, seeds):
+        first = shown[each.row, each.seed]
+        if _numbers(each) - _numbers(first):
+            notes.append(
+                f"Not shown: {each.record.name}, which says otherwise of {each.row} than "
+                f"{first.record.name}."
+            )
+    return notes
+
+
+def _numbers(entry: Entry) -> set[tuple[str, float]]:
+    return {(name, value) for name, value in entry.cells.items() if value is not None}
 
 
 def _settings(entry: Entry) -> dict[str, str]:

@@ -31,6 +31,7 @@ from ubmoe.config import (
     load_config,
     numbered,
 )
+from ubmoe.data.bad_rows import dropping
 from ubmoe.data.inputs import MODEL, READ, inputs
 from ubmoe.data.rows import read_texts
 from ubmoe.files import replace, write_text
@@ -353,7 +354,8 @@ def extrapolated(step: Step, result: dict[str, Any]) -> float:
     section, config = result[step.result], step.config
     seconds = float(result["seconds"])
     if step.result == "dependence":
-        texts = len(read_texts(config.dependence.dataset, config.dependence.max_texts))
+        with dropping(config.data.skip_bad_rows):
+            texts = len(read_texts(config.dependence.dataset, config.dependence.max_texts))
         return seconds + section["seconds"] * (texts / section["texts"] - 1)
     for settings, log_rows, rows in _trained(config, section):
         if log_rows:  # none where nothing trains

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ubmoe.config import Config, UserError
+from ubmoe.config import MADE, SCORED, Config, UserError, leaves, listed
 from ubmoe.files import write_json
 from ubmoe.report.tables import TEXT, model_of
 from ubmoe.staging import complete_moves
@@ -34,7 +34,7 @@ class Record:
     def named(cls, name: str, data: dict[str, Any]) -> "Record":
         """The record of a file's name without `.json`. Raises UserError for one that is none."""
         found = NAME.fullmatch(name)
-        if found is None:
+        if found is None or found["seed"] != str(int(found["seed"])):  # seed00 would hide seed0
             raise UserError(
                 f"results.directory: {name}.json is no record's name; expected "
                 "<run>.<result>.seed<number>.json, as python -m ubmoe.results record writes it"
@@ -154,10 +154,26 @@ def record(config: Config, paths: list[Path] | None = None) -> str:
         seed = result["config"]["seed"]
         own = Record(Path(config.output_dir).name, path.stem, seed, without_paths(result))
         target = Path(config.results.directory) / f"{own.name}.json"
+        if paths is None:  # a study's runs are its own, and run again where they differ
+            _check_same_run(target, own)
         target.parent.mkdir(parents=True, exist_ok=True)
         write_json(target, own.data)
         written.append(str(target))
     return "\n".join(written)
+
+
+def _check_same_run(target: Path, own: Record) -> None:
+    """Raises UserError for a record of another run: two folders may end in one name."""
+    if not target.exists():
+        return
+    names = (*SCORED[own.kind], *MADE.get(own.kind, ())) if own.kind in SCORED else (own.kind,)
+    old, new = (leaves(each, names) for each in (read_result(target)["config"], own.config))
+    unlike = sorted(key for key in old.keys() & new.keys() if old[key] != new[key])
+    if unlike:
+        raise UserError(
+            f"{target}: is of another run ({listed(unlike)}); remove it to replace it, or let "
+            "output_dir end in another name"
+        )
 
 
 def without_paths(value: Any) -> Any:
