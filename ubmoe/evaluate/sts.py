@@ -6,6 +6,7 @@ would get the first one's scores: no cache is used, and every run is named by it
 
 import hashlib
 import math
+import re
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
@@ -95,10 +96,9 @@ def _mteb_task(name: str) -> Any:
     try:
         [task] = mteb.get_tasks(tasks=[name], languages=None, exclude_superseded=False)
     except (KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise UserError(
-            f"evaluation.sts: {name}: no mteb task and no .tsv file ({reason})"
-        ) from error
+        close = re.search(r"Did you mean: '([^']+)'", str(error))
+        meant = f"; did you mean {close[1]}?" if close else ""
+        raise UserError(f"evaluation.sts: {name}: no mteb task and no .tsv file{meant}") from error
     return task
 
 
