@@ -23,7 +23,7 @@ from ubmoe.config import BiSection, Config, UserError
 from ubmoe.files import replace_directory
 from ubmoe.layered import named_layers, partial_layers
 from ubmoe.models.loading import best_device, keywords, load_model, load_tokenizer, source
-from ubmoe.models.lora import adapter_attention
+from ubmoe.models.lora import last_attention
 
 POOLING = {"mean": "mean", "weighted_mean": "weightedmean", "last": "lasttoken"}
 OWN = "own"  # name of the prompt that every text gets
@@ -148,7 +148,7 @@ def load_encoder(config: Config) -> SentenceTransformer:
     attention = config.bi.attention
     file = "gguf_file" in keywords(config.model)
     if not file and is_sentence_transformer_model(name, revision=config.model.revision):
-        if config.model.adapter:
+        if config.model.adapters:
             raise UserError(
                 f"model.adapter: {config.model.name} is an encoder of sentence-transformers; "
                 "expected null, or a causal language model as model.name"
@@ -158,7 +158,7 @@ def load_encoder(config: Config) -> SentenceTransformer:
             "model_kwargs": {"dtype": config.model.dtype},
         }
         return load_saved(name, str(device), **keys)
-    if config.model.adapter and (trained := adapter_attention(config.model.adapter)) != attention:
+    if (trained := last_attention(config.model.adapters)) not in (None, attention):
         raise UserError(
             f"bi.attention: the adapter was trained {trained}, not {attention}; expected "
             f"bi.attention={trained}"

@@ -135,7 +135,7 @@ def load_model(
             **keywords(config),
             config=settings,
             # an adapter is merged in fp32, then cast
-            dtype=torch.float32 if config.adapter else dtype,
+            dtype=torch.float32 if config.adapters else dtype,
             attn_implementation=config.attn_implementation,
             output_loading_info=True,
         )
@@ -148,8 +148,7 @@ def load_model(
     _check_layers(model, report["unexpected_keys"], config.name)
     if "gguf_file" in keywords(config):
         _forget_quantization(model)
-    if config.adapter:
-        model = lora.cast(lora.merged(model, config.adapter), dtype)
+    model = lora.merged(model, config.adapters, dtype)
     _check_finite(model, config.name)
     set_layers(model.eval().to(best_device(config.device)), layers if bidirectional else "all")
     set_attention(model, bidirectional)

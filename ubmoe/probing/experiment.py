@@ -15,6 +15,7 @@ from ubmoe.config import Config, ProbedModel, ProbingSection, UserError
 from ubmoe.files import replace
 from ubmoe.models.digests import digest
 from ubmoe.models.loading import load_model, load_tokenizer, saved_attention
+from ubmoe.models.lora import last_attention
 from ubmoe.moe.routes import set_route
 from ubmoe.probing.anisotropy import anisotropy
 from ubmoe.probing.items import Task
@@ -110,7 +111,8 @@ def _mark(key: str, label: str, tasks: Sequence[Task], settings: ProbingSection)
 
 
 def _attention(config: Config, which: ProbedModel) -> str:
-    return which.attention or saved_attention(_section(config, which))
+    section = _section(config, which)
+    return which.attention or last_attention(section.adapters) or saved_attention(section)
 
 
 def _section(config: Config, which: ProbedModel) -> Any:
