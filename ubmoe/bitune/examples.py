@@ -11,6 +11,7 @@ from ubmoe.config import UserError
 from ubmoe.data.chats import Chat, read_chats
 from ubmoe.data.padding import IGNORE_INDEX, padded
 from ubmoe.data.rows import Text, read_texts
+from ubmoe.data.tokens import check_ids, split_ids
 
 EMPTY = "an empty answer; remove the row"
 
@@ -92,8 +93,8 @@ def _templated(text: Text, tokenizer: PreTrainedTokenizerBase, template: str) ->
         if not asked:
             raise UserError(f"{text.where}: an answer to nothing; remove the row")
         prompt = before + template.replace("{prompt}", asked)
-        answer = tokenizer(f" {content}", add_special_tokens=False)["input_ids"]
-        ids = tokenizer(prompt, verbose=False)["input_ids"]
+        ids, answer = split_ids(tokenizer, prompt, f" {content}")
+        check_ids(tokenizer, [*ids, *answer, tokenizer.eos_token_id], text.where)
         found.append(Example(ids, [*answer, tokenizer.eos_token_id]))
         before, asked = f"{prompt} {content}\n\n", ""
     if not found:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ubmoe.config import UserError
 from ubmoe.data.padding import IGNORE_INDEX, padded, padded_with_mask
 from ubmoe.data.rows import Text, read_texts
+from ubmoe.data.tokens import check_ids
 
 Span = tuple[int, int]  # of characters
 
@@ -76,6 +77,7 @@ def _chat(tokenizer: PreTrainedTokenizerBase, text: Text) -> Chat:
     contents = _contents(tokenizer, text, rendered)
     keys = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
     encoded = tokenizer(rendered, **keys)
+    check_ids(tokenizer, encoded["input_ids"], text.where)
     offsets: list[Span] = encoded["offset_mapping"]
     answer = [any(low <= start < high for low, high in answers) for start, _ in offsets]
     roles = [_role(rendered[start:end], start, contents) for start, end in offsets]

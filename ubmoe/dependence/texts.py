@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ubmoe.config import UserError
 from ubmoe.data.rows import Text
+from ubmoe.data.tokens import check_ids
 from ubmoe.models.loading import context_length
 
 
@@ -33,6 +34,7 @@ def tokenize(
             raise UserError(f"{text.where}: the chat template fails ({error})") from error
         if not ids[-1]:
             raise UserError(f"{text.where}: empty text; it has no tokens")
+        check_ids(tokenizer, ids[-1], text.where)
     return ids
 
 

@@ -4,6 +4,8 @@ Trainer and sampler are sentence-transformers'. Ours: which modules train, the v
 """
 
 import logging
+import math
+import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -17,14 +19,15 @@ from sentence_transformers import (
     SentenceTransformerTrainingArguments,
 )
 from sentence_transformers.base.sampler import BatchSamplers
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ubmoe.config import StageSection, UserError
 from ubmoe.data.chats import Chat
 from ubmoe.data.rows import SENTENCE, cell, training_rows
+from ubmoe.data.tokens import check_texts
 from ubmoe.encoder.contrastive_loss import CachedContrastiveLoss, ContrastiveLoss
 from ubmoe.encoder.language_loss import LanguageLoss
-from ubmoe.encoder.sentence_encoder import own_prompt
+from ubmoe.encoder.sentence_encoder import lengths, own_prompt
 from ubmoe.training.checkpoints import Work
 from ubmoe.training.modules import announce, tuning
 from ubmoe.training.trainer import GuardedTrainer, run_trainer
@@ -37,14 +40,16 @@ COLUMNS = {  # of a supervised data set, by what they are often called
 }
 
 
-def read_dataset(stage: StageSection) -> Dataset:
+def read_dataset(stage: StageSection, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """Columns anchor, positive and perhaps negative. Raises UserError for rows that cannot train.
 
     SimCSE's positive is the anchor itself: the views differ by dropout alone.
     """
     rows = training_rows(stage.dataset, stage.max_rows)
     if stage.objective == "simcse":
-        texts = list(dict.fromkeys(cell(row, SENTENCE) for row in rows))
+        every = [cell(row, SENTENCE) for row in rows]
+        check_texts(tokenizer, ((row.where, text) for row, text in zip(rows, every, strict=True)))
+        texts = list(dict.fromkeys(every))
         columns = {"anchor": texts, "positive": texts}
     else:
         present = {
@@ -53,6 +58,9 @@ def read_dataset(stage: StageSection) -> Dataset:
             if name != "negative" or (rows and any(alias in rows[0].fields for alias in aliases))
         }
         columns = {name: [cell(row, aliases) for row in rows] for name, aliases in present.items()}
+        for column in columns.values():
+            where = (row.where for row in rows)
+            check_texts(tokenizer, zip(where, column, strict=True))
     if stage.loss == "nt_xent" and "negative" in columns:
         raise UserError("bi.stages.N.loss: nt_xent knows no hard negatives; expected simcse")
     if len(set(columns["anchor"])) < 2:
@@ -155,14 +163,10 @@ def train_stage(
 
 
 def truncated(encoder: SentenceTransformer, data: Dataset, most: int = 1000) -> float:
-    """Share of (at most `most`) anchors that are longer than the stage's limit, in percent."""
-    texts = data["anchor"][:most]
-    limit = encoder.max_seq_length or 10**6
-    encoder.max_seq_length = 10**6
-    features = encoder.preprocess(list(texts), prompt=own_prompt(encoder))
-    lengths = features["attention_mask"].sum(1)
-    encoder.max_seq_length = limit
-    return float((lengths > limit).float().mean() * 100)
+    """Share of the texts of (at most `most`) rows that the stage's limit cuts, in percent."""
+    texts = [text for column in data.column_names for text in data[column][:most]]
+    limit = encoder.max_seq_length or math.inf
+    return 100 * statistics.mean(each > limit for each in lengths(encoder, texts))
 
 
 def negatives(stage: StageSection, columns: list[str]) -> int:

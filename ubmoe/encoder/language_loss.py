@@ -13,6 +13,7 @@ from ubmoe.bidirectional import attending
 from ubmoe.config import StageSection, UserError
 from ubmoe.data.chats import Chat, collate, read_chats
 from ubmoe.data.rows import Text, read_texts
+from ubmoe.data.tokens import check_ids
 from ubmoe.training.losses import mean_loss, predictions
 
 
@@ -39,7 +40,9 @@ def _plain(text: Text, tokenizer: PreTrainedTokenizerBase, most: int) -> Chat:
     """A text all of whose tokens are predicted."""
     if not isinstance(text.content, str):
         raise UserError(f"{text.where}: a chat among texts; expected one or the other")
-    ids = tokenizer(text.content, verbose=False)["input_ids"][:most]
+    ids = tokenizer(text.content, verbose=False)["input_ids"]
+    check_ids(tokenizer, ids, text.where)
+    ids = ids[:most]
     return Chat(text.where, ids, [True] * len(ids), ["answer"] * len(ids))
 
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ubmoe.config import StageSection, UserError
 from ubmoe.data.padding import IGNORE_INDEX
 from ubmoe.data.rows import SENTENCE, cell, training_rows
+from ubmoe.data.tokens import check_ids, check_texts
 from ubmoe.training.checkpoints import Work
 from ubmoe.training.losses import mean_loss, predictions
 from ubmoe.training.modules import announce, tuning
@@ -69,21 +70,29 @@ class Masking:
     """(T,) tokens -> the same with some masked, and labels that are IGNORE_INDEX elsewhere.
 
     Every ordinary token is chosen with `mlm_probability`. `bert`: of the chosen, 80 % become the
-    mask token, 10 % a random one, 10 % stay; `all`: every one becomes the mask token. Raises
-    UserError for a mask token that is not one token.
+    mask token, 10 % a random one, 10 % stay; `all`: every one becomes the mask token.
+
+    rows: the model's embeddings; random tokens are among them. Raises UserError for a mask token
+    that is not one token.
     """
 
-    def __init__(self, stage: StageSection, tokenizer: PreTrainedTokenizerBase) -> None:
-        found = tokenizer(stage.mask_token, add_special_tokens=False)["input_ids"]
+    def __init__(
+        self, stage: StageSection, tokenizer: PreTrainedTokenizerBase, rows: int | None = None
+    ) -> None:
+        # alone, some tokenizers would put the mark of a text's beginning before it
+        known = tokenizer.get_vocab().get(stage.mask_token)
+        apart = tokenizer(stage.mask_token, add_special_tokens=False)["input_ids"]
+        found = apart if known is None else [known]
         if len(found) != 1:
             raise UserError(
                 f"bi.stages.N.mask_token: {stage.mask_token!r} is {len(found)} tokens of this "
                 "tokenizer; expected one"
             )
-        [self.mask] = found
+        self.mask: int = found[0]
+        check_ids(tokenizer, found, "bi.stages.N.mask_token")
         self.probability, self.style = stage.mlm_probability, stage.masking
         self.special = np.array(sorted(tokenizer.all_special_ids), dtype=np.int64)
-        self.vocabulary = len(tokenizer)
+        self.vocabulary = min(len(tokenizer), rows or len(tokenizer))
 
     def __call__(self, ids: Tensor, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
         tokens = ids.numpy().copy()
@@ -105,18 +114,18 @@ def chunked(stage: StageSection, tokenizer: PreTrainedTokenizerBase) -> Tensor:
 
     Raises UserError where the texts do not fill one chunk.
     """
-    texts = [
-        cell(row, SENTENCE, blank=True) for row in training_rows(stage.dataset, stage.max_rows)
-    ]
-    lines = [f"{text}\n" for text in texts if text]
+    rows = training_rows(stage.dataset, stage.max_rows)
+    texts = [(row.where, text) for row in rows if (text := cell(row, SENTENCE, blank=True))]
+    check_texts(tokenizer, texts)
+    lines = [f"{text}\n" for _, text in texts]
     ids = [token for line in tokenizer(lines)["input_ids"] for token in line] if lines else []
-    rows = len(ids) // stage.max_tokens
-    if not rows:
+    count = len(ids) // stage.max_tokens
+    if not count:
         raise UserError(
             f"{stage.dataset}: {len(ids)} tokens; expected one chunk of "
             f"bi.stages.N.max_tokens={stage.max_tokens} at least"
         )
-    return torch.tensor(ids[: rows * stage.max_tokens]).view(rows, stage.max_tokens)
+    return torch.tensor(ids[: count * stage.max_tokens]).view(count, stage.max_tokens)
 
 
 class MntpTrainer(GuardedTrainer):
@@ -150,7 +159,8 @@ def train_stage(
 
     Returns what the record says of the stage: counts by module, rows, log.
     """
-    data = Chunks(chunks, Masking(stage, tokenizer), work.seed)
+    embedding: Any = model.get_input_embeddings()
+    data = Chunks(chunks, Masking(stage, tokenizer, len(embedding.weight)), work.seed)
     with tuning(model, stage, work) as counts:
         report = {"trainable": counts, "rows": len(chunks), "tokens": chunks.numel()}
         announce(stage, model, report)

@@ -7,7 +7,8 @@ import logging
 import math
 import re
 import sys
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import version
@@ -154,15 +155,15 @@ def generation_scores(
         return {"tasks": {}, "metrics": {}, "average": None, **metadata}
     with redirect_stdout(sys.stderr):
         if lm is None:
-            from lm_eval.models.huggingface import HFLM
+            from ubmoe.evaluate.harness import Asked
 
-            lm = HFLM(
+            lm = Asked(
                 pretrained=model,
                 tokenizer=tokenizer,
                 batch_size=settings.batch_size,
                 softmax_dtype="float32",  # of logits that autocast made
             )
-        with autocast(settings.bf16, model.device):
+        with autocast(settings.bf16, model.device), said_once("lm_eval"):
             found = _evaluated(lm, settings)
     tasks, metrics = {}, {}
     for asked in settings.generation:
@@ -175,17 +176,38 @@ def generation_scores(
     average = sum(tasks[name][metric] for name, metric in metrics.items()) / len(tasks)
     shots = {name: found["n-shot"].get(name) for name in tasks}
     versions = {name: found["versions"].get(name) for name in tasks}
+    metadata["truncated"] = dict(lm.truncated)  # prompts whose beginning was cut, by task
     return {
         **{"tasks": tasks, "metrics": metrics, "average": average},
         **{"shots": shots, "versions": versions, **metadata},
     }
 
 
+@contextmanager
+def said_once(library: str) -> Iterator[None]:
+    """A library's warnings, each once whatever the numbers in it; what is less is not shown."""
+    first: dict[str, logging.LogRecord] = {}
+
+    def once(record: logging.LogRecord) -> bool:
+        message = re.sub(r"\d+", "N", record.getMessage())
+        ours = record.name.partition(".")[0] == library
+        return not ours or first.setdefault(message, record) is record  # for every handler
+
+    logger, handlers = logging.getLogger(library), logging.getLogger().handlers[:]
+    logger.setLevel(logging.WARNING)
+    for handler in handlers:
+        handler.addFilter(once)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(once)
+
+
 def _evaluated(lm: Any, settings: EvaluationSection) -> dict[str, Any]:
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     asked = settings.generation
     theirs = any(not name.endswith((".yaml", ".yml")) and name != "tiny" for name in asked)
     tasks: list[Any] = [
@@ -204,7 +226,7 @@ def _evaluated(lm: Any, settings: EvaluationSection) -> dict[str, Any]:
             bootstrap_iters=0,
             log_samples=False,
         )
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError, AssertionError) as error:
         # a data set that is not here, and no network; or a task that is wrong in itself
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UserError(f"evaluation.generation: {', '.join(asked)}: {reason}") from error

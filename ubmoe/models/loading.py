@@ -22,6 +22,7 @@ from transformers import (
 
 from ubmoe.bidirectional import attention_name, prove_attention, set_attention, set_layers
 from ubmoe.config import Layers, ModelSection, UserError, listed
+from ubmoe.data import tokens
 from ubmoe.layered import partial_layers
 from ubmoe.models import lora, precision
 from ubmoe.tiny.model import tiny_directory
@@ -84,14 +85,15 @@ def keywords(config: ModelSection) -> dict[str, Any]:
 
 
 def load_tokenizer(config: ModelSection) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer, with a padding token where it has none. Raises UserError."""
+    """The model's own tokenizer, with a padding token that the model has. Raises UserError."""
     with explained(config):
         tokenizer = AutoTokenizer.from_pretrained(source(config), **keywords(config))
+        whole = AutoConfig.from_pretrained(source(config), **keywords(config))
+        settings = whole.get_text_config()
     # Without tokenizer files transformers 5 makes an empty tokenizer, and says nothing.
     if not tokenizer("any text", add_special_tokens=False)["input_ids"]:
         raise UserError(f"model.name: {config.name} has no tokenizer; expected tokenizer.json")
-    if tokenizer.pad_token is None:  # as Llama's; any will do, since padding is masked
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    tokens.fit(tokenizer, getattr(settings, "vocab_size", None))
     return tokenizer
 
 

@@ -13,6 +13,7 @@ from ubmoe.bidirectional import set_attention
 from ubmoe.config import Config, Route, UserError
 from ubmoe.data.chats import Chat, read_chats
 from ubmoe.data.rows import SENTENCE, cell, held_out, training_rows
+from ubmoe.data.tokens import check_texts
 from ubmoe.encoder.sentence_encoder import load_saved
 from ubmoe.evaluate import generation
 from ubmoe.evaluate.sts import sts_scores, sts_task
@@ -56,6 +57,7 @@ def read(config: Config) -> Inputs:
     if settings.objective == "both":
         rows = training_rows(settings.sentences, len(chats))
         sentences = [cell(row, SENTENCE) for row in rows]
+        check_texts(tokenizer, zip((row.where for row in rows), sentences, strict=True))
     counts = {"chats": len(chats), "held_out": len(kept), "truncated": found.truncated}
     log.info("chats: %s", counts)
     counts["dropped"] = found.dropped
