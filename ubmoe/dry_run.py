@@ -27,7 +27,14 @@ from ubmoe.data.rows import SENTENCE, cell, held_out, read_texts, training_rows
 from ubmoe.dependence.texts import tokenize
 from ubmoe.encoder.contrastive import attention_dropout
 from ubmoe.encoder.stages import read_data
-from ubmoe.models.loading import best_device, explained, keywords, load_tokenizer, source
+from ubmoe.models.loading import (
+    best_device,
+    explained,
+    keywords,
+    load_tokenizer,
+    source,
+    within_context,
+)
 from ubmoe.models.precision import uses_bfloat16
 from ubmoe.moe import joining, routers, routes
 from ubmoe.recording import peak_memory_bytes
@@ -51,6 +58,7 @@ class Batch:
 
 def calculate_dp(config: Config) -> str:
     """Texts and tokens, and the memory of one forward."""
+    config = within_context(config, "dependence")
     tokenizer = load_tokenizer(config.model)
     settings = config.dependence
     texts = read_texts(settings.dataset, settings.max_texts)
@@ -66,6 +74,7 @@ def calculate_dp(config: Config) -> str:
 
 def train_bi(config: Config) -> str:
     """A stage after the other; the memory is the largest of theirs."""
+    config = within_context(config, "bi")
     tokenizer, work, trained = load_tokenizer(config.model), [], []
     most: dict[str, int] = {}
     with shapes():
@@ -99,6 +108,7 @@ def train_bi(config: Config) -> str:
 
 def train_ubmoe(config: Config) -> str:
     """The mixture's routers; both dense models are there while it is made."""
+    config = within_context(config, "bi", "ubmoe")
     settings, tokenizer = config.ubmoe, load_tokenizer(config.model)
     found = read_chats(settings.dataset, tokenizer, settings.max_tokens, settings.max_rows)
     chats, _ = held_out(found.chats, settings.held_out, "ubmoe.held_out")

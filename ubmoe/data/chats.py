@@ -30,6 +30,7 @@ class Chat:
     ids: list[int]
     answer: list[bool]
     roles: list[str]
+    cut: bool = False  # whether it was longer
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,16 @@ def read_chats(
         raise UserError(f"{tokenizer.name_or_path}: its tokenizer gives no offsets; expected fast")
     whole = [_chat(tokenizer, text) for text in read_texts(dataset, most)]
     cut = [
-        Chat(c.where, c.ids[:max_tokens], c.answer[:max_tokens], c.roles[:max_tokens])
+        Chat(
+            *(c.where, c.ids[:max_tokens], c.answer[:max_tokens], c.roles[:max_tokens]),
+            cut=len(c.ids) > max_tokens,
+        )
         for c in whole
     ]
     kept = [chat for chat in cut if any(chat.answer[1:])]
     if not kept:
         raise UserError(f"{dataset}: no answer is left within {max_tokens} tokens of any chat")
-    truncated = sum(len(chat.ids) > max_tokens for chat in whole)
+    truncated = sum(chat.cut for chat in cut)
     return Chats(kept, truncated, len(cut) - len(kept))
 
 

@@ -61,5 +61,5 @@ def cut(
     model: PreTrainedModel, texts: list[list[int]], max_tokens: int
 ) -> tuple[list[list[int]], int]:
     """Texts cut at `max_tokens` and at the model's context, and how many were longer."""
-    limit = min(max_tokens, context_length(model) or max_tokens)
+    limit = min(max_tokens, context_length(model.config) or max_tokens)
     return [text[:limit] for text in texts], sum(len(text) > limit for text in texts)

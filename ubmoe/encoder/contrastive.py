@@ -139,10 +139,12 @@ def train_stage(
         report = {
             "trainable": counts,
             "rows": len(data),
+            "max_tokens": stage.max_tokens,
             "truncated_percent": truncated(encoder, data),
             "negatives_per_anchor": negatives(stage, data.column_names),
         }
-        report |= {"lm_rows": len(language)} if language else {}
+        if language:
+            report |= {"lm_rows": len(language), "lm_truncated": sum(c.cut for c in language)}
         announce(stage, model, report)
         with attention_dropout(model, stage.dropout if views else 0.0):
             history = run_trainer(
@@ -166,7 +168,7 @@ def truncated(encoder: SentenceTransformer, data: Dataset, most: int = 1000) -> 
     """Share of the texts of (at most `most`) rows that the stage's limit cuts, in percent."""
     texts = [text for column in data.column_names for text in data[column][:most]]
     limit = encoder.max_seq_length or math.inf
-    return 100 * statistics.mean(each > limit for each in lengths(encoder, texts))
+    return 100 * statistics.fmean(each > limit for each in lengths(encoder, texts))
 
 
 def negatives(stage: StageSection, columns: list[str]) -> int:

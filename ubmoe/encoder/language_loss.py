@@ -42,8 +42,9 @@ def _plain(text: Text, tokenizer: PreTrainedTokenizerBase, most: int) -> Chat:
         raise UserError(f"{text.where}: a chat among texts; expected one or the other")
     ids = tokenizer(text.content, verbose=False)["input_ids"]
     check_ids(tokenizer, ids, text.where)
-    ids = ids[:most]
-    return Chat(text.where, ids, [True] * len(ids), ["answer"] * len(ids))
+    kept = ids[:most]
+    roles = ["answer"] * len(kept)
+    return Chat(text.where, kept, [True] * len(kept), roles, cut=len(ids) > most)
 
 
 class LanguageLoss:

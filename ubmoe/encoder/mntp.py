@@ -163,6 +163,7 @@ def train_stage(
     data = Chunks(chunks, Masking(stage, tokenizer, len(embedding.weight)), work.seed)
     with tuning(model, stage, work) as counts:
         report = {"trainable": counts, "rows": len(chunks), "tokens": chunks.numel()}
+        report["max_tokens"] = chunks.shape[1]
         announce(stage, model, report)
         history = run_trainer(
             partial(MntpTrainer, model),

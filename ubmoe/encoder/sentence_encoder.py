@@ -7,6 +7,7 @@ shared with the causal LM: training the one trains the other, and the lm_head is
 
 import copy
 import json
+import logging
 import string
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,9 +25,18 @@ from ubmoe.config import BiSection, Config, UserError
 from ubmoe.data import tokens
 from ubmoe.files import replace_directory
 from ubmoe.layered import named_layers, partial_layers
-from ubmoe.models.loading import best_device, keywords, load_model, load_tokenizer, source
+from ubmoe.models.loading import (
+    best_device,
+    context_length,
+    keywords,
+    load_model,
+    load_tokenizer,
+    source,
+    within_context,
+)
 from ubmoe.models.lora import last_attention
 
+log = logging.getLogger(__name__)
 POOLING = {"mean": "mean", "weighted_mean": "weightedmean", "last": "lasttoken"}
 OWN = "own"  # name of the prompt that every text gets
 PROBES = (" a", *string.ascii_letters, *string.digits, *string.punctuation, "é", "你", "ж")
@@ -104,10 +114,14 @@ def load_saved(directory: str, device: str | None = None, **keys: Any) -> Senten
 
 
 def _fitted(encoder: SentenceTransformer) -> SentenceTransformer:
-    """Its tokenizer pads with a token that the model has."""
+    """It pads with a token that its model has, and reads no more than its model's context."""
     inner, tokenizer = getattr(encoder[0], "model", None), encoder.tokenizer
     if isinstance(inner, PreTrainedModel) and isinstance(tokenizer, PreTrainedTokenizerBase):
         tokens.fit(tokenizer, len(inner.get_input_embeddings().weight))  # type: ignore
+        context, limit = context_length(inner.config), encoder.max_seq_length
+        if context and (limit is None or limit > context):
+            log.info("an encoder of %s tokens: %d, its model's context", limit, context)
+            encoder.max_seq_length = context
     return encoder
 
 
@@ -226,6 +240,7 @@ def load_encoder(config: Config) -> SentenceTransformer:
             f"bi.attention: the adapter was trained {trained}, not {attention}; expected "
             f"bi.attention={trained}"
         )
+    config = within_context(config, "bi")
     tokenizer = load_tokenizer(config.model)
     model = load_model(config.model, config.bi.bidirectional, config.bi.layers)
     return as_encoder(model, tokenizer, config.bi)

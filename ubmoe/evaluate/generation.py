@@ -26,7 +26,7 @@ from ubmoe.config import Config, EvaluationSection, UserError
 from ubmoe.data.chats import Chat, collate, read_chats
 from ubmoe.data.padding import batches_by_length
 from ubmoe.data.rows import held_out
-from ubmoe.models.loading import load_model, load_tokenizer
+from ubmoe.models.loading import load_model, load_tokenizer, within_context
 from ubmoe.models.precision import Setting, autocast
 from ubmoe.tiny import tasks as tiny_tasks
 from ubmoe.training import losses
@@ -283,9 +283,13 @@ def perplexity(
 def language_model_scores(config: Config) -> dict[str, Any]:
     """Generation tasks and perplexity of held-out chats, read causally whatever its own mask."""
     check_tasks(config.evaluation.generation, config.evaluation.data)
+    config = within_context(config, "ubmoe")
     settings, tokenizer = config.ubmoe, load_tokenizer(config.model)
     found = read_chats(settings.dataset, tokenizer, settings.max_tokens, settings.max_rows)
     _, kept = held_out(found.chats, settings.held_out, "ubmoe.held_out")
     model = load_model(config.model)
     scores = generation_scores(model, tokenizer, config.evaluation)
-    return {**scores, "perplexity": perplexity(model, kept, config.evaluation.bf16)}
+    counts = {"held_out": len(kept), "max_tokens": settings.max_tokens}
+    counts["truncated"] = sum(chat.cut for chat in kept)
+    found_of = {"perplexity": perplexity(model, kept, config.evaluation.bf16), "counts": counts}
+    return scores | found_of

@@ -57,7 +57,7 @@ def sts_scores(
     average = sum(scores.values()) / len(scores) if scores else None
     return {
         **{"tasks": scores, "average": average, "sources": sources, "truncated": cut},
-        "mteb": mteb.__version__,
+        **{"max_tokens": encoder.max_seq_length, "mteb": mteb.__version__},
     }
 
 

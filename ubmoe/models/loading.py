@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -13,6 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -21,7 +22,7 @@ from transformers import (
 )
 
 from ubmoe.bidirectional import attention_name, prove_attention, set_attention, set_layers
-from ubmoe.config import Layers, ModelSection, UserError, listed
+from ubmoe.config import Config, Layers, ModelSection, Section, UserError, listed
 from ubmoe.data import tokens
 from ubmoe.layered import partial_layers
 from ubmoe.models import lora, precision
@@ -29,6 +30,8 @@ from ubmoe.tiny.model import tiny_directory
 
 log = logging.getLogger(__name__)
 WEIGHTS = ("*.safetensors", "*.bin")
+LIMITS = ("max_tokens", "lm_max_tokens")  # keys of any section that the context bounds
+AnySection = TypeVar("AnySection", bound=Section)
 
 
 def best_device(name: str | None = None) -> torch.device:
@@ -94,6 +97,8 @@ def load_tokenizer(config: ModelSection) -> PreTrainedTokenizerBase:
     if not tokenizer("any text", add_special_tokens=False)["input_ids"]:
         raise UserError(f"model.name: {config.name} has no tokenizer; expected tokenizer.json")
     tokens.fit(tokenizer, getattr(settings, "vocab_size", None))
+    context = context_length(whole) or tokenizer.model_max_length
+    tokenizer.model_max_length = min(tokenizer.model_max_length, context)
     return tokenizer
 
 
@@ -213,9 +218,38 @@ def _check_finite(model: PreTrainedModel, name: str) -> None:
         )
 
 
-def context_length(model: PreTrainedModel) -> int | None:
-    """Positions that the model was made for, in tokens; None where its config names none."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def context_length(settings: PreTrainedConfig) -> int | None:
+    """Positions that a model was made for, in tokens; None where its config names none."""
+    return getattr(settings.get_text_config(), "max_position_embeddings", None)
+
+
+def within_context(config: Config, *sections: str) -> Config:
+    """The config, in these sections no limit of tokens beyond the model's context; says which were.
+
+    Every program reads its limits through it, so that training, measuring, saving and scoring cut
+    at the same place. Raises UserError for a model whose config cannot be had.
+    """
+    with explained(config.model):
+        settings = AutoConfig.from_pretrained(source(config.model), **keywords(config.model))
+    if context := context_length(settings):
+        for name in sections:
+            section = bounded(getattr(config, name), context, name)
+            config = config.model_copy(update={name: section})
+    return config
+
+
+def bounded(section: AnySection, context: int, name: str) -> AnySection:
+    """The section called `name`, and those in its lists, with no limit of more tokens."""
+    changes: dict[str, Any] = {}
+    for key, value in section:
+        unused = key == "lm_max_tokens" and not getattr(section, "lm_weight", 0)
+        if key in LIMITS and value > context and not unused:
+            log.info("%s.%s: %d, the model's context, not %d", name, key, context, value)
+            changes[key] = context
+        elif isinstance(value, list) and value and isinstance(value[0], Section):
+            numbered = enumerate(value)
+            changes[key] = [bounded(each, context, f"{name}.{key}.{n}") for n, each in numbered]
+    return section.model_copy(update=changes)
 
 
 def environment(model: PreTrainedModel) -> dict[str, Any]:

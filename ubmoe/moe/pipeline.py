@@ -60,7 +60,7 @@ def read(config: Config) -> Inputs:
         check_texts(tokenizer, zip((row.where for row in rows), sentences, strict=True))
     counts = {"chats": len(chats), "held_out": len(kept), "truncated": found.truncated}
     log.info("chats: %s", counts)
-    counts["dropped"] = found.dropped
+    counts |= {"dropped": found.dropped, "max_tokens": settings.max_tokens}
     return Inputs(encoder, attention, tokenizer, chats, kept, sentences, sts, counts)
 
 
