@@ -28,10 +28,11 @@ def main(config: Config) -> Path:
         from ubmoe.dependence.measure import measure
         from ubmoe.dependence.recorder import mean_attention
         from ubmoe.dependence.texts import cut, tokenize
-        from ubmoe.models.loading import load_model, load_tokenizer
+        from ubmoe.models.loading import load_model, load_tokenizer, within_context
         from ubmoe.report import figures
 
         tokenizer = load_tokenizer(config.model)
+        config = within_context(config, "dependence")
         ids = tokenize(tokenizer, texts, config.dependence.chat_template)
         model = load_model(config.model, bidirectional=config.dependence.flow == "bidirectional")
         ids, truncated = cut(model, ids, config.dependence.max_tokens)
@@ -39,7 +40,8 @@ def main(config: Config) -> Path:
         section = measure(model, ids, config.dependence, run.directory, resume)
         run.model = model
         seconds = round(time.monotonic() - began, 3)  # the run's has the loading, too
-        run.section = section | {"truncated": truncated, "seconds": seconds}
+        used = {"max_tokens": config.dependence.max_tokens, "truncated": truncated}
+        run.section = section | used | {"seconds": seconds}
         shortest = min(ids, key=len)
         attention = mean_attention(model, shortest).numpy()
         tokens = [str(tokenizer.decode([token])) for token in shortest[: len(attention)]]

@@ -24,9 +24,10 @@ def main(config: Config) -> Path:
         from ubmoe.encoder.sentence_encoder import as_encoder, rendered, save_encoder
         from ubmoe.encoder.stages import read_data, train_stages
         from ubmoe.evaluate.sts import sts_scores, sts_tasks
-        from ubmoe.models.loading import load_model, load_tokenizer
+        from ubmoe.models.loading import load_model, load_tokenizer, within_context
         from ubmoe.report import figures
 
+        config = within_context(config, "bi")
         tokenizer = load_tokenizer(config.model)
         data = [read_data(stage, tokenizer) for stage in config.bi.stages]
         tasks = sts_tasks(config.evaluation.sts)

@@ -22,10 +22,12 @@ def main(config: Config) -> Path:
 
     with recording("train_ubmoe", "generation", config) as run:
         from ubmoe.models.digests import fingerprint
+        from ubmoe.models.loading import within_context
         from ubmoe.moe import export, pipeline
         from ubmoe.moe.joining import join
         from ubmoe.report import figures
 
+        config = within_context(config, "ubmoe")
         inputs = pipeline.read(config)
         tokenizer, encoder = inputs.tokenizer, inputs.encoder
         uni, bi = pipeline.load(config, inputs)

@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.normalizers import Prepend, Replace, Sequence
+from tokenizers.pre_tokenizers import Metaspace
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from ubmoe import cli
 from ubmoe.bitune import model as prefill
@@ -68,6 +78,25 @@ def random_model(family: str, **changes: Any) -> PreTrainedModel:
             if "norm" not in name:
                 torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
+
+
+def marked(first=("<s>",), last=(), once=False):
+    """A tokenizer as SentencePiece's: a text begins with a word's mark, own tokens around it.
+
+    once: nothing but the beginning of a text gets a mark, not what stands behind a special token.
+    """
+    letters = [*"▁abcdefgQA:?.\n01234", "<unk>", "<s>", "</s>"]
+    inner = Tokenizer(BPE({x: n for n, x in enumerate(letters)}, [], unk_token="<unk>"))
+    if once:
+        inner.pre_tokenizer = Metaspace(prepend_scheme="first", split=False)
+    else:
+        inner.normalizer = Sequence([Prepend("▁"), Replace(" ", "▁")])
+    inner.add_special_tokens(["<s>", "</s>"])
+    ids = [(x, inner.token_to_id(x)) for x in ("<s>", "</s>")]
+    form = " ".join([*first, "$A", *last])
+    inner.post_processor = TemplateProcessing(single=form, special_tokens=ids)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **names)
 
 
 class KilledError(Exception):

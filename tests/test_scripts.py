@@ -4,9 +4,13 @@ import json
 import shutil
 import signal
 import time
+from itertools import combinations
 
 import pytest
 from builders import random_model, run, start
+from scipy.stats import spearmanr
+from sentence_transformers import SentenceTransformer
+from transformers import AutoTokenizer
 
 from ubmoe.config import load_config
 from ubmoe.results.__main__ import table
@@ -155,6 +159,45 @@ def test_an_encoder_is_trained_saved_and_scored(tiny_path, tmp_path):
     assert code == 0, errors
     again = json.loads((tmp_path / "again" / "evaluation.json").read_text())
     assert again["evaluation"]["average"] == pytest.approx(result["sts"]["average"], abs=1e-3)
+
+
+def test_the_context_bounds_training_saving_and_scoring_alike(tiny_path, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_path)
+    tokenizer.save_pretrained(tmp_path / "model")
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    keys = {
+        "max_position_embeddings": 64,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "vocab_size": 8192,
+    }
+    random_model("gpt2", **keys, **ends).save_pretrained(tmp_path / "model")
+    texts = [(f"The {word} sleeps. " * length) for length in (1, 30) for word in ("cat", "dog")]
+    rows = [{"anchor": text, "positive": f"{text} again"} for text in texts]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = [(n, one, other) for n, (one, other) in enumerate(combinations(texts, 2))]
+    lines = ["score\tsentence1\tsentence2", *("\t".join(map(str, row)) for row in pairs)]
+    (tmp_path / "long.tsv").write_text("\n".join(lines))
+    stage = f"objective: supervised, dataset: {tmp_path}/pairs.jsonl, train: [embedding]"
+    code, _, errors = run(
+        *(f"model.name={tmp_path}/model", "model.device=cpu", f"output_dir={tmp_path}/run"),
+        *("bi.attention=causal", f"evaluation.sts=[{tmp_path}/long.tsv]", "bi.max_tokens=4096"),
+        f"bi.stages=[{{{stage}, max_steps: 1, per_device_train_batch_size: 2}}]",
+        script="train_bi.py",
+    )
+    assert code == 0, errors
+    assert errors.count("bi.max_tokens: 64, the model's context, not 4096") == 1
+    found = json.loads((tmp_path / "run" / "sts.json").read_text())["sts"]
+    stock = SentenceTransformer(f"{tmp_path}/run/bi", device="cpu")
+    assert stock.max_seq_length == stock.tokenizer.model_max_length == found["max_tokens"] == 64
+    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "bi").model_max_length == 64
+    one, other = (stock.encode([row[place] for row in pairs]) for place in (1, 2))
+    cosines = stock.similarity_pairwise(one, other)
+    expected = 100 * spearmanr(cosines, [row[0] for row in pairs]).statistic
+    assert found["tasks"]["long"] == pytest.approx(expected, abs=1e-4)
+    assert found["truncated"]["long"] == 6  # of both columns, those of 30 sentences
+    assert found["stages"][0]["truncated_percent"] == 50.0
 
 
 @pytest.mark.slow

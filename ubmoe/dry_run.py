@@ -25,11 +25,19 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ubmoe.config import Config, StageSection, TrainingSection
 from ubmoe.data.bad_rows import dropping
 from ubmoe.data.chats import read_chats
-from ubmoe.data.rows import held_out, read_texts, sentences_of
+from ubmoe.data.rows import held_out, read_texts
+from ubmoe.data.tokens import sentences_of
 from ubmoe.dependence.texts import tokenize
 from ubmoe.encoder.contrastive import attention_dropout
 from ubmoe.encoder.stages import read_data
-from ubmoe.models.loading import best_device, explained, keywords, load_tokenizer, source
+from ubmoe.models.loading import (
+    best_device,
+    explained,
+    keywords,
+    load_tokenizer,
+    source,
+    within_context,
+)
 from ubmoe.models.precision import uses_bfloat16
 from ubmoe.moe import joining, routers, routes
 from ubmoe.recording import peak_memory_bytes
@@ -67,6 +75,7 @@ def reading(said: Callable[[Config], str]) -> Callable[[Config], str]:
 @reading
 def calculate_dp(config: Config) -> str:
     """Texts and tokens, and the memory of one forward."""
+    config = within_context(config, "dependence")
     tokenizer = load_tokenizer(config.model)
     settings = config.dependence
     texts = read_texts(settings.dataset, settings.max_texts)
@@ -83,6 +92,7 @@ def calculate_dp(config: Config) -> str:
 @reading
 def train_bi(config: Config) -> str:
     """A stage after the other; the memory is the largest of theirs."""
+    config = within_context(config, "bi")
     tokenizer, work, trained = load_tokenizer(config.model), [], []
     most: dict[str, int] = {}
     with shapes():
@@ -120,6 +130,7 @@ def train_bi(config: Config) -> str:
 @reading
 def train_ubmoe(config: Config) -> str:
     """The mixture's routers; both dense models are there while it is made."""
+    config = within_context(config, "bi", "ubmoe")
     settings, tokenizer = config.ubmoe, load_tokenizer(config.model)
     found = read_chats(settings.dataset, tokenizer, settings.max_tokens, settings.max_rows)
     chats, _ = held_out(found.chats, settings.held_out, "ubmoe.held_out")
@@ -128,7 +139,7 @@ def train_ubmoe(config: Config) -> str:
     batch = Batch(texts, len(longest.ids), texts * max(sum(chat.answer) for chat in chats))
     sentences = []
     if settings.objective == "both":
-        sentences = sentences_of(settings.sentences, SAMPLE)
+        sentences = sentences_of(settings.sentences, tokenizer, SAMPLE)
     with shapes():
         dense = fake(config)
         # every token to both experts, whatever top_k: which it would choose is not known

@@ -10,7 +10,8 @@ from ubmoe.bitune.examples import read_examples
 from ubmoe.config import QUESTION, StageSection, UserError
 from ubmoe.data.bad_rows import dropping
 from ubmoe.data.chats import read_chats
-from ubmoe.data.rows import read_texts, sentences_of
+from ubmoe.data.rows import read_texts
+from ubmoe.data.tokens import sentences_of
 from ubmoe.dependence.texts import tokenize
 from ubmoe.encoder import contrastive, mntp
 from ubmoe.evaluate.sts import read_pairs
@@ -53,7 +54,12 @@ READ = {  # reader: rows, what is left of them, and the bad one that is met firs
     "chats": (CHATS, lambda path, t: read_chats(str(path), t, 99).chats, 3, 4),
     "bitune": (CHATS, lambda path, t: read_examples(str(path), t, None, 99).chats, 3, 4),
     "question": (CHATS, lambda path, t: read_examples(str(path), t, QUESTION, 99).chats, 3, 4),
-    "sentences": (TEXTS, lambda path, _: sentences_of(str(path)), ["one dog", "a cat"], 4),
+    "sentences": (
+        TEXTS,
+        lambda path, tokenizer: sentences_of(str(path), tokenizer),
+        ["one dog", "a cat"],
+        4,
+    ),
     "supervised": (PAIRS, supervised, ["c", "j"], 2),
     "sts": (STS, sts, [1, 4], 3),
 }

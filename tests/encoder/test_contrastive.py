@@ -206,7 +206,7 @@ def stage(tmp_path, **keys):
 
 
 def train(encoder, model, settings, directory, resume=False):
-    data = contrastive.read_dataset(settings)
+    data = contrastive.read_dataset(settings, encoder.tokenizer)
     work = Work(directory, 0, resume)
     return contrastive.train_stage(encoder, model, settings, data, work)
 
@@ -327,9 +327,10 @@ def test_supervised_rows_and_hard_negatives(tokenizer, tmp_path):
         ("sent0,other\na,b\n", "supervised", ":2: lacks a column positive or pos or sent1"),
     ],
 )
-def test_data_that_cannot_train_is_refused(tmp_path, content, objective, expected):
+def test_data_that_cannot_train_is_refused(tokenizer, tmp_path, content, objective, expected):
     path = tmp_path / "data.csv"
     path.write_text(content)
     with pytest.raises(UserError) as caught:
-        contrastive.read_dataset(StageSection(dataset=str(path), objective=objective))
+        refused = StageSection(dataset=str(path), objective=objective)
+        contrastive.read_dataset(refused, tokenizer)
     assert expected in str(caught.value)

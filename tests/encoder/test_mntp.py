@@ -52,6 +52,13 @@ def test_masks_are_drawn_with_the_published_shares(tokenizer, style):
     assert kept == pytest.approx(0.1 if style == "bert" else 0.0, abs=0.009)
 
 
+def test_random_tokens_are_among_the_models_embeddings(tokenizer):
+    settings = Masking(stage(mlm_probability=1.0, mask_token="a"), tokenizer, rows=300)
+    ids = torch.full((50_000,), 299)
+    found, _ = settings(ids, np.random.default_rng(0))
+    assert len(found.unique()) > 290 and found.max() < 300
+
+
 def test_masks_are_a_function_of_seed_epoch_and_row(tokenizer):
     chunks = torch.randint(len(tokenizer), (6, 32), generator=torch.Generator().manual_seed(0))
     settings = Masking(stage(), tokenizer)

@@ -1,19 +1,27 @@
 """The encoder reads what it should, and its directory loads in stock libraries, both ways."""
 
+import copy
 import json
 
 import numpy as np
 import pytest
 import torch
-from builders import random_model
+from builders import marked, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from ubmoe.bidirectional import prove_attention
 from ubmoe.config import PROMPT, BiSection, ModelSection, UserError
-from ubmoe.encoder.sentence_encoder import as_encoder, rendered, save_encoder
+from ubmoe.encoder.sentence_encoder import (
+    as_encoder,
+    lengths,
+    load_saved,
+    rendered,
+    save_encoder,
+)
 from ubmoe.models.loading import load_tokenizer
 
 TEXTS = ["The cat slept.", "A much longer sentence about {braces} and 'quotes' in the garden."]
@@ -24,8 +32,8 @@ def tokenizer(tiny_path):
     return AutoTokenizer.from_pretrained(tiny_path)
 
 
-def build(tokenizer, tied=True, **keys):
-    model = random_model("qwen2", vocab_size=len(tokenizer), tie_word_embeddings=tied)
+def build(tokenizer, tied=True, family="qwen2", **keys):
+    model = random_model(family, vocab_size=len(tokenizer), tie_word_embeddings=tied)
     bi = BiSection(**keys)
     model.config.is_causal = bi.attention == "causal"
     return as_encoder(model, tokenizer, bi), model, bi
@@ -66,6 +74,67 @@ def test_a_prompt_stays_out_of_the_mean_in_every_way_to_the_vector(tokenizer, tm
     save_encoder(encoder, model, tokenizer, bi, tmp_path / "bi")
     again = SentenceTransformer(str(tmp_path / "bi"), device="cpu")
     torch.testing.assert_close(again.encode(TEXTS, convert_to_tensor=True), found, atol=0, rtol=0)
+
+
+def with_ends(tokenizer, first="", last=""):
+    """The same tokenizer, whose post-processor puts tokens around every text."""
+    named = {each: tokenizer.convert_tokens_to_ids(each) for each in f"{first} {last}".split()}
+    found = copy.deepcopy(tokenizer)
+    found.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{first} $A {last}".strip(), special_tokens=list(named.items())
+    )
+    return found
+
+
+@pytest.mark.parametrize("prompt", [None, PROMPT, "{text}", "a {text}", "a:{text} b"])
+@pytest.mark.parametrize("ends", ["", "first", "last", "both"])
+@pytest.mark.parametrize("kind", ["bytes", "marked", "marked once"])
+def test_the_ids_are_those_of_the_text_in_its_prompt(tokenizer, tmp_path, prompt, ends, kind):
+    first, last = ends in ("first", "both"), ends in ("last", "both")
+    if kind == "bytes":
+        found = with_ends(tokenizer, "<|im_start|>" * first, "<|im_end|>" * last)
+    else:
+        found = marked(["<s>"] * first, ["</s>"] * last, once=kind == "marked once")
+    # by a qwen2's config.json the library takes any tokenizer for one of Qwen's
+    family = "qwen2" if kind == "bytes" else "gpt_neox"
+    encoder, model, bi = build(found, family=family, prompt=prompt, max_tokens=40)
+    save_encoder(encoder, model, found, bi, tmp_path / "bi")
+    saved = SentenceTransformer(str(tmp_path / "bi"), device="cpu")
+    for text in ("a cab", "b", " a ", "f" * 90):
+        whole = found((prompt or "{text}").replace("{text}", text))["input_ids"]
+        for each in (encoder, saved):
+            [ids] = each.preprocess([text])["input_ids"].tolist()
+            assert ids == whole if len(whole) <= 40 else (len(ids), ids[-1]) == (40, whole[-1])
+
+
+def test_a_prompt_stays_out_of_the_mean_beside_an_own_last_token(tokenizer):
+    found = with_ends(tokenizer, last="<|im_end|>")
+    encoder, model, _ = build(found, prompt="Say this:\n{text}", prompt_in_mean=False)
+    ids = found("Say this:\nThe cat slept.", return_tensors="pt")["input_ids"]
+    assert ids[0, -1] == found.eos_token_id
+    with torch.no_grad():
+        states = model.model(ids).last_hidden_state[0]
+    expected = states[len(tokenizer("Say this:\n")["input_ids"]) :].mean(0)
+    vector = encoder.encode([TEXTS[0]], convert_to_tensor=True)[0]
+    torch.testing.assert_close(vector, expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(UserError, match=r"would leave \d tokens out of the mean, and the prompt"):
+        build(tokenizer, prompt="Say this<|im_end|>{text}", prompt_in_mean=False)
+    twice = with_ends(tokenizer, last="<|im_end|> <|im_end|>")
+    with pytest.raises(UserError, match=r"would leave 7 tokens out of the mean, and"):
+        build(twice, prompt="Say this:\n{text}", prompt_in_mean=False)
+
+
+def test_a_saved_encoder_pads_with_a_token_that_it_has(tokenizer, tmp_path):
+    encoder, model, bi = build(tokenizer)
+    expected = encoder.encode(TEXTS)
+    grown = copy.deepcopy(tokenizer)
+    grown.add_special_tokens({"pad_token": "[PAD]"})
+    save_encoder(encoder, model, grown, bi, tmp_path / "bi")
+    again = load_saved(str(tmp_path / "bi"), "cpu")
+    np.testing.assert_allclose(again.encode(TEXTS), expected, atol=1e-6)
+    np.testing.assert_allclose(as_encoder(model, grown, bi).encode(TEXTS), expected, atol=1e-6)
+    with pytest.raises(UserError, match=r"row 2: holds the token '\[PAD\]'"):
+        lengths(again, ["The cat.", "A [PAD]"])
 
 
 def test_a_prompt_that_texts_melt_into_cannot_stay_out_of_the_mean(tokenizer):

@@ -11,7 +11,7 @@ from builders import random_model, run
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ubmoe.config import ModelSection, UserError
+from ubmoe.config import ModelSection, UserError, load_config
 from ubmoe.models.digests import fingerprint
 from ubmoe.models.loading import (
     best_device,
@@ -19,6 +19,7 @@ from ubmoe.models.loading import (
     environment,
     load_model,
     load_tokenizer,
+    within_context,
 )
 
 
@@ -47,7 +48,7 @@ def test_dtype_device_and_attention_are_those_asked_for(saved):
         "attn_implementation": "eager",
         "bfloat16": False,
     }
-    assert context_length(model) == 512
+    assert context_length(model.config) == 512
     assert load_model(section(saved), bidirectional=True).config.is_causal is False
 
 
@@ -224,3 +225,26 @@ def test_code_that_comes_with_a_model_is_neither_run_nor_asked_about(
     (folder / "config.json").write_text(json.dumps(config | {"auto_map": own}))
     load_model(section(folder))
     assert not ran.exists()
+
+
+def test_no_limit_of_a_program_is_beyond_the_context(saved, caplog):
+    caplog.set_level("INFO")
+    stage = "{objective: mntp, max_tokens: 600, lm_max_tokens: 700}"
+    keys = ["bi.max_tokens=4096", f"bi.stages=[{stage}]", "bitune.max_tokens=513"]
+    config = load_config(None, [f"model.name={saved}", *keys])
+    found = within_context(config, "bi", "bitune")
+    assert (found.bi.max_tokens, found.bi.stages[0].max_tokens) == (512, 512)
+    assert (found.bitune.max_tokens, found.bi.stages[0].lm_max_tokens) == (512, 700)  # unused
+    assert found.ubmoe == config.ubmoe and found.bi.stages[0].objective == "mntp"
+    assert [record.message for record in caplog.records] == [
+        "bi.max_tokens: 512, the model's context, not 4096",
+        "bi.stages.0.max_tokens: 512, the model's context, not 600",
+        "bitune.max_tokens: 512, the model's context, not 513",
+    ]
+    assert within_context(found, "bi", "bitune") == found
+
+
+def test_a_tokenizer_is_told_of_the_context(tiny_path, tmp_path):
+    AutoTokenizer.from_pretrained(tiny_path).save_pretrained(tmp_path)
+    random_model("qwen2", vocab_size=8192, max_position_embeddings=77).save_pretrained(tmp_path)
+    assert load_tokenizer(section(tmp_path)).model_max_length == 77

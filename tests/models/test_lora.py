@@ -1,11 +1,12 @@
 """Adapters train alone, are merged exactly, and are read only under the mask they say."""
 
 import json
+import re
 
 import pytest
 import torch
-from builders import random_model
-from peft import LoraConfig, get_peft_model
+from builders import logits, random_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from ubmoe.config import LoraSection, ModelSection, StageSection, UserError
@@ -21,7 +22,7 @@ def section(path, **keys):
 
 def refused(path, adapter):
     with pytest.raises(UserError) as caught:
-        load_model(section(path, adapter=str(adapter)))
+        load_model(section(path, adapter=adapter if isinstance(adapter, list) else str(adapter)))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -52,6 +53,98 @@ def test_an_adapter_is_merged_whether_it_was_trained_with_the_head_or_without(
         want = expected(ids).logits if headless else wrapped(ids).logits
         torch.testing.assert_close(merged(ids).logits, want, atol=1e-4, rtol=1e-4)
         assert (merged(ids).logits - plain(ids).logits).abs().max() > 1e-2
+
+
+KINDS = {
+    "attention": {},
+    "head": {"target_modules": ["lm_head"]},
+    "attention and head": {"target_modules": ["q_proj", "lm_head"]},
+    "attention and embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "embedding and head": {"target_modules": ["embed_tokens", "lm_head"]},
+    "embedding, tied": {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+    "a head of its own": {"modules_to_save": ["lm_head"]},
+    "an embedding of its own": {"modules_to_save": ["embed_tokens"]},
+    "both of their own, tied": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    "a norm of its own": {"modules_to_save": ["norm"]},
+    "some tokens": {"trainable_token_indices": [5, 6]},
+    "bias": {"bias": "all"},
+    "dora": {"use_dora": True, "target_modules": ["q_proj", "embed_tokens"]},
+}
+PARTED = [name for name in KINDS if re.search("head|embedding|dora", name) and "tied" not in name]
+
+
+def moved(model, scale=0.1):
+    """Every weight of the adapter away from where it starts."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for value in model.parameters():
+            if value.requires_grad:
+                value.add_(torch.randn(value.shape, generator=generator) * scale)
+    return model
+
+
+def tied_and_adapted(tmp_path, **kind):
+    """(directory of a tied model, of its adapter, logits of the two as peft computes them)."""
+    random_model("qwen2", tie_word_embeddings=True).save_pretrained(tmp_path / "model")
+    model = load_model(section(tmp_path / "model"))
+    moved(write_adapter(model, tmp_path / "adapter", **kind)).save_pretrained(tmp_path / "adapter")
+    plain = load_model(section(tmp_path / "model"))
+    apart = PeftModel.from_pretrained(plain, str(tmp_path / "adapter"))
+    return tmp_path / "model", tmp_path / "adapter", logits(apart)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_into_tied_weights_an_adapter_computes_what_it_does_apart(tmp_path, kind):
+    path, adapter, expected = tied_and_adapted(tmp_path, **KINDS[kind])
+    model = load_model(section(path, adapter=str(adapter)))
+    assert (expected - logits(load_model(section(path)))).abs().max() > 0.1
+    torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=0)
+    parted = model.lm_head.weight is not model.model.embed_tokens.weight
+    assert parted == (kind in PARTED) == (not model.config.tie_word_embeddings)
+    model.save_pretrained(tmp_path / "again")
+    torch.testing.assert_close(
+        logits(load_model(section(tmp_path / "again"))), expected, atol=1e-4, rtol=0
+    )
+
+
+def test_an_adapter_of_the_head_moves_no_states(tmp_path):
+    path, adapter, _ = tied_and_adapted(tmp_path, target_modules=["lm_head"])
+    plain, model = (load_model(section(path, adapter=each)) for each in (None, str(adapter)))
+    for one, other in zip(plain.model.parameters(), model.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_adapters_are_merged_in_order_each_on_what_is_below_it(saved, tmp_path):
+    model = load_model(section(saved))
+    paths = []
+    for number, module in enumerate(("q_proj", "up_proj")):
+        wrapped = moved(write_adapter(model, tmp_path / module, target_modules=[module]))
+        lora.save(wrapped, tmp_path / module, stages_before=number)
+        paths.append(str(tmp_path / module))
+        expected = logits(wrapped)
+        lora.merge(wrapped)
+    found = logits(load_model(section(saved, adapter=paths)))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert "the adapters of all of them in order" in refused(saved, paths[1:])
+    assert "trained on other weights" in refused(saved, [paths[0], paths[0]])
+
+
+def test_adapters_that_cannot_be_merged_as_they_compute_are_refused(tmp_path):
+    keys = {"alora_invocation_tokens": [5, 6], "task_type": "CAUSAL_LM"}
+    path, adapter, _ = tied_and_adapted(tmp_path, **keys)
+    assert "aLoRA does not support merging" in refused(path, adapter)
+    keys = {"target_modules": ["up_proj"], "lora_bias": True}
+    path, adapter, _ = tied_and_adapted(tmp_path, **keys)
+    assert "base layer has no bias" in refused(path, adapter)
+    grown = random_model("qwen2", vocab_size=99)
+    write_adapter(grown, adapter, target_modules=["q_proj", "embed_tokens"])
+    assert "of [99, 32], and the model has [97, 32]" in refused(path, adapter)
+
+
+def test_a_merge_that_changes_what_is_computed_is_refused(saved, tmp_path, monkeypatch):
+    moved(write_adapter(load_model(section(saved)), tmp_path / "a")).save_pretrained(tmp_path / "a")
+    monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self: self.unload(), raising=False)
+    assert "merged it would compute something else" in refused(saved, tmp_path / "a")
 
 
 def test_an_adapter_of_another_shape_or_without_weights_is_refused(saved, tmp_path):

@@ -25,10 +25,11 @@ def main(config: Config) -> Path | None:
         from ubmoe.bitune.likelihoods import Likelihoods
         from ubmoe.data.rows import held_out
         from ubmoe.evaluate import generation
-        from ubmoe.models.loading import load_model, load_tokenizer
+        from ubmoe.models.loading import load_model, load_tokenizer, within_context
         from ubmoe.report import figures
         from ubmoe.training.checkpoints import Work
 
+        config = within_context(config, "bitune")
         settings = config.bitune
         scoring = config.evaluation.model_copy(update={"generation": settings.generation})
         generation.check_tasks(scoring.generation, scoring.data)
@@ -40,6 +41,7 @@ def main(config: Config) -> Path | None:
         examples, kept = ([each for chat in some for each in chat] for some in (chats, apart))
         counts = {"examples": len(examples), "held_out": len(kept), "dropped": found.dropped}
         run.log("examples: %s", counts)
+        counts["max_tokens"] = settings.max_tokens
         bitune = model.attach(load_model(config.model), settings, config.seed)
         work = Work(run.directory / "adapters", config.seed, config.resume == "auto")
         log = training.train(bitune, settings, examples, work)

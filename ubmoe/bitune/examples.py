@@ -13,6 +13,7 @@ from ubmoe.data.chats import Chat, read_chats, turns
 from ubmoe.data.messages import calls
 from ubmoe.data.padding import IGNORE_INDEX, padded
 from ubmoe.data.rows import Text, left, read_texts
+from ubmoe.data.tokens import check_ids, split_ids
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,8 @@ def _templated(text: Text, tokenizer: PreTrainedTokenizerBase, template: str) ->
                 text.where, f"turn {turn + 1} answers nothing; expected a question before it"
             )
         prompt = before + template.replace("{prompt}", asked)
-        answer = tokenizer(f" {content}", add_special_tokens=False)["input_ids"]
-        ids = tokenizer(prompt, verbose=False)["input_ids"]
+        ids, answer = split_ids(tokenizer, prompt, f" {content}")
+        check_ids(tokenizer, [*ids, *answer, tokenizer.eos_token_id], text.where)
         found.append(Example(ids, [*answer, tokenizer.eos_token_id]))
         before, asked = f"{prompt} {content}\n\n", ""
     return found

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -11,20 +10,26 @@ from transformers import PreTrainedTokenizerBase
 from ubmoe.bitune.examples import Example, batch
 from ubmoe.bitune.model import Bitune
 from ubmoe.data.padding import IGNORE_INDEX
+from ubmoe.evaluate.harness import Asked, Request
 
-Request = tuple[Any, list[int], list[int]]  # (texts, context's tokens, continuation's tokens)
 
-
-class Likelihoods(HFLM):
+class Likelihoods(Asked):
     """`lm_eval.simple_evaluate` with a Bitune model; contexts too long are cut on the left."""
 
     def __init__(self, bitune: Bitune, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
         super().__init__(pretrained=bitune.decoder, tokenizer=tokenizer, batch_size=batch_size)
         self.bitune = bitune
 
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """The whole text's tokens, parted as those of training: `data.tokens.split_ids`."""
+        alone, _ = super()._encode_pair(context, continuation)
+        whole = self.tok_encode(context + continuation)
+        return whole[: len(alone)], whole[len(alone) :]
+
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
+        self.look(requests)
         examples = [self._example(context, answer) for _, context, answer in requests]
         # equal contexts side by side, the longest first
         order = sorted(

@@ -87,10 +87,17 @@ class ModelSection(Section):
     attn_implementation: (
         Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"] | None
     ) = key(None, "attention backend; null: the model's own default")
-    adapter: str | None = key(None, "directory of a LoRA adapter, merged on load")
+    adapter: str | list[str] | None = key(
+        None, "directory of a LoRA adapter, merged on load, or a list of them, merged in order"
+    )
     cache: str | None = running_key(
         None, "folder for the embedded model; null: UBMOE_CACHE or the user's cache folder"
     )
+
+    @property
+    def adapters(self) -> list[str]:
+        """The adapters in the order of merging; [] for none."""
+        return [self.adapter] if isinstance(self.adapter, str) else self.adapter or []
 
 
 class DataSection(Section):
@@ -460,11 +467,11 @@ class ProbedModel(Section):
     label: str = score_key("", "its name in tables and figures; empty: name, attention and route")
     name: str = score_key(..., "hub id, local directory, or tiny")
     attention: Literal["causal", "bidirectional"] | None = score_key(
-        None, "mask that it reads with; null: the one that its config.json names"
+        None, "mask that it reads with; null: its adapter's, or that of its config.json"
     )
     route: Route | None = score_key(None, "of a mixture: who decides")
     revision: str | None = score_key(None, "as model.revision")
-    adapter: str | None = score_key(None, "as model.adapter")
+    adapter: str | list[str] | None = score_key(None, "as model.adapter")
 
 
 Probed = Literal["context", "aspect", "concreteness", "sensorimotor", "wic"]

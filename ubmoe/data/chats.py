@@ -16,6 +16,7 @@ from ubmoe.data.bad_rows import RowError, usable
 from ubmoe.data.messages import Message, calls
 from ubmoe.data.padding import IGNORE_INDEX, padded, padded_with_mask
 from ubmoe.data.rows import Text, left, read_texts
+from ubmoe.data.tokens import check_ids
 
 Span = tuple[int, int]  # of characters
 
@@ -32,6 +33,7 @@ class Chat:
     ids: list[int]
     answer: list[bool]
     roles: list[str]
+    cut: bool = False  # whether it was longer
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,16 @@ def read_chats(
     texts = read_texts(dataset, most)
     whole = left(dataset, list(usable(lambda text: _chat(tokenizer, text), texts)), len(texts))
     cut = [
-        Chat(c.where, c.ids[:max_tokens], c.answer[:max_tokens], c.roles[:max_tokens])
+        Chat(
+            *(c.where, c.ids[:max_tokens], c.answer[:max_tokens], c.roles[:max_tokens]),
+            cut=len(c.ids) > max_tokens,
+        )
         for c in whole
     ]
     kept = [chat for chat in cut if any(chat.answer[1:])]
     if not kept:
         raise UserError(f"{dataset}: no answer is left within {max_tokens} tokens of any chat")
-    truncated = sum(len(chat.ids) > max_tokens for chat in whole)
+    truncated = sum(chat.cut for chat in cut)
     return Chats(kept, truncated, len(cut) - len(kept))
 
 
@@ -91,6 +96,7 @@ def _chat(tokenizer: PreTrainedTokenizerBase, text: Text) -> Chat:
     contents = _contents(tokenizer, text, messages, rendered)
     keys = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
     encoded = tokenizer(rendered, **keys)
+    check_ids(tokenizer, encoded["input_ids"], text.where)
     offsets: list[Span] = encoded["offset_mapping"]
     answer = [any(low <= start < high for low, high in answers) for start, _ in offsets]
     roles = [_role(rendered[start:end], start, contents) for start, end in offsets]

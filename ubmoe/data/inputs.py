@@ -34,8 +34,9 @@ def inputs(config: Config, result: str) -> dict[str, str | None]:
     The encoder of a mixture is not among them: its result has a digest of the weights itself.
     """
     found: dict[str, str | None] = {"model.name": _of_model(config.model)}
-    if config.model.adapter:
-        found["model.adapter"] = _of_path(Path(config.model.adapter).expanduser())
+    if adapters := config.model.adapters:
+        each = [_of_path(Path(adapter).expanduser()) for adapter in adapters]
+        found["model.adapter"] = None if None in each else " ".join(map(str, each))
     for key in READ.get(result, ()):
         for name, value in _values(config, key):
             found[name] = _of_value(value, config.evaluation.data)

@@ -69,12 +69,6 @@ def training_rows(dataset: str, most: int | None = None) -> list[Row]:
     return [Row(f"tiny:{number}", {"text": text}) for number, text in enumerate(sentences, 1)]
 
 
-def sentences_of(dataset: str, most: int | None = None, blank: bool = False) -> list[str]:
-    """The sentences of a data set to train on; blank: empty ones, too."""
-    rows = training_rows(dataset, most)
-    return left(dataset, list(usable(lambda row: cell(row, SENTENCE, blank), rows)), len(rows))
-
-
 def left(dataset: str, found: list[Item], of: int) -> list[Item]:
     """What is left of `of` rows. Raises UserError where all of them were dropped."""
     if of and not found:

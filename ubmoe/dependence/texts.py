@@ -9,6 +9,7 @@ from ubmoe.config import UserError
 from ubmoe.data.bad_rows import RowError, usable
 from ubmoe.data.chats import render
 from ubmoe.data.rows import Text, left
+from ubmoe.data.tokens import check_ids
 from ubmoe.models.loading import context_length
 
 
@@ -38,6 +39,7 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: Text, template: str | None
         ids = tokenizer(rendered, add_special_tokens=False, truncation=False)["input_ids"]
     if not ids:
         raise RowError(text.where, "empty text; it has no tokens")
+    check_ids(tokenizer, ids, text.where)
     return ids
 
 
@@ -57,5 +59,5 @@ def cut(
     model: PreTrainedModel, texts: list[list[int]], max_tokens: int
 ) -> tuple[list[list[int]], int]:
     """Texts cut at `max_tokens` and at the model's context, and how many were longer."""
-    limit = min(max_tokens, context_length(model) or max_tokens)
+    limit = min(max_tokens, context_length(model.config) or max_tokens)
     return [text[:limit] for text in texts], sum(len(text) > limit for text in texts)

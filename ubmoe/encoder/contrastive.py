@@ -4,6 +4,8 @@ Trainer and sampler are sentence-transformers'. Ours: which modules train, the v
 """
 
 import logging
+import math
+import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -18,15 +20,16 @@ from sentence_transformers import (
     SentenceTransformerTrainingArguments,
 )
 from sentence_transformers.base.sampler import BatchSamplers
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ubmoe.config import StageSection, UserError
 from ubmoe.data.bad_rows import RowError, usable
 from ubmoe.data.chats import Chat
-from ubmoe.data.rows import Row, cell, given, sentences_of, training_rows
+from ubmoe.data.rows import Row, cell, given, training_rows
+from ubmoe.data.tokens import checking, sentences_of
 from ubmoe.encoder.contrastive_loss import CachedContrastiveLoss, ContrastiveLoss
 from ubmoe.encoder.language_loss import LanguageLoss
-from ubmoe.encoder.sentence_encoder import own_prompt
+from ubmoe.encoder.sentence_encoder import lengths, own_prompt
 from ubmoe.models.digests import digest_of_rows, digest_of_tokenizer, mark_of
 from ubmoe.training.checkpoints import Work
 from ubmoe.training.modules import announce, tuning
@@ -40,16 +43,16 @@ COLUMNS = {  # of a supervised data set, by what they are often called
 }
 
 
-def read_dataset(stage: StageSection) -> Dataset:
+def read_dataset(stage: StageSection, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """Columns anchor, positive and perhaps negative. Raises UserError for rows that cannot train.
 
     SimCSE's positive is the anchor itself: the views differ by dropout alone.
     """
     if stage.objective == "simcse":
-        texts = list(dict.fromkeys(sentences_of(stage.dataset, stage.max_rows)))
+        texts = list(dict.fromkeys(sentences_of(stage.dataset, tokenizer, stage.max_rows)))
         columns = {"anchor": texts, "positive": texts}
     else:
-        columns = _pairs(training_rows(stage.dataset, stage.max_rows))
+        columns = _pairs(training_rows(stage.dataset, stage.max_rows), tokenizer)
     if stage.loss == "nt_xent" and "negative" in columns:
         raise UserError("bi.stages.N.loss: nt_xent knows no hard negatives; expected simcse")
     if len(set(columns["anchor"])) < 2:
@@ -58,12 +61,12 @@ def read_dataset(stage: StageSection) -> Dataset:
     return Dataset.from_dict(columns)
 
 
-def _pairs(rows: list[Row]) -> dict[str, list[str]]:
+def _pairs(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[str]]:
     """The columns of a supervised data set; negatives where any row has one, and then every row.
 
     Raises RowError for a row without one among others that have it, whatever their order.
     """
-    negative = COLUMNS["negative"]
+    negative, checked = COLUMNS["negative"], checking(tokenizer)
     having = next((row.where for row in rows if given(row, negative)), None)
     names = [name for name in COLUMNS if name != "negative" or having is not None]
 
@@ -74,7 +77,7 @@ def _pairs(rows: list[Row]) -> dict[str, list[str]]:
                 f"has no negative ({' or '.join(negative)}), and {having} has one; expected one in "
                 "every row, or in none",
             )
-        return [cell(row, COLUMNS[name]) for name in names]
+        return [checked(row.where, cell(row, COLUMNS[name])) for name in names]
 
     found = list(usable(read, rows))
     return {name: [row[place] for row in found] for place, name in enumerate(names)}
@@ -155,10 +158,12 @@ def train_stage(
         report = {
             "trainable": counts,
             "rows": len(data),
+            "max_tokens": stage.max_tokens,
             "truncated_percent": truncated(encoder, data),
             "negatives_per_anchor": negatives(stage, data.column_names),
         }
-        report |= {"lm_rows": len(language)} if language else {}
+        if language:
+            report |= {"lm_rows": len(language), "lm_truncated": sum(c.cut for c in language)}
         announce(stage, model, report)
         with attention_dropout(model, stage.dropout if views else 0.0):
             history = run_trainer(
@@ -179,14 +184,10 @@ def train_stage(
 
 
 def truncated(encoder: SentenceTransformer, data: Dataset, most: int = 1000) -> float:
-    """Share of (at most `most`) anchors that are longer than the stage's limit, in percent."""
-    texts = data["anchor"][:most]
-    limit = encoder.max_seq_length or 10**6
-    encoder.max_seq_length = 10**6
-    features = encoder.preprocess(list(texts), prompt=own_prompt(encoder))
-    lengths = features["attention_mask"].sum(1)
-    encoder.max_seq_length = limit
-    return float((lengths > limit).float().mean() * 100)
+    """Share of the texts of (at most `most`) rows that the stage's limit cuts, in percent."""
+    texts = [text for column in data.column_names for text in data[column][:most]]
+    limit = encoder.max_seq_length or math.inf
+    return 100 * statistics.fmean(each > limit for each in lengths(encoder, texts))
 
 
 def negatives(stage: StageSection, columns: list[str]) -> int:

@@ -14,6 +14,7 @@ from ubmoe.config import StageSection, UserError
 from ubmoe.data.bad_rows import RowError, usable
 from ubmoe.data.chats import Chat, collate, read_chats
 from ubmoe.data.rows import Text, read_texts
+from ubmoe.data.tokens import check_ids
 from ubmoe.training.losses import mean_loss, predictions
 
 
@@ -40,8 +41,11 @@ def _plain(text: Text, tokenizer: PreTrainedTokenizerBase, most: int) -> Chat:
     """A text all of whose tokens are predicted."""
     if not isinstance(text.content, str):
         raise RowError(text.where, "a chat among texts; expected one or the other")
-    ids = tokenizer(text.content, verbose=False)["input_ids"][:most]
-    return Chat(text.where, ids, [True] * len(ids), ["answer"] * len(ids))
+    ids = tokenizer(text.content, verbose=False)["input_ids"]
+    check_ids(tokenizer, ids, text.where)
+    kept = ids[:most]
+    roles = ["answer"] * len(kept)
+    return Chat(text.where, kept, [True] * len(kept), roles, cut=len(ids) > most)
 
 
 class LanguageLoss:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ubmoe.config import StageSection, UserError
 from ubmoe.data.padding import IGNORE_INDEX
-from ubmoe.data.rows import sentences_of
+from ubmoe.data.tokens import check_ids, sentences_of
 from ubmoe.models.digests import digest, digest_of_tokenizer, mark_of
 from ubmoe.training.checkpoints import Work
 from ubmoe.training.losses import mean_loss, predictions
@@ -70,21 +70,29 @@ class Masking:
     """(T,) tokens -> the same with some masked, and labels that are IGNORE_INDEX elsewhere.
 
     Every ordinary token is chosen with `mlm_probability`. `bert`: of the chosen, 80 % become the
-    mask token, 10 % a random one, 10 % stay; `all`: every one becomes the mask token. Raises
-    UserError for a mask token that is not one token.
+    mask token, 10 % a random one, 10 % stay; `all`: every one becomes the mask token.
+
+    rows: the model's embeddings; random tokens are among them. Raises UserError for a mask token
+    that is not one token.
     """
 
-    def __init__(self, stage: StageSection, tokenizer: PreTrainedTokenizerBase) -> None:
-        found = tokenizer(stage.mask_token, add_special_tokens=False)["input_ids"]
+    def __init__(
+        self, stage: StageSection, tokenizer: PreTrainedTokenizerBase, rows: int | None = None
+    ) -> None:
+        # alone, some tokenizers would put the mark of a text's beginning before it
+        known = tokenizer.get_vocab().get(stage.mask_token)
+        apart = tokenizer(stage.mask_token, add_special_tokens=False)["input_ids"]
+        found = apart if known is None else [known]
         if len(found) != 1:
             raise UserError(
                 f"bi.stages.N.mask_token: {stage.mask_token!r} is {len(found)} tokens of this "
                 "tokenizer; expected one"
             )
-        [self.mask] = found
+        self.mask: int = found[0]
+        check_ids(tokenizer, found, "bi.stages.N.mask_token")
         self.probability, self.style = stage.mlm_probability, stage.masking
         self.special = np.array(sorted(tokenizer.all_special_ids), dtype=np.int64)
-        self.vocabulary = len(tokenizer)
+        self.vocabulary = min(len(tokenizer), rows or len(tokenizer))
 
     def __call__(self, ids: Tensor, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
         tokens = ids.numpy().copy()
@@ -106,16 +114,16 @@ def chunked(stage: StageSection, tokenizer: PreTrainedTokenizerBase) -> Tensor:
 
     Raises UserError where the texts do not fill one chunk.
     """
-    texts = sentences_of(stage.dataset, stage.max_rows, blank=True)
+    texts = sentences_of(stage.dataset, tokenizer, stage.max_rows, blank=True)
     lines = [f"{text}\n" for text in texts if text]
     ids = [token for line in tokenizer(lines)["input_ids"] for token in line] if lines else []
-    rows = len(ids) // stage.max_tokens
-    if not rows:
+    count = len(ids) // stage.max_tokens
+    if not count:
         raise UserError(
             f"{stage.dataset}: {len(ids)} tokens; expected one chunk of "
             f"bi.stages.N.max_tokens={stage.max_tokens} at least"
         )
-    return torch.tensor(ids[: rows * stage.max_tokens]).view(rows, stage.max_tokens)
+    return torch.tensor(ids[: count * stage.max_tokens]).view(count, stage.max_tokens)
 
 
 class MntpTrainer(GuardedTrainer):
@@ -149,10 +157,12 @@ def train_stage(
 
     Returns what the record says of the stage: counts by module, rows, log.
     """
-    data = Chunks(chunks, Masking(stage, tokenizer), work.seed)
+    embedding: Any = model.get_input_embeddings()
+    data = Chunks(chunks, Masking(stage, tokenizer, len(embedding.weight)), work.seed)
     mark = mark_of(model) | {"data": digest([("chunks", chunks)])}
     with tuning(model, stage, work) as counts:
         report = {"trainable": counts, "rows": len(chunks), "tokens": chunks.numel()}
+        report["max_tokens"] = chunks.shape[1]
         announce(stage, model, report)
         history = run_trainer(
             partial(MntpTrainer, model),

@@ -7,7 +7,9 @@ shared with the causal LM: training the one trains the other, and the lm_head is
 
 import copy
 import json
+import logging
 import string
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,21 +22,26 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ubmoe.bidirectional import is_bidirectional, set_attention
 from ubmoe.config import BiSection, Config, UserError
+from ubmoe.data import tokens
 from ubmoe.files import replace_directory
 from ubmoe.layered import named_layers, partial_layers
 from ubmoe.models.loading import (
     best_device,
+    context_length,
     explained,
     keywords,
     load_model,
     load_tokenizer,
     source,
+    within_context,
 )
-from ubmoe.models.lora import adapter_attention
+from ubmoe.models.lora import last_attention
 
+log = logging.getLogger(__name__)
 POOLING = {"mean": "mean", "weighted_mean": "weightedmean", "last": "lasttoken"}
 OWN = "own"  # name of the prompt that every text gets
-PROBES = (*string.ascii_letters, *string.digits, *string.punctuation, "é", "你", "ж")
+PROBES = (" a", *string.ascii_letters, *string.digits, *string.punctuation, "é", "你", "ж")
+UNCUT, AT_ONCE = 10**6, 1000  # tokens of a text; texts that are tokenised together
 TEXT_FORM = {"method": "forward", "method_output_name": "last_hidden_state"}
 
 
@@ -47,8 +54,10 @@ def as_encoder(
     tokenizer.padding_side = "right"
     forms: dict[str, dict[str, str]] = {"text": TEXT_FORM}
     keys: dict[str, Any] = {"modality_config": forms, "module_output_name": "token_embeddings"}
+    rows = len(model.get_input_embeddings().weight)  # type: ignore[arg-type, union-attr]
+    tokens.fit(tokenizer, rows)
     prefix = prefix_of(tokenizer, settings)
-    if settings.prompt is not None and prefix is None:
+    if settings.prompt not in (None, "{text}") and prefix is None:
         forms["message"] = TEXT_FORM | {"format": "flat"}
         template = input_template(tokenizer, settings.prompt)
         keys["processing_kwargs"] = {"chat_template": {"chat_template": template}}
@@ -56,6 +65,7 @@ def as_encoder(
         model.config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         module = _Given(folder, model_kwargs={"given": model.base_model}, **keys)
+    tokens.fit(module.tokenizer, rows)
     # what modules.json names is the library's own, where stock libraries can read it
     some = is_bidirectional(model.config) and partial_layers(model.config) is not None
     module.__class__ = LayeredTransformer if some else Transformer
@@ -91,9 +101,9 @@ def load_saved(directory: str, device: str | None = None, **keys: Any) -> Senten
     own = f"{LayeredTransformer.__module__}.{LayeredTransformer.__qualname__}"
     keys |= {"trust_remote_code": False}
     if not path.is_file() or json.loads(path.read_text())[0]["type"] != own:
-        return SentenceTransformer(directory, device=device, **keys)
+        return _fitted(SentenceTransformer(directory, device=device, **keys))
     said = json.loads((Path(directory) / "config_sentence_transformers.json").read_text())
-    return SentenceTransformer(
+    encoder = SentenceTransformer(
         modules=[
             LayeredTransformer.load(directory, **keys),
             Pooling.load(directory, subfolder="1_Pooling"),
@@ -102,6 +112,19 @@ def load_saved(directory: str, device: str | None = None, **keys: Any) -> Senten
         prompts=said.get("prompts"),
         default_prompt_name=said.get("default_prompt_name"),
     )
+    return _fitted(encoder)
+
+
+def _fitted(encoder: SentenceTransformer) -> SentenceTransformer:
+    """It pads with a token that its model has, and reads no more than its model's context."""
+    inner, tokenizer = getattr(encoder[0], "model", None), encoder.tokenizer
+    if isinstance(inner, PreTrainedModel) and isinstance(tokenizer, PreTrainedTokenizerBase):
+        tokens.fit(tokenizer, len(inner.get_input_embeddings().weight))  # type: ignore
+        context, limit = context_length(inner.config), encoder.max_seq_length
+        if context and (limit is None or limit > context):
+            log.info("an encoder of %s tokens: %d, its model's context", limit, context)
+            encoder.max_seq_length = context
+    return encoder
 
 
 class _Given(Transformer):
@@ -115,12 +138,21 @@ def prefix_of(tokenizer: PreTrainedTokenizerBase, settings: BiSection) -> str | 
     """The prompt's text where it is to stay out of the mean; None where it belongs to it.
 
     Out of the mean means: not its first tokens, as many as the prompt alone has. Raises UserError
-    where a text melts into these, as after a prompt that ends in a space.
+    where a text melts into these, as after a prompt that ends in a space, and where
+    sentence-transformers would count others.
     """
     if settings.prompt_in_mean:
         return None
     prefix = str(settings.prompt).removesuffix("{text}")
-    alone = tokenizer(prefix)["input_ids"]
+    alone = tokens.prompt_ids(tokenizer, prefix)
+    ended = tokenizer(prefix)["input_ids"]  # it takes one special token off the end of these
+    counted = len(ended) - (ended[-1:] != [] and ended[-1] in tokenizer.all_special_ids)
+    if prefix and counted != len(alone):
+        raise UserError(
+            f"bi.prompt_in_mean: sentence-transformers would leave {counted} tokens out of the "
+            f"mean, and the prompt has {len(alone)}: it, or what this tokenizer appends, ends in "
+            "special tokens that are counted otherwise; expected true"
+        )
     for first in PROBES:
         if tokenizer(f"{prefix}{first}")["input_ids"][: len(alone)] != alone:
             raise UserError(
@@ -131,18 +163,57 @@ def prefix_of(tokenizer: PreTrainedTokenizerBase, settings: BiSection) -> str | 
 
 
 def input_template(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """The Jinja template of a text in its prompt, after the BOS token that some tokenizers add."""
+    """The Jinja template of a text in its prompt, with the tokenizer's own first and last tokens.
+
+    A template's tokens are its string's alone, so that these stand in it. Behind a first token some
+    tokenizers take a space for the beginning of a text. Raises UserError where no template gives
+    the ids of the text in its prompt.
+    """
     prefix, suffix = prompt.split("{text}")
-    first = tokenizer("text")["input_ids"][0]
-    bos = tokenizer.bos_token if first == tokenizer.bos_token_id else ""
-    quoted = [json.dumps(part, ensure_ascii=False) for part in (f"{bos}{prefix}", suffix)]
-    return "{{ " + f"{quoted[0]} + messages[-1]['content'] + {quoted[1]}" + " }}"
+    ends = [tokenizer.convert_ids_to_tokens(each) for each in tokens.own_ends(tokenizer)]
+    first, last = ("".join(each) for each in ends)
+    for joint in ("", " "):
+        before, after = f"{first}{joint}{prefix}", f"{suffix}{last}"
+        if all(
+            tokenizer(f"{before}{text}{after}", add_special_tokens=False)["input_ids"]
+            == tokenizer(prompt.replace("{text}", text))["input_ids"]
+            for text in PROBES
+        ):
+            quoted = [json.dumps(part, ensure_ascii=False) for part in (before, after)]
+            return "{{ " + f"{quoted[0]} + messages[-1]['content'] + {quoted[1]}" + " }}"
+    raise UserError(
+        f"bi.prompt: {tokenizer.name_or_path}: its tokenizer puts {first!r} before and {last!r} "
+        "after a text in a way that no template can; expected null"
+    )
 
 
 def rendered(encoder: SentenceTransformer, text: str) -> str:
     """What the model reads for a text, special tokens and all."""
     ids = encoder.preprocess([text], prompt=own_prompt(encoder))["input_ids"][0]
     return str(encoder.tokenizer.decode(ids))
+
+
+def lengths(encoder: SentenceTransformer, texts: Sequence[str], where: str = "row") -> list[int]:
+    """Tokens of each text as the encoder would read it uncut; [] for one that counts none.
+
+    Raises UserError, as `where` and the number of the text, for a token that the model lacks.
+    """
+    limit, encoder.max_seq_length = encoder.max_seq_length, UNCUT
+    strange = tokens.strangers(encoder.tokenizer)
+    found: list[int] = []
+    try:
+        for start in range(0, len(texts), AT_ONCE):
+            features = encoder.preprocess(
+                list(texts[start : start + AT_ONCE]), prompt=own_prompt(encoder)
+            )
+            if "attention_mask" not in features:
+                return []
+            found += features["attention_mask"].sum(1).tolist()
+            for number, ids in enumerate(features["input_ids"].tolist() if strange else [], start):
+                tokens.check_ids(encoder.tokenizer, ids, f"{where} {number + 1}")
+    finally:
+        encoder.max_seq_length = limit
+    return found
 
 
 def own_prompt(encoder: SentenceTransformer) -> str | None:
@@ -156,7 +227,7 @@ def load_encoder(config: Config) -> SentenceTransformer:
     attention = config.bi.attention
     file = "gguf_file" in keywords(config.model)
     if not file and is_sentence_transformer_model(name, revision=config.model.revision):
-        if config.model.adapter:
+        if config.model.adapters:
             raise UserError(
                 f"model.adapter: {config.model.name} is an encoder of sentence-transformers; "
                 "expected null, or a causal language model as model.name"
@@ -167,11 +238,12 @@ def load_encoder(config: Config) -> SentenceTransformer:
         }
         with explained(config.model, "an encoder"):
             return load_saved(name, str(device), **keys)
-    if config.model.adapter and (trained := adapter_attention(config.model.adapter)) != attention:
+    if (trained := last_attention(config.model.adapters)) not in (None, attention):
         raise UserError(
             f"bi.attention: the adapter was trained {trained}, not {attention}; expected "
             f"bi.attention={trained}"
         )
+    config = within_context(config, "bi")
     tokenizer = load_tokenizer(config.model)
     model = load_model(config.model, config.bi.bidirectional, config.bi.layers)
     return as_encoder(model, tokenizer, config.bi)

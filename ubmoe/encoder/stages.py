@@ -24,7 +24,7 @@ def read_data(stage: StageSection, tokenizer: PreTrainedTokenizerBase) -> Data:
     """Raises UserError, before any model is loaded."""
     if stage.objective == "mntp":
         return Data(mntp.chunked(stage, tokenizer), [])
-    return Data(contrastive.read_dataset(stage), read_language(stage, tokenizer))
+    return Data(contrastive.read_dataset(stage, tokenizer), read_language(stage, tokenizer))
 
 
 def train_stages(

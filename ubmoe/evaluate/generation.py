@@ -7,7 +7,8 @@ import logging
 import math
 import re
 import sys
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import version
@@ -25,7 +26,7 @@ from ubmoe.config import TABLE4, TASKS_OF_BITUNE, Config, EvaluationSection, Use
 from ubmoe.data.chats import Chat, collate, read_chats
 from ubmoe.data.padding import batches_by_length
 from ubmoe.data.rows import held_out
-from ubmoe.models.loading import load_model, load_tokenizer
+from ubmoe.models.loading import load_model, load_tokenizer, within_context
 from ubmoe.models.precision import Setting, autocast
 from ubmoe.tiny import tasks as tiny_tasks
 from ubmoe.training import losses
@@ -160,16 +161,16 @@ def generation_scores(
         return {"tasks": {}, "metrics": {}, "average": None, **metadata}
     with redirect_stdout(sys.stderr):
         if lm is None:
-            from lm_eval.models.huggingface import HFLM
+            from ubmoe.evaluate.harness import Asked
 
-            lm = HFLM(
+            lm = Asked(
                 pretrained=model,
                 tokenizer=tokenizer,
                 batch_size=settings.batch_size,
                 softmax_dtype="float32",  # of logits that autocast made
                 trust_remote_code=False,
             )
-        with autocast(settings.bf16, model.device):
+        with autocast(settings.bf16, model.device), said_once("lm_eval"):
             found = _evaluated(lm, settings)
     tasks, metrics = {}, {}
     for name in result_names(settings.generation):
@@ -181,17 +182,38 @@ def generation_scores(
     average = sum(tasks[name][metric] for name, metric in metrics.items()) / len(tasks)
     shots = {name: found["n-shot"].get(name) for name in tasks}
     versions = {name: found["versions"].get(name) for name in tasks}
+    metadata["truncated"] = dict(lm.truncated)  # prompts whose beginning was cut, by task
     return {
         **{"tasks": tasks, "metrics": metrics, "average": average},
         **{"shots": shots, "versions": versions, **metadata},
     }
 
 
+@contextmanager
+def said_once(library: str) -> Iterator[None]:
+    """A library's warnings, each once whatever the numbers in it; what is less is not shown."""
+    first: dict[str, logging.LogRecord] = {}
+
+    def once(record: logging.LogRecord) -> bool:
+        message = re.sub(r"\d+", "N", record.getMessage())
+        ours = record.name.partition(".")[0] == library
+        return not ours or first.setdefault(message, record) is record  # for every handler
+
+    logger, handlers = logging.getLogger(library), logging.getLogger().handlers[:]
+    logger.setLevel(logging.WARNING)
+    for handler in handlers:
+        handler.addFilter(once)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(once)
+
+
 def _evaluated(lm: Any, settings: EvaluationSection) -> dict[str, Any]:
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     asked = settings.generation
     theirs = any(not name.endswith((".yaml", ".yml")) and name != "tiny" for name in asked)
     tasks: list[Any] = [
@@ -210,7 +232,7 @@ def _evaluated(lm: Any, settings: EvaluationSection) -> dict[str, Any]:
             bootstrap_iters=0,
             log_samples=False,
         )
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError, AssertionError) as error:
         # a data set that is not here, and no network; or a task that is wrong in itself
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UserError(f"evaluation.generation: {', '.join(asked)}: {reason}") from error
@@ -291,9 +313,13 @@ def perplexity(
 def language_model_scores(config: Config) -> dict[str, Any]:
     """Generation tasks and perplexity of held-out chats, read causally whatever its own mask."""
     check_tasks(config.evaluation.generation, config.evaluation.data)
+    config = within_context(config, "ubmoe")
     settings, tokenizer = config.ubmoe, load_tokenizer(config.model)
     found = read_chats(settings.dataset, tokenizer, settings.max_tokens, settings.max_rows)
     _, kept = held_out(found.chats, settings.held_out, "ubmoe.held_out")
     model = load_model(config.model)
     scores = generation_scores(model, tokenizer, config.evaluation)
-    return {**scores, "perplexity": perplexity(model, kept, config.evaluation.bf16)}
+    counts = {"held_out": len(kept), "max_tokens": settings.max_tokens}
+    counts["truncated"] = sum(chat.cut for chat in kept)
+    found_of = {"perplexity": perplexity(model, kept, config.evaluation.bf16), "counts": counts}
+    return scores | found_of

@@ -22,6 +22,7 @@ from sentence_transformers import SentenceTransformer
 from ubmoe.config import UserError, listed
 from ubmoe.data.bad_rows import usable
 from ubmoe.data.rows import Row, cell, finite_number, read_rows
+from ubmoe.encoder.sentence_encoder import lengths
 from ubmoe.models.precision import Setting, autocast
 from ubmoe.tiny import language
 
@@ -39,8 +40,9 @@ def sts_scores(
 
     Raises UserError for a score that is not finite: it is never averaged.
     """
-    scores, sources = {}, {}
+    scores, sources, cut = {}, {}, {}
     for task in tasks:
+        cut[task.metadata.name] = truncated_texts(encoder, task)
         with warnings.catch_warnings(), autocast(bf16, encoder.device):
             warnings.simplefilter("ignore", FutureWarning)  # mteb's own use of older names
             result = mteb.evaluate(
@@ -57,7 +59,28 @@ def sts_scores(
         scores[name] = score
         sources[name] = {**task.metadata.dataset, "subset": row["hf_subset"]}
     average = sum(scores.values()) / len(scores) if scores else None
-    return {"tasks": scores, "average": average, "sources": sources, "mteb": mteb.__version__}
+    return {
+        **{"tasks": scores, "average": average, "sources": sources, "truncated": cut},
+        **{"max_tokens": encoder.max_seq_length, "mteb": mteb.__version__},
+    }
+
+
+def truncated_texts(encoder: SentenceTransformer, task: AbsTaskSTS) -> int:
+    """How many texts of a task are longer than the encoder's limit, and so are cut.
+
+    Raises UserError, naming the row, for a token that the model lacks.
+    """
+    task.load_data()
+    data: Any = task.dataset
+    limit, found = encoder.max_seq_length or math.inf, 0
+    for subset in task.hf_subsets:
+        for split in task.eval_splits:
+            rows = data.get(subset, data)[split]
+            for column in task.column_names:
+                texts = list(rows[column])
+                where = f"evaluation.sts: {task.metadata.name}, {split}, {column}, row"
+                found += sum(each > limit for each in lengths(encoder, texts, where))
+    return found
 
 
 def sts_tasks(names: Sequence[str]) -> list[AbsTaskSTS]:

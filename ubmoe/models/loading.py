@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -14,6 +14,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -22,13 +23,16 @@ from transformers import (
 )
 
 from ubmoe.bidirectional import attention_name, prove_attention, set_attention, set_layers
-from ubmoe.config import Layers, ModelSection, UserError, listed
+from ubmoe.config import Config, Layers, ModelSection, Section, UserError, listed
+from ubmoe.data import tokens
 from ubmoe.layered import partial_layers
 from ubmoe.models import lora, precision
 from ubmoe.tiny.model import tiny_directory
 
 log = logging.getLogger(__name__)
 WEIGHTS = ("*.safetensors", "*.bin")
+LIMITS = ("max_tokens", "lm_max_tokens")  # keys of any section that the context bounds
+AnySection = TypeVar("AnySection", bound=Section)
 
 
 def best_device(name: str | None = None) -> torch.device:
@@ -105,14 +109,17 @@ def keywords(config: ModelSection) -> dict[str, Any]:
 
 
 def load_tokenizer(config: ModelSection) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer, with a padding token where it has none. Raises UserError."""
+    """The model's own tokenizer, with a padding token that the model has. Raises UserError."""
     with explained(config):
         tokenizer = AutoTokenizer.from_pretrained(source(config), **keywords(config))
+        whole = AutoConfig.from_pretrained(source(config), **keywords(config))
+        settings = whole.get_text_config()
     # Without tokenizer files transformers 5 makes an empty tokenizer, and says nothing.
     if not tokenizer("any text", add_special_tokens=False)["input_ids"]:
         raise UserError(f"model.name: {config.name} has no tokenizer; expected tokenizer.json")
-    if tokenizer.pad_token is None:  # as Llama's; any will do, since padding is masked
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    tokens.fit(tokenizer, getattr(settings, "vocab_size", None))
+    context = context_length(whole) or tokenizer.model_max_length
+    tokenizer.model_max_length = min(tokenizer.model_max_length, context)
     return tokenizer
 
 
@@ -156,7 +163,7 @@ def load_model(
             **keywords(config),
             config=settings,
             # an adapter is merged in fp32, then cast
-            dtype=torch.float32 if config.adapter else dtype,
+            dtype=torch.float32 if config.adapters else dtype,
             attn_implementation=config.attn_implementation,
             output_loading_info=True,
         )
@@ -169,8 +176,7 @@ def load_model(
     _check_layers(model, report["unexpected_keys"], config.name)
     if "gguf_file" in keywords(config):
         _forget_quantization(model)
-    if config.adapter:
-        model = lora.cast(lora.merged(model, config.adapter), dtype)
+    model = lora.merged(model, config.adapters, dtype)
     _check_finite(model, config.name)
     set_layers(model.eval().to(best_device(config.device)), layers if bidirectional else "all")
     set_attention(model, bidirectional)
@@ -238,9 +244,38 @@ def _check_finite(model: PreTrainedModel, name: str) -> None:
         )
 
 
-def context_length(model: PreTrainedModel) -> int | None:
-    """Positions that the model was made for, in tokens; None where its config names none."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def context_length(settings: PreTrainedConfig) -> int | None:
+    """Positions that a model was made for, in tokens; None where its config names none."""
+    return getattr(settings.get_text_config(), "max_position_embeddings", None)
+
+
+def within_context(config: Config, *sections: str) -> Config:
+    """The config, in these sections no limit of tokens beyond the model's context; says which were.
+
+    Every program reads its limits through it, so that training, measuring, saving and scoring cut
+    at the same place. Raises UserError for a model whose config cannot be had.
+    """
+    with explained(config.model):
+        settings = AutoConfig.from_pretrained(source(config.model), **keywords(config.model))
+    if context := context_length(settings):
+        for name in sections:
+            section = bounded(getattr(config, name), context, name)
+            config = config.model_copy(update={name: section})
+    return config
+
+
+def bounded(section: AnySection, context: int, name: str) -> AnySection:
+    """The section called `name`, and those in its lists, with no limit of more tokens."""
+    changes: dict[str, Any] = {}
+    for key, value in section:
+        unused = key == "lm_max_tokens" and not getattr(section, "lm_weight", 0)
+        if key in LIMITS and value > context and not unused:
+            log.info("%s.%s: %d, the model's context, not %d", name, key, context, value)
+            changes[key] = context
+        elif isinstance(value, list) and value and isinstance(value[0], Section):
+            numbered = enumerate(value)
+            changes[key] = [bounded(each, context, f"{name}.{key}.{n}") for n, each in numbered]
+    return section.model_copy(update=changes)
 
 
 def environment(model: PreTrainedModel) -> dict[str, Any]:

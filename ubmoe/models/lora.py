@@ -6,6 +6,7 @@ shape it is silently wrong: ubmoe.json beside it says both.
 """
 
 import json
+import logging
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,10 @@ from ubmoe.config import LoraSection, UserError
 from ubmoe.files import replace_directory, write_json
 from ubmoe.models.digests import fingerprint
 
-MODE = "ubmoe.json"
+log = logging.getLogger(__name__)
+MODE, WEIGHTS = "ubmoe.json", "adapter_model.safetensors"
+PROOF_TOKENS = 16  # on which a merged adapter is compared with itself before
+TOLERANCE = 1e-3  # of the largest logit; rounding in float32 is far below
 
 
 def attach(model: PreTrainedModel, parameters: Sequence[str], settings: LoraSection) -> PeftModel:
@@ -103,7 +107,7 @@ def save_difference(
         base_model_name_or_path=base.name_or_path,
         inference_mode=True,
     ).save_pretrained(str(directory))
-    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
     count = sum(value.numel() for value in tensors.values())
     return {"rank": rank, "parameters": count, "kept": kept / total}
 
@@ -157,8 +161,16 @@ def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def adapter_attention(adapter: str) -> str:
-    """The mask that an adapter was trained under: causal or bidirectional. Raises UserError."""
+def adapter_attention(adapter: str, merged_before: int = 0) -> str:
+    """The mask that an adapter was trained under: causal or bidirectional.
+
+    merged_before: adapters that are merged before it, as many as the stages that it sits on. Raises
+    UserError.
+    """
+    if not (Path(adapter) / WEIGHTS).is_file():
+        raise UserError(
+            f"model.adapter: {adapter} has no {WEIGHTS}; expected a LoRA directory as peft saves it"
+        )
     path = Path(adapter) / MODE
     expected = 'expected {"attention": "causal"} or {"attention": "bidirectional"} in it'
     try:
@@ -171,41 +183,107 @@ def adapter_attention(adapter: str) -> str:
         ) from error
     if attention not in get_args(Attention):
         raise UserError(f"model.adapter: {path}: got {attention!r}; {expected}")
-    if before:
+    if before not in (0, merged_before):
         raise UserError(
             f"model.adapter: {adapter} was trained on top of {before} earlier stages; expected the "
-            "merged encoder (its run's bi/) as model.name"
+            "merged encoder (its run's bi/) as model.name, or the adapters of all of them in order"
         )
     return attention
 
 
-def merged(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
-    """The model with a saved adapter merged in, be it of the whole LM or of its headless inside.
+def last_attention(adapters: Sequence[str]) -> str | None:
+    """The mask of the last of stacked adapters, under which the model is to be read; None: none."""
+    masks = [adapter_attention(adapter, place) for place, adapter in enumerate(adapters)]
+    return masks[-1] if masks else None
 
-    Raises UserError for what is no LoRA adapter, or another model's.
+
+def merged(model: PreTrainedModel, adapters: Sequence[str], dtype: torch.dtype) -> PreTrainedModel:
+    """The model with saved adapters merged in, in order, each in float32 and then cast to `dtype`.
+
+    Each may be of the whole LM or of its headless inside. Raises UserError for what is no LoRA
+    adapter, or another model's, and for one whose merging would change what it computes.
     """
-    weights = Path(adapter) / "adapter_model.safetensors"
-    if not weights.is_file():
-        raise UserError(
-            f"model.adapter: {adapter} has no adapter_model.safetensors; expected a LoRA "
-            "directory as peft saves it"
-        )
-    adapter_attention(adapter)
-    try:
-        check_base(model, Path(adapter))
-        with strict():
-            wrapped, headed = _wrapped(model, adapter, weights)
-        inside: Any = wrapped.merge_and_unload()
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"model.adapter: {adapter} does not fit {model.name_or_path}: {reason}"
-        ) from error
-    if headed:
-        return inside
-    setattr(model, model.base_model_prefix, inside)
-    model.tie_weights()
+    last_attention(adapters)
+    for adapter in adapters:
+        cast(model, torch.float32)
+        try:
+            model = _merged(model, adapter)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"model.adapter: {adapter} does not fit {model.name_or_path}: {reason}"
+            ) from error
+        cast(model, dtype)
     return model
+
+
+@torch.no_grad()
+def _merged(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
+    """The model with one adapter merged in, proved on a few tokens to compute what it did apart.
+
+    An adapter beside tied weights moves the embedding or the head, and they part: the head gets
+    weights of its own before, and is tied again where the two are still equal.
+    """
+    check_base(model, Path(adapter))
+    shapes = {name: value.shape for name, value in model.named_parameters()}
+    embedding: Any = model.get_input_embeddings()
+    ids = torch.linspace(0, len(embedding.weight) - 1, PROOF_TOKENS).long()[None].to(model.device)
+    with strict():
+        wrapped, headed = _wrapped(model, adapter)
+    apart = model(input_ids=ids, use_cache=False).logits
+    tied = _untie(model, embedding.weight)
+    inside: Any = wrapped.merge_and_unload()
+    if headed:
+        model = inside
+    else:
+        setattr(model, model.base_model_prefix, inside)
+    if tied:
+        _tie_where_equal(model)
+    changed = model(input_ids=ids, use_cache=False).logits - apart
+    if not changed.abs().max() <= TOLERANCE * apart.abs().max():
+        raise ValueError("merged it would compute something else than apart; expected plain LoRA")
+    after = {name: value.shape for name, value in model.named_parameters()}
+    if {name: after.get(name) for name in shapes} != shapes or len(after) > len(shapes) + tied:
+        raise ValueError(
+            "it changes the model's layers or shapes; expected the merged model as model.name"
+        )
+    return model
+
+
+def _untie(model: PreTrainedModel, shared: Tensor) -> bool:
+    """Give linear layers that share the embedding's weight one of their own, and say if any did."""
+    sharing = [
+        each for each in model.modules() if isinstance(each, nn.Linear) and each.weight is shared
+    ]
+    for each in sharing:
+        each.weight = nn.Parameter(shared.detach().clone(), requires_grad=False)
+    return bool(sharing)
+
+
+def _tie_where_equal(model: PreTrainedModel) -> None:
+    """Tie the head to the embedding again, or say in the config that they have parted."""
+    head: Any = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    equal = torch.equal(head.weight, embedding.weight)
+    if equal:
+        head.weight = embedding.weight
+    else:
+        log.info("the adapter parts the tied embedding and head: both are kept, and saved apart")
+    for config in (model.config, model.config.get_text_config()):  # peft may have changed it
+        config.tie_word_embeddings = equal
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=False)
+
+
+def _check_whole_weights(model: nn.Module, shapes: dict[str, list[int]]) -> None:
+    """Raises ValueError where an adapter brings a weight of another shape: a grown vocabulary's."""
+    own = {name: list(value.shape) for name, value in model.named_parameters()}
+    for name, shape in shapes.items():
+        name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        if own.get(name, shape) != shape:
+            raise ValueError(
+                f"it was trained with {name} of {shape}, and the model has {own[name]}; expected "
+                "the model that it was trained on"
+            )
 
 
 @contextmanager
@@ -217,16 +295,18 @@ def strict() -> Iterator[None]:
         yield
 
 
-def _wrapped(model: PreTrainedModel, adapter: str, weights: Path) -> tuple[PeftModel, bool]:
+def _wrapped(model: PreTrainedModel, adapter: str) -> tuple[PeftModel, bool]:
     """The model under its adapter, and whether the adapter is of the LM with its head."""
     kind = json.loads((Path(adapter) / "adapter_config.json").read_text())["peft_type"]
     if kind != "LORA":
         raise ValueError(f"it is {kind}, expected LORA")
-    with safe_open(weights, "pt") as file:
-        names = list(file.keys())
+    with safe_open(Path(adapter) / WEIGHTS, "pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     inside = f"base_model.model.{model.base_model_prefix}."
-    headed = any(name.startswith((inside, "base_model.model.lm_head.")) for name in names)
-    wrapped = PeftModel.from_pretrained(model if headed else model.base_model, adapter)
-    if len(get_peft_model_state_dict(wrapped)) != len(names):
+    headed = any(name.startswith((inside, "base_model.model.lm_head.")) for name in shapes)
+    below = model if headed else model.base_model
+    _check_whole_weights(below, shapes)
+    wrapped = PeftModel.from_pretrained(below, adapter)
+    if shapes.keys() - get_peft_model_state_dict(wrapped, save_embedding_layers=True).keys():
         raise ValueError("it has tensors for modules that the model lacks")
     return wrapped, headed

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ubmoe.bidirectional import set_attention
 from ubmoe.config import Config, Route, UserError
 from ubmoe.data.chats import Chat, read_chats
-from ubmoe.data.rows import held_out, sentences_of
+from ubmoe.data.rows import held_out
+from ubmoe.data.tokens import sentences_of
 from ubmoe.encoder.sentence_encoder import load_saved
 from ubmoe.evaluate import generation
 from ubmoe.evaluate.sts import sts_scores, sts_tasks
@@ -54,10 +55,10 @@ def read(config: Config) -> Inputs:
     chats, kept = held_out(found.chats, settings.held_out, "ubmoe.held_out")
     sentences = []
     if settings.objective == "both":
-        sentences = sentences_of(settings.sentences, len(chats))
+        sentences = sentences_of(settings.sentences, tokenizer, len(chats))
     counts = {"chats": len(chats), "held_out": len(kept), "truncated": found.truncated}
     log.info("chats: %s", counts)
-    counts["dropped"] = found.dropped
+    counts |= {"dropped": found.dropped, "max_tokens": settings.max_tokens}
     return Inputs(encoder, attention, tokenizer, chats, kept, sentences, sts, counts)
 
 

@@ -14,7 +14,14 @@ from transformers import PreTrainedModel
 from ubmoe.config import Config, ProbedModel, ProbingSection, UserError
 from ubmoe.files import replace
 from ubmoe.models.digests import digest_of_rows, digest_of_tokenizer, mark_of
-from ubmoe.models.loading import load_model, load_tokenizer, saved_attention
+from ubmoe.models.loading import (
+    bounded,
+    context_length,
+    load_model,
+    load_tokenizer,
+    saved_attention,
+)
+from ubmoe.models.lora import last_attention
 from ubmoe.moe.routes import set_route
 from ubmoe.probing.anisotropy import anisotropy
 from ubmoe.probing.items import Task
@@ -66,7 +73,8 @@ def probe(
 
     Its vectors stay in `folder` for another run, and its report for a run that goes on.
     """
-    settings = config.probing
+    context = context_length(model.config)
+    settings = bounded(config.probing, context, "probing") if context else config.probing
     tokenizer = load_tokenizer(_section(config, which))
     count = model.config.get_text_config().num_hidden_layers + 1
     layers = _layers(settings, count)
@@ -95,7 +103,12 @@ def probe(
     lost = sum(place is None for place in sentences.places)
     report = {
         **{"label": label, "model": which.name, "attention": attention, "route": which.route},
-        **{"words": len(words), "cut_away": lost, "depth": count - 1},
+        **{
+            "words": len(words),
+            "max_tokens": settings.max_tokens,
+            "cut_away": lost,
+            "depth": count - 1,
+        },
         "rows": all_rows(tasks, vectors, index, layers, settings, label),
         "anisotropy": anisotropy(model, tokenizer, tasks, path, count, settings, keys),
     }
@@ -111,7 +124,8 @@ def _mark(key: str, label: str, tasks: Sequence[Task], settings: ProbingSection)
 
 
 def _attention(config: Config, which: ProbedModel) -> str:
-    return which.attention or saved_attention(_section(config, which))
+    section = _section(config, which)
+    return which.attention or last_attention(section.adapters) or saved_attention(section)
 
 
 def _section(config: Config, which: ProbedModel) -> Any:

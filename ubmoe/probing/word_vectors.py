@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ubmoe.config import UserError
 from ubmoe.data.padding import batches_by_length, padded_with_mask
+from ubmoe.data.tokens import check_ids
 from ubmoe.files import write_json
 
 log = logging.getLogger(__name__)
@@ -66,6 +67,8 @@ class Sentences:
         unique = list(dict.fromkeys(word.sentence for word in words))
         encoded: Any = tokenizer(unique, return_offsets_mapping=True, verbose=False)
         offsets = encoded["offset_mapping"]
+        for sentence, ids in zip(unique, encoded["input_ids"], strict=True):
+            check_ids(tokenizer, ids, repr(sentence))
         self.ids = [ids[:max_tokens] for ids in encoded["input_ids"]]
         rows = {sentence: row for row, sentence in enumerate(unique)}
         self.places = [self._place(word, rows[word.sentence], offsets) for word in words]

@@ -221,10 +221,13 @@ def spread(values: list[float]) -> str:
 
 
 def model_of(record: dict[str, Any]) -> str:
-    """What a record is of: the last part of the model's name, and its adapter's."""
+    """What a record is of: the last part of the model's name, and of its adapters'."""
     settings = record["config"]["model"] if "config" in record else {"name": ""}
-    adapter = settings.get("adapter")
-    return Path(settings["name"]).name + (f" with {Path(adapter).name}" if adapter else "")
+    given = settings.get("adapter") or []
+    adapters = " and ".join(
+        Path(each).name for each in ([given] if isinstance(given, str) else given)
+    )
+    return Path(settings["name"]).name + (f" with {' and '.join(adapters)}" if adapters else "")
 
 
 # What a forced route is; `uni` and `bi` are the two models themselves, without a mixture.

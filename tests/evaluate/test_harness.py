@@ -1,0 +1,85 @@
+"""lm-eval's model of ours: no text ends before its answer, and what is cut is counted."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+from builders import marked, random_model, tuned
+
+from ubmoe.bitune.examples import Example
+from ubmoe.bitune.likelihoods import Likelihoods
+from ubmoe.config import UserError
+from ubmoe.data import tokens
+from ubmoe.evaluate.generation import said_once
+from ubmoe.evaluate.harness import Asked
+
+PAIRS = [("a b? a", " cab"), ("a ", "bad"), ("gab a b c", " d")]
+
+
+def instances(*pairs):
+    return [
+        SimpleNamespace(args=pair, task_name="some", doc_id=number)
+        for number, pair in enumerate(pairs)
+    ]
+
+
+def asked(last=(), **keys):
+    model = random_model("llama", vocab_size=len(marked()), **keys)
+    return Asked(pretrained=model, tokenizer=marked(last=last), batch_size=2)
+
+
+def test_a_tokenizer_that_ends_texts_scores_and_generates_as_if_it_did_not():
+    with_end, without = asked(["</s>"]), asked()
+    requests = instances(*PAIRS)
+    scores = [lm.loglikelihood(requests, disable_tqdm=True) for lm in (with_end, without)]
+    assert scores[0] == scores[1]
+    keys = {"max_gen_toks": 4, "until": ["zzz"], "do_sample": False}
+    requests = instances(*((context, keys) for context, _ in PAIRS))
+    said = [lm.generate_until(requests, disable_tqdm=True) for lm in (with_end, without)]
+    assert said[0] == said[1]
+
+
+def test_prompts_longer_than_the_context_are_counted_by_task():
+    lm = asked(max_position_embeddings=16)
+    lm.loglikelihood(instances(("a" * 40, " b"), ("a", " b"), ("a" * 13, " b")), disable_tqdm=True)
+    assert dict(lm.truncated) == {"some": 1}  # <s>, the mark, 13 and 2 are the context and one
+    keys = {"max_gen_toks": 4, "until": ["zzz"], "do_sample": False}
+    lm.generate_until(instances(("a" * 40, keys), ("a" * 10, keys)), disable_tqdm=True)
+    assert dict(lm.truncated) == {"some": 2}
+    with pytest.raises(UserError, match="some: document 0: its answer leaves no room"):
+        lm.generate_until(instances(("a", keys | {"max_gen_toks": 16})), disable_tqdm=True)
+    with pytest.raises(UserError, match="some: document 0: its answer leaves no room"):
+        lm.loglikelihood(instances(("a", " b" * 30)), disable_tqdm=True)
+
+
+def test_a_document_with_a_token_that_the_model_lacks_is_named():
+    lm = asked()
+    tokens.fit(lm.tokenizer, len(lm.tokenizer) - 1)
+    with pytest.raises(UserError, match="some: document 1: holds the token"):
+        lm.loglikelihood(instances(("a", "b"), ("a", " </s>")), disable_tqdm=True)
+
+
+@pytest.mark.parametrize("last", [(), ("</s>",)])
+def test_bitune_is_asked_with_the_tokens_that_it_is_trained_on(last):
+    tokenizer = marked(last=last)
+    lm = Likelihoods(tuned("lora", "llama", vocab_size=len(tokenizer)), tokenizer, 2)
+    seen = []
+    lm._scores = lambda examples: seen.extend(examples) or [(0.0, False)] * len(examples)
+    lm.loglikelihood(instances(*PAIRS), disable_tqdm=True)
+    expected = [Example(*tokens.split_ids(tokenizer, *pair)) for pair in PAIRS]
+    assert sorted(map(str, seen)) == sorted(map(str, expected))
+
+
+def test_a_librarys_warnings_are_said_once_whatever_their_numbers(caplog):
+    handler = logging.Handler()
+    said = []
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger().addHandler(handler)
+    try:
+        with said_once("lm_eval"):
+            for length in (70, 71):
+                logging.getLogger("lm_eval.models").warning("%d is too long", length)
+                logging.getLogger("other").warning("kept")
+    finally:
+        logging.getLogger().removeHandler(handler)
+    assert said == ["70 is too long", "kept", "kept"]
