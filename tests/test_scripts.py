@@ -165,15 +165,9 @@ def test_the_context_bounds_training_saving_and_scoring_alike(tiny_path, tmp_pat
     tokenizer = AutoTokenizer.from_pretrained(tiny_path)
     tokenizer.save_pretrained(tmp_path / "model")
     ends = {"bos_token_id": 0, "eos_token_id": 0}
-    keys = {
-        "max_position_embeddings": 64,
-        "n_embd": 32,
-        "n_layer": 2,
-        "n_head": 4,
-        "vocab_size": 8192,
-    }
-    random_model("gpt2", **keys, **ends).save_pretrained(tmp_path / "model")
-    texts = [(f"The {word} sleeps. " * length) for length in (1, 30) for word in ("cat", "dog")]
+    keys = {"max_position_embeddings": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    random_model("gpt2", vocab_size=8192, **keys, **ends).save_pretrained(tmp_path / "model")
+    texts = [f"The {word} sleeps." + " It wakes." * n for n in (0, 30) for word in ("cat", "dog")]
     rows = [{"anchor": text, "positive": f"{text} again"} for text in texts]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pairs = [(n, one, other) for n, (one, other) in enumerate(combinations(texts, 2))]
