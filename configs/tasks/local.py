@@ -1,21 +1,19 @@
 """Rows of local benchmark files for the task YAMLs beside this file, which lm-eval calls."""
 
-import csv
-import json
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict
 
+from ubmoe.data.rows import read_rows
+
 
 def rows(folder, file, **_):
     """Objects of a .jsonl file: query, choices and gold, or what a task's template names."""
-    text = (Path(folder) / file).read_text(encoding="utf-8")
-    return _test([json.loads(line) for line in text.split("\n") if line.strip()])
+    return _test(_fields(Path(folder) / file))
 
 
 def truthfulqa(folder, file, **_):
     """Questions with all their answers and labels, 1 for a true one."""
-    found = json.loads((Path(folder) / file).read_text(encoding="utf-8"))
     return _test(
         [
             {
@@ -23,7 +21,7 @@ def truthfulqa(folder, file, **_):
                 "answers": list(each["mc2_targets"]),
                 "labels": list(each["mc2_targets"].values()),
             }
-            for each in found
+            for each in _fields(Path(folder) / file)
         ]
     )
 
@@ -33,8 +31,7 @@ def mmlu(folder, file, **_):
     found = []
     for path in sorted((Path(folder) / file).glob("*_test.csv")):
         subject = path.name.removesuffix("_test.csv").replace("_", " ")
-        with path.open(encoding="utf-8", newline="") as lines:
-            found += [each | {"subject": subject} for each in csv.DictReader(lines)]
+        found += [each | {"subject": subject} for each in _fields(path)]
     return _test(found)
 
 
@@ -45,6 +42,10 @@ def probability_of_true(doc, results):
     weights = np.exp(np.array([likelihood for likelihood, _ in results]))
     shares = weights / weights.sum()
     return {"acc": float(shares[np.array(doc["labels"]) == 1].sum())}
+
+
+def _fields(path):
+    return [row.fields for row in read_rows(str(path))]
 
 
 def _test(found):

@@ -126,6 +126,12 @@ def test_a_task_needs_its_folder(tmp_path):
         check_tasks([path], str(tmp_path))
 
 
+def test_a_bad_row_of_a_benchmark_is_named(folder):
+    (folder / "piqa.jsonl").write_text(json.dumps(ROWS["piqa"][2]) + '\n{"query": "\\ud83d"}\n')
+    with pytest.raises(UserError, match="piqa.jsonl:2: not valid Unicode"):
+        check_tasks([str(LOCAL / "piqa.yaml")], str(folder))
+
+
 def test_they_are_scored_like_any_other(tiny_path, folder):
     tokenizer = AutoTokenizer.from_pretrained(tiny_path)
     model = random_model("qwen2", vocab_size=len(tokenizer))
