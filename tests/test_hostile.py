@@ -163,16 +163,3 @@ def test_a_checkpoint_that_was_damaged_is_named_and_runs_no_code(
     assert not marker.exists()
     assert code == 2 and "Traceback" not in errors, errors[-2000:]
     assert "checkpoint-2" in errors.splitlines()[-1]
-
-
-def test_a_label_is_no_path(tiny_path, tmp_path):
-    label = "../../../escaped"
-    arguments = ["model.device=cpu", f"output_dir={tmp_path}/a/b/run", "probing.tasks=[context]"]
-    arguments += ["probing.probes=[linear]", "probing.seeds=[0]", "probing.controls=false"]
-    models = [{"label": label, "name": "tiny", "attention": "causal"}]
-    code, _, errors = run(
-        *arguments, f"probing.models={json.dumps(models)}", script="-m ubmoe.probing"
-    )
-    assert code == 0, errors
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
-    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["run"]

@@ -44,9 +44,9 @@ def sts(path, _):
     return [row["score"] for row in read_pairs(path)]
 
 
-def supervised(path, _):
+def supervised(path, tokenizer):
     stage = StageSection(objective="supervised", loss="simcse", dataset=str(path))
-    return contrastive.read_dataset(stage)["negative"]
+    return contrastive.read_dataset(stage, tokenizer)["negative"]
 
 
 READ = {  # reader: rows, what is left of them, and the bad one that is met first

@@ -193,3 +193,13 @@ def test_bad_input_is_one_last_line_and_exit_2(tiny_path, tmp_path, arguments, e
     )
     assert (code, output) == (2, ""), errors
     assert "Traceback" not in errors and expected in errors.splitlines()[-1]
+
+
+def test_labels_are_no_paths_and_share_no_files(tmp_path):
+    labels = ["Bi, untrained", "bi untrained", "../../escaped", "/etc/passwd", "..", "", "猫", "犬"]
+    labels.append("long " * 99)
+    names = [experiment.file_name(label) for label in labels]
+    assert len(set(names)) == len(labels)
+    for name in names:
+        (tmp_path / name).with_suffix(".report.json").write_text("")
+    assert len(list(tmp_path.iterdir())) == len(labels)

@@ -78,7 +78,7 @@ def probe(
     tokenizer = load_tokenizer(_section(config, which))
     count = model.config.get_text_config().num_hidden_layers + 1
     layers = _layers(settings, count)
-    path = folder / re.sub(r"\W+", "-", label).strip("-").lower()
+    path = folder / file_name(label)
     attention = _attention(config, which)
     key = digest_of_rows([mark_of(model), digest_of_tokenizer(tokenizer), attention, which.route])
     done = path.with_suffix(".report.json")
@@ -114,6 +114,12 @@ def probe(
     }
     replace(done, lambda file: file.write_text(json.dumps({"mark": mark, "report": report})))
     return report
+
+
+def file_name(label: str) -> str:
+    """Of a label's files: no path, and like no other label's."""
+    digest = hashlib.sha256(label.encode()).hexdigest()[:8]
+    return f"{re.sub(r'[^a-z0-9]+', '-', label.lower()).strip('-')[:60]}-{digest}"
 
 
 def _mark(key: str, label: str, tasks: Sequence[Task], settings: ProbingSection) -> str:
