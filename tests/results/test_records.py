@@ -9,6 +9,7 @@ import pytest
 from builders import ROOT, recorded
 
 from ubmoe.config import UserError
+from ubmoe.report.tables import model_of
 from ubmoe.results.__main__ import table
 from ubmoe.results.records import record, without_paths
 
@@ -85,3 +86,15 @@ def test_tables_and_pictures_are_made_without_torch(config, keys, expected):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.rstrip().endswith("False") and expected in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("adapter", "expected"),
+    [
+        (None, "model"),
+        ("runs/first", "model with first"),
+        (["runs/first", "second"], "model with first and second"),
+    ],
+)
+def test_a_record_is_named_by_its_model_and_its_adapters(adapter, expected):
+    assert model_of({"config": {"model": {"name": "some/model", "adapter": adapter}}}) == expected
