@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from builders import random_model
+from builders import random_model, run
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
