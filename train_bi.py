@@ -21,7 +21,12 @@ def main(config: Config) -> Path:
     from ubmoe.recording import recording
 
     with recording("train_bi", "sts", config) as run:
-        from ubmoe.encoder.sentence_encoder import as_encoder, rendered, save_encoder
+        from ubmoe.encoder.sentence_encoder import (
+            as_encoder,
+            check_mask,
+            rendered,
+            save_encoder,
+        )
         from ubmoe.encoder.stages import read_data, train_stages
         from ubmoe.evaluate.sts import sts_scores, sts_tasks
         from ubmoe.models.loading import load_model, load_tokenizer, within_context
@@ -30,6 +35,8 @@ def main(config: Config) -> Path:
         config = within_context(config, "bi")
         tokenizer = load_tokenizer(config.model)
         data = [read_data(stage, tokenizer) for stage in config.bi.stages]
+        if not config.bi.stages:  # nothing is trained under the mask: it is the adapter's
+            check_mask(config)
         tasks = sts_tasks(config.evaluation.sts)
         model = load_model(config.model, config.bi.bidirectional, config.bi.layers)
         encoder = as_encoder(model, tokenizer, config.bi)

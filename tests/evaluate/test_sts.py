@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from builders import random_model
+from builders import random_model, run
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -156,3 +156,6 @@ def test_an_adapter_is_scored_under_its_own_mask_only(tiny_path, tmp_path):
     with pytest.raises(UserError, match=r"trained causal, not bidirectional"):
         load_encoder(load_config(None, keys))
     load_encoder(load_config(None, [*keys, "bi.attention=causal"]))
+    untrained = [*keys, "bi.stages=[]", f"output_dir={tmp_path}/run"]
+    status, _, errors = run(*untrained, script="train_bi.py")
+    assert status == 2 and "trained causal, not bidirectional" in errors

@@ -9,6 +9,7 @@ import pytest
 from builders import ROOT, recorded, run
 
 from ubmoe.config import UserError
+from ubmoe.report.tables import model_of
 from ubmoe.results.__main__ import table
 from ubmoe.results.records import Record, record, without_paths
 
@@ -125,3 +126,15 @@ def test_a_record_that_says_too_little_is_one_line(tmp_path, data, expected, ver
     code, output, errors = run(*given, script="-m ubmoe.results")
     assert (code, output, errors.count("\n")) == (2, "", 1)
     assert "a.sts.seed1.json: " in errors and expected in errors
+
+
+@pytest.mark.parametrize(
+    ("adapter", "expected"),
+    [
+        (None, "model"),
+        ("runs/first", "model with first"),
+        (["runs/first", "second"], "model with first and second"),
+    ],
+)
+def test_a_record_is_named_by_its_model_and_its_adapters(adapter, expected):
+    assert model_of({"config": {"model": {"name": "some/model", "adapter": adapter}}}) == expected

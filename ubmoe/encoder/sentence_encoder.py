@@ -224,7 +224,6 @@ def own_prompt(encoder: SentenceTransformer) -> str | None:
 def load_encoder(config: Config) -> SentenceTransformer:
     """Any encoder that sentence-transformers knows, or else a causal LM in the form of `bi`."""
     device, name = best_device(config.model.device), source(config.model)
-    attention = config.bi.attention
     file = "gguf_file" in keywords(config.model)
     if not file and is_sentence_transformer_model(name, revision=config.model.revision):
         if config.model.adapters:
@@ -238,15 +237,20 @@ def load_encoder(config: Config) -> SentenceTransformer:
         }
         with explained(config.model, "an encoder"):
             return load_saved(name, str(device), **keys)
-    if (trained := last_attention(config.model.adapters)) not in (None, attention):
-        raise UserError(
-            f"bi.attention: the adapter was trained {trained}, not {attention}; expected "
-            f"bi.attention={trained}"
-        )
+    check_mask(config)
     config = within_context(config, "bi")
     tokenizer = load_tokenizer(config.model)
     model = load_model(config.model, config.bi.bidirectional, config.bi.layers)
     return as_encoder(model, tokenizer, config.bi)
+
+
+def check_mask(config: Config) -> None:
+    """Raises UserError where the last adapter was trained under another mask than the encoder's."""
+    if (trained := last_attention(config.model.adapters)) not in (None, config.bi.attention):
+        raise UserError(
+            f"bi.attention: the adapter was trained {trained}, not {config.bi.attention}; expected "
+            f"bi.attention={trained}"
+        )
 
 
 def save_encoder(

@@ -224,9 +224,7 @@ def model_of(record: dict[str, Any]) -> str:
     """What a record is of: the last part of the model's name, and of its adapters'."""
     settings = record["config"]["model"] if "config" in record else {"name": ""}
     given = settings.get("adapter") or []
-    adapters = " and ".join(
-        Path(each).name for each in ([given] if isinstance(given, str) else given)
-    )
+    adapters = [Path(each).name for each in ([given] if isinstance(given, str) else given)]
     return Path(settings["name"]).name + (f" with {' and '.join(adapters)}" if adapters else "")
 
 
