@@ -122,7 +122,7 @@ def test_a_task_needs_its_folder(tmp_path):
         check_tasks([path])
     with pytest.raises(UserError, match="none is no folder"):
         check_tasks([path], f"{tmp_path}/none")
-    with pytest.raises(UserError, match="piqa.yaml: no lm-eval task .*piqa.jsonl"):
+    with pytest.raises(UserError, match="piqa.jsonl: cannot be read"):
         check_tasks([path], str(tmp_path))
 
 
