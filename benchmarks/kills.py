@@ -5,9 +5,9 @@ python -m benchmarks.kills 60
 
 Each program runs once undisturbed. Then it is killed in a folder that holds a finished result of
 another seed: half of the times at a moment drawn evenly over its run, half of the times when a
-drawn number of new files has appeared in the folder, which finds the saving. Claims: after a kill
-the earlier result is whole, or else the new one is; after `resume=auto` every number equals the
-undisturbed run's, and every saved weight is bit-equal.
+drawn number of new files has appeared in the folder, which finds the saving. Claims: after a kill,
+and the moves that the next start makes up for, the earlier result is whole, or else the new one is;
+after `resume=auto` every number equals the undisturbed run's, and every saved weight is bit-equal.
 """
 
 import hashlib
@@ -25,6 +25,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.common import write
+from ubmoe.staging import complete_moves
 
 ROOT = Path(__file__).parent.parent
 KILLS, SEED = 30, 0
@@ -103,6 +104,7 @@ def _killed(
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(reference["earlier"], out)
     _run(program, folder, out, 0, watch)
+    complete_moves(out)
     left = contents(out)
     kept = all(left.get(name) == value for name, value in reference["before"].items())
     new = all(left.get(name) == value for name, value in reference["own"].items())

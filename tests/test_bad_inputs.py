@@ -238,8 +238,11 @@ GGUFS = ("missing.gguf", "garbage.gguf", "text.gguf")
 
 
 def bad_models() -> Iterator[tuple[str, str]]:
-    for script in PROGRAMS:
-        for name in (*MODELS, *GGUFS):
+    """Three programs for each, in turn."""
+    scripts = list(PROGRAMS)
+    for number, name in enumerate((*MODELS, *GGUFS)):
+        for step in (0, 2, 3):
+            script = scripts[(number + step) % len(scripts)]
             if (script, name) != ("-m ubmoe.evaluate", "of_bert"):  # which is an encoder indeed
                 yield script, name
 

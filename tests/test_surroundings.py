@@ -67,15 +67,14 @@ def test_a_closed_stream_is_none_of_our_business(tiny_path, tmp_path, number):
     assert (code, output) == (2, "")
 
 
-@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL])
-def test_a_run_that_is_ended_leaves_no_result_and_goes_on(tiny_path, tmp_path, kind):
+def test_a_run_that_is_ended_leaves_no_result_and_goes_on(tiny_path, tmp_path):
     arguments = [*TUNED, "resume=auto", f"output_dir={tmp_path}/run"]
     process = start(*arguments, script="train_bi.py")
     while not list(tmp_path.glob("run/stages/0/*")) and process.poll() is None:
         time.sleep(0.01)
-    process.send_signal(kind)
+    process.send_signal(signal.SIGTERM)  # as a cluster does
     code, output, errors = ended(process)
-    assert (code, output) == (-kind, "") and "Traceback" not in errors
+    assert (code, output) == (-signal.SIGTERM, "") and "Traceback" not in errors
     assert not (tmp_path / "run" / "sts.json").exists()
     code, _, errors = run_apart(*arguments, script="train_bi.py")
     assert code == 0, errors
