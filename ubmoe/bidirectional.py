@@ -6,6 +6,7 @@ paper's code does, is silently causal under eager and flex and in padded sdpa ba
 believed: the last token is changed, and the first token's states are looked at.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -95,7 +96,7 @@ def prove_attention(model: PreTrainedModel, bidirectional: bool) -> str:
     if bidirectional and layers is not None:
         return _prove_layers(model, family, layers)
     for padding in PADDINGS:
-        moved = leak(model, padding)
+        moved = _finite(leak(model, padding), family, padding)
         if bidirectional and moved <= tolerance(model):
             raise UserError(
                 f"{family} stays causal with {padding} padding although is_causal is false; it "
@@ -113,7 +114,7 @@ def prove_attention(model: PreTrainedModel, bidirectional: bool) -> str:
 def _prove_layers(model: PreTrainedModel, family: str, layers: list[int]) -> str:
     for padding in PADDINGS:
         for number, moved in enumerate(layer_leaks(model, padding)):
-            if (moved > tolerance(model)) != (number in layers):
+            if (_finite(moved, family, padding) > tolerance(model)) != (number in layers):
                 sees = "stays causal" if number in layers else "sees later tokens"
                 raise UserError(
                     f"bi.layers: layer {number} of {family} {sees} with {padding} padding; it "
@@ -121,6 +122,19 @@ def _prove_layers(model: PreTrainedModel, family: str, layers: list[int]) -> str
                 )
     named = layered.named_layers(layers)
     return f"attention bidirectional in layers {named}, each verified on {family}"
+
+
+def _finite(moved: float, family: str, padding: str) -> float:
+    """No comparison with NaN is true, so that nothing would be proved by it.
+
+    torch 2.13 compiles flex_attention for processors without AVX-512 so that it gives NaN.
+    """
+    if not math.isfinite(moved):
+        raise UserError(
+            f"{family} gives states that are not finite with {padding} padding; expected another "
+            "model.attn_implementation or model.dtype"
+        )
+    return moved
 
 
 @torch.no_grad()

@@ -384,9 +384,16 @@ def test_a_probe_that_is_not_called_once_a_layer_is_an_error():
 
 
 def test_overflow_in_half_precision_is_an_error_and_no_number():
-    model = random_model("qwen2").half()
-    model.model.embed_tokens.weight.data.fill_(6e4)
-    for layer in model.model.layers:
-        layer.self_attn.q_proj.weight.data.fill_(6e4)
-    with pytest.raises(UserError, match="overflows in torch.float16; expected model.dtype float32"):
-        ours(model, torch.tensor([[1, 2, 3]]))
+    model, ids = random_model("qwen2").half(), torch.tensor([[1, 2, 3]])
+
+    def overflow() -> None:
+        model.model.embed_tokens.weight.data.fill_(6e4)
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.data.fill_(6e4)
+
+    message = "overflows in torch.float16; expected model.dtype float32"
+    with observed(model) as recorder, pytest.raises(UserError, match=message):
+        overflow()  # in a text, and not in what is proved on loading
+        dependence_of(model, recorder, ids, torch.ones_like(ids))
+    with pytest.raises(UserError, match="not finite with none padding; expected .* model.dtype"):
+        ours(model, ids)
