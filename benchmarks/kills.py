@@ -38,7 +38,10 @@ PROGRAMS = {
         "ubmoe.export=[mixture, modes, adapter]",
     ],
     "-m ubmoe.bitune": [f"bitune.{each}" for each in SHORT],
-    "-m ubmoe.probing": ["probing.tasks=[context]", "probing.seeds=[0]"],
+    "-m ubmoe.probing": [
+        *("probing.tasks=[wic]", "probing.seeds=[0]", "probing.jobs=1"),
+        *("probing.probes=[linear]", "probing.controls=false"),
+    ],
     "-m ubmoe.evaluate": ["evaluation.language_model=true"],
 }
 COMMON = ["model.device=cpu", "evaluation.limit=10", "ubmoe.held_out=20", "bitune.held_out=20"]
@@ -56,9 +59,9 @@ def main(kills: int = KILLS) -> None:
             program = list(PROGRAMS)[number % len(PROGRAMS)]
             reference = references[program]
             watch, moment = _moment(generator, number // len(PROGRAMS) % 2, reference)
-            results.append(
-                {"program": program, **_killed(program, folder, reference, watch, moment)}
-            )
+            found = {"program": program, **_killed(program, folder, reference, watch, moment)}
+            results.append(found)
+            tqdm.write(str(found), sys.stderr)
     rows = [_summed(program, results) for program in PROGRAMS]
     failed = [each for each in results if not each["kept"] or not each["equal"]]
     write("kills", rows, seed=SEED, failed=failed)
