@@ -13,6 +13,7 @@ after `resume=auto` every number equals the undisturbed run's, and every saved w
 import hashlib
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -45,7 +46,9 @@ PROGRAMS = {
     "-m ubmoe.evaluate": ["evaluation.language_model=true"],
 }
 COMMON = ["model.device=cpu", "evaluation.limit=10", "ubmoe.held_out=20", "bitune.held_out=20"]
-VOLATILE = ("seconds", "peak_memory_bytes", "environment")
+VOLATILE = re.compile(
+    "seconds|peak_memory_bytes|environment|output_dir|.*(_runtime|_per_second|_per_step)"
+)
 Watch = Callable[[float, set[Path]], bool]
 
 
@@ -158,16 +161,22 @@ def contents(out: Path) -> dict[str, str]:
     """Digest of each result's numbers, and of each saved model's weights."""
     found = {}
     for path in out.glob("*.json"):
-        record = json.loads(path.read_text())
-        numbers = {name: value for name, value in record.items() if name not in VOLATILE}
-        numbers["config"].pop("output_dir")
-        text = json.dumps(numbers, sort_keys=True).replace(str(out), "")
+        text = json.dumps(_lasting(json.loads(path.read_text())), sort_keys=True)
+        text = text.replace(str(out), "")
         found[path.name] = hashlib.sha256(text.encode()).hexdigest()
     for model in ("bi", "ubmoe", "modes", "adapter", "bitune"):
         for path in (out / model).rglob("*.safetensors"):
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
             found[str(path.relative_to(out))] = digest
     return found
+
+
+def _lasting(value: Any) -> Any:
+    """Without what differs between two undisturbed runs: times, memory and places."""
+    if isinstance(value, dict):
+        items = value.items()
+        return {name: _lasting(each) for name, each in items if not VOLATILE.fullmatch(name)}
+    return [_lasting(each) for each in value] if isinstance(value, list) else value
 
 
 if __name__ == "__main__":
