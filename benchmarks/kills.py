@@ -176,7 +176,13 @@ def _lasting(value: Any) -> Any:
     if isinstance(value, dict):
         items = value.items()
         return {name: _lasting(each) for name, each in items if not VOLATILE.fullmatch(name)}
-    return [_lasting(each) for each in value] if isinstance(value, list) else value
+    if isinstance(value, list):  # the row of times is of a process that trained to the end
+        return [
+            _lasting(each)
+            for each in value
+            if not (isinstance(each, dict) and "train_runtime" in each)
+        ]
+    return value
 
 
 if __name__ == "__main__":

@@ -121,6 +121,8 @@ def fit(trainer: Trainer, checkpoint: Path | None) -> list[dict[str, Any]]:
             f"nothing was trained: the rows make no batch of {size}; lower "
             "per_device_train_batch_size, or add rows (a contrastive batch holds no text twice)"
         )
+    # transformers' mean loss is of the steps since the last start alone
+    trainer.state.log_history[-1].pop("train_loss", None)
     trainer.state.log_history[-1] |= {"seconds_per_step": pace.seconds_per_step()}
     return trainer.state.log_history
 
