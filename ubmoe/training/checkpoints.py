@@ -6,13 +6,16 @@ What is frozen is already on disk where it came from, so it is in no checkpoint.
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -103,10 +106,30 @@ def save_trainable(model: nn.Module, folder: Path) -> None:
     save_file(values, folder / WEIGHTS, metadata={"format": "pt"})
 
 
+@contextmanager
+def readable(checkpoint: Path | str | None) -> Iterator[None]:
+    """Around reading one: what the libraries say of it, damaged or with code in it, as one line.
+
+    They read with `weights_only`, so that nothing in it is called.
+    """
+    try:
+        yield
+    except (UnpicklingError, SafetensorError, EOFError, RuntimeError) as error:
+        zipped = "PytorchStreamReader" in str(error)  # of torch's own files
+        if isinstance(error, RuntimeError) and not zipped:
+            raise
+        raise UserError(
+            f"{checkpoint}: cannot be read ({type(error).__name__}); remove it, and the run goes "
+            "on from the one before"
+        ) from error
+
+
 @torch.no_grad()
 def load_trainable(model: nn.Module, checkpoint: Path) -> None:
     """Raises UserError for a checkpoint of other modules."""
-    own, saved = trainable(model), load_file(checkpoint / WEIGHTS)
+    with readable(checkpoint):
+        saved = load_file(checkpoint / WEIGHTS)
+    own = trainable(model)
     if own.keys() != saved.keys():
         raise UserError(f"{checkpoint}: of other modules; remove it")
     for name, value in own.items():

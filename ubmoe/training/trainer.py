@@ -4,15 +4,13 @@ import logging
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
@@ -20,7 +18,7 @@ from transformers.utils import is_bitsandbytes_available
 
 from ubmoe.config import TrainingSection, UserError
 from ubmoe.models.precision import uses_bfloat16
-from ubmoe.training.checkpoints import Work, begin, load_trainable, save_trainable
+from ubmoe.training.checkpoints import Work, begin, load_trainable, readable, save_trainable
 
 log = logging.getLogger(__name__)
 
@@ -104,14 +102,12 @@ def fit(trainer: Trainer, checkpoint: Path | None) -> list[dict[str, Any]]:
     if checkpoint is not None:
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     if checkpoint is not None and state is not None and state.global_step >= state.max_steps:
-        with readable(checkpoint):
-            load_trainable(model, checkpoint)
+        load_trainable(model, checkpoint)
         log.info("%s: trained to the end before", checkpoint.parent)
         return state.log_history
     pace = Pace()
     trainer.add_callback(pace)
-    with readable(checkpoint):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     for name, value in model.named_parameters():
         if value.requires_grad and not torch.isfinite(value).all():
             raise UserError(f"the last step made {name} infinite; lower learning_rate")
@@ -125,24 +121,6 @@ def fit(trainer: Trainer, checkpoint: Path | None) -> list[dict[str, Any]]:
     trainer.state.log_history[-1].pop("train_loss", None)
     trainer.state.log_history[-1] |= {"seconds_per_step": pace.seconds_per_step()}
     return trainer.state.log_history
-
-
-@contextmanager
-def readable(checkpoint: Path | None) -> Iterator[None]:
-    """What the libraries say of a damaged checkpoint, or of one that would run code, as one line.
-
-    They read it with `weights_only`, so that nothing in it is called.
-    """
-    try:
-        yield
-    except (UnpicklingError, SafetensorError, EOFError, RuntimeError) as error:
-        zipped = "PytorchStreamReader" in str(error)  # of torch's own files
-        if checkpoint is None or (isinstance(error, RuntimeError) and not zipped):
-            raise
-        raise UserError(
-            f"{checkpoint}: cannot be read ({type(error).__name__}); remove it, and the run goes "
-            "on from the one before"
-        ) from error
 
 
 class Pace(TrainerCallback):
@@ -211,3 +189,11 @@ class GuardedTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         own = self.accelerator.unwrap_model(self.model)
         load_trainable(own, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with readable(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with readable(checkpoint):
+            super()._load_rng_state(checkpoint)
