@@ -32,11 +32,10 @@ def main(config: Config) -> Path:
         tokenizer, encoder = inputs.tokenizer, inputs.encoder
         uni, bi = pipeline.load(config, inputs)
         model = join(uni, bi, config.ubmoe.top_k)
+        made = pipeline.made(config, inputs, routed=False)
         if run.is_main and "modes" in config.ubmoe.export:
-            made = pipeline.made(config, inputs, routed=False)
             export.save_modes(uni, bi, tokenizer, encoder, run.place("modes"), made)
         if run.is_main and "adapter" in config.ubmoe.export:
-            made = pipeline.made(config, inputs, routed=False)
             run.more["adapter"] = export.save_adapter(
                 uni, bi, tokenizer, encoder, run.place("adapter"), made, config.ubmoe.rank
             )

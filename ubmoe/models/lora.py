@@ -83,6 +83,7 @@ def save_difference(
     """
     before, inner = base.base_model.state_dict(), tuned.base_model
     tensors: dict[str, Tensor] = {}
+    changed: list[str] = []
     kept = total = 0.0
     for name, weight in inner.named_parameters():
         change = weight.double() - before[name].double()
@@ -93,16 +94,16 @@ def save_difference(
         out, into = nearest(change, rank)
         kept += float((out @ into).square().sum())
         total += float(change.square().sum())
+        changed.append(name)
         layer = f"base_model.model.{name.removesuffix('.weight')}"
         for word, factor in (("lora_A", into), ("lora_B", out)):
             tensors[f"{layer}.{word}.weight"] = factor.to(base.dtype).cpu().contiguous()
-    if not tensors:
+    if not changed:
         raise UserError("ubmoe.export: adapter: the encoder has the weights of model.name")
-    names = [name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in tensors]
     LoraConfig(
         r=rank,
         lora_alpha=rank,
-        target_modules=_targets(inner, [f"{name}.weight" for name in names]),
+        target_modules=_targets(inner, changed),
         task_type="FEATURE_EXTRACTION",
         base_model_name_or_path=base.name_or_path,
         inference_mode=True,

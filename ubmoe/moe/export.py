@@ -209,8 +209,8 @@ def _finish(
     """What is beside the weights: tokenizer, the encoder's form with its switch, the card."""
     tokenizer.save_pretrained(folder)
     for name in FORM_FILES:
-        copy = shutil.copytree if (encoder / name).is_dir() else shutil.copy
-        copy(encoder / name, folder / name)  # type: ignore[operator]
+        put = shutil.copytree if (encoder / name).is_dir() else shutil.copy
+        put(encoder / name, folder / name)  # type: ignore[operator]
     own = {"is_causal": encoder_attention(encoder) == "causal"}
     form = json.loads((encoder / FORM).read_text(encoding="utf-8"))
     form |= {"config_kwargs": own | switch} | (more or {})
