@@ -90,7 +90,7 @@ def test_all_problems_of_a_file_are_reported_together(tmp_path):
         "dependence.max_tokens: got 0, expected greater than or equal to 1",
         "dependence.flow: got 'both', expected 'causal' or 'bidirectional'",
         "dependence.bukets: unknown key; did you mean dependence.buckets?",
-        "model.dtype: got 'half', expected 'float32', 'bfloat16' or 'float16'",
+        "model.dtype: got 'half', expected 'float32', 'auto', 'bfloat16' or 'float16'",
     ):
         assert part in found
 

@@ -9,7 +9,7 @@ from builders import random_model
 from ubmoe.config import DependenceSection
 from ubmoe.dependence.measure import measure
 from ubmoe.models import precision
-from ubmoe.models.precision import autocast, uses_bfloat16
+from ubmoe.models.precision import autocast, uses_bfloat16, weights_dtype
 
 CPU = torch.device("cpu")
 
@@ -21,6 +21,8 @@ def test_auto_is_what_the_processor_has(monkeypatch, flag):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: {flag: has})
         assert uses_bfloat16("auto", CPU) is has
         assert uses_bfloat16(True, CPU) and not uses_bfloat16(False, CPU)
+        assert weights_dtype("auto", CPU) == (torch.bfloat16 if has else torch.float32)
+        assert weights_dtype("bfloat16", CPU) == torch.bfloat16
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "aarch64"})
     assert not uses_bfloat16("auto", CPU) and not uses_bfloat16("auto", torch.device("mps"))
 

@@ -82,7 +82,11 @@ class ModelSection(Section):
 
     name: str = key("tiny", "hub id, local directory, .gguf file, or the word tiny")
     revision: str | None = key(None, "branch, tag or commit of a hub model")
-    dtype: Literal["float32", "bfloat16", "float16"] = key("float32", "dtype of the loaded weights")
+    dtype: Literal["float32", "auto", "bfloat16", "float16"] = key(
+        "float32",
+        "of the weights, but for what is just training: that is float32; auto: bfloat16 where the "
+        "device has it, else float32",
+    )
     device: str | None = running_key(None, "cpu, cuda, cuda:1, mps, ...; null: the best there is")
     attn_implementation: (
         Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"] | None

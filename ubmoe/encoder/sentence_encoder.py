@@ -36,6 +36,7 @@ from ubmoe.models.loading import (
     within_context,
 )
 from ubmoe.models.lora import last_attention
+from ubmoe.models.precision import weights_dtype
 
 log = logging.getLogger(__name__)
 POOLING = {"mean": "mean", "weighted_mean": "weightedmean", "last": "lasttoken"}
@@ -233,7 +234,7 @@ def load_encoder(config: Config) -> SentenceTransformer:
             )
         keys: Any = {
             "revision": config.model.revision,
-            "model_kwargs": {"dtype": config.model.dtype},
+            "model_kwargs": {"dtype": weights_dtype(config.model.dtype, device)},
         }
         with explained(config.model, "an encoder"):
             return load_saved(name, str(device), **keys)

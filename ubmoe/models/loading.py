@@ -150,7 +150,8 @@ def load_model(
         raise UserError(
             f"model.name: {path} has no weights; expected model.safetensors beside config.json"
         )
-    dtype = getattr(torch, config.dtype)
+    device = best_device(config.device)
+    dtype = precision.weights_dtype(config.dtype, device)
     with explained(config):
         settings = AutoConfig.from_pretrained(path, **keywords(config))
         if settings.is_encoder_decoder:
@@ -178,7 +179,7 @@ def load_model(
         _forget_quantization(model)
     model = lora.merged(model, config.adapters, dtype)
     _check_finite(model, config.name)
-    set_layers(model.eval().to(best_device(config.device)), layers if bidirectional else "all")
+    set_layers(model.eval().to(device), layers if bidirectional else "all")
     set_attention(model, bidirectional)
     log.info("%s: %s", config.name, prove_attention(model, bidirectional))
     return model

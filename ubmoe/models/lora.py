@@ -24,6 +24,7 @@ from ubmoe.bidirectional import Attention, attention_name
 from ubmoe.config import LoraSection, UserError
 from ubmoe.files import replace_directory, write_json
 from ubmoe.models.digests import fingerprint
+from ubmoe.models.precision import cast
 
 log = logging.getLogger(__name__)
 MODE, WEIGHTS = "ubmoe.json", "adapter_model.safetensors"
@@ -152,14 +153,6 @@ def check_base(model: nn.Module, adapter: Path) -> None:
 def merge(wrapped: PeftModel) -> None:
     """Add the adapters to the weights below them, in fp32 and then cast, and take them out."""
     wrapped.merge_and_unload()
-
-
-@torch.no_grad()
-def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with its parameters in a dtype; buffers stay: rotary frequencies are float32."""
-    for value in model.parameters():
-        value.data = value.data.to(dtype)
-    return model
 
 
 def adapter_attention(adapter: str, merged_before: int = 0) -> str:

@@ -15,7 +15,7 @@ from transformers.initialization import no_init_weights
 
 from ubmoe import layered
 from ubmoe.config import UserError, listed
-from ubmoe.models.lora import cast
+from ubmoe.models.precision import cast
 from ubmoe.moe.routes import BI, UNI, blocks, set_route
 
 SHARED_SIZE = 16  # of the zero expert; size 0 loads in transformers, but not in other engines

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, set_seed
 
 from ubmoe.config import StageSection, UserError
 from ubmoe.models import lora
-from ubmoe.models.precision import uses_bfloat16
+from ubmoe.models.precision import training_dtypes, uses_bfloat16
 from ubmoe.training.checkpoints import Work
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def tuning(model: PreTrainedModel, stage: StageSection, work: Work) -> Iterator[
     """Let the stage's modules train, or adapters on them; yields trainable parameters by module.
 
     Adapters are saved to `<directory>/adapter` and merged when the body has ended well. Afterwards
-    everything is frozen, in eval mode.
+    everything is frozen, in eval mode, in the dtype that it came in.
     """
     counts = train_only(model, stage.train)
     wrapped = None
@@ -88,11 +88,12 @@ def tuning(model: PreTrainedModel, stage: StageSection, work: Work) -> Iterator[
         counts = {
             module: _trainable(model, MODULES[module.partition("@")[0]]) for module in stage.train
         }
-    yield counts
-    if wrapped is not None:
-        if PartialState().is_main_process:
-            lora.save(wrapped, work.directory / "adapter", len(work.before))
-        lora.merge(wrapped)
+    with training_dtypes(model, uses_bfloat16(stage.bf16, model.device)):
+        yield counts
+        if wrapped is not None:
+            if PartialState().is_main_process:
+                lora.save(wrapped, work.directory / "adapter", len(work.before))
+            lora.merge(wrapped)
     model.requires_grad_(False).eval()
 
 
