@@ -51,9 +51,9 @@ def main(config: Config) -> Path:
 
 def dry_run(config: Config) -> str:
     """What `main` would do: parameters, steps, memory and files."""
-    from ubmoe import dry_run
+    from ubmoe.dry_run import programs
 
-    return dry_run.calculate_dp(config)
+    return programs.calculate_dp(config)
 
 
 LOWER = "dependence.batch_tokens or dependence.max_tokens"

@@ -55,9 +55,9 @@ def main(config: Config) -> Path:
 
 def dry_run(config: Config) -> str:
     """What `main` would do: parameters, steps, memory and files."""
-    from ubmoe import dry_run
+    from ubmoe.dry_run import programs
 
-    return dry_run.train_bi(config)
+    return programs.train_bi(config)
 
 
 LOWER = "bi.stages.N.mini_batch_tokens (with bi.stages.N.cached=true)"

@@ -56,9 +56,9 @@ def main(config: Config) -> Path:
 
 def dry_run(config: Config) -> str:
     """What `main` would do: parameters, steps, memory and files."""
-    from ubmoe import dry_run
+    from ubmoe.dry_run import programs
 
-    return dry_run.train_ubmoe(config)
+    return programs.train_ubmoe(config)
 
 
 LOWER = "ubmoe.per_device_train_batch_size, ubmoe.max_tokens or evaluation.batch_size"

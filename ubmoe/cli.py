@@ -89,7 +89,9 @@ def _called(
     if not config.dry_run:
         return main(config)
     if dry_run is None:
-        raise UserError(f"dry_run: {name} has none; expected false, or one of the three scripts")
+        raise UserError(
+            f"dry_run: {name} has none; expected false, or one of the three scripts or ubmoe.bitune"
+        )
     return dry_run(config)
 
 

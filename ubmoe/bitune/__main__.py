@@ -57,7 +57,14 @@ def main(config: Config) -> Path | None:
     return run.path
 
 
+def dry_run(config: Config) -> str:
+    """What `main` would do: parameters, steps, memory and files."""
+    from ubmoe.dry_run import programs
+
+    return programs.bitune(config)
+
+
 LOWER = "bitune.per_device_train_batch_size, bitune.max_tokens or evaluation.batch_size"
 
 if __name__ == "__main__":
-    cli.run("python -m ubmoe.bitune", __doc__ or "", main, lower=LOWER)
+    cli.run("python -m ubmoe.bitune", __doc__ or "", main, dry_run, LOWER)

@@ -7,7 +7,7 @@ loaded.
 from ubmoe.config.effects import MADE, SCORED, deciding_weights, leaves, unlike
 from ubmoe.config.errors import UserError, listed
 from ubmoe.config.help import help_text
-from ubmoe.config.reading import DEFAULT_CONFIG, dump_config, load_config
+from ubmoe.config.reading import DEFAULT_CONFIG, dump_config, load_config, with_keys
 from ubmoe.config.schema import (
     PROMPT,
     QUESTION,
@@ -69,4 +69,5 @@ __all__ = [
     "load_config",
     "numbered",
     "unlike",
+    "with_keys",
 ]

@@ -41,13 +41,22 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
     path = Path(path or DEFAULT_CONFIG)
     tree = _read_yaml(path)
     config = _validated(tree, str(path))
-    problems = [problem for text in overrides or [] if (problem := _override(tree, text))]
-    if problems:
-        raise UserError("command line: " + "; ".join(problems))
-    config = _validated(tree, "command line")
+    config = _overridden(tree, overrides or [])
     if config.output_dir:
         return config
     return config.model_copy(update={"output_dir": f"runs/{path.stem}"})
+
+
+def with_keys(config: Config, overrides: list[str]) -> Config:
+    """The configuration with `key=value` over it. Raises UserError."""
+    return _overridden(config.model_dump(), overrides)
+
+
+def _overridden(tree: dict[str, Any], overrides: list[str]) -> Config:
+    problems = [problem for text in overrides if (problem := _override(tree, text))]
+    if problems:
+        raise UserError("command line: " + "; ".join(problems))
+    return _validated(tree, "command line")
 
 
 def dump_config(config: Config) -> str:

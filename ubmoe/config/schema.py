@@ -593,9 +593,15 @@ class Config(Section):
     resume: Literal["never", "auto"] = running_key(
         "never", "auto: go on from what an interrupted run left in output_dir"
     )
-    dry_run: bool = running_key(
+    distributed: Literal["ddp", "fsdp2"] = running_key(
+        "ddp",
+        "how several processes share what trains: each has all of it (ddp), or a part of the "
+        "weights, gradients and optimiser state (fsdp2; adapters stay whole)",
+    )
+    dry_run: bool | Positive = running_key(
         False,
-        "of the three scripts alone: say parameters, steps, memory and files, and run nothing",
+        "of the three scripts and bitune: say parameters, steps, memory and files, and run "
+        "nothing; a number: on each of so many devices",
     )
     model: ModelSection = key(ModelSection(), "")
     data: DataSection = key(DataSection(), "")

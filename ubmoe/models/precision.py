@@ -18,9 +18,13 @@ CPU_FLAGS = ("avx512_bf16", "amx_bf16")
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 matrices in hardware."""
+    """Whether the device multiplies bfloat16 matrices in hardware.
+
+    Of a GPU that is not here, about which a dry run is asked: yes.
+    """
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        here = torch.cuda.is_available()
+        return not here or torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
         known = torch.cpu.get_capabilities()
         return any(known.get(flag, False) for flag in CPU_FLAGS)

@@ -1,0 +1,1 @@
+"""What a program would do, without doing it."""

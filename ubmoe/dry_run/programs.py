@@ -1,0 +1,308 @@
+"""What each program would do: parameters, steps, memory and files. Data are read as it reads them.
+
+Memory is of `model.device`; `cuda` may be asked about where no GPU is.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from ubmoe.bitune.examples import Example, read_examples
+from ubmoe.bitune.model import VARIANTS
+from ubmoe.config import BituneSection, Config, StageSection, TrainingSection, UserError, with_keys
+from ubmoe.data.bad_rows import dropping
+from ubmoe.data.chats import read_chats
+from ubmoe.data.rows import held_out, read_texts
+from ubmoe.data.tokens import sentences_of
+from ubmoe.dependence.texts import tokenize
+from ubmoe.dry_run import batches, memory
+from ubmoe.dry_run.memory import Batch, shapes
+from ubmoe.encoder.stages import read_data
+from ubmoe.models.loading import best_device, load_tokenizer, within_context
+from ubmoe.models.precision import uses_bfloat16
+from ubmoe.moe import joining, routers, routes
+from ubmoe.report.tables import aligned
+from ubmoe.training.modules import MODULES, named_by, train_only
+
+MEASURED = "of a CPU, by a few runs; on a GPU: not run"
+PROMPT = 512  # tokens of a benchmark's prompts, which are not read here
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a program would do, of a model that is shapes alone."""
+
+    model: Any
+    trained: list[str]
+    work: list[str]
+    memory: dict[str, int]
+    files: list[str]
+
+
+Planner = Callable[[Config], Plan]
+
+
+def reading(said: Callable[[Config], str]) -> Callable[[Config], str]:
+    """Bad rows are dropped where the program drops them."""
+
+    @wraps(said)
+    def wrapped(config: Config) -> str:
+        with dropping(config.data.skip_bad_rows):
+            return said(config)
+
+    return wrapped
+
+
+@reading
+def calculate_dp(config: Config) -> str:
+    """Texts and tokens, and the memory of one forward."""
+    config = within_context(config, "dependence")
+    tokenizer = load_tokenizer(config.model)
+    settings = config.dependence
+    texts = read_texts(settings.dataset, settings.max_texts)
+    ids = tokenize(tokenizer, texts, settings.chat_template)
+    lengths = [min(len(each), settings.max_tokens) for each in ids]
+
+    def plan(config: Config) -> Plan:
+        device, at_once = device_of(config), config.dependence.batch_tokens
+        with shapes():
+            model = memory.fake(config, device)
+            states = memory.of_states(model, max(at_once, max(lengths)))
+        work = f"{len(lengths)} texts, {sum(lengths)} tokens, at most {at_once} at once"
+        found = {"weights": memory.size(model), "one layer's states": states}
+        found |= memory.baseline(device)
+        return Plan(model, [], [work], found, ["dependence.json", "dependence_*.png"])
+
+    return _said(config, plan, ["model.dtype=auto", f"dependence.batch_tokens={max(lengths)}"])
+
+
+@reading
+def train_bi(config: Config) -> str:
+    """A stage after the other; the memory is the largest of theirs."""
+    config = within_context(config, "bi")
+    tokenizer = load_tokenizer(config.model)
+    training = [number for number, each in enumerate(config.bi.stages) if each.max_steps != 0]
+    data = {number: read_data(config.bi.stages[number], tokenizer).rows for number in training}
+
+    def plan(config: Config) -> Plan:
+        device, trained, work = device_of(config), [], []
+        with shapes():
+            model = memory.fake(config, device)
+        most = {"weights": memory.size(model)}
+        for number, rows in data.items():
+            stage = config.bi.stages[number]
+            step = batches.of_stage(stage, rows, tokenizer, config.bi.prompt)
+            with shapes():
+                tuned = memory.fake(config, device)  # anew: checkpointing leaves its hooks
+                said = _trainable(tuned, stage)
+                dropout = stage.dropout * (stage.objective == "simcse")
+                casts = uses_bfloat16(stage.bf16, device)
+                shards = _shards(config, stage.lora is None)
+                found = memory.of_training(tuned, stage, step, dropout, casts, shards)
+            trained.append(f"stage {number} ({stage.objective}) trains {said}")
+            work.append(f"stage {number}: {_steps(stage, len(rows))}")
+            most = max(most, found, key=lambda each: sum(each.values()))
+        most |= memory.baseline(device, "ubmoe.evaluate.sts", "torch._dynamo")
+        files = ["bi/", "sts.json", *(["stages/", "training.png"] if training else [])]
+        return Plan(model, trained, work, most, files)
+
+    savings = ["model.dtype=auto"]
+    for number in training:
+        keys = ["activation_checkpointing=true", "optim=adamw_8bit", "lora={rank: 8}"]
+        if config.bi.stages[number].objective != "mntp":
+            keys.insert(1, "cached=true")
+        savings += [f"bi.stages.{number}.{key}" for key in keys]
+    return _said(config, plan, savings)
+
+
+@reading
+def train_ubmoe(config: Config) -> str:
+    """The mixture's routers; it is joined tensor by tensor, and loaded once."""
+    config = within_context(config, "bi", "ubmoe")
+    settings, tokenizer = config.ubmoe, load_tokenizer(config.model)
+    found = read_chats(settings.dataset, tokenizer, settings.max_tokens, settings.max_rows)
+    chats, _ = held_out(found.chats, settings.held_out, "ubmoe.held_out")
+    lengths: list[int] = []
+    if settings.objective == "both":
+        texts = sentences_of(settings.sentences, tokenizer, batches.SAMPLE)
+        lengths = batches.token_counts(texts, tokenizer, config.bi.prompt, config.bi.max_tokens)
+
+    def plan(config: Config) -> Plan:
+        settings, device = config.ubmoe, device_of(config)
+        casts = uses_bfloat16(settings.bf16, device)
+        step = batches.of_chats(settings, chats)
+        if lengths:
+            step.append(Batch(settings.per_device_train_batch_size, max(lengths)))
+        with shapes():
+            mixture = _mixture(config, device)
+            training = memory.of_training(mixture, settings, step, 0.0, casts)
+            scoring = _scoring(mixture, config)
+        most = max(training, scoring, key=lambda each: sum(each.values()))
+        most |= memory.baseline(device, "ubmoe.evaluate.sts", "lm_eval.models.huggingface")
+        count = sum(value.numel() for value in routers.router_weights(mixture).values())
+        saved = {"mixture": "ubmoe/", "modes": "modes/", "adapter": "adapter/"}
+        files = [saved[name] for name in settings.export]
+        files += ["routers/", "generation.json", "routing.png"]
+        work = f"routers: {_steps(settings, len(chats))}"
+        return Plan(mixture, [f"trains routers {count:,}"], [work], most, files)
+
+    half = max(1, settings.per_device_train_batch_size // 2)
+    keys = ["activation_checkpointing=true", f"per_device_train_batch_size={half}"]
+    savings = ["model.dtype=auto", *(f"ubmoe.{key}" for key in keys)]
+    return _said(config, plan, [*savings, f"evaluation.batch_size={_half(config)}"])
+
+
+@reading
+def bitune(config: Config) -> str:
+    """Two passes over each prompt, and one over the answer."""
+    config = within_context(config, "bitune")
+    settings, tokenizer = config.bitune, load_tokenizer(config.model)
+    given = (settings.template, settings.max_tokens, settings.max_rows)
+    found = read_examples(settings.dataset, tokenizer, *given)
+    chats, _ = held_out(found.chats, settings.held_out, "bitune.held_out")
+    examples = [each for chat in chats for each in chat]
+
+    def plan(config: Config) -> Plan:
+        settings, device = config.bitune, device_of(config)
+        casts = uses_bfloat16(settings.bf16, device)
+        with shapes():
+            model = memory.fake(config, device)
+            scoring = _scoring(model, config)
+            names = [name for name, _ in model.named_parameters() if "lm_head" not in name]
+            count = memory.adapt(model, names, settings.rank)
+            forwards = _readings(settings, examples)
+            training = memory.of_training(model, settings, forwards, 0.0, casts)
+        most = max(training, scoring, key=lambda each: sum(each.values()))
+        most |= memory.baseline(device, "lm_eval.models.huggingface")
+        said = f"{settings.variant} trains adapters {count:,}, of each pass that has its own"
+        files = ["bitune/", "adapters/", "bitune.json"]
+        return Plan(model, [said], [_steps(settings, len(examples))], most, files)
+
+    half = max(1, settings.per_device_train_batch_size // 2)
+    savings = ["model.dtype=auto", f"bitune.per_device_train_batch_size={half}"]
+    return _said(config, plan, [*savings, f"evaluation.batch_size={_half(config)}"])
+
+
+# --- parts ----------------------------------------------------------------------------------------
+
+
+def device_of(config: Config) -> torch.device:
+    """The device that is asked about: `cuda` may be one that is not here. Raises UserError."""
+    if config.model.device == "cuda":
+        return torch.device("cuda")
+    return best_device(config.model.device)
+
+
+def _shards(config: Config, splits: bool) -> int:
+    """Over how many devices lies what trains."""
+    devices = 1 if isinstance(config.dry_run, bool) else config.dry_run
+    return devices if splits and config.distributed == "fsdp2" else 1
+
+
+def _trainable(model: Any, stage: StageSection) -> str:
+    """Let the stage's modules train, or adapters on them; what trains, in words."""
+    counts = train_only(model, stage.train)
+    if stage.lora is not None:
+        names = [name for module in stage.train for name in named_by(model, module)]
+        counts = {"adapters": memory.adapt(model, names, stage.lora.rank, stage.lora.dropout)}
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
+
+
+def _mixture(config: Config, device: torch.device) -> Any:
+    """Every token goes to both experts, whatever top_k: which it would choose is not known."""
+    dense = memory.fake(config, device)
+    settled = joining.mixture_config(dense.config, 2)
+    mixture: Any = AutoModelForCausalLM.from_config(settled, dtype=dense.dtype)
+    routes.set_route(mixture, "learned")
+    mixture.requires_grad_(False)
+    for value in routers.router_weights(mixture).values():
+        value.requires_grad = True
+    return mixture
+
+
+def _readings(settings: BituneSection, examples: Sequence[Example]) -> list[Batch]:
+    """The forwards of the longest examples: of the prompts in each pass, and of the answers."""
+    some = sorted(examples, key=len)[-settings.per_device_train_batch_size :]
+    prompt, answer = max(len(each.prompt) for each in some), max(len(each.answer) for each in some)
+    variant = VARIANTS[settings.variant]
+    passes = 2 if variant.mixed and variant.second else 1
+    predicted = sum(len(each.answer) for each in some)
+    return [Batch(len(some), prompt)] * passes + [Batch(len(some), answer, predicted)]
+
+
+def _scoring(model: Any, config: Config) -> dict[str, int]:
+    """Of lm-eval: the logits of a batch of prompts, and their logarithms in float32."""
+    if not (config.evaluation.generation or config.bitune.generation):
+        return {"weights": memory.size(model)}
+    texts = config.evaluation.batch_size
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    each = model.dtype.itemsize + memory.FLOAT
+    logits = texts * PROMPT * vocabulary * each
+    return {"weights": memory.size(model), f"logits of {texts} x {PROMPT} tokens": logits}
+
+
+def _half(config: Config) -> int:
+    return max(1, config.evaluation.batch_size // 2)
+
+
+def _steps(section: TrainingSection, rows: int) -> str:
+    batch = section.per_device_train_batch_size
+    return f"{section.steps(rows)} steps of {batch} on one device, {rows} rows"
+
+
+# --- what is said ---------------------------------------------------------------------------------
+
+
+def parameters(model: Any) -> dict[str, int]:
+    """By module; a tied head is the embedding's."""
+    embedding = model.get_input_embeddings().weight
+    found: dict[str, int] = {}
+    for name, value in model.named_parameters():
+        words = [
+            word for word in ("ffn", "attention") if any(part in name for part in MODULES[word])
+        ]
+        module = "embedding" if value is embedding else next(iter(words), "lm_head and norms")
+        found[module] = found.get(module, 0) + value.numel()
+    return found
+
+
+def _said(config: Config, planner: Planner, savings: Sequence[str]) -> str:
+    """savings: keys that may bring the memory down, each tried alone."""
+    plan = planner(config)
+    sizes = parameters(plan.model)
+    rows = [[name, f"{count:,}"] for name, count in sizes.items()]
+    rows.append(["parameters", f"{sum(sizes.values()):,}"])
+    total = sum(plan.memory.values())
+    parts = [[name, _gigabytes(value)] for name, value in plan.memory.items()]
+    parts.append(["peak memory, estimated", _gigabytes(total)])
+    written = [str(Path(config.output_dir) / name) for name in plan.files]
+    dtype = str(plan.model.dtype).removeprefix("torch.")
+    lines = [f"{config.model.name}: {type(plan.model).__name__}, {dtype}", aligned(rows)]
+    lines += [*plan.trained, *plan.work, aligned(parts), MEASURED]
+    if smaller := _smaller(config, planner, savings, total):
+        lines += ["less, with one of", aligned([[key, _gigabytes(n)] for key, n in smaller])]
+    return "\n".join([*lines, "writes:", *written, "nothing was run"])
+
+
+def _smaller(
+    config: Config, planner: Planner, savings: Sequence[str], total: int
+) -> list[tuple[str, int]]:
+    """(key, peak memory) of those that save a percent at least."""
+    found = []
+    for key in savings:
+        try:
+            changed = sum(planner(with_keys(config, [key])).memory.values())
+        except UserError:  # it does not go with the others
+            continue
+        if changed < 0.99 * total:
+            found.append((key, changed))
+    return found
+
+
+def _gigabytes(value: int) -> str:
+    return f"{value / 1e9:.2f} GB"
