@@ -1,0 +1,139 @@
+"""Tensors on disk, read and written in blocks of rows: no file, and no large tensor, is ever held.
+
+The format is safetensors': eight bytes that give the header's length, the header as JSON, then the
+numbers. Its library reads part of a file, and writes only what is held whole.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import safe_open
+from torch import Tensor
+
+BLOCK = 1 << 24  # numbers of a tensor that are held at once: 64 MiB in float32
+SHARD = "5GB"
+# How the format calls them, in the order in which it writes them.
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A tensor that is read when it is wanted, in blocks along its first dimension.
+
+    Two of one shape have the same blocks, whatever their dtypes.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    blocks: Callable[[], Iterable[Tensor]]
+
+    @property
+    def nbytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
+
+    def to(self, dtype: torch.dtype) -> "Stream":
+        """Cast block by block."""
+        return Stream(self.shape, dtype, lambda: (each.to(dtype) for each in self.blocks()))
+
+    def whole(self) -> Tensor:
+        """All of it, held."""
+        found, start = torch.empty(self.shape, dtype=self.dtype), 0
+        for block in self.blocks():
+            found[start : start + len(block)] = block
+            start += len(block)
+        return found
+
+
+def held(value: Tensor) -> Stream:
+    """Of a tensor that is in memory."""
+
+    def blocks() -> Iterator[Tensor]:
+        for rows in _rows(value.shape):
+            yield value.detach()[rows].cpu()
+
+    return Stream(value.shape, value.dtype, blocks)
+
+
+def stored(path: Path) -> dict[str, Stream]:
+    """The tensors of floating point in a safetensors file, by name.
+
+    Raises SafetensorError or OSError for what is no such file.
+    """
+    found = {}
+    with _opened(path) as file:
+        for name in file.keys():  # noqa: SIM118  # it is no dict
+            part = file.get_slice(name)
+            shape, dtype = torch.Size(part.get_shape()), DTYPES.get(part.get_dtype())
+            if shape and dtype is not None:
+                found[name] = Stream(shape, dtype, partial(_read, path, name, shape))
+    return found
+
+
+def _opened(path: Path) -> safe_open:
+    # A mapped file would count as memory, page by page, while it is open.
+    return safe_open(path, "pt", backend="pread")
+
+
+def _read(path: Path, name: str, shape: torch.Size) -> Iterator[Tensor]:
+    with _opened(path) as file:
+        part = file.get_slice(name)
+        for rows in _rows(shape):
+            yield part[rows]
+
+
+def _rows(shape: torch.Size) -> Iterator[slice]:
+    """The blocks of a shape of one dimension and more."""
+    step = max(1, BLOCK // max(1, prod(shape[1:])))
+    for start in range(0, shape[0], step):
+        yield slice(start, min(start + step, shape[0]))
+
+
+def write_file(tensors: dict[str, Stream], path: Path) -> None:
+    """A safetensors file, byte for byte as its library writes it from tensors in memory."""
+    kinds = list(NAMES)
+    order = sorted(tensors, key=lambda name: (kinds.index(tensors[name].dtype), name))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        each, start = tensors[name], end
+        end += each.nbytes
+        places = {"shape": list(each.shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": NAMES[each.dtype], **places}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of eight
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            for block in tensors[name].blocks():
+                file.write(block.contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def write_shards(
+    tensors: dict[str, Stream], folder: Path, pattern: str, shard: str = SHARD
+) -> dict[str, str]:
+    """Files of at most that size, named by a pattern with `{suffix}`; returns where each is."""
+    shapes = {
+        name: torch.empty(each.shape, dtype=each.dtype, device="meta")
+        for name, each in tensors.items()
+    }
+    split = split_torch_state_dict_into_shards(
+        shapes, filename_pattern=pattern, max_shard_size=shard
+    )
+    for file, names in split.filename_to_tensors.items():
+        write_file({name: tensors[name] for name in names}, folder / file)
+    return split.tensor_to_filename
+
+
+def write_index(folder: Path, places: dict[str, str], tensors: Iterable[Stream]) -> None:
+    """What transformers reads first of a model in several files."""
+    size = sum(each.nbytes for each in tensors)
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+    path = folder / "model.safetensors.index.json"
+    path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
