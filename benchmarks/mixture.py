@@ -14,6 +14,8 @@ import sys
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
@@ -21,7 +23,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, Qwen2ForCausalLM
 
 from benchmarks.common import medians, peak_of_child, qwen_layers, write
-from ubmoe.config import Route
+from ubmoe.config import ModelSection, Route
+from ubmoe.models.streams import of_model
 from ubmoe.moe import joining, routers, routes
 from ubmoe.recording import peak_memory_bytes
 from ubmoe.training.losses import mean_loss, predictions
@@ -62,7 +65,12 @@ def floor() -> PreTrainedModel:
 
 
 def mixture(top_k: int = 2, route: Route = "learned", stock: str | None = None) -> Any:
-    model: Any = joining.join(dense(), dense(), top_k)
+    uni, bi = (of_model(dense(), name) for name in ("uni", "bi"))
+    with TemporaryDirectory() as folder:
+        joining.write_mixture(uni, bi, Path(folder), top_k)
+        name: Any = str(uni.dtype).removeprefix("torch.")
+        section = ModelSection(name=folder, dtype=name, device=DEVICE.type)
+        model: Any = joining.load_mixture(section, "bidirectional")
     routers.start_routers(model, seed=0)
     model.to(model.dtype)  # as a loader has it: the router in the dtype of the rest
     routes.set_route(model, route)

@@ -127,6 +127,7 @@ def test_the_second_objective_of_routers_is_counted(tiny_path):
     said = dry_run.train_ubmoe(load_config(None, keys))
     assert re.search(r"activations of 16 sentences of \d+ tokens", said)
     assert "/modes" in said and "/ubmoe\n" not in said
+    assert re.search(r"^ *weights +0\.01 GB$", said, re.MULTILINE) and "joining" not in said
 
 
 def test_lora_and_masked_stages_are_estimated_too(tiny_path):

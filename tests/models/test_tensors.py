@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ubmoe.models import tensors
-from ubmoe.models.tensors import held, stored, write_file, write_shards
+from ubmoe.models.tensors import held, stored, write_file, write_model
 
 
 def some(seed=0):
@@ -68,20 +68,29 @@ def test_what_is_no_number_of_floating_point_is_left_out(tmp_path):
 def test_shards_are_small_enough_and_hold_every_tensor_once(tmp_path):
     values = {f"{n}": torch.full((100,), float(n)) for n in range(10)}
     streams = {name: held(value) for name, value in values.items()}
-    places = write_shards(streams, tmp_path, "model-x{suffix}.safetensors", "1KB")
-    tensors.write_index(tmp_path, places, streams.values())
-    files = sorted(tmp_path.glob("*.safetensors"))
-    assert [file.name for file in files] == [
-        f"model-x-0000{n}-of-00005.safetensors" for n in range(1, 6)
-    ]
-    found = {}
-    for file in files:
-        part = load_file(file)
-        assert sum(value.nbytes for value in part.values()) <= 1000
-        assert {places[name] for name in part} == {file.name} and not found.keys() & part.keys()
-        found |= part
-    assert all(torch.equal(found[name], value) for name, value in values.items())
+    groups = {"x": {name: streams[name] for name in "0123456"}}
+    groups["y"] = {name: streams[name] for name in "789"}
+    write_model(groups, tmp_path, "1KB")
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    assert index == {"metadata": {"total_size": 4000}, "weight_map": places}
-    write_shards(streams, tmp_path, "one{suffix}.safetensors")
-    assert (tmp_path / "one.safetensors").is_file()
+    assert index["metadata"] == {"total_size": 4000} and list(index["weight_map"]) == list(values)
+    found = {}
+    for group, count in (("x", 4), ("y", 2)):
+        for number in range(1, count + 1):
+            file = tmp_path / f"model-{group}-0000{number}-of-0000{count}.safetensors"
+            part = load_file(file)
+            assert sum(value.nbytes for value in part.values()) <= 1000
+            assert part.keys() <= groups[group].keys() and not found.keys() & part.keys()
+            assert {index["weight_map"][name] for name in part} == {file.name}
+            found |= part
+    assert len(list(tmp_path.iterdir())) == 7
+    assert found.keys() == values.keys()
+    assert all(torch.equal(found[name], value) for name, value in values.items())
+
+
+def test_one_file_needs_no_index(tmp_path):
+    streams = {f"{n}": held(torch.ones(100)) for n in range(10)}
+    write_model({"": streams}, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    write_model({"": streams}, tmp_path, "1KB")
+    assert (tmp_path / "model-00005-of-00005.safetensors").is_file()
+    assert (tmp_path / "model.safetensors.index.json").is_file()

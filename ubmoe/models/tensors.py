@@ -52,13 +52,9 @@ class Stream:
 
 
 def held(value: Tensor) -> Stream:
-    """Of a tensor that is in memory."""
-
-    def blocks() -> Iterator[Tensor]:
-        for rows in _rows(value.shape):
-            yield value.detach()[rows].cpu()
-
-    return Stream(value.shape, value.dtype, blocks)
+    """Of a tensor that is in memory, on its device."""
+    value = value.detach()
+    return Stream(value.shape, value.dtype, lambda: (value[rows] for rows in _rows(value.shape)))
 
 
 def stored(path: Path) -> dict[str, Stream]:
@@ -112,28 +108,30 @@ def write_file(tensors: dict[str, Stream], path: Path) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             for block in tensors[name].blocks():
-                file.write(block.contiguous().flatten().view(torch.uint8).numpy().data)
+                flat = block.cpu().contiguous().flatten()
+                file.write(flat.view(torch.uint8).numpy().data)
 
 
-def write_shards(
-    tensors: dict[str, Stream], folder: Path, pattern: str, shard: str = SHARD
-) -> dict[str, str]:
-    """Files of at most that size, named by a pattern with `{suffix}`; returns where each is."""
-    shapes = {
-        name: torch.empty(each.shape, dtype=each.dtype, device="meta")
-        for name, each in tensors.items()
-    }
-    split = split_torch_state_dict_into_shards(
-        shapes, filename_pattern=pattern, max_shard_size=shard
-    )
-    for file, names in split.filename_to_tensors.items():
-        write_file({name: tensors[name] for name in names}, folder / file)
-    return split.tensor_to_filename
+def write_model(groups: dict[str, dict[str, Stream]], folder: Path, shard: str = SHARD) -> None:
+    """Each group in files of its own, `model-<group>...` or `model...`, of at most that size.
 
-
-def write_index(folder: Path, places: dict[str, str], tensors: Iterable[Stream]) -> None:
-    """What transformers reads first of a model in several files."""
-    size = sum(each.nbytes for each in tensors)
-    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
-    path = folder / "model.safetensors.index.json"
-    path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    With an index over all of them, unless all are in one file that is called model.safetensors.
+    """
+    places: dict[str, str] = {}
+    for group, tensors in groups.items():
+        shapes = {
+            name: torch.empty(each.shape, dtype=each.dtype, device="meta")
+            for name, each in tensors.items()
+        }
+        pattern = f"model-{group}{{suffix}}.safetensors" if group else "model{suffix}.safetensors"
+        split = split_torch_state_dict_into_shards(
+            shapes, filename_pattern=pattern, max_shard_size=shard
+        )
+        for file, names in split.filename_to_tensors.items():
+            write_file({name: tensors[name] for name in names}, folder / file)
+        places |= split.tensor_to_filename
+    if set(places.values()) != {"model.safetensors"}:
+        size = sum(each.nbytes for tensors in groups.values() for each in tensors.values())
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+        path = folder / "model.safetensors.index.json"
+        path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
