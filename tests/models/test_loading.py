@@ -2,6 +2,7 @@
 "for."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -16,6 +17,7 @@ from ubmoe.models.loading import (
     best_device,
     context_length,
     environment,
+    is_finite,
     load_model,
     load_tokenizer,
     within_context,
@@ -84,6 +86,18 @@ def test_weights_that_are_not_finite_are_named(saved, value):
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
     save_file(tensors, saved / "model.safetensors", metadata={"format": "pt"})
     assert "NaN or infinite weights in model.layers.1.mlp.up_proj.weight" in refused(saved)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (130, 33), (0, 3)])
+def test_one_number_that_is_not_finite_is_found_wherever_it_is(dtype, shape):
+    value = torch.linspace(-2, 3, math.prod(shape)).reshape(shape).to(dtype)
+    assert is_finite(value)
+    for place in range(0, value.numel(), 97):
+        for bad in (math.nan, math.inf, -math.inf):
+            broken = value.clone()
+            broken.view(-1)[place] = bad
+            assert not is_finite(broken) and not torch.isfinite(broken).all()
 
 
 def test_a_truncated_file_is_one_line(saved):

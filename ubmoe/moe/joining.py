@@ -21,7 +21,7 @@ from ubmoe import layered
 from ubmoe.bidirectional import attending, prove_attention
 from ubmoe.config import ModelSection, UserError, listed
 from ubmoe.files import replace
-from ubmoe.models.loading import load_model, refuse_not_finite
+from ubmoe.models.loading import is_finite, load_model, refuse_not_finite
 from ubmoe.models.streams import Weights, shaped
 from ubmoe.models.tensors import SHARD, Stream, held, write_file, write_model
 from ubmoe.moe.routers import router_weights
@@ -221,7 +221,7 @@ def _check_numbers(uni: Weights, bi: Weights) -> None:
     for name, stream in uni.tensors.items():
         for ours, theirs in zip(stream.blocks(), bi.tensors[name].blocks(), strict=True):
             for each, block in ((uni, ours), (bi, theirs)):
-                if not block.isfinite().all():
+                if not is_finite(block):
                     broken[each.name].add(name)
             if ".mlp." not in name and not torch.equal(ours, theirs):
                 differ.add(name)
