@@ -1,13 +1,14 @@
 """Tensors on disk, read and written in blocks of rows: no file, and no large tensor, is ever held.
 
 The format is safetensors': eight bytes that give the header's length, the header as JSON, then the
-numbers. Its library reads part of a file, and writes only what is held whole.
+numbers. Its library writes only what is held whole.
 """
 
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from io import FileIO
 from math import prod
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from torch import Tensor
 
-BLOCK = 1 << 24  # numbers of a tensor that are held at once: 64 MiB in float32
+BLOCK = 1 << 21  # numbers of a tensor that are held at once: 8 MiB in float32
+LENGTH = 8  # bytes that give the header's length
 SHARD = "5GB"
 # How the format calls them, in the order in which it writes them.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -62,26 +64,37 @@ def stored(path: Path) -> dict[str, Stream]:
 
     Raises SafetensorError or OSError for what is no such file.
     """
+    with safe_open(path, "pt"):  # the library checks all that the header says
+        pass
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(LENGTH), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
     found = {}
-    with _opened(path) as file:
-        for name in file.keys():  # noqa: SIM118  # it is no dict
-            part = file.get_slice(name)
-            shape, dtype = torch.Size(part.get_shape()), DTYPES.get(part.get_dtype())
-            if shape and dtype is not None:
-                found[name] = Stream(shape, dtype, partial(_read, path, name, shape))
+    for name, each in header.items():
+        shape, dtype = torch.Size(each["shape"]), DTYPES.get(each["dtype"])
+        if shape and dtype is not None:
+            start = LENGTH + length + each["data_offsets"][0]
+            found[name] = Stream(shape, dtype, partial(_read, path, start, shape, dtype))
     return found
 
 
-def _opened(path: Path) -> safe_open:
-    # A mapped file would count as memory, page by page, while it is open.
-    return safe_open(path, "pt", backend="pread")
-
-
-def _read(path: Path, name: str, shape: torch.Size) -> Iterator[Tensor]:
-    with _opened(path) as file:
-        part = file.get_slice(name)
+def _read(path: Path, start: int, shape: torch.Size, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Plain reading: a mapped file would count as memory, and the library's slices are slow."""
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
         for rows in _rows(shape):
-            yield part[rows]
+            block = torch.empty(rows.stop - rows.start, *shape[1:], dtype=dtype)
+            _fill(file, memoryview(block.flatten().view(torch.uint8).numpy()))
+            yield block
+
+
+def _fill(file: FileIO, place: memoryview) -> None:
+    """A read may give less than was asked for. Raises OSError at the file's end."""
+    while place:
+        if not (count := file.readinto(place)):
+            raise OSError(f"{file} ends in the middle of a tensor")
+        place = place[count:]
 
 
 def _rows(shape: torch.Size) -> Iterator[slice]:
@@ -105,7 +118,7 @@ def write_file(tensors: dict[str, Stream], path: Path) -> None:
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of eight
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(len(text).to_bytes(LENGTH, "little") + text)
         for name in order:
             for block in tensors[name].blocks():
                 flat = block.cpu().contiguous().flatten()
