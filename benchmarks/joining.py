@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -51,7 +52,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 152064,
     },
 }
-WAYS = {"mixture": export.save_mixture, "modes": export.save_modes}
+WAYS: dict[str, Callable[..., None]] = {"mixture": export.save_mixture, "modes": export.save_modes}
 
 
 def write_dense(folder: Path, size: str) -> int:
@@ -85,7 +86,7 @@ def write_form(folder: Path) -> None:
 
 def join(folder: Path, way: str) -> dict[str, float]:
     """As the program does it, with all that it imports: peak memory and seconds."""
-    assert pipeline
+    assert pipeline  # imported for what it takes
     tokenizer = load_tokenizer(ModelSection(name="tiny"))
     began = time.monotonic()
     uni, bi = (open_weights(ModelSection(name=str(folder / name)), DTYPE) for name in ("uni", "bi"))

@@ -85,7 +85,7 @@ def _read(path: Path, start: int, shape: torch.Size, dtype: torch.dtype) -> Iter
         file.seek(start)
         for rows in _rows(shape):
             block = torch.empty(rows.stop - rows.start, *shape[1:], dtype=dtype)
-            _fill(file, memoryview(block.flatten().view(torch.uint8).numpy()))
+            _fill(file, block.flatten().view(torch.uint8).numpy().data)
             yield block
 
 
