@@ -5,6 +5,7 @@ python train_ubmoe.py configs/qwen2.5-0.5b.yaml ubmoe.bi=runs/qwen2.5-0.5b/bi ub
 torchrun --nproc-per-node 8 train_ubmoe.py configs/qwen2.5-7b.yaml
 """
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,39 +17,31 @@ except KeyboardInterrupt:  # before anything was begun
 
 
 def main(config: Config) -> Path:
-    """Load uni and bi, join them, train, save, score. Returns the result's path."""
+    """Join uni and bi, train the routers, save, score. Returns the result's path."""
     # torch is imported late, so that --help and a mistyped key are answered at once.
     from ubmoe.recording import recording
 
     with recording("train_ubmoe", "generation", config) as run:
-        from ubmoe.models.digests import fingerprint
-        from ubmoe.models.loading import within_context
-        from ubmoe.moe import export, pipeline
-        from ubmoe.moe.joining import join
+        from ubmoe.models.loading import best_device, within_context
+        from ubmoe.moe import pipeline
+        from ubmoe.moe.joining import save_routers
         from ubmoe.report import figures
 
         config = within_context(config, "ubmoe")
         inputs = pipeline.read(config)
-        tokenizer, encoder = inputs.tokenizer, inputs.encoder
-        uni, bi = pipeline.load(config, inputs)
-        model = join(uni, bi, config.ubmoe.top_k)
-        made = pipeline.made(config, inputs, routed=False)
-        if run.is_main and "modes" in config.ubmoe.export:
-            export.save_modes(uni, bi, tokenizer, encoder, run.place("modes"), made)
-        if run.is_main and "adapter" in config.ubmoe.export:
-            run.more["adapter"] = export.save_adapter(
-                uni, bi, tokenizer, encoder, run.place("adapter"), made, config.ubmoe.rank
-            )
-        bi_weights = fingerprint(bi)
-        del uni, bi  # the mixture holds both
+        best_device(config.model.device)  # where the processes meet, before one is asked which
+        mixture = run.place("ubmoe")
+        joined = pipeline.join(config, inputs, run.place) if run.is_main else {}
+        run.model = model = pipeline.load(config, inputs, mixture)
         router = pipeline.train(config, inputs, model)
-        run.model = model
         if run.is_main:
             if "mixture" in config.ubmoe.export:
-                made = pipeline.made(config, inputs, routed=True)
-                export.save_mixture(model, tokenizer, encoder, run.place("ubmoe"), made)
+                save_routers(model, mixture)
+            else:
+                shutil.rmtree(mixture)
             scores = pipeline.generation_of(config, inputs, model)
-            run.section = scores | {"router": router, "bi_weights": bi_weights}
+            run.section = scores | {"router": router, "bi_weights": joined.pop("bi_weights")}
+            run.more |= joined
             run.more["sts"] = pipeline.sts_of(config, inputs, model, run.place("adapter"))
             run.figures = figures.routing(router["log"], router["bi_weight_by_role"])
     return run.path

@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, Qwen2ForCausalLM
 
 from benchmarks.common import medians, peak_of_child, qwen_layers, write
 from ubmoe.config import Route
@@ -27,6 +27,7 @@ from ubmoe.recording import peak_memory_bytes
 from ubmoe.training.losses import mean_loss, predictions
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 LAYERS = 24 if DEVICE.type == "cuda" else 4
 ROWS, TOKENS = 4, 256  # of a forward and of a training step
 PREFIX, DECODED = 64, 32  # tokens before decoding, and tokens decoded
@@ -48,9 +49,8 @@ class TwoFFNs(nn.Module):
 
 def dense() -> PreTrainedModel:
     torch.manual_seed(0)
-    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
     model: Any = Qwen2ForCausalLM(qwen_layers(LAYERS))
-    cast(nn.Module, model).to(DEVICE, dtype)
+    cast(nn.Module, model).to(DEVICE, DTYPE)
     return model.eval()
 
 
@@ -62,9 +62,12 @@ def floor() -> PreTrainedModel:
 
 
 def mixture(top_k: int = 2, route: Route = "learned", stock: str | None = None) -> Any:
-    model: Any = joining.join(dense(), dense(), top_k)
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(
+        joining.mixture_config(qwen_layers(LAYERS), top_k)
+    )
+    model.to(DEVICE, DTYPE).eval()
     routers.start_routers(model, seed=0)
-    model.to(model.dtype)  # as a loader has it: the router in the dtype of the rest
     routes.set_route(model, route)
     if stock is not None:
         model.set_experts_implementation(stock)

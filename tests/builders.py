@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import logging
 import os
 import re
@@ -11,8 +12,10 @@ import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import gguf
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -22,6 +25,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -30,7 +34,9 @@ from ubmoe import cli
 from ubmoe.bitune import model as prefill
 from ubmoe.bitune.examples import Example
 from ubmoe.bitune.model import attach
-from ubmoe.config import BituneSection
+from ubmoe.config import BituneSection, ModelSection
+from ubmoe.models.streams import of_model
+from ubmoe.moe import joining
 from ubmoe.moe.routers import router_weights
 from ubmoe.recording import recording
 from ubmoe.results.__main__ import VERBS
@@ -97,6 +103,41 @@ def marked(first=("<s>",), last=(), once=False):
     inner.post_processor = TemplateProcessing(single=form, special_tokens=ids)
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
     return PreTrainedTokenizerFast(tokenizer_object=inner, **names)
+
+
+def write_gguf(directory, path):
+    """The embedded model as a GGUF file of float32 tensors, its tokenizer in it."""
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    tokenizer = json.loads((directory / "tokenizer.json").read_text())["model"]
+    config = model.config
+    writer = gguf.GGUFWriter(path, "qwen2")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    own = AutoTokenizer.from_pretrained(directory)
+    tokens = own.convert_ids_to_tokens(range(config.vocab_size))
+    special = set(own.all_special_tokens)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in special else 1 for token in tokens])
+    writer.add_token_merges([" ".join(pair) for pair in tokenizer["merges"]])
+    writer.add_eos_token_id(own.eos_token_id)
+    writer.add_chat_template(own.chat_template)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config.num_hidden_layers)
+    for name, value in model.state_dict().items():
+        if name != "lm_head.weight":
+            base, _, kind = name.rpartition(".")
+            writer.add_tensor(f"{names.get_name(base)}.{kind}", value.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 class KilledError(Exception):
@@ -214,6 +255,22 @@ def pair(tied=True, family="qwen2", **keys):
             if ".mlp." in name:
                 value.copy_(torch.randn(value.shape, generator=generator) * 0.3)
     return uni, bi
+
+
+def weights(*models):
+    """Models in memory as tensors, named as the two that are joined."""
+    return [of_model(model, name) for name, model in zip(("uni", "bi"), models, strict=True)]
+
+
+def join(uni, bi, top_k=2):
+    """The mixture of two models in memory: checked, written and loaded as train_ubmoe.py does."""
+    dtype = str(uni.dtype).removeprefix("torch.")
+    uni, bi = weights(uni, bi)
+    joining.check_alike(uni, bi)
+    with TemporaryDirectory() as folder:
+        joining.write_mixture(uni, bi, Path(folder), top_k)
+        section = ModelSection(name=folder, dtype=dtype, device="cpu")
+        return joining.load_mixture(section, "bidirectional")
 
 
 def drawn(model, seed=0, scale=1.0):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from builders import random_model
+from builders import random_model, weights
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -211,7 +211,7 @@ def test_the_adapter_of_an_encoder_keeps_its_layers(tiny_path, tmp_path):
     encoder = as_encoder(model, tokenizer, BiSection(prompt=None))
     save_encoder(encoder, model, tokenizer, BiSection(prompt=None), tmp_path / "bi")
     bi, made = tmp_path / "bi", tmp_path / "adapter"
-    save_adapter(base, model, tokenizer, bi, made, "", rank=model.config.hidden_size)
+    save_adapter(*weights(base, model), tokenizer, bi, made, "", rank=model.config.hidden_size)
     vectors = encoder.encode("The dog sleeps.", convert_to_tensor=True)
     for saved in (
         SentenceTransformer(str(made), device="cpu", trust_remote_code=True),

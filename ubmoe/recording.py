@@ -22,7 +22,7 @@ from ubmoe.config import Config, dump_config
 from ubmoe.data.bad_rows import dropping
 from ubmoe.data.inputs import inputs
 from ubmoe.files import json_text, make_writable, save_figure, write_text
-from ubmoe.staging import move_into_place, staging
+from ubmoe.staging import move_into_place, staging, unfinished_of
 
 log = logging.getLogger(__name__)
 PACKAGES = (
@@ -43,8 +43,8 @@ CODE = (".", ":(top,glob)*.py")
 class Run:
     """What a script fills in while it runs; written when it ends well.
 
-    unfinished: where the first process writes, until all is there. inputs: digests of what was
-    read, taken before it was.
+    unfinished: where the first process writes, and all may read, until all is there. inputs:
+    digests of what was read, taken before it was.
     """
 
     program: str
@@ -72,7 +72,8 @@ class Run:
 
     def place(self, name: str) -> Path:
         """Where to write, and read, a model that is `<output_dir>/<name>` once the run is whole."""
-        self.unfinished.mkdir(exist_ok=True)
+        if is_first_process():
+            self.unfinished.mkdir(exist_ok=True)
         return self.unfinished / name
 
     def log(self, message: str, *values: object) -> None:
@@ -112,7 +113,8 @@ def recording(program: str, name: str, config: Config) -> Iterator[Run]:
     """
     directory = Path(config.output_dir)
     made = make_writable(directory)
-    own = staging(directory, program) if is_first_process() else nullcontext(Path())
+    there = nullcontext(unfinished_of(directory, program))
+    own = staging(directory, program) if is_first_process() else there
     try:
         with own as unfinished, dropping(config.data.skip_bad_rows) as dropped:
             run = Run(program, name, config, directory, unfinished)

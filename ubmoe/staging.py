@@ -20,6 +20,11 @@ from ubmoe.config import UserError
 FINISHED = ".finished-"
 
 
+def unfinished_of(directory: Path, program: str) -> Path:
+    """Where a program's run writes until it is whole."""
+    return directory / f".unfinished-{program}"
+
+
 @contextmanager
 def staging(directory: Path, program: str) -> Iterator[Path]:
     """The folder of what the program's run writes, locked, empty and not yet made.
@@ -28,7 +33,7 @@ def staging(directory: Path, program: str) -> Iterator[Path]:
     runs in the directory.
     """
     complete_moves(directory)
-    folder = directory / f".unfinished-{program}"
+    folder = unfinished_of(directory, program)
     with locked(directory, program):
         shutil.rmtree(folder, ignore_errors=True)
         _remove_halves(directory)

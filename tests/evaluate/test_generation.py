@@ -6,14 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from builders import drawn, random_model
+from builders import drawn, join, random_model
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ubmoe.config import EvaluationSection, UserError
 from ubmoe.data.chats import read_chats
 from ubmoe.evaluate import generation
-from ubmoe.moe.joining import join
 from ubmoe.tiny import tasks as tiny_tasks
 
 TASK = """

@@ -2,14 +2,14 @@
 "for."""
 
 import json
+import math
 import shutil
 
-import gguf
 import pytest
 import torch
-from builders import random_model, run
+from builders import random_model, run, write_gguf
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from ubmoe.config import ModelSection, UserError, load_config
 from ubmoe.models.digests import fingerprint
@@ -17,6 +17,7 @@ from ubmoe.models.loading import (
     best_device,
     context_length,
     environment,
+    is_finite,
     load_model,
     load_tokenizer,
     within_context,
@@ -87,6 +88,18 @@ def test_weights_that_are_not_finite_are_named(saved, value):
     assert "NaN or infinite weights in model.layers.1.mlp.up_proj.weight" in refused(saved)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (130, 33), (0, 3)])
+def test_one_number_that_is_not_finite_is_found_wherever_it_is(dtype, shape):
+    value = torch.linspace(-2, 3, math.prod(shape)).reshape(shape).to(dtype)
+    assert is_finite(value)
+    for place in range(0, value.numel(), 97):
+        for bad in (math.nan, math.inf, -math.inf):
+            broken = value.clone()
+            broken.view(-1)[place] = bad
+            assert not is_finite(broken) and not torch.isfinite(broken).all()
+
+
 def test_a_truncated_file_is_one_line(saved):
     path = saved / "model.safetensors"
     path.write_bytes(path.read_bytes()[:5000])
@@ -125,41 +138,6 @@ def test_a_tokenizer_that_is_not_there(tmp_path, family, reason):
 def test_a_device_that_is_not_here(name):
     with pytest.raises(UserError, match="model.device: .*expected cpu, cuda, cuda:1, mps or xpu"):
         best_device(name)
-
-
-def write_gguf(directory, path):
-    """The embedded model as a GGUF file of float32 tensors, its tokenizer in it."""
-    model = AutoModelForCausalLM.from_pretrained(directory)
-    tokenizer = json.loads((directory / "tokenizer.json").read_text())["model"]
-    config = model.config
-    writer = gguf.GGUFWriter(path, "qwen2")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
-    own = AutoTokenizer.from_pretrained(directory)
-    tokens = own.convert_ids_to_tokens(range(config.vocab_size))
-    special = set(own.all_special_tokens)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if token in special else 1 for token in tokens])
-    writer.add_token_merges([" ".join(pair) for pair in tokenizer["merges"]])
-    writer.add_eos_token_id(own.eos_token_id)
-    writer.add_chat_template(own.chat_template)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config.num_hidden_layers)
-    for name, value in model.state_dict().items():
-        if name != "lm_head.weight":
-            base, _, kind = name.rpartition(".")
-            writer.add_tensor(f"{names.get_name(base)}.{kind}", value.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def test_a_gguf_file_is_a_model_like_any_other(tiny_path, tmp_path):

@@ -8,16 +8,19 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from builders import IDS, JOINED, ROOT, drawn, logits, pair
+from builders import IDS, JOINED, ROOT, drawn, logits, pair, weights
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from ubmoe.bidirectional import prove_attention
 from ubmoe.config import BiSection, ModelSection, UserError
 from ubmoe.encoder.sentence_encoder import as_encoder, save_encoder
+from ubmoe.models.digests import fingerprint
 from ubmoe.models.loading import load_model
+from ubmoe.models.streams import open_weights
 from ubmoe.moe import export
-from ubmoe.moe.joining import join
+from ubmoe.moe.joining import check_alike, load_mixture, mixture_config, save_routers
 from ubmoe.moe.routers import router_weights
 
 MADE = "\nMade in a test.\n"
@@ -42,10 +45,109 @@ def sources(request, tiny_path, tmp_path):
     return uni, bi, tokenizer, tmp_path / "bi", vectors
 
 
+def saved_mixture(uni, bi, tokenizer, encoder, directory):
+    """A mixture as train_ubmoe.py saves it: written, loaded, its routers trained and put there."""
+    export.save_mixture(*weights(uni, bi), tokenizer, encoder, directory, MADE)
+    dtype = str(uni.dtype).removeprefix("torch.")
+    section = ModelSection(name=str(directory), dtype=dtype, device="cpu")
+    model = drawn(load_mixture(section, export.encoder_attention(encoder)))
+    save_routers(model, directory)
+    return model
+
+
+def tensors_in(directory):
+    """Of all files of a directory, as its index has them."""
+    index = directory / "model.safetensors.index.json"
+    if not index.exists():
+        return load_file(directory / "model.safetensors")
+    named, found = json.loads(index.read_text()), {}
+    for file in sorted(directory.glob("*.safetensors")):
+        part = load_file(file)
+        assert {named["weight_map"].pop(name) for name in part} == {file.name}
+        found |= part
+    assert not named["weight_map"]
+    assert named["metadata"]["total_size"] == sum(value.nbytes for value in found.values())
+    return found
+
+
+def bytes_of(tensors):
+    return {
+        name: (
+            value.dtype,
+            tuple(value.shape),
+            value.contiguous().view(torch.uint8).numpy().tobytes(),
+        )
+        for name, value in tensors.items()
+    }
+
+
+@torch.no_grad()
+def built(uni, bi):
+    """The mixture in memory, each parameter copied by hand: the slow and obvious way."""
+    model = AutoModelForCausalLM.from_config(mixture_config(uni.config, 2)).to(uni.dtype)
+    for value in model.parameters():
+        value.zero_()
+    own = dict(model.named_parameters())
+    for name, value in uni.named_parameters():
+        if ".mlp." not in name:
+            own[name].copy_(value)
+    for number, dense in enumerate((uni, bi)):
+        for layer, block in zip(model.model.layers, dense.model.layers, strict=True):
+            both = (block.mlp.gate_proj.weight, block.mlp.up_proj.weight)
+            layer.mlp.experts.gate_up_proj[number].copy_(torch.cat(both))
+            layer.mlp.experts.down_proj[number].copy_(block.mlp.down_proj.weight)
+    for layer in model.model.layers:
+        layer.mlp.gate.float()
+    model.generation_config = uni.generation_config
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_that_is_written_equals_what_models_in_memory_would_save(sources, tmp_path, dtype):
+    """Read from disk in one dtype and written in another, byte for byte."""
+    uni, bi, tokenizer, encoder, _ = sources
+    uni.bfloat16().save_pretrained(tmp_path / "uni")
+    bi.save_pretrained(tmp_path / "tuned", max_shard_size="20KB")  # float32
+    bi.bfloat16()
+    names = [str(tmp_path / name) for name in ("uni", "tuned")]
+    opened = [open_weights(ModelSection(name=name, device="cpu"), dtype) for name in names]
+    assert all(weights.model.device.type == "meta" for weights in opened)
+    check_alike(*[open_weights(ModelSection(name=name), torch.bfloat16) for name in names])
+    uni, bi = (AutoModelForCausalLM.from_pretrained(name, dtype=dtype) for name in names)
+    common = (*opened, tokenizer, encoder)
+    export.save_mixture(*common, tmp_path / "ubmoe", MADE)
+    built(uni, bi).save_pretrained(tmp_path / "built")
+    assert bytes_of(tensors_in(tmp_path / "ubmoe")) == bytes_of(tensors_in(tmp_path / "built"))
+    export.save_modes(*common, tmp_path / "modes", MADE)
+    found, base = tensors_in(tmp_path / "modes"), tensors_in_model(uni)
+    tuned = {name.replace(".mlp.", ".mlp.experts.0."): v for name, v in ffn_of(bi).items()}
+    zeros = {name: found[name] for name in found if name not in base | tuned}
+    assert bytes_of(found) == bytes_of(base | tuned | zeros)
+    assert all(not value.any() and value.dtype == dtype for value in zeros.values())
+    export.save_adapter(*common, tmp_path / "adapter", MADE, 4)
+    uni.save_pretrained(tmp_path / "base")
+    assert bytes_of(tensors_in(tmp_path / "adapter")) == bytes_of(tensors_in(tmp_path / "base"))
+    for name, other, more in (("ubmoe", "built", {}), ("adapter", "base", {"is_causal": True})):
+        for file, added in (("config.json", more), ("generation_config.json", {})):
+            read = [json.loads((tmp_path / each / file).read_text()) for each in (name, other)]
+            assert read[0] == read[1] | added, file
+    assert opened[0].fingerprint() == fingerprint(uni)
+    assert opened[1].fingerprint() == fingerprint(bi)
+
+
+def tensors_in_model(model):
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    return {name: value for name, value in model.state_dict().items() if name not in tied}
+
+
+def ffn_of(model):
+    return {name: value for name, value in model.state_dict().items() if ".mlp." in name}
+
+
 @pytest.mark.parametrize("shard", ["5GB", "20KB"])
 def test_the_two_modes_are_base_and_encoder_in_stock_libraries(sources, tmp_path, shard):
     uni, bi, tokenizer, encoder, vectors = sources
-    export.save_modes(uni, bi, tokenizer, encoder, tmp_path / "modes", MADE, shard)
+    export.save_modes(*weights(uni, bi), tokenizer, encoder, tmp_path / "modes", MADE, shard)
     files = list((tmp_path / "modes").glob("*.safetensors"))
     assert len(files) == 2 if shard == "5GB" else len(files) > 4
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "modes")
@@ -64,7 +166,7 @@ def test_the_two_modes_are_base_and_encoder_in_stock_libraries(sources, tmp_path
 
 def test_the_two_modes_store_nothing_twice(sources, tmp_path):
     uni, bi, tokenizer, encoder, _ = sources
-    export.save_modes(uni, bi, tokenizer, encoder, tmp_path / "modes", MADE)
+    export.save_modes(*weights(uni, bi), tokenizer, encoder, tmp_path / "modes", MADE)
     size = sum(file.stat().st_size for file in (tmp_path / "modes").glob("*.safetensors"))
     ffn = sum(value.nbytes for name, value in bi.named_parameters() if ".mlp." in name)
     base = sum(value.nbytes for value in uni.parameters())
@@ -80,9 +182,9 @@ def test_the_two_modes_store_nothing_twice(sources, tmp_path):
 
 def test_the_saved_mixture_is_the_same_in_stock_libraries(sources, tmp_path):
     uni, bi, tokenizer, encoder, _ = sources
-    model = drawn(join(uni, bi))
-    export.save_mixture(model, tokenizer, encoder, tmp_path / "ubmoe", MADE)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ubmoe")
+    model = saved_mixture(uni, bi, tokenizer, encoder, tmp_path / "ubmoe")
+    again, said = AutoModelForCausalLM.from_pretrained(tmp_path / "ubmoe", output_loading_info=True)
+    assert not any(said.values()), said
     torch.testing.assert_close(logits(again), logits(model), atol=1e-5, rtol=1e-5)
     assert again.config.is_causal is True and again.config.use_cache is True
     prompt = {"input_ids": IDS[:1], "attention_mask": torch.ones_like(IDS[:1])}
@@ -105,8 +207,8 @@ def test_a_causal_encoder_stays_causal_in_both_exports(tiny_path, tmp_path):
     encoder = as_encoder(bi, tokenizer, settings)
     save_encoder(encoder, bi, tokenizer, settings, tmp_path / "bi")
     assert export.encoder_attention(tmp_path / "bi") == "causal"
-    export.save_modes(uni, bi, tokenizer, tmp_path / "bi", tmp_path / "modes", MADE)
-    export.save_mixture(join(uni, bi), tokenizer, tmp_path / "bi", tmp_path / "ubmoe", MADE)
+    export.save_modes(*weights(uni, bi), tokenizer, tmp_path / "bi", tmp_path / "modes", MADE)
+    saved_mixture(uni, bi, tokenizer, tmp_path / "bi", tmp_path / "ubmoe")
     stock = SentenceTransformer(str(tmp_path / "modes"), device="cpu")
     torch.testing.assert_close(stock.encode(TEXTS), encoder.encode(TEXTS), atol=1e-5, rtol=1e-5)
     mixed = SentenceTransformer(str(tmp_path / "ubmoe"), device="cpu")
@@ -114,12 +216,10 @@ def test_a_causal_encoder_stays_causal_in_both_exports(tiny_path, tmp_path):
 
 
 def test_routers_stay_float32_in_the_file(sources, tmp_path):
-    from safetensors.torch import load_file
-
     uni, bi, tokenizer, encoder, _ = sources
-    model = drawn(join(uni.bfloat16(), bi.bfloat16()))
-    export.save_mixture(model, tokenizer, encoder, tmp_path / "ubmoe", MADE)
-    tensors = load_file(tmp_path / "ubmoe" / "model.safetensors")
+    directory = tmp_path / "ubmoe"
+    model = saved_mixture(uni.bfloat16(), bi.bfloat16(), tokenizer, encoder, directory)
+    tensors = tensors_in(directory)
     for name, value in tensors.items():
         assert value.dtype == (
             torch.float32 if name in router_weights(model) else torch.bfloat16
@@ -146,7 +246,7 @@ def test_a_damaged_encoder_is_refused(sources, name):
 
 def save_adapter(sources, directory, rank):
     uni, bi, tokenizer, encoder, _ = sources
-    return export.save_adapter(uni, bi, tokenizer, encoder, directory, MADE, rank)
+    return export.save_adapter(*weights(uni, bi), tokenizer, encoder, directory, MADE, rank)
 
 
 def truncated(uni, bi, rank):
@@ -235,7 +335,7 @@ def test_the_snippet_of_the_readme_generates_and_embeds(tiny_path, tmp_path):
     settings = BiSection(prompt=None)
     encoder = as_encoder(bi, tokenizer, settings)
     save_encoder(encoder, bi, tokenizer, settings, tmp_path / "bi")
-    export.save_modes(uni, bi, tokenizer, tmp_path / "bi", tmp_path / "modes", MADE)
+    export.save_modes(*weights(uni, bi), tokenizer, tmp_path / "bi", tmp_path / "modes", MADE)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     [snippet] = [block for block in blocks if "runs/tiny/modes" in block]
     names: dict = {}

@@ -5,14 +5,13 @@ import math
 
 import pytest
 import torch
-from builders import IDS, JOINED, WINDOW, drawn, logits, pair, random_model
+from builders import IDS, JOINED, WINDOW, drawn, join, logits, pair, random_model
 from torch.nn.functional import linear, silu, softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ubmoe.bidirectional import set_attention
 from ubmoe.config import UserError
 from ubmoe.moe import routers
-from ubmoe.moe.joining import join
 from ubmoe.moe.routers import router_weights
 from ubmoe.moe.routes import BI, UNI, blocks, route_of, set_route
 from ubmoe.tiny import language
@@ -210,6 +209,30 @@ def test_what_differs_outside_the_ffn_is_refused_by_name():
         join(uni, turned)
     with pytest.raises(UserError, match="is qwen2, and model.name is llama; expected the same"):
         join(random_model("llama"), bi)
+
+
+@pytest.mark.parametrize("broken", ["uni", "bi"])
+def test_numbers_that_are_not_finite_are_named_with_their_model(broken):
+    models = dict(zip(("uni", "bi"), pair(), strict=True))
+    with torch.no_grad():
+        models[broken].model.layers[1].mlp.up_proj.weight[2, 1] = math.inf
+    expected = f"model.name: {broken} has NaN or infinite weights in model.layers.1.mlp.up_proj.we"
+    with pytest.raises(UserError, match=expected):
+        join(**models)
+    for model in models.values():  # so that comparing finds them different, too
+        with torch.no_grad():
+            model.model.norm.weight[0] = math.nan
+    with pytest.raises(UserError, match="uni has NaN or infinite weights in .*model.norm.weight"):
+        join(**models)
+
+
+def test_only_the_dtype_of_the_mixture_counts_where_models_are_compared():
+    uni, bi = pair()
+    with torch.no_grad():
+        bi.model.norm.weight += 1e-5
+    with pytest.raises(UserError, match="outside the FFN, in model.norm.weight; the mixture"):
+        join(uni, bi)
+    join(uni.bfloat16(), bi.bfloat16())
 
 
 def test_a_route_needs_a_mixture_of_two():

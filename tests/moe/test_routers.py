@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from builders import KilledError, drawn, pair, random_model
+from builders import KilledError, drawn, join, pair, random_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ubmoe.config import BiSection, LoraSection, MoeSection, UserError, load_config
@@ -12,7 +12,6 @@ from ubmoe.encoder.sentence_encoder import as_encoder
 from ubmoe.models import lora
 from ubmoe.moe import router_training, routers
 from ubmoe.moe.distillation import Distillation
-from ubmoe.moe.joining import join
 from ubmoe.training.checkpoints import Work
 from ubmoe.training.losses import mean_loss, predictions
 

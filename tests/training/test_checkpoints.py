@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from builders import pair, random_model
+from builders import join, pair, random_model
 from transformers import AutoTokenizer
 
 from ubmoe.bitune import training as instruct
@@ -13,7 +13,6 @@ from ubmoe.data.chats import Chat
 from ubmoe.encoder import contrastive, mntp
 from ubmoe.encoder.sentence_encoder import as_encoder
 from ubmoe.moe import router_training
-from ubmoe.moe.joining import join
 from ubmoe.training.checkpoints import Work
 
 STEPS = {"max_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1}

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ubmoe.bitune.model import BIDIRECTIONAL, CAUSAL, VARIANTS, Bitune
 from ubmoe.config import UserError
 from ubmoe.files import replace_directory, write_json
+from ubmoe.models.digests import fingerprint
 from ubmoe.models.lora import check_base, strict, write_mode
 
 FORM, THETA = "bitune.json", "theta.safetensors"
@@ -29,8 +30,9 @@ def save(
 
     def write(folder: Path) -> None:
         bitune.model.save_pretrained(str(folder))
+        base = fingerprint(bitune.model)
         for kind in bitune.model.peft_config:
-            write_mode(folder / kind, bitune.model, masks[kind])
+            write_mode(folder / kind, base, masks[kind])
         if theta := bitune.theta():
             save_file({name: value.detach().cpu() for name, value in theta.items()}, folder / THETA)
         tokenizer.save_pretrained(folder)

@@ -13,6 +13,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ubmoe.models.tensors import Stream, held
+
 ADAPTERS = ("lora_", "ia3_")  # how peft calls what it adds
 SAMPLED = 1024  # numbers of each weight that tell a model from another
 # Of a config: where it was read and by what, and what training switches off for its own time.
@@ -25,13 +27,25 @@ def fingerprint(model: nn.Module) -> str:
     It pairs records, and adapters with their bases; it may miss an edit of a few rows, so no work
     is taken for done by it. In bfloat16: it is the same for a bfloat16 and a float32 copy.
     """
-    found = hashlib.sha256()
     below: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    for name, value in below.base_model.named_parameters():
-        if not any(part in name for part in ADAPTERS):
-            step = max(1, value.numel() // SAMPLED)
-            some = value.detach().flatten()[::step].to("cpu", torch.bfloat16)
-            found.update(some.contiguous().view(torch.uint8).numpy().tobytes())
+    return fingerprint_of(
+        held(value.flatten())  # some have no dimension
+        for name, value in below.base_model.named_parameters()
+        if not any(part in name for part in ADAPTERS)
+    )
+
+
+def fingerprint_of(tensors: Iterable[Stream]) -> str:
+    """As `fingerprint`, of the tensors of a headless model in the order of its class."""
+    found = hashlib.sha256()
+    for each in tensors:
+        step, seen = max(1, each.shape.numel() // SAMPLED), 0
+        for block in each.blocks():
+            flat = block.flatten()
+            some = flat[-seen % step :: step].to("cpu", torch.bfloat16)
+            some = some.clone(memory_format=torch.contiguous_format)  # a single one has any stride
+            found.update(some.view(torch.uint8).numpy().tobytes())
+            seen += len(flat)
     return found.hexdigest()
 
 

@@ -8,7 +8,7 @@ shape it is silently wrong: ubmoe.json beside it says both.
 import json
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
@@ -25,6 +25,7 @@ from ubmoe.config import LoraSection, UserError
 from ubmoe.files import replace_directory, write_json
 from ubmoe.models.digests import fingerprint
 from ubmoe.models.precision import cast
+from ubmoe.models.tensors import Stream
 
 log = logging.getLogger(__name__)
 MODE, WEIGHTS = "ubmoe.json", "adapter_model.safetensors"
@@ -73,38 +74,44 @@ def _targets(model: nn.Module, parameters: Iterable[str]) -> list[str]:
 
 @torch.no_grad()
 def save_difference(
-    base: PreTrainedModel, tuned: PreTrainedModel, rank: int, directory: Path
+    base: PreTrainedModel,
+    before: Mapping[str, Stream],
+    after: Mapping[str, Stream],
+    rank: int,
+    directory: Path,
 ) -> dict[str, float]:
     """What tuning changed in linear layers, as an adapter of that rank for the headless base.
 
-    Of each difference the nearest matrix of the rank (Eckart and Young), which is the difference
-    itself where it was trained as an adapter of at most that rank. Returns the rank, the number of
-    parameters, and `kept`: the share of the differences' squared norm that the adapter has. Raises
-    UserError for a rank that a matrix cannot have, and for models that do not differ.
+    base: its class, with numbers or without. before, after: the tensors that may differ, named as
+    in the headless base, of which two are held at once. Of each difference the nearest matrix of
+    the rank (Eckart and Young), which is the difference itself where it was trained as an adapter
+    of at most that rank. Returns the rank, the number of parameters, and `kept`: the share of the
+    differences' squared norm that the adapter has. Raises UserError for a rank that a matrix cannot
+    have, and for models that do not differ.
     """
-    before, inner = base.base_model.state_dict(), tuned.base_model
     tensors: dict[str, Tensor] = {}
     changed: list[str] = []
     kept = total = 0.0
-    for name, weight in inner.named_parameters():
-        change = weight.double() - before[name].double()
+    for name, weight in after.items():
+        change = weight.whole().double()
+        change -= before[name].whole()
         if not change.any():
             continue
         if rank > min(change.shape):
             raise UserError(f"ubmoe.rank: got {rank}; expected at most {min(change.shape)}")
         out, into = nearest(change, rank)
-        kept += float((out @ into).square().sum())
-        total += float(change.square().sum())
+        kept += float((out @ into).square_().sum())
+        total += float(change.square_().sum())
         changed.append(name)
         layer = f"base_model.model.{name.removesuffix('.weight')}"
         for word, factor in (("lora_A", into), ("lora_B", out)):
-            tensors[f"{layer}.{word}.weight"] = factor.to(base.dtype).cpu().contiguous()
+            tensors[f"{layer}.{word}.weight"] = factor.to(weight.dtype).contiguous()
     if not changed:
         raise UserError("ubmoe.export: adapter: the encoder has the weights of model.name")
     LoraConfig(
         r=rank,
         lora_alpha=rank,
-        target_modules=_targets(inner, changed),
+        target_modules=_targets(base.base_model, changed),
         task_type="FEATURE_EXTRACTION",
         base_model_name_or_path=base.name_or_path,
         inference_mode=True,
@@ -131,15 +138,16 @@ def save(wrapped: PeftModel, directory: Path, stages_before: int) -> None:
 
     def write(folder: Path) -> None:
         wrapped.save_pretrained(str(folder))
-        write_mode(folder, wrapped, attention_name(wrapped.config), stages_before)
+        attention = attention_name(wrapped.config)
+        write_mode(folder, fingerprint(wrapped), attention, stages_before)
 
     replace_directory(directory, write)
 
 
-def write_mode(folder: Path, wrapped: nn.Module, attention: str, stages_before: int = 0) -> None:
-    """The mask, how many stages an adapter sits on, and what tells its base apart."""
+def write_mode(folder: Path, base: str, attention: str, stages_before: int = 0) -> None:
+    """The mask, how many stages an adapter sits on, and its base's fingerprint."""
     metadata = {"attention": attention, "stages_before": stages_before}
-    write_json(folder / MODE, metadata | {"base": fingerprint(wrapped)})
+    write_json(folder / MODE, metadata | {"base": base})
 
 
 def check_base(model: nn.Module, adapter: Path) -> None:

@@ -8,31 +8,29 @@ same file with the `config_kwargs` of sentence_bert_config.json over it: bidirec
 import copy
 import json
 import shutil
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
-from torch import Tensor, zeros
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ubmoe.bidirectional import attention_name
 from ubmoe.config import UserError
 from ubmoe.files import replace_directory
 from ubmoe.models import lora
+from ubmoe.models.streams import Weights
+from ubmoe.models.tensors import SHARD, write_model
 from ubmoe.moe.joining import (
-    PROJECTIONS,
-    SHARED_SIZE,
-    check_alike,
+    expert,
     mixture_config,
-    share_layers,
+    save_configs,
+    write_mixture,
+    zero_expert,
+    zero_routers,
 )
 
 FORM_FILES = ("modules.json", "config_sentence_transformers.json", "1_Pooling")
 FORM = "sentence_bert_config.json"
 ADAPTER = "bi"  # the adapter's folder within
-SHARD = "5GB"
 
 
 def encoder_attention(directory: Path) -> str:
@@ -64,29 +62,31 @@ def encoder_attention(directory: Path) -> str:
 
 
 def save_mixture(
-    model: PreTrainedModel,
+    uni: Weights,
+    bi: Weights,
     tokenizer: PreTrainedTokenizerBase,
     encoder: Path,
     directory: Path,
     made: str,
+    top_k: int = 2,
+    norm_topk_prob: bool = False,
 ) -> None:
-    """The joined model, causal for transformers, with the encoder's mask for sentence-transformers.
+    """The mixture, causal for transformers, with the encoder's mask for sentence-transformers.
 
     encoder: the bi directory, whose prompt, pooling, length and mask are taken over. made: how the
-    model was made, for its card.
+    model was made, for its card. Its routers are zero: `joining.save_routers` puts others there.
     """
 
     def write(folder: Path) -> None:
-        model.config.use_cache = True
-        model.save_pretrained(folder)
+        write_mixture(uni, bi, folder, top_k, norm_topk_prob)
         _finish(folder, tokenizer, encoder, {}, MIXTURE_CARD + made)
 
     replace_directory(directory, write)
 
 
 def save_modes(
-    uni: PreTrainedModel,
-    bi: PreTrainedModel,
+    uni: Weights,
+    bi: Weights,
     tokenizer: PreTrainedTokenizerBase,
     encoder: Path,
     directory: Path,
@@ -97,105 +97,56 @@ def save_modes(
 
     A mixture's class with one expert a layer. Its config names every layer dense, so transformers
     reads the uni FFN under the dense names; sentence-transformers' names none, so it reads the bi
-    FFN as the only expert, of weight 1. The bi tensors are in files of their own. Raises UserError
-    for models that differ outside the FFN.
+    FFN as the only expert, of weight 1. The bi tensors are in files of their own.
     """
-    check_alike(uni, bi)
-    layers = list(range(uni.config.num_hidden_layers))
 
     def write(folder: Path) -> None:
         config = mixture_config(uni.config, top_k=1, experts=1)
         config.norm_topk_prob = True
-        config.mlp_only_layers = layers
-        share_layers(bi.config, config)
-        config.use_cache = True
-        config.save_pretrained(folder)
-        if uni.generation_config is not None:
-            uni.generation_config.save_pretrained(folder)
-        shared = hasattr(config, "shared_expert_intermediate_size")
-        groups = {"uni": _uni_tensors(uni), "bi": _bi_tensors(bi, shared)}
-        _save_weights(folder, groups, shard)
+        config.mlp_only_layers = list(range(uni.config.num_hidden_layers))
+        save_configs(uni, bi, config, folder)
+        added = zero_routers(bi, 1, bi.dtype) | zero_expert(bi, config)
+        write_model({"uni": uni.tensors, "bi": expert(bi, 0) | added}, folder, shard)
         _finish(folder, tokenizer, encoder, {"mlp_only_layers": []}, MODES_CARD + made)
 
     replace_directory(directory, write)
 
 
 def save_adapter(
-    uni: PreTrainedModel,
-    bi: PreTrainedModel,
+    uni: Weights,
+    bi: Weights,
     tokenizer: PreTrainedTokenizerBase,
     encoder: Path,
     directory: Path,
     made: str,
     rank: int,
+    shard: str = SHARD,
 ) -> dict[str, float]:
     """The dense base model as it is, and the bi FFNs as a low-rank adapter for the other reader.
 
     transformers finds a model of its own class, to the bit, and nothing else; sentence-transformers
-    loads the adapter over it by peft. Returns what `lora.save_difference` says. Raises UserError
-    for models that differ outside the FFN.
+    loads the adapter over it by peft. Returns what `lora.save_difference` says, and raises what it
+    raises.
     """
-    check_alike(uni, bi)
     report: dict[str, float] = {}
 
     def write(folder: Path) -> None:
-        uni.save_pretrained(folder)
         config = copy.deepcopy(uni.config)
-        share_layers(bi.config, config)
+        config.architectures = [type(uni.model).__name__]
         config.is_causal = True  # what is not in config.json cannot be switched
-        config.save_pretrained(folder)
-        report.update(lora.save_difference(uni, bi, rank, folder / ADAPTER))
-        lora.write_mode(folder / ADAPTER, uni, encoder_attention(encoder))
+        save_configs(uni, bi, config, folder)
+        before, after = (
+            {name: each for name, each in weights.inner() if ".mlp." in name}
+            for weights in (uni, bi)
+        )
+        report.update(lora.save_difference(uni.model, before, after, rank, folder / ADAPTER))
+        lora.write_mode(folder / ADAPTER, uni.fingerprint(), encoder_attention(encoder))
+        write_model({"": uni.tensors}, folder, shard)
         adapter = {"adapter_kwargs": {"subfolder": ADAPTER}}
         _finish(folder, tokenizer, encoder, {}, ADAPTER_CARD + made, {"model_kwargs": adapter})
 
     replace_directory(directory, write)
     return report
-
-
-def _uni_tensors(uni: PreTrainedModel) -> dict[str, Tensor]:
-    tensors = dict(uni.state_dict())
-    if uni.config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
-    return tensors
-
-
-def _bi_tensors(bi: PreTrainedModel, shared: bool) -> dict[str, Tensor]:
-    """The bi FFNs as expert 0, with a router of one row and, where the class has one, the shared
-    expert that adds zero.
-    """
-    width = bi.config.hidden_size
-    still = partial(zeros, dtype=bi.dtype)
-    tensors: dict[str, Tensor] = {}
-    inner: Any = bi.base_model
-    for layer, block in enumerate(inner.layers):
-        prefix = f"model.layers.{layer}.mlp"
-        for name in PROJECTIONS:
-            tensors[f"{prefix}.experts.0.{name}.weight"] = getattr(block.mlp, name).weight
-        tensors[f"{prefix}.gate.weight"] = still((1, width))
-        if not shared:
-            continue
-        for name in PROJECTIONS:
-            shape = (width, SHARED_SIZE) if name == "down_proj" else (SHARED_SIZE, width)
-            tensors[f"{prefix}.shared_expert.{name}.weight"] = still(shape)
-        tensors[f"{prefix}.shared_expert_gate.weight"] = still((1, width))
-    return tensors
-
-
-def _save_weights(folder: Path, groups: dict[str, dict[str, Tensor]], shard: str) -> None:
-    """Each group in files of its own, and one index over all of them."""
-    places: dict[str, str] = {}
-    for group, tensors in groups.items():
-        split = split_torch_state_dict_into_shards(
-            tensors, filename_pattern=f"model-{group}{{suffix}}.safetensors", max_shard_size=shard
-        )
-        for file, names in split.filename_to_tensors.items():
-            part = {name: tensors[name].detach().cpu().contiguous() for name in names}
-            save_file(part, folder / file, metadata={"format": "pt"})
-            places |= dict.fromkeys(names, file)
-    size = sum(value.nbytes for tensors in groups.values() for value in tensors.values())
-    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _finish(

@@ -4,27 +4,33 @@ It is a stock Qwen2-MoE (of Qwen2, Llama and Mistral) or Qwen3-MoE (of Qwen3): e
 expert 1 is bi, `mlp.gate` is the router of each layer. The shared expert, which Qwen2-MoE demands,
 is small and adds exactly zero. With x the input of a layer's FFN and p = softmax(W x) over the two
 experts, the layer gives p_uni FFN_uni(x) + p_bi FFN_bi(x) at top_k 2.
+
+It is written from the two models' tensors as they are read, and no dense model is built.
 """
 
+import logging
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2MoeConfig, Qwen3MoeConfig
-from transformers.initialization import no_init_weights
+from transformers import PreTrainedModel, Qwen2MoeConfig, Qwen3MoeConfig
 
 from ubmoe import layered
-from ubmoe.config import UserError, listed
-from ubmoe.models.precision import cast
-from ubmoe.moe.routes import BI, UNI, blocks, set_route
+from ubmoe.bidirectional import attending, prove_attention
+from ubmoe.config import ModelSection, UserError, listed
+from ubmoe.files import replace
+from ubmoe.models.loading import is_finite, load_model, refuse_not_finite
+from ubmoe.models.streams import Weights, shaped
+from ubmoe.models.tensors import SHARD, Stream, held, write_file, write_model
+from ubmoe.moe.routers import router_weights
+from ubmoe.moe.routes import BI, UNI, blocks, route_of, set_route
 
+log = logging.getLogger(__name__)
+ROUTERS = "routers"  # the files of a mixture's routers
 SHARED_SIZE = 16  # of the zero expert; size 0 loads in transformers, but not in other engines
-FREE = (
-    "dtype",
-    "use_cache",
-    "transformers_version",
-    "_name_or_path",
-)  # may differ between uni and bi
+FREE = ("dtype", "transformers_version", "_name_or_path")  # may differ between uni and bi
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # The mixture's class, by the dense model's type: what is not here would lose something.
 MIXTURES: dict[str, type] = {
@@ -35,31 +41,93 @@ MIXTURES: dict[str, type] = {
 }
 
 
-def join(uni: PreTrainedModel, bi: PreTrainedModel, top_k: int = 2) -> PreTrainedModel:
-    """The mixture of two dense models that differ in their FFNs only; its routers are zero.
+def write_mixture(
+    uni: Weights,
+    bi: Weights,
+    folder: Path,
+    top_k: int = 2,
+    norm_topk_prob: bool = False,
+    shard: str = SHARD,
+) -> None:
+    """The mixture's configs and tensors into a folder; its routers are zero, in a file of theirs.
 
-    The routers are float32 whatever the dtype of the rest. Raises UserError for models of other
-    families, whose shapes differ, or that differ outside the FFN: the mixture would drop that.
+    The routers are float32 whatever the dtype of the rest.
     """
-    check_alike(uni, bi)
-    with no_init_weights():
-        model: Any = AutoModelForCausalLM.from_config(mixture_config(uni.config, top_k))
-    cast(model, uni.dtype)
-    ffn, rest = _parted(uni.state_dict())
-    with torch.no_grad():
-        for value in model.parameters():
-            value.zero_()
-    model.load_state_dict(rest, strict=False)
-    model.tie_weights()
-    for number, weights in ((UNI, ffn), (BI, _parted(bi.state_dict())[0])):
-        _put_expert(model, number, weights)
+    config = mixture_config(uni.config, top_k)
+    config.norm_topk_prob = norm_topk_prob
+    save_configs(uni, bi, config, folder)
+    rest = _parted(uni.tensors)[1]
+    groups = {
+        "uni": rest | expert(uni, UNI),
+        "bi": expert(bi, BI) | zero_expert(uni, config),
+        ROUTERS: zero_routers(uni, 2, torch.float32),
+    }
+    write_model(groups, folder, shard)
+
+
+def save_configs(uni: Weights, bi: Weights, config: Any, folder: Path) -> None:
+    """config.json with the layers in which the encoder looks both ways, generation_config.json."""
+    share_layers(bi.config, config)
+    config.dtype = uni.dtype
+    config.save_pretrained(folder)
+    if uni.model.generation_config is not None:
+        uni.model.generation_config.save_pretrained(folder)
+
+
+def expert(dense: Weights, number: int) -> dict[str, Stream]:
+    """The FFNs of a dense model, named as an expert of its mixture."""
+    ffn = _parted(dense.tensors)[0]
+    return {name.replace(".mlp.", f".mlp.experts.{number}."): each for name, each in ffn.items()}
+
+
+def zero_routers(dense: Weights, rows: int, dtype: torch.dtype) -> dict[str, Stream]:
+    """Routers to so many experts."""
+    still = held(torch.zeros(rows, dense.config.hidden_size, dtype=dtype))
+    return {f"{layer}.gate.weight": still for layer in _layers(dense)}
+
+
+def zero_expert(dense: Weights, config: Any) -> dict[str, Stream]:
+    """The shared expert that adds zero, where the mixture's class has one."""
+    size, width = getattr(config, "shared_expert_intermediate_size", None), config.hidden_size
+    if size is None:
+        return {}
+    still = partial(torch.zeros, dtype=dense.dtype)
+    parts = {f"shared_expert.{name}": still(size, width) for name in PROJECTIONS}
+    parts |= {"shared_expert.down_proj": still(width, size), "shared_expert_gate": still(1, width)}
+    return {
+        f"{layer}.{name}.weight": held(value)
+        for layer in _layers(dense)
+        for name, value in parts.items()
+    }
+
+
+def _layers(dense: Weights) -> list[str]:
+    return [f"model.layers.{number}.mlp" for number in range(dense.config.num_hidden_layers)]
+
+
+def save_routers(model: PreTrainedModel, folder: Path) -> None:
+    """The routers of a mixture anew, beside its other tensors, which are as `write_mixture` left
+    them.
+    """
+    tensors = {name: held(value) for name, value in router_weights(model).items()}
+    replace(folder / f"model-{ROUTERS}.safetensors", lambda path: write_file(tensors, path))
+
+
+def load_mixture(config: ModelSection, attention: str) -> PreTrainedModel:
+    """A mixture to be trained: its routers float32, and its masks proved by both routes.
+
+    attention: of the route bi, causal or bidirectional; uni is causal. Raises UserError.
+    """
+    model = load_model(config)
     for block in blocks(model):
         block.gate.float()
         block.gate.register_forward_pre_hook(_in_its_dtype)
-    model.generation_config = uni.generation_config
-    share_layers(bi.config, model.config)
     set_route(model, "learned")
-    return model.to(uni.device).eval()
+    for route, mask in (("uni", "causal"), ("bi", attention)):
+        bidirectional = mask == "bidirectional"
+        with route_of(model, route), attending(model, bidirectional):  # type: ignore[arg-type]
+            log.info("route %s: %s", route, prove_attention(model, bidirectional))
+    return model
 
 
 def share_layers(bi: Any, mixture: Any) -> None:
@@ -88,6 +156,7 @@ def mixture_config(dense: Any, top_k: int, experts: int = 2) -> Any:
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
         "is_causal": True,
+        "use_cache": True,
     }
     if kind is Qwen2MoeConfig:
         bias = dense.model_type == "qwen2" or getattr(dense, "attention_bias", False)
@@ -112,68 +181,70 @@ def _window(dense: Any, kind: type) -> dict[str, Any]:
     return {"sliding_window": window if slides else None, "use_sliding_window": slides}
 
 
-def check_alike(uni: PreTrainedModel, bi: PreTrainedModel) -> None:
-    """Raises UserError unless both can be joined, and are equal outside the FFN by tensor."""
-    for word, model in (("model.name", uni), ("ubmoe.bi", bi)):
-        if model.config.model_type not in MIXTURES:
+def check_alike(uni: Weights, bi: Weights) -> None:
+    """Raises UserError unless both can be joined, are finite, and equal outside the FFN by tensor.
+
+    Their numbers are read once, block by block.
+    """
+    for word, each in (("model.name", uni), ("ubmoe.bi", bi)):
+        if each.config.model_type not in MIXTURES:
             raise UserError(
-                f"{word}: {model.name_or_path} is {model.config.model_type}; expected one of "
+                f"{word}: {each.model.name_or_path} is {each.config.model_type}; expected one of "
                 f"{', '.join(MIXTURES)}, of which a stock mixture of experts is known"
             )
     if uni.config.model_type != bi.config.model_type:
         raise UserError(
-            f"ubmoe.bi: {bi.name_or_path} is {bi.config.model_type}, and model.name is "
+            f"ubmoe.bi: {bi.model.name_or_path} is {bi.config.model_type}, and model.name is "
             f"{uni.config.model_type}; expected the same"
         )
-    ours, theirs = uni.state_dict(), bi.state_dict()
-    shapes = [name for name, value in ours.items() if _shape(theirs.get(name)) != value.shape]
+    ours, theirs = uni.shapes(), bi.shapes()
+    shapes = [name for name, shape in ours.items() if theirs.get(name) != shape]
     shapes += [name for name in theirs if name not in ours]
     if shapes:
         raise UserError(f"ubmoe.bi: other shapes than model.name in {listed(shapes)}")
-    configs = [mixture_config(model.config, 1).to_dict() for model in (uni, bi)]
+    configs = [mixture_config(each.config, 1).to_dict() for each in (uni, bi)]
     other = [key for key, value in configs[0].items() if value != configs[1][key]]
     if own := [key for key in other if key not in FREE]:
         raise UserError(f"ubmoe.bi: another {listed(own)} than model.name; expected the same")
     if lost := _lost(uni):
         raise UserError(
-            f"model.name: {uni.name_or_path} has {listed(lost)}, which the class of its mixture "
-            "does not know; expected a model without"
+            f"model.name: {uni.model.name_or_path} has {listed(lost)}, which the class of its "
+            "mixture does not know; expected a model without"
         )
-    differ = [
-        name
-        for name, value in ours.items()
-        if ".mlp." not in name and not torch.equal(value, theirs[name].to(value))
-    ]
+    _check_numbers(uni, bi)
+
+
+def _check_numbers(uni: Weights, bi: Weights) -> None:
+    """Raises UserError for what is not finite, or differs outside the FFN."""
+    broken: dict[str, set[str]] = {uni.name: set(), bi.name: set()}
+    differ = set()
+    for name, stream in uni.tensors.items():
+        for ours, theirs in zip(stream.blocks(), bi.tensors[name].blocks(), strict=True):
+            for each, block in ((uni, ours), (bi, theirs)):
+                if not is_finite(block):
+                    broken[each.name].add(name)
+            if ".mlp." not in name and not torch.equal(ours, theirs):
+                differ.add(name)
+    for where, names in broken.items():
+        refuse_not_finite([name for name in uni.tensors if name in names], where)
     if differ:
         raise UserError(
-            f"ubmoe.bi: differs from model.name outside the FFN, in {listed(differ)}; the mixture "
+            f"ubmoe.bi: differs from model.name outside the FFN, in "
+            f"{listed([name for name in uni.tensors if name in differ])}; the mixture "
             "would drop that; expected an encoder tuned with train: [ffn]"
         )
 
 
-def _lost(dense: PreTrainedModel) -> list[str]:
+def _lost(dense: Weights) -> list[str]:
     """Tensors that the mixture would drop, or would have and the dense model lacks."""
-    with torch.device("meta"), no_init_weights():
-        mixture = AutoModelForCausalLM.from_config(mixture_config(dense.config, 1))
+    mixture = shaped(mixture_config(dense.config, 1))
     rest = set(_parted(mixture.state_dict())[1])
-    ffn, own = _parted(dense.state_dict())
+    ffn, own = _parted(dense.shapes())
     names = tuple(f".mlp.{name}.weight" for name in PROJECTIONS)
     return sorted((rest ^ set(own)) | {name for name in ffn if not name.endswith(names)})
 
 
-def _shape(value: Tensor | None) -> torch.Size | None:
-    return None if value is None else value.shape
-
-
-def _parted(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _parted(weights: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The tensors of the FFNs, and the rest."""
     ffn = {name: value for name, value in weights.items() if ".mlp." in name}
     return ffn, {name: value for name, value in weights.items() if name not in ffn}
-
-
-@torch.no_grad()
-def _put_expert(model: PreTrainedModel, number: int, ffn: dict[str, Tensor]) -> None:
-    for layer, block in enumerate(blocks(model)):
-        gate, up, down = (ffn[f"model.layers.{layer}.mlp.{name}.weight"] for name in PROJECTIONS)
-        block.experts.gate_up_proj[number].copy_(torch.cat((gate, up)))
-        block.experts.down_proj[number].copy_(down)

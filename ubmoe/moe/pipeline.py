@@ -1,26 +1,31 @@
 """What train_ubmoe.py does, a step a function: read, load, train the routers, save, score."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from mteb.abstasks.sts import AbsTaskSTS
 from sentence_transformers import SentenceTransformer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ubmoe.bidirectional import set_attention
-from ubmoe.config import Config, Route, UserError
+from ubmoe.config import Config, ModelSection, Route, UserError
 from ubmoe.data.chats import Chat, read_chats
 from ubmoe.data.rows import held_out
 from ubmoe.data.tokens import sentences_of
 from ubmoe.encoder.sentence_encoder import load_saved
 from ubmoe.evaluate import generation
 from ubmoe.evaluate.sts import sts_scores, sts_tasks
-from ubmoe.models.loading import load_model, load_tokenizer
-from ubmoe.moe import router_training, routers
+from ubmoe.models.loading import best_device, load_tokenizer
+from ubmoe.models.precision import weights_dtype
+from ubmoe.models.streams import open_weights
+from ubmoe.moe import export, router_training, routers
 from ubmoe.moe.distillation import Distillation
 from ubmoe.moe.export import encoder_attention
+from ubmoe.moe.joining import check_alike, load_mixture
 from ubmoe.moe.routes import route_of
 from ubmoe.training.checkpoints import Work
 
@@ -48,7 +53,7 @@ def read(config: Config) -> Inputs:
     generation.check_tasks(config.evaluation.generation, config.evaluation.data)
     sts = sts_tasks(config.evaluation.sts)
     tokenizer = load_tokenizer(config.model)
-    if load_tokenizer(_of_encoder(config, encoder)).get_vocab() != tokenizer.get_vocab():
+    if load_tokenizer(_stored_at(config, encoder)).get_vocab() != tokenizer.get_vocab():
         raise UserError(f"ubmoe.bi: {encoder} has another tokenizer than {config.model.name}")
     settings = config.ubmoe
     found = read_chats(settings.dataset, tokenizer, settings.max_tokens, settings.max_rows)
@@ -62,23 +67,52 @@ def read(config: Config) -> Inputs:
     return Inputs(encoder, attention, tokenizer, chats, kept, sentences, sts, counts)
 
 
-def _of_encoder(config: Config, encoder: Path) -> Any:
-    changes = {"name": str(encoder), "revision": None, "adapter": None}
+def _stored_at(config: Config, folder: Path) -> ModelSection:
+    """How a model of the run is loaded from its folder."""
+    changes = {"name": str(folder), "revision": None, "adapter": None}
     return config.model.model_copy(update=changes)
 
 
-def load(config: Config, inputs: Inputs) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """The uni and the bi model, each with its mask proved."""
-    uni = load_model(config.model)
-    bidirectional = inputs.attention == "bidirectional"
-    return uni, load_model(_of_encoder(config, inputs.encoder), bidirectional)
+def join(config: Config, inputs: Inputs, place: Callable[[str], Path]) -> dict[str, Any]:
+    """Write what `ubmoe.export` names, and the mixture in any case, from the two models' files.
+
+    place: where to. Returns the fingerprint of the bi model, and what is to be said of the adapter.
+    Raises UserError for models that cannot be joined.
+    """
+    dtype = weights_dtype(config.model.dtype, best_device(config.model.device))
+    uni = open_weights(config.model, dtype)
+    bi = open_weights(_stored_at(config, inputs.encoder), uni.dtype)
+    check_alike(uni, bi)
+    settings, common = config.ubmoe, (uni, bi, inputs.tokenizer, inputs.encoder)
+    said = made(config, inputs, routed=True)
+    top_k, renormalised = settings.top_k, settings.norm_topk_prob
+    export.save_mixture(*common, place("ubmoe"), said, top_k, renormalised)
+    report: dict[str, Any] = {"bi_weights": bi.fingerprint()}
+    said = made(config, inputs, routed=False)
+    if "modes" in settings.export:
+        export.save_modes(*common, place("modes"), said)
+    if "adapter" in settings.export:
+        where = place("adapter")
+        report["adapter"] = export.save_adapter(*common, where, said, settings.rank)
+    return report
+
+
+def load(config: Config, inputs: Inputs, folder: Path) -> PreTrainedModel:
+    """The mixture that the first process has written, in every process. Raises UserError."""
+    state = PartialState()
+    state.wait_for_everyone()
+    if not folder.is_dir():
+        raise UserError(
+            f"output_dir: process {state.process_index} does not see {folder}; expected a folder "
+            "that all processes share"
+        )
+    model = load_mixture(_stored_at(config, folder), inputs.attention)
+    state.wait_for_everyone()  # what the run moves at its end has been read by all
+    return model
 
 
 def train(config: Config, inputs: Inputs, model: PreTrainedModel) -> dict[str, Any]:
     """Start and train the routers; returns what the record says of them."""
-    model.config.norm_topk_prob = config.ubmoe.norm_topk_prob
-    for layer in model.base_model.layers:  # type: ignore[union-attr]
-        layer.mlp.gate.norm_topk_prob = config.ubmoe.norm_topk_prob
     report = routers.start(model, config.ubmoe, inputs.chats, inputs.held_out, config.seed)
     work = Work(Path(config.output_dir) / "routers", config.seed, config.resume == "auto")
     distillation = None

@@ -1,0 +1,128 @@
+"""The run's mixture: joined by one process in little memory, and read by all."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from builders import ROOT, random_model, run
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ubmoe.config import BiSection, load_config
+from ubmoe.encoder.sentence_encoder import as_encoder, save_encoder
+from ubmoe.models.loading import load_model
+from ubmoe.models.streams import open_weights
+from ubmoe.moe.joining import write_mixture
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_path, tmp_path_factory):
+    """The embedded model as an encoder with other FFNs."""
+    folder = tmp_path_factory.mktemp("encoder") / "bi"
+    model = AutoModelForCausalLM.from_pretrained(tiny_path)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight *= 1.1
+    model.config.is_causal = False
+    tokenizer, settings = AutoTokenizer.from_pretrained(tiny_path), BiSection(prompt=None)
+    save_encoder(as_encoder(model, tokenizer, settings), model, tokenizer, settings, folder)
+    return folder
+
+
+def keys(encoder, output, *more):
+    common = ["ubmoe.max_steps=2", "ubmoe.held_out=8", "ubmoe.max_rows=40", "model.device=cpu"]
+    common += ["evaluation.sts=[]", "evaluation.generation=[]", "ubmoe.routes=[]"]
+    return [*common, f"ubmoe.bi={encoder}", f"output_dir={output}", *more]
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_mixture_that_the_first_has_written(encoder, tmp_path):
+    more = ["ubmoe.per_device_train_batch_size=4", "ubmoe.export=[mixture]"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    launch += [str(ROOT / "train_ubmoe.py"), *keys(encoder, tmp_path / "run", *more)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "wrapped in DistributedDataParallel" in done.stderr
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        *("generation.json", "train_ubmoe.config.yaml", "routing.png", "ubmoe", "routers")
+    }
+    given = load_config(None, []).model
+    uni, bi = (open_weights(given.model_copy(update=each), None) for each in ({}, named(encoder)))
+    (tmp_path / "alone").mkdir()
+    write_mixture(uni, bi, tmp_path / "alone")
+    for path in (tmp_path / "alone").iterdir():
+        found = (tmp_path / "run" / "ubmoe" / path.name).read_bytes()
+        assert (found == path.read_bytes()) == (path.name != "model-routers.safetensors"), path
+    model = load_model(given.model_copy(update=named(tmp_path / "run" / "ubmoe")))
+    for name, value in load_file(tmp_path / "run" / "ubmoe" / "model-routers.safetensors").items():
+        assert torch.equal(model.state_dict()[name], value) and value.any()
+
+
+def named(folder):
+    return {"name": str(folder), "device": "cpu"}
+
+
+@pytest.mark.slow
+def test_a_mixture_that_nobody_asked_for_is_trained_and_not_kept(encoder, tmp_path):
+    code, _, errors = run(
+        *keys(encoder, tmp_path / "run", "ubmoe.export=[modes]"), script="train_ubmoe.py"
+    )
+    assert code == 0, errors
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        *("generation.json", "train_ubmoe.config.yaml", "routing.png", "modes", "routers")
+    }
+    result = json.loads((tmp_path / "run" / "generation.json").read_text())
+    assert result["environment"]["model_class"] == "Qwen2MoeForCausalLM"
+    assert "route uni: attention causal, verified" in errors
+    assert "route bi: attention bidirectional, verified" in errors
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+WIDTH, WORDS = 512, 40_000
+LARGEST = 2 * WIDTH * WORDS  # bytes of the embedding in bfloat16
+ALLOWED = 60e6  # blocks, a matrix' singular vectors, and what the libraries import on the way
+CHILD = """
+import sys
+from pathlib import Path
+from ubmoe.config import load_config
+from ubmoe.moe import pipeline
+from ubmoe.recording import peak_memory_bytes
+from ubmoe.models.loading import load_tokenizer
+config = load_config(None, sys.argv[2:])
+encoder, tokenizer = Path(config.ubmoe.bi), load_tokenizer(load_config(None, []).model)
+inputs = pipeline.Inputs(encoder, "bidirectional", tokenizer, [], [], [], [], {})
+Path("/proc/self/clear_refs").write_text("5")  # the peak is what is held now
+before = peak_memory_bytes()
+pipeline.join(config, inputs, lambda name: Path(sys.argv[1]) / name)
+print(peak_memory_bytes() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="the peak is Linux'")
+def test_joining_takes_no_more_memory_than_the_largest_tensor(tmp_path):
+    """All three exports in float32 of a pair of 400 MB, which differs in one layer."""
+    shape = {"hidden_size": WIDTH, "intermediate_size": 1408, "vocab_size": WORDS}
+    model = random_model("qwen2", num_hidden_layers=28, **shape, tie_word_embeddings=False)
+    model.bfloat16().save_pretrained(tmp_path / "uni")
+    with torch.no_grad():
+        model.model.layers[7].mlp.up_proj.weight += 0.5
+    model.save_pretrained(tmp_path / "bi")
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("uni", "bi")]
+    assert min(sizes) > 180e6 > 1.3 * (1.5 * LARGEST + ALLOWED)  # one model would not fit
+    for name in ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"):
+        (tmp_path / "bi" / name).write_text("{}")
+    (tmp_path / "bi" / "1_Pooling").mkdir()
+    given = [f"model.name={tmp_path}/uni", f"ubmoe.bi={tmp_path}/bi", "model.dtype=float32"]
+    given += ["ubmoe.export=[mixture, modes, adapter]", "ubmoe.rank=2"]
+    command = [sys.executable, "-c", CHILD, str(tmp_path / "made"), *given]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "made").iterdir()} == {"ubmoe", "modes", "adapter"}
+    assert int(done.stdout.split()[-1]) < 1.5 * LARGEST + ALLOWED
