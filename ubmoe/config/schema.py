@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -219,6 +219,13 @@ class LoraSection(Section):
     rslora: bool = key(True, "rank-stabilised scale")
 
 
+MINI_BATCH = 2048  # tokens that keep a processor, or 8 GiB of a GPU, busy
+if TYPE_CHECKING:
+    MiniBatch = Any  # a cached stage has a number always, and is reckoned with as one
+else:
+    MiniBatch = Positive | Literal["auto"]
+
+
 class StageSection(TrainingSection):
     """One stage of bidirectional fine-tuning.
 
@@ -242,8 +249,11 @@ class StageSection(TrainingSection):
     max_tokens: Positive = key(
         128, "longer texts are cut, and counted; mntp's chunks have this length", "tokens"
     )
-    mini_batch_tokens: Positive = key(
-        2048, "most padded tokens of one forward; the batch is sorted by length into such", "tokens"
+    mini_batch_tokens: MiniBatch = key(
+        "auto",
+        "most padded tokens of one forward; the batch is sorted by length into such; auto: 2048, "
+        "and without cached on CUDA 2048 for every 8 GiB of the card",
+        "tokens",
     )
     cached: bool = key(False, "GradCache: memory of one mini-batch, for one more forward")
     lm_weight: Annotated[Float, Field(ge=0)] = key(
@@ -266,6 +276,14 @@ class StageSection(TrainingSection):
     def _of_the_objective(cls, given: Any) -> Any:
         if isinstance(given, dict) and given.get("objective") == "mntp":
             return MNTP | given
+        return given
+
+    @model_validator(mode="before")
+    @classmethod
+    def _cached_bounds_memory(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("cached") is True:
+            auto = given.get("mini_batch_tokens", "auto") == "auto"
+            return given | ({"mini_batch_tokens": MINI_BATCH} if auto else {})
         return given
 
     @model_validator(mode="after")
