@@ -2,12 +2,12 @@
 
 python -m benchmarks.operations [before]
 
-Counted on a CPU by dispatch and function modes, so that no GPU is needed: an operation is a launch
-on a GPU, and a wait empties its queue. A wait is a value that the host reads (`.item()`,
-`.tolist()`, `.cpu()`, a tensor as a truth value) or a size that it has to learn (`nonzero`, an
-index that is a mask). Small random models; the counts do not depend on widths. `before`, run at
-another commit, writes operations.before.json, which later counts stand beside. Claim: a layer of
-dependence takes at most 150 operations at any length.
+Counted on a CPU by dispatch and function modes, so that no GPU is needed: an operation that is no
+view is a launch on a GPU, and a wait empties its queue. A wait is a value that the host reads
+(`.item()`, `.tolist()`, `.cpu()`, a tensor as a truth value) or a size that it has to learn
+(`nonzero`, an index that is a mask). Small random models; the counts do not depend on widths.
+`before`, run at another commit, writes operations.before.json, which later counts stand beside.
+Claim: a layer of dependence takes at most 150 operations at any length.
 """
 
 import json
