@@ -12,4 +12,6 @@ def test_flow_with_unequal_head_sizes_equals_plain_softmax_attention():
         torch.ones(90, 90).triu(1).bool(), -torch.inf
     )
     expected = scores.softmax(-1) @ values
-    torch.testing.assert_close(flow(query, key, value, Rule(0.4, causal=True)), expected)
+    torch.testing.assert_close(
+        flow(query, key, value, Rule(0.4, causal=True), torch.ones(90).bool()), expected
+    )

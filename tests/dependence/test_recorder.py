@@ -221,10 +221,13 @@ def test_operations_of_a_layer_do_not_grow_with_the_length(padded, bidirectional
     assert (counts[1, 40], counts[3, 40]) == (counts[1, 400], counts[3, 400])
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
-def test_with_a_gpus_memory_windows_and_caps_wait_for_nothing(monkeypatch, family):
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "gpt_oss"])
+def test_windows_caps_and_sinks_wait_for_nothing(monkeypatch, family, bidirectional):
     monkeypatch.setattr(recorder, "_spare", lambda device: 2**40)
-    model, ids = random_model(family), torch.randint(97, (3, 90))
+    sizes = {"num_local_experts": 4, "sliding_window": 16} if family == "gpt_oss" else {}
+    model, ids = random_model(family, **sizes), torch.randint(97, (3, 90))
+    model.config.is_causal = not bidirectional
     with observed(model) as each, Counted() as counted:
         dependence_of(model, each, ids, torch.ones_like(ids))
     assert counted.waits == 1

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from ubmoe.dependence.shares import ROWS
 from ubmoe.layered import visible
@@ -54,12 +54,8 @@ def batch_flow(
     """
     if rule.plain(key, value) or (masks and rule.maskable(key, value)):
         return _masked_flow(query, key, value, rule, real)
-    tokens, texts = query.shape[2], []
-    for number, row in enumerate(real):  # padding is behind what a causal row sees
-        end = tokens if rule.causal else int(row.sum())
-        q, k, v = (each[number, :, :end] for each in (query, key, value))
-        texts.append(pad(flow(q, k, v, rule), (0, 0, 0, tokens - end)))
-    return torch.stack(texts)
+    texts = zip(query, key, value, real, strict=True)
+    return torch.stack([flow(q, k, v, rule, row) for q, k, v, row in texts])
 
 
 def _masked_flow(query: Tensor, key: Tensor, value: Tensor, rule: Rule, real: Tensor) -> Tensor:
@@ -77,13 +73,16 @@ def _masked_flow(query: Tensor, key: Tensor, value: Tensor, rule: Rule, real: Te
     )
 
 
-def flow(query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
-    """A text's own attention, never T x T: (H, T, d), (K, T, d), (K, T, e) -> (H, T, e)."""
-    blocks = [_flow_rows(query, key, value, low, rule) for low in range(0, query.shape[1], ROWS)]
+def flow(query: Tensor, key: Tensor, value: Tensor, rule: Rule, real: Tensor) -> Tensor:
+    """A text's own attention, never T x T: (H, T, d), (K, T, d), (K, T, e), (T,) -> (H, T, e)."""
+    lows = range(0, query.shape[1], ROWS)
+    blocks = [_flow_rows(query, key, value, low, rule, real) for low in lows]
     return torch.cat(blocks, dim=1).to(value.dtype)
 
 
-def _flow_rows(query: Tensor, key: Tensor, value: Tensor, low: int, rule: Rule) -> Tensor:
+def _flow_rows(
+    query: Tensor, key: Tensor, value: Tensor, low: int, rule: Rule, real: Tensor
+) -> Tensor:
     """(H, R, e) in fp32: the rows from `low` on, over no more keys than they may see."""
     heads, tokens, size = query.shape
     groups = len(key)
@@ -95,7 +94,9 @@ def _flow_rows(query: Tensor, key: Tensor, value: Tensor, low: int, rule: Rule) 
     if rule.softcap:
         scores = rule.softcap * torch.tanh(scores / rule.softcap)
     rows = torch.arange(low, high, device=query.device)[:, None]
-    visible = rule.visible(rows, torch.arange(left, right, device=query.device))
+    columns = torch.arange(left, right, device=query.device)
+    # a row of padding sees itself at least
+    visible = rule.visible(rows, columns) & real[left:right] | (rows == columns)
     scores = scores.view(heads, high - low, -1).masked_fill(~visible, float("-inf"))
     if rule.sink is not None:
         sinks = rule.sink.float().view(heads, 1, 1).expand(-1, high - low, 1)
