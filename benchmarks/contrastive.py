@@ -32,6 +32,7 @@ from benchmarks.common import medians, peak_of_child, write
 from ubmoe.bidirectional import make_bidirectional
 from ubmoe.config import BiSection, StageSection
 from ubmoe.encoder.contrastive import CachedContrastiveLoss, ContrastiveLoss, attention_dropout
+from ubmoe.encoder.contrastive_loss import mini_batch
 from ubmoe.encoder.sentence_encoder import as_encoder
 from ubmoe.recording import peak_memory_bytes
 from ubmoe.tiny.model import train_tokenizer
@@ -45,10 +46,17 @@ MEAN, SPREAD = 27, 0.5  # tokens of a sentence; the standard deviation of their 
 STAGE = StageSection(train=["ffn"], loss="simcse", learning_rate=1e-4)  # the rest: the defaults
 BATCH, LARGE = STAGE.per_device_train_batch_size, 512
 FASTER, CLOSE, LARGER = 1.5, 1e-3, 1.3  # the claimed limits
+TOKENS = mini_batch(STAGE.mini_batch_tokens, DEVICE)
 MEGABYTE = 1e6
 SETTINGS = {
-    **STAGE.model_dump(include={"loss", "train", "temperature", "dropout", "mini_batch_tokens"}),
-    **{"batch": BATCH, "max_tokens": STAGE.max_tokens, "mean_tokens": MEAN, "spread": SPREAD},
+    **STAGE.model_dump(include={"loss", "train", "temperature", "dropout"}),
+    **{
+        "batch": BATCH,
+        "mini_batch_tokens": TOKENS,
+        "max_tokens": STAGE.max_tokens,
+        "mean_tokens": MEAN,
+        "spread": SPREAD,
+    },
     **{"layers": LAYERS, "heads": HEADS, "seed": SEED, "threads": 1},
     **{"timed_steps": REPEATS, "compared_steps": STEPS},
 }
@@ -102,11 +110,11 @@ def build() -> tuple[SentenceTransformer, PreTrainedModel]:
 
 
 def ours(encoder: SentenceTransformer) -> Loss:
-    return ContrastiveLoss(encoder, STAGE.loss, STAGE.temperature, STAGE.mini_batch_tokens)
+    return ContrastiveLoss(encoder, STAGE.loss, STAGE.temperature, TOKENS)
 
 
 def cached(encoder: SentenceTransformer) -> Loss:
-    return CachedContrastiveLoss(encoder, STAGE.loss, STAGE.temperature, STAGE.mini_batch_tokens)
+    return CachedContrastiveLoss(encoder, STAGE.loss, STAGE.temperature, TOKENS)
 
 
 def merged(encoder: SentenceTransformer) -> Loss:

@@ -1,12 +1,8 @@
 """The dependence of one forward: against loops, against materialised maps, and against laws."""
 
-import math
-
 import pytest
 import torch
 from builders import random_model
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -15,41 +11,16 @@ from transformers.masking_utils import eager_mask
 from ubmoe.config import UserError
 from ubmoe.dependence import SHARES, recorder, sums
 from ubmoe.dependence.recorder import (
-    ROWS,
     Recorder,
-    Rule,
     attention_layers,
     dependence_of,
-    flow,
     mean_attention,
     observed,
-    row_shares,
-    unmasked_attention,
 )
+from ubmoe.dependence.shares import ROWS, unmasked_attention
 
 PLAIN = ["qwen2", "qwen3", "llama", "mistral", "gemma"]
 LENGTHS = [1, 2, 7, ROWS, 300]
-
-
-def loops(query: Tensor, key: Tensor, scaling: float) -> list[list[float]]:
-    """The definition, one number at a time: (H, T, d), (K, T, d) -> the seven columns of each
-    head.
-    """
-    heads, tokens, _ = query.shape
-    result = []
-    for head in range(heads):
-        shares = [0.0] * 7
-        for i in range(tokens):
-            keys = key[head // (heads // len(key))]
-            weights = [math.exp(float(query[head, i] @ keys[j]) * scaling) for j in range(tokens)]
-            shares[3] += weights[0] / sum(weights) / tokens
-            for j in range(tokens):
-                place = (j > i) + (j != i)
-                shares[place] += weights[j] / sum(weights) / tokens
-                if j > 0:
-                    shares[4 + place] += weights[j] / sum(weights[1:]) / tokens
-        result.append(shares)
-    return result
 
 
 class Reference:
@@ -92,21 +63,9 @@ def reference(model, ids: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(way.shares, 1), logits
 
 
-def shares_of(query: Tensor, key: Tensor, *more: float | None) -> Tensor:
-    """Of one text."""
-    return row_shares(query[None], key[None], *more)[0]
-
-
 def ours(model, ids: Tensor, mask: Tensor | None = None) -> Tensor:
     with observed(model) as recorder:
         return dependence_of(model, recorder, ids, torch.ones_like(ids) if mask is None else mask)
-
-
-def test_shares_of_a_four_by_four_map_are_those_of_three_nested_loops():
-    torch.manual_seed(1)
-    query, key = torch.randn(4, 4, 8), torch.randn(2, 4, 8)
-    expected = torch.tensor(loops(query, key, 0.7), dtype=torch.float64)
-    torch.testing.assert_close(shares_of(query, key, 0.7), expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("tokens", LENGTHS)
@@ -146,39 +105,6 @@ def test_the_bidirectional_flow_observes_other_states_than_the_causal_one():
     assert (causal[:, 1] - bidirectional[:, 1]).abs().max() > 1e-3
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    st.integers(1, 150),
-    st.sampled_from([0.0, 1.0, 30.0]),
-    st.sampled_from([None, 5.0]),
-    st.integers(0, 99),
-)
-def test_shares_are_never_negative_and_sum_to_one(tokens, spread, softcap, seed):
-    generator = torch.Generator().manual_seed(seed)
-    query = torch.randn(4, tokens, 8, generator=generator) * spread
-    key = torch.randn(2, tokens, 8, generator=generator)
-    shares = shares_of(query, key, 0.35, softcap)
-    assert (shares >= 0).all()
-    one = torch.ones(4, dtype=torch.float64)
-    torch.testing.assert_close(shares[:, :3].sum(-1), one, atol=1e-6, rtol=0)
-    left = one * (tokens > 1)
-    torch.testing.assert_close(shares[:, 4:].sum(-1), left, atol=1e-6, rtol=0)
-    assert (shares[:, 3] <= shares[:, :2].sum(-1) + 1e-6).all()  # in before, or in main at its own
-
-
-@pytest.mark.parametrize("score", [-500.0, 0.0, 60.0, 500.0])
-def test_what_is_left_without_the_first_key_does_not_drown_in_it(score):
-    """Keys that are equal but for the first: the rest is uniform whatever the first one draws."""
-    query, key = torch.ones(1, 40, 1), torch.zeros(1, 40, 1)
-    key[0, 0] = score
-    shares = shares_of(query, key, 1.0)[0]
-    even = sums.uniform([(40.0,)])["without_first"]
-    expected = torch.tensor(list(even.values()), dtype=torch.float64) / 100
-    torch.testing.assert_close(shares[4:], expected, atol=1e-6, rtol=0)
-    weight = 1 / (1 + 39 * math.exp(-score)) if score > -400 else 0.0
-    assert shares[3] == pytest.approx(weight, abs=1e-6)
-
-
 def test_a_text_of_one_token_depends_on_itself_alone():
     row = [1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0]
     expected = torch.tensor(row, dtype=torch.float64).expand(1, 2, 4, 7)
@@ -215,10 +141,10 @@ def test_a_padded_batch_gives_what_each_text_gives_alone(family, side):
         torch.testing.assert_close(together[row], ours(model, text[None])[0], atol=1e-5, rtol=0)
 
 
-# --- the way of a GPU, taken here by a processor --------------------------------------------------
+# --- whole batches --------------------------------------------------------------------------------
 
-MEMORY = [1, 2**40]  # small blocks, and one for all
 FLOWS = [*PLAIN, "gemma2", "gemma3_text", "gpt_oss", "nemotron"]
+MEMORY = [None, 1, 2**40]  # a processor's blocks; of a GPU small ones and a mask, and one for all
 
 
 @pytest.mark.parametrize("family", FLOWS)
@@ -228,33 +154,37 @@ def test_whole_batches_are_measured_as_text_after_text(family, bidirectional, me
     sizes = {"num_local_experts": 4, "sliding_window": 16} if family == "gpt_oss" else {}
     model = random_model(family, **sizes)
     model.config.is_causal = not bidirectional
-    ids, mask = torch.randint(97, (4, 90)), torch.ones(4, 90, dtype=torch.long)
-    for row, length in enumerate((90, 70, 33, 1)):
+    lengths = (90, 70, 33, 2, 1)
+    ids, mask = torch.randint(97, (5, 90)), torch.ones(5, 90, dtype=torch.long)
+    for row, length in enumerate(lengths):
         mask[row, length:] = 0
-    expected = ours(model, ids, mask)
+    each = [ours(model, row[None, :length]) for row, length in zip(ids, lengths, strict=True)]
     monkeypatch.setattr(recorder, "_spare", lambda device: memory)
-    calls = []
-    monkeypatch.setattr(Recorder, "_whole_batch", counted(Recorder._whole_batch, calls))
-    torch.testing.assert_close(ours(model, ids, mask), expected, atol=1e-5, rtol=0)
-    assert len(calls) == 2  # both layers
+    torch.testing.assert_close(ours(model, ids, mask), torch.cat(each), atol=1e-5, rtol=0)
 
 
-def counted(function, calls):
-    def call(*arguments):
-        calls.append(1)
-        return function(*arguments)
-
-    return call
-
-
-@pytest.mark.parametrize("tokens", [1, 7, 300])
+@pytest.mark.parametrize("tokens", LENGTHS)
 @pytest.mark.parametrize("memory", MEMORY)
-def test_whole_batches_equal_the_materialised_reference(monkeypatch, memory, tokens):
+def test_where_no_kernel_computes_them_shares_go_by_blocks(monkeypatch, memory, tokens):
     monkeypatch.setattr(recorder, "_spare", lambda device: memory)
+    monkeypatch.setattr(recorder, "computed_here", lambda query: False)
+    monkeypatch.delattr(recorder, "parts_of")
     model = random_model("llama")
     ids = torch.randint(97, (2, tokens), generator=torch.Generator().manual_seed(tokens))
     expected, _ = reference(model, ids)
     torch.testing.assert_close(ours(model, ids), expected, atol=1e-5, rtol=0)
+
+
+def test_values_of_another_size_than_keys_are_followed_by_blocks_and_observed_by_kernels():
+    query, key, value = torch.randn(1, 4, 90, 8), torch.randn(1, 2, 90, 8), torch.randn(1, 2, 90, 5)
+    each = Recorder()
+    output, _ = each(torch.nn.Module(), query, key, value, None, scaling=0.4, is_causal=True)
+    scores = query @ key.repeat_interleave(2, 1).transpose(2, 3) * 0.4
+    masked = scores.masked_fill(torch.ones(90, 90).triu(1).bool(), -torch.inf)
+    expected = masked.softmax(-1) @ value.repeat_interleave(2, 1)
+    torch.testing.assert_close(output.transpose(1, 2), expected)
+    main = scores.softmax(-1).diagonal(dim1=2, dim2=3).mean(-1)
+    torch.testing.assert_close(each.shares[0][..., 0].float(), main)
 
 
 class Counted(TorchDispatchMode):
@@ -273,33 +203,34 @@ class Counted(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("family", ["qwen2", "llama", "gemma2"])
-def test_operations_of_a_layer_do_not_grow_with_the_length(monkeypatch, padded, family):
-    monkeypatch.setattr(recorder, "_spare", lambda device: 2**40)
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("family", ["qwen2", "llama", "gemma"])
+def test_operations_of_a_layer_do_not_grow_with_the_length(padded, bidirectional, family):
     counts = {}
     for layers in (1, 3):
         for tokens in (40, 400):
             model = random_model(family, num_hidden_layers=layers)
+            model.config.is_causal = not bidirectional
             ids, mask = torch.randint(97, (3, tokens)), torch.ones(3, tokens, dtype=torch.long)
             mask[1:, tokens - 9 :] = 1 - padded
             with observed(model) as each, Counted() as counted:
                 dependence_of(model, each, ids, mask)
-            counts[layers, tokens] = counted.operations, counted.waits
-    for tokens in (40, 400):
-        more, waits = (
-            (b - a) / 2 for a, b in zip(counts[1, tokens], counts[3, tokens], strict=True)
-        )
-        assert waits == 0
-        if family != "gemma2":  # a soft cap is followed text after text
-            assert more <= 150
-            assert counts[1, tokens] == counts[1, 40]
+            counts[layers, tokens] = counted.operations
+            assert counted.waits == 1  # whether all is finite, once a batch and at its end
+    assert (counts[3, 40] - counts[1, 40]) / 2 <= 150
+    assert (counts[1, 40], counts[3, 40]) == (counts[1, 400], counts[3, 400])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_statistics_are_fp32_whatever_the_dtype(dtype):
-    query, key = torch.randn(4, 200, 8).to(dtype), torch.randn(2, 200, 8).to(dtype)
-    expected = shares_of(query.float(), key.float(), 0.35)
-    torch.testing.assert_close(shares_of(query, key, 0.35), expected, atol=0, rtol=0)
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "gpt_oss"])
+def test_windows_caps_and_sinks_wait_for_nothing(monkeypatch, family, bidirectional):
+    monkeypatch.setattr(recorder, "_spare", lambda device: 2**40)
+    sizes = {"num_local_experts": 4, "sliding_window": 16} if family == "gpt_oss" else {}
+    model, ids = random_model(family, **sizes), torch.randint(97, (3, 90))
+    model.config.is_causal = not bidirectional
+    with observed(model) as each, Counted() as counted:
+        dependence_of(model, each, ids, torch.ones_like(ids))
+    assert counted.waits == 1
 
 
 class NoSquare(TorchDispatchMode):
@@ -336,16 +267,6 @@ def test_the_guard_against_square_tensors_can_fail():
     model, ids = random_model("qwen2"), torch.randint(97, (1, 200))
     with pytest.raises(AssertionError, match="makes"), NoSquare(200):
         reference(model, ids)
-
-
-def test_flow_with_unequal_head_sizes_equals_plain_softmax_attention():
-    query, key, value = torch.randn(4, 90, 8), torch.randn(2, 90, 8), torch.randn(2, 90, 5)
-    keys, values = key.repeat_interleave(2, 0), value.repeat_interleave(2, 0)
-    scores = (query @ keys.transpose(1, 2) * 0.4).masked_fill(
-        torch.ones(90, 90).triu(1).bool(), -torch.inf
-    )
-    expected = scores.softmax(-1) @ values
-    torch.testing.assert_close(flow(query, key, value, Rule(0.4, causal=True)), expected)
 
 
 def test_the_map_is_what_the_shares_are_taken_from():

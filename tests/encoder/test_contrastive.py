@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -102,8 +103,9 @@ def test_mini_batches_keep_within_the_budget_and_drop_padding(tokenizer):
     assert sorted(order.tolist()) == list(range(8))
     ranges = contrastive_loss.least_padding(lengths, 40)
     assert [i for low, high in ranges for i in range(low, high)] == list(range(8))
+    places = contrastive_loss.spans(merged["attention_mask"]).tolist()
     for low, high in ranges:
-        piece = contrastive_loss.cropped(merged, low, high)["attention_mask"]
+        piece = contrastive_loss.cropped(merged, places, low, high)["attention_mask"]
         assert piece.shape == (high - low, lengths[high - 1])
         assert piece.numel() <= 40 or len(piece) == 1
     vectors = torch.arange(8.0)[:, None]
@@ -117,10 +119,9 @@ def test_the_split_is_the_best_of_all_within_the_budget():
             edges = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), count]
             yield list(itertools.pairwise(edges))
 
-    def cost(lengths, ranges):
-        return sum(
-            (high - low) * lengths[high - 1] + contrastive_loss.OVERHEAD for low, high in ranges
-        )
+    def cost(lengths, ranges, budget):
+        more = budget // contrastive_loss.STARTS
+        return sum((high - low) * lengths[high - 1] + more for low, high in ranges)
 
     draw = random.Random(0)
     for _ in range(30):
@@ -133,7 +134,35 @@ def test_the_split_is_the_best_of_all_within_the_budget():
             if all((b - a) * lengths[b - 1] <= budget or b - a == 1 for a, b in ranges)
         ]
         assert found in allowed
-        assert cost(lengths, found) == min(cost(lengths, ranges) for ranges in allowed)
+        assert cost(lengths, found, budget) == min(cost(lengths, r, budget) for r in allowed)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_spans_are_where_each_row_is_no_padding(side):
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]])
+    mask = mask.flip(1) if side == "left" else mask
+    begins = [2, 1, 0] if side == "left" else [0, 0, 0]
+    expected = [[n, begin, begin + n] for n, begin in zip((2, 3, 4), begins, strict=True)]
+    assert contrastive_loss.spans(mask).tolist() == expected
+    features = {"attention_mask": mask, "input_ids": mask * 7, "prompt_length": 1}
+    piece = contrastive_loss.cropped(features, expected, 0, 2)
+    assert piece["prompt_length"] == 1 and (piece["input_ids"] == piece["attention_mask"] * 7).all()
+    expected = [[0, 1, 1], [1, 1, 1]] if side == "left" else [[1, 1, 0], [1, 1, 1]]
+    assert piece["attention_mask"].tolist() == expected
+
+
+def test_the_budget_follows_the_card_and_a_number_is_a_number(monkeypatch):
+    card = SimpleNamespace(total_memory=80 * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert contrastive_loss.mini_batch("auto", cpu) == 2048
+    assert contrastive_loss.mini_batch("auto", cuda) == 9 * 2048
+    card.total_memory = 10**9
+    assert contrastive_loss.mini_batch("auto", cuda) == 2048
+    assert contrastive_loss.mini_batch(300, cuda) == 300
+    assert StageSection().mini_batch_tokens == "auto"
+    assert StageSection(cached=True).mini_batch_tokens == 2048  # what bounds its memory
+    assert StageSection(cached=True, mini_batch_tokens=300).mini_batch_tokens == 300
 
 
 def test_a_cached_batch_keeps_within_the_budget(tokenizer, monkeypatch):

@@ -173,6 +173,24 @@ def test_shares_by_role_are_means_over_the_tokens_of_a_role():
         assert row["punctuation"] is None
 
 
+def test_what_is_watched_are_means_over_the_real_tokens(chats):
+    model = drawn(join(*pair(vocab_size=1000)))
+    batch = collate(chats[:3])
+    batch.pop("labels")
+    real = batch["attention_mask"].bool()
+    assert not real.all()
+    with router_training._watching(model) as watch, torch.no_grad():
+        watch.real = batch["attention_mask"]
+        output = model(**batch, output_router_logits=True)
+    shares = [each.softmax(-1)[real.flatten()] for each in output.router_logits]
+    bi = [each[:, 1].mean().item() for each in shares]
+    entropy = [torch.distributions.Categorical(each).entropy().mean().item() for each in shares]
+    found = watch.metrics()
+    assert found["bi_weight_by_layer"] == pytest.approx(bi)
+    assert found["bi_weight"] == pytest.approx(sum(bi) / len(bi))
+    assert found["router_entropy"] == pytest.approx(sum(entropy) / len(entropy), rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [

@@ -9,6 +9,7 @@ from ubmoe.config.errors import UserError, listed
 from ubmoe.config.help import help_text
 from ubmoe.config.reading import DEFAULT_CONFIG, dump_config, load_config, with_keys
 from ubmoe.config.schema import (
+    MINI_BATCH,
     PROMPT,
     QUESTION,
     TABLE2,
@@ -37,6 +38,7 @@ from ubmoe.config.schema import (
 __all__ = [
     "DEFAULT_CONFIG",
     "MADE",
+    "MINI_BATCH",
     "PROMPT",
     "QUESTION",
     "SCORED",

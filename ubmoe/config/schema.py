@@ -223,6 +223,10 @@ class LoraSection(Section):
     rslora: bool = key(True, "rank-stabilised scale")
 
 
+MINI_BATCH = 2048  # tokens that keep a processor, or 8 GiB of a GPU, busy
+MiniBatch = Positive | Literal["auto"]
+
+
 class StageSection(TrainingSection):
     """One stage of bidirectional fine-tuning.
 
@@ -246,8 +250,11 @@ class StageSection(TrainingSection):
     max_tokens: Positive = key(
         128, "longer texts are cut, and counted; mntp's chunks have this length", "tokens"
     )
-    mini_batch_tokens: Positive = key(
-        2048, "most padded tokens of one forward; the batch is sorted by length into such", "tokens"
+    mini_batch_tokens: MiniBatch = key(
+        "auto",
+        "most padded tokens of one forward; the batch is sorted by length into such; auto: 2048, "
+        "and without cached on CUDA 2048 for every 8 GiB of the card",
+        "tokens",
     )
     cached: bool = key(False, "GradCache: memory of one mini-batch, for one more forward")
     lm_weight: Annotated[Float, Field(ge=0)] = key(
@@ -270,6 +277,14 @@ class StageSection(TrainingSection):
     def _of_the_objective(cls, given: Any) -> Any:
         if isinstance(given, dict) and given.get("objective") == "mntp":
             return MNTP | given
+        return given
+
+    @model_validator(mode="before")
+    @classmethod
+    def _cached_bounds_memory(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("cached") is True:
+            auto = given.get("mini_batch_tokens", "auto") == "auto"
+            return given | ({"mini_batch_tokens": MINI_BATCH} if auto else {})
         return given
 
     @model_validator(mode="after")

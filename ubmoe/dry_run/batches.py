@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ubmoe.config import StageSection, TrainingSection
+from ubmoe.config import MINI_BATCH, StageSection, TrainingSection
 from ubmoe.data.chats import Chat
 from ubmoe.dry_run.memory import Batch
 from ubmoe.encoder.contrastive_loss import least_padding
@@ -49,9 +49,11 @@ def of_stage(stage: StageSection, data: Any, tokenizer: Any, prompt: str | None)
         for name in data.column_names
     ]
 
+    tokens = MINI_BATCH if stage.mini_batch_tokens == "auto" else stage.mini_batch_tokens
+
     def mini_batches(batch: list[int]) -> list[Batch]:
         sizes = sorted(column[row] for column in lengths for row in batch)
-        ranges = least_padding(sizes, stage.mini_batch_tokens)
+        ranges = least_padding(sizes, tokens)
         return [Batch(high - low, sizes[high - 1]) for low, high in ranges]
 
     found = largest(len(places), stage, mini_batches)

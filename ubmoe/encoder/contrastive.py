@@ -12,6 +12,7 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from datasets import Dataset
 from sentence_transformers import (
@@ -27,7 +28,7 @@ from ubmoe.data.bad_rows import RowError, usable
 from ubmoe.data.chats import Chat
 from ubmoe.data.rows import Row, cell, given, training_rows
 from ubmoe.data.tokens import checking, sentences_of
-from ubmoe.encoder.contrastive_loss import CachedContrastiveLoss, ContrastiveLoss
+from ubmoe.encoder.contrastive_loss import CachedContrastiveLoss, ContrastiveLoss, mini_batch
 from ubmoe.encoder.language_loss import LanguageLoss
 from ubmoe.encoder.sentence_encoder import lengths, own_prompt
 from ubmoe.models.digests import digest_of_rows, digest_of_tokenizer, mark_of
@@ -109,7 +110,7 @@ class ContrastiveTrainer(GuardedTrainer, SentenceTransformerTrainer):
     def __init__(self, *arguments: Any, language: LanguageLoss | None, weight: float, **keys: Any):
         super().__init__(*arguments, **keys)
         self.language, self.weight = language, weight
-        self.lm_loss = 0.0
+        self.lm_loss = torch.zeros(())
 
     def compute_loss(self, *arguments: Any, **keys: Any) -> Any:
         loss: Any = super().compute_loss(*arguments, **keys)
@@ -117,14 +118,14 @@ class ContrastiveTrainer(GuardedTrainer, SentenceTransformerTrainer):
             return loss
         with self.accelerator.autocast(), attention_dropout(self.language.model, 0.0):
             lm_loss = self.language(self.state.global_step)
-        self.lm_loss = lm_loss.item()
+        self.lm_loss = lm_loss.detach()
         return loss + self.weight * lm_loss
 
     def log(self, logs: dict[str, float], *arguments: Any) -> None:
         loss: Any = self.loss
-        more = dict(loss.metrics) if "loss" in logs else {}
+        more = loss.metrics() if "loss" in logs else {}
         if more and self.language is not None:
-            more["lm_loss"] = self.lm_loss
+            more["lm_loss"] = self.lm_loss.item()
         super().log(logs | more, *arguments)
 
 
@@ -154,7 +155,8 @@ def train_stage(
         "tokenizer": digest_of_tokenizer(encoder.tokenizer),
     }
     with tuning(model, stage, work) as counts:
-        loss = kind(encoder, stage.loss, stage.temperature, stage.mini_batch_tokens, views)
+        tokens = mini_batch(stage.mini_batch_tokens, model.device)
+        loss = kind(encoder, stage.loss, stage.temperature, tokens, views)
         report = {
             "trainable": counts,
             "rows": len(data),

@@ -5,8 +5,9 @@ waste: mini-batches of like lengths leave the loss and its gradient as they are.
 of a batch, D numbers of a vector.
 """
 
+import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,9 +19,10 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from ubmoe.config import UserError
+from ubmoe.config import MINI_BATCH, UserError
 
-OVERHEAD = 256  # tokens that take as long as starting one more forward
+STARTS = 8  # forwards that could be started while one of the whole budget runs
+CARD = 2**33  # bytes of a GPU, that `auto` allows MINI_BATCH tokens
 DIRECTIONS: dict[str, Any] = {
     "simcse": ("query_to_doc",),
     "nt_xent": ("query_to_doc", "query_to_query"),
@@ -31,8 +33,7 @@ class ContrastiveLoss(nn.Module):
     """Cross-entropy of each anchor's cosine with its positive, over temperature.
 
     form: `simcse`, against all positives (and hard negatives) of the batch; or `nt_xent`, each of
-    the 2N views against all others, the mean of both directions. `metrics` holds the last batch's
-    alignment and uniformity (Wang and Isola, 2020) and mean positive and negative cosine.
+    the 2N views against all others, the mean of both directions.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class ContrastiveLoss(nn.Module):
         criterion.model = None  # it is given vectors, and must not hold the model twice
         self.criterion = criterion
         self.views_must_differ = views_must_differ
-        self.metrics: dict[str, float] = {}
+        self.last: list[Tensor] = []  # the anchors and positives of the last batch
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Any = None) -> Tensor:
         """Columns of token features -> the scalar loss."""
@@ -66,9 +67,9 @@ class ContrastiveLoss(nn.Module):
         """The batch, sorted by length, as mini-batches within the budget of padded tokens."""
         merged, self.order = by_length(columns)
         self.columns = len(columns)
-        lengths = merged["attention_mask"].sum(1).tolist()
-        ranges = least_padding(lengths, self.mini_batch_tokens)
-        return [cropped(merged, low, high) for low, high in ranges]
+        places = spans(merged["attention_mask"]).tolist()  # once: a GPU is waited for
+        ranges = least_padding([length for length, _, _ in places], self.mini_batch_tokens)
+        return [cropped(merged, places, low, high) for low, high in ranges]
 
     def of_pieces(self, vectors: list[Tensor]) -> Tensor:
         """The mini-batches' vectors -> the scalar loss."""
@@ -82,12 +83,16 @@ class ContrastiveLoss(nn.Module):
                 "model; raise bi.stages.N.dropout above 0"
             )
         self.views_must_differ = False  # it holds for the whole run once it holds for a batch
-        self.metrics = geometry(columns[0].detach(), columns[1].detach())
+        self.last = [column.detach() for column in columns[:2]]
         loss = self.criterion.compute_loss_from_embeddings(columns, None)
         if self.form == "nt_xent":
             swapped = self.criterion.compute_loss_from_embeddings(columns[::-1], None)
             loss = (loss + swapped) / 2
         return loss
+
+    def metrics(self) -> dict[str, float]:
+        """Alignment, uniformity and mean cosines of the last batch; {} before the first."""
+        return geometry(*self.last) if self.last else {}
 
 
 class CachedContrastiveLoss(CachedLossMixin, ContrastiveLoss):
@@ -108,6 +113,17 @@ class CachedContrastiveLoss(CachedLossMixin, ContrastiveLoss):
         return loss
 
 
+def mini_batch(tokens: int | Literal["auto"], device: torch.device) -> int:
+    """The budget that `mini_batch_tokens` means. By a card's size, not by what of it is free: a
+    resumed run draws its dropout in the same mini-batches.
+    """
+    if tokens != "auto":
+        return tokens
+    if device.type != "cuda":
+        return MINI_BATCH
+    return MINI_BATCH * max(1, torch.cuda.get_device_properties(device).total_memory // CARD)
+
+
 def by_length(columns: list[dict[str, Tensor]]) -> tuple[dict[str, Any], Tensor]:
     """All columns as one batch of M rows, the shortest first, and the (M,) order that sorts it."""
     merged = merge_feature_batches(columns)
@@ -126,14 +142,15 @@ def _is_by_row(key: str, value: Any) -> bool:
 def least_padding(lengths: list[int], budget: int) -> list[tuple[int, int]]:
     """Row ranges of ascending lengths, each of at most `budget` padded tokens (or one row).
 
-    Of all such splits the one with the fewest padded tokens, a forward counting as OVERHEAD more.
+    Of all such splits the one with the fewest padded tokens, a forward counting as budget / STARTS
+    more.
     """
-    count, sizes = len(lengths), np.array(lengths)
+    count, sizes, overhead = len(lengths), np.array(lengths), budget // STARTS
     cost, begin = np.zeros(count + 1), np.zeros(count + 1, dtype=int)
     for high in range(1, count + 1):
         longest = sizes[high - 1]
         low = min(max(0, high - budget // longest), high - 1)
-        found = cost[low:high] + np.arange(high - low, 0, -1) * longest + OVERHEAD
+        found = cost[low:high] + np.arange(high - low, 0, -1) * longest + overhead
         begin[high] = low + found.argmin()
         cost[high] = found.min()
     ranges = [(int(begin[count]), count)]
@@ -143,10 +160,18 @@ def least_padding(lengths: list[int], budget: int) -> list[tuple[int, int]]:
     return ranges[::-1]
 
 
-def cropped(features: dict[str, Any], low: int, high: int) -> dict[str, Any]:
-    """Rows low to high without the columns that are padding in all of them, left or right."""
-    real = features["attention_mask"][low:high].any(0).nonzero().flatten()
-    span = slice(int(real[0]), int(real[-1]) + 1)
+def spans(mask: Tensor) -> Tensor:
+    """(M, T), padded left or right -> (M, 3): length, first real column, and the one behind."""
+    lengths, first = mask.sum(1), mask.argmax(1)
+    return torch.stack((lengths, first, first + lengths), 1)
+
+
+def cropped(
+    features: dict[str, Any], places: list[list[int]], low: int, high: int
+) -> dict[str, Any]:
+    """Rows low to high without the columns that are padding in all of them, by their `spans`."""
+    begins, ends = ([place[end] for place in places[low:high]] for end in (1, 2))
+    span = slice(min(begins), max(ends))
     return {
         key: value[low:high, span] if _is_by_row(key, value) else value
         for key, value in features.items()
@@ -166,13 +191,16 @@ def same_up_to_rounding(a: Tensor, b: Tensor) -> bool:
 
 
 def geometry(anchors: Tensor, positives: Tensor) -> dict[str, float]:
-    """Alignment, uniformity and mean cosines of (N, D) anchors and positives."""
+    """Alignment and uniformity (Wang and Isola, 2020) and mean cosines of (N, D) anchors and
+    positives.
+    """
     a, b = normalize(anchors.float(), dim=-1), normalize(positives.float(), dim=-1)
-    cosines = a @ b.T
-    others = ~torch.eye(len(a), dtype=torch.bool, device=a.device)
-    return {
-        "alignment": (a - b).square().sum(-1).mean().item(),
-        "uniformity": (-4 * (1 - a @ a.T))[others].exp().mean().log().item(),
-        "positive_cosine": cosines.diagonal().mean().item(),
-        "negative_cosine": cosines[others].mean().item(),
+    cosines, others = a @ b.T, len(a) * (len(a) - 1)
+    apart = (-4 * (1 - a @ a.T)).fill_diagonal_(float("-inf"))
+    found = {
+        "alignment": (a - b).square().sum(-1).mean(),
+        "uniformity": apart.flatten().logsumexp(0) - math.log(others),
+        "positive_cosine": cosines.diagonal().mean(),
+        "negative_cosine": (cosines.sum() - cosines.trace()) / others,
     }
+    return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))

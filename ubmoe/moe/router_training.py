@@ -36,7 +36,7 @@ class _Watch:
     def __init__(self, model: PreTrainedModel) -> None:
         self.real: Tensor | None = None
         layers = len(routes.blocks(model))
-        self.bi, self.entropy = [0.0] * layers, [0.0] * layers
+        self.seen = torch.zeros(layers, 2)  # of each: the weight of bi, and the entropy
         self.keep, self.logits = False, [torch.empty(0)] * layers
         self.off = False
 
@@ -46,18 +46,18 @@ class _Watch:
         if self.keep:
             self.logits[layer] = logits
         probabilities = logits.detach().float().softmax(-1)
-        if self.real is not None:
-            probabilities = probabilities[self.real.flatten().bool()]
         entropy = -(probabilities * probabilities.clamp_min(1e-12).log()).sum(-1)
-        self.bi[layer] = probabilities[:, routes.BI].mean().item()
-        self.entropy[layer] = entropy.mean().item()
+        both = torch.stack((probabilities[:, routes.BI], entropy))  # (2, tokens)
+        real = torch.ones_like(entropy) if self.real is None else self.real.flatten().to(both)
+        self.seen = self.seen.to(both.device)
+        self.seen[layer] = (both * real).sum(-1) / real.sum()
 
     def metrics(self) -> dict[str, Any]:
-        count = len(self.bi)
+        bi, entropy = self.seen.T.tolist()
         return {
-            "bi_weight": sum(self.bi) / count,
-            "router_entropy": sum(self.entropy) / count,
-            "bi_weight_by_layer": list(self.bi),
+            "bi_weight": sum(bi) / len(bi),
+            "router_entropy": sum(entropy) / len(entropy),
+            "bi_weight_by_layer": bi,
         }
 
 
@@ -80,7 +80,7 @@ def _watching(model: PreTrainedModel) -> Iterator[_Watch]:
 class RouterTrainer(GuardedTrainer):
     """Loss on answers, and on the distance from the encoder's vectors where these are asked for."""
 
-    distance = 0.0
+    distance = torch.zeros(())
 
     def __init__(
         self,
@@ -109,14 +109,14 @@ class RouterTrainer(GuardedTrainer):
             with self.accelerator.autocast():
                 distance = self.distillation.distance(sentences)  # type: ignore[arg-type]
             self.watch.off = False
-            self.distance = distance.item()
+            self.distance = distance.detach()
             loss = loss + self.weight * distance
         return loss
 
     def log(self, logs: dict[str, float], *arguments: Any) -> None:
         more = self.watch.metrics() if "loss" in logs else {}
         if more and self.distillation is not None:
-            more["embedding_distance"] = self.distance
+            more["embedding_distance"] = self.distance.item()
         super().log(logs | more, *arguments)
 
 

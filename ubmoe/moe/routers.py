@@ -3,6 +3,7 @@
 import logging
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -83,7 +84,7 @@ def bi_share(model: PreTrainedModel, batches: list[Tensor]) -> list[Tensor]:
         output: Any = model.base_model(
             input_ids=ids.to(model.device), use_cache=False, output_router_logits=True
         )
-        logits = torch.stack([each.float().cpu() for each in output.router_logits])
+        logits = torch.stack([each.float() for each in output.router_logits])
         shares.append(logits.softmax(-1)[..., BI])
     return shares
 
@@ -113,9 +114,10 @@ def start(
 def shares_by_role(model: PreTrainedModel, chats: list[Chat]) -> list[dict[str, float | None]]:
     """For each layer, the mean weight of bi over the tokens of each role; None without such."""
     shares = torch.cat(bi_share(model, [torch.tensor([chat.ids]) for chat in chats]), dim=1)
-    roles = [role for chat in chats for role in chat.roles]
-    places = {role: torch.tensor([each == role for each in roles]) for role in ROLES}
+    found = shares.cpu().double().numpy()
+    roles = np.array([role for chat in chats for role in chat.roles])
+    places = {role: roles == role for role in ROLES}
     return [
-        {role: layer[at].mean().item() if at.any() else None for role, at in places.items()}
-        for layer in shares
+        {role: float(layer[at].mean()) if at.any() else None for role, at in places.items()}
+        for layer in found
     ]

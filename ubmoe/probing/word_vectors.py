@@ -138,20 +138,21 @@ def word_vectors(
             states = hidden_states(model, [sentences.ids[row] for row in chosen], layers)
             numbers = [number for row in chosen for number in by_row[row]]
             lines = {row: line for line, row in enumerate(chosen)}
-            for position, name in enumerate(positions):
-                places = [sentences.places[number] for number in numbers]
-                tokens = [
-                    [(lines[place.row], token) for token in getattr(place, name)]
-                    for place in places
-                    if place is not None
-                ]
-                found = means(states, tokens)
-                if not torch.isfinite(found).all():
-                    raise UserError(
-                        f"{model.name_or_path}: word vectors that are not finite in "
-                        f"{str(model.dtype).removeprefix('torch.')}; expected model.dtype=float32"
-                    )
-                vectors[numbers, position] = found.cpu().numpy()
+            places = [sentences.places[number] for number in numbers]
+            tokens = [
+                [(lines[place.row], token) for token in getattr(place, name)]
+                for name in positions
+                for place in places
+                if place is not None
+            ]
+            found = means(states, tokens).cpu().numpy()  # the words at one position, then the next
+            if not np.isfinite(found).all():
+                raise UserError(
+                    f"{model.name_or_path}: word vectors that are not finite in "
+                    f"{str(model.dtype).removeprefix('torch.')}; expected model.dtype=float32"
+                )
+            for position, part in enumerate(np.split(found, len(positions))):
+                vectors[numbers, position] = part
             bar.update(sum(len(sentences.ids[row]) for row in chosen))
     vectors.flush()
     write_json(mark, metadata)

@@ -27,14 +27,14 @@ def predictions(
     and is passed over. Softcaps and scales of a family's logits are kept: forward calls the head.
     """
     labels = labels[:, 1:]
-    before = labels != IGNORE_INDEX
-    hook = head.register_forward_pre_hook(lambda _, states: states[0][:, :-1][before][None])
+    places = (labels != IGNORE_INDEX).nonzero(as_tuple=True)  # once: a GPU is waited for
+    hook = head.register_forward_pre_hook(lambda _, states: states[0][places][None])
     try:
         output: Any = model(**inputs, use_cache=False)
     finally:
         hook.remove()
     logits = output.logits[0]
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)), labels[before]
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)), labels[places]
 
 
 def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """What every trainer of ours shares: its arguments, its guards, and how it is run."""
 
 import logging
+import math
 import statistics
 import sys
 import time
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_bitsandbytes_available
@@ -86,7 +88,6 @@ def run_trainer(
         trainer = build(
             args=kind(**arguments(section, work, device), **more),
             train_dataset=data,
-            callbacks=[StopOnBadLoss()],
         )
         bf16 = uses_bfloat16(section.bf16, device)  # what auto was, when the checkpoint was made
         return fit(trainer, begin(section, work, rows=len(data), bf16=bf16, **mark))
@@ -143,11 +144,21 @@ class Pace(TrainerCallback):
 class StopOnBadLoss(TrainerCallback):
     """Ends a run at the first step whose gradient or loss is not finite, before it is saved."""
 
+    loss: torch.Tensor | float = 0.0  # of the step, the sum over its batches
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **keys: Any) -> None:
         model: nn.Module = keys["model"]
         gradients = [value.grad for value in model.parameters() if value.grad is not None]
-        if nn.utils.get_total_norm(gradients).isfinite():  # one look at the device, not one each
+        norm: Any = nn.utils.get_total_norm(gradients)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        loss, self.loss = self.loss, 0.0
+        if (norm + loss).isfinite():  # one look at the device a step, not one each
             return
+        if not math.isfinite(loss):
+            raise UserError(
+                f"step {state.global_step + 1}: the loss is {float(loss)}; lower learning_rate or "
+                "raise temperature (the last checkpoint is kept)"
+            )
         for name, value in model.named_parameters():
             if value.grad is not None and not torch.isfinite(value.grad).all():
                 raise UserError(
@@ -169,17 +180,15 @@ class GuardedTrainer(Trainer):
             if isinstance(each, TrainingArguments):  # many GPUs are for torchrun, not DataParallel
                 each._n_gpu = min(each.n_gpu, 1)
         super().__init__(*arguments, **keys)
+        self.guard = StopOnBadLoss()
+        self.add_callback(self.guard)
 
     def training_step(self, model: nn.Module, *arguments: Any, **keys: Any) -> torch.Tensor:
         if not self.announced:
             log.info("model wrapped in %s", type(model).__name__)
             self.announced = True
         loss = super().training_step(model, *arguments, **keys)
-        if not torch.isfinite(loss):
-            raise UserError(
-                f"step {self.state.global_step + 1}: the loss is {loss.item()}; lower "
-                "learning_rate or raise temperature (the last checkpoint is kept)"
-            )
+        self.guard.loss = self.guard.loss + loss.detach()
         return loss
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
