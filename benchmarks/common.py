@@ -57,9 +57,14 @@ def medians(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, fl
 
 def peak_of_child(module: str, *arguments: object) -> int:
     """Peak memory in bytes that `python -m module arguments...` prints as its last line."""
+    return int(last_line_of_child(module, *arguments))
+
+
+def last_line_of_child(module: str, *arguments: object) -> str:
+    """What `python -m module arguments...` prints last, in a process of its own."""
     command = [sys.executable, "-m", module, *map(str, arguments)]
-    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-    return int(lines[-1])
+    run = subprocess.run(command, check=True, capture_output=True, text=True)
+    return run.stdout.splitlines()[-1]
 
 
 def write(name: str, rows: list[dict[str, Any]], **details: Any) -> None:

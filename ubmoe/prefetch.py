@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ubmoe.config import Config, UserError
-from ubmoe.data.rows import SUFFIXES, read_rows
+from ubmoe.data.rows import SUFFIXES, chosen_rows
 from ubmoe.files import write_json
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def _model(name: str) -> dict[str, Any]:
 
 
 def _dataset(name: str) -> dict[str, Any]:
-    return {"rows": sum(1 for _ in read_rows(name))}
+    return {"rows": len(chosen_rows(name))}
 
 
 def _sts(name: str) -> dict[str, Any]:

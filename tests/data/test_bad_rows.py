@@ -3,6 +3,7 @@
 import json
 import logging
 
+import datasets
 import pytest
 from transformers import AutoTokenizer
 
@@ -135,3 +136,13 @@ def test_a_cell_may_be_longer_than_csvs_own_limit(tmp_path):
         path.write_text("text\n" + "long " * 40_000 + "\n")
         [text] = read_texts(str(path))
         assert len(text.content) == 200_000
+
+
+def test_pairs_of_a_hub_are_those_of_a_file(monkeypatch, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, PAIRS)))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: PAIRS)
+    with dropping(True) as dropped:
+        assert list(supervised("org/set", None)) == list(supervised(path, None)) == ["c", "j"]
+    hubs = {"org/set: row 1", "org/set: row 2", "org/set: row 4"}  # counted from 0, lines from 1
+    assert dropped == hubs | {f"{path}:{line}" for line in (2, 3, 5)}

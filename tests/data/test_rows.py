@@ -5,7 +5,8 @@ import json
 import pytest
 
 from ubmoe.config import UserError
-from ubmoe.data.rows import Row, read_rows, read_texts, spaced
+from ubmoe.data.bad_rows import dropping
+from ubmoe.data.rows import Row, read_rows, read_texts, spaced, training_rows
 
 CHAT = {
     "messages": [
@@ -172,3 +173,92 @@ def test_hub_rows_come_from_the_named_config_and_split(monkeypatch):
         ("org/set", "small", "test"),
         ("org/set", None, "test"),
     ]
+
+
+class Table:
+    """A hub's data set, which knows the places of the rows that were made objects."""
+
+    def __init__(self, rows):
+        self.rows, self.read = rows, []
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, place):
+        self.read.append(place)
+        return self.rows[place]
+
+    def __iter__(self):
+        return map(self.__getitem__, range(len(self)))
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """rows -> the data set org/set, in which they are."""
+    import datasets
+
+    def holding(table):
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table)
+        return table
+
+    return holding
+
+
+def first_all(rows, most):
+    """Numbers and rows, chosen from a list of all of them."""
+    numbered = list(enumerate(rows))
+    if most is None or most >= len(numbered):
+        return numbered
+    return [numbered[index * len(numbered) // most] for index in range(most)]
+
+
+@pytest.mark.parametrize("most", [1, 3, 7, 10, 11, None])
+def test_the_chosen_rows_of_a_hub_alone_are_read(hub, most):
+    rows = [{"text": f"text {number}"} for number in range(10)]
+    chosen = first_all(rows, most)
+    for read, content in (
+        (read_texts, lambda text: text.content),
+        (training_rows, lambda row: row.fields["text"]),
+    ):
+        table = hub(Table(rows))
+        found = [(each.where, content(each)) for each in read("org/set", most)]
+        assert found == [(f"org/set: row {number}", row["text"]) for number, row in chosen]
+        assert table.read == [number for number, _ in chosen]
+
+
+@pytest.mark.parametrize("most", [4, None])
+def test_chats_of_a_parquet_file_are_those_of_a_list(hub, tmp_path, most):
+    import datasets
+
+    rows = [{"messages": [{"role": "user", "content": f"{n}"}], "x": None} for n in range(11)]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    places = {"data_files": str(tmp_path / "a.parquet"), "cache_dir": str(tmp_path / "cache")}
+    hub(datasets.load_dataset("parquet", split="train", **places))
+    assert [(text.where, text.content) for text in read_texts("org/set", most)] == [
+        (f"org/set: row {number}", row["messages"]) for number, row in first_all(rows, most)
+    ]
+
+
+def test_a_hubs_bad_row_is_met_where_it_is_chosen_and_not_replaced(hub):
+    rows = [{"text": text} for text in ("a", "b", "", "d", "e", "f")]  # of 3: 0, 2 and 4
+    hub(Table(rows))
+    with pytest.raises(UserError, match="org/set: row 2: empty text"):
+        read_texts("org/set", 3)
+    assert [text.content for text in read_texts("org/set", 2)] == ["a", "d"]
+    with dropping(True) as dropped:
+        assert [text.content for text in read_texts("org/set", 3)] == ["a", "e"]
+    assert dropped == {"org/set: row 2"}
+
+
+def test_a_files_line_that_cannot_be_parsed_is_dropped_before_the_choice(tmp_path):
+    lines = ['{"text": "a"}', "{", '{"text": "c"}', '{"text": ""}', '{"text": "e"}']
+    path = write(tmp_path, "a.jsonl", "\n".join(lines))
+    with dropping(True) as dropped:  # of the four that are left the first and the third
+        assert [text.where for text in read_texts(path, 2)] == [f"{path}:1"]
+    assert dropped == {f"{path}:2", f"{path}:4"}
+
+
+def test_an_empty_hub_data_set(hub):
+    hub(Table([]))
+    with pytest.raises(UserError, match="org/set: empty; expected rows"):
+        read_texts("org/set", 3)

@@ -4,7 +4,7 @@ import csv
 import io
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +30,25 @@ class Row:
     fields: dict[str, Any]
 
 
+class HubRows:
+    """Chosen rows of a hub's data set, each read from its table when it is its turn."""
+
+    def __init__(self, dataset: str, table: Any, places: Sequence[int]) -> None:
+        self.dataset, self.table, self.places = dataset, table, places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __iter__(self) -> Iterator[Row]:
+        whole = len(self.places) == len(self.table)  # then faster read in its order
+        fields = self.table if whole else (self.table[place] for place in self.places)
+        for place, each in zip(self.places, fields, strict=True):
+            yield Row(f"{self.dataset}: row {place}", each)
+
+
+Rows = Sequence[Row] | HubRows
+
+
 @dataclass(frozen=True)
 class Text:
     """What a language model is shown: chat messages and the tools they may call, or plain text."""
@@ -52,21 +71,32 @@ def read_texts(dataset: str, most: int | None = None) -> list[Text]:
     if dataset == "tiny":
         chats = language.chats(min(most or TINY_CHATS, TINY_CHATS), seed=TINY_HELD_OUT_SEED)
         return [Text(f"tiny:{number}", chat["messages"]) for number, chat in enumerate(chats, 1)]
-    rows = list(read_rows(dataset))
+    rows = chosen_rows(dataset, most)
     if not rows:
         raise UserError(f"{dataset}: empty; expected rows with messages or text")
-    chosen = spaced(rows, most)
-    return left(dataset, list(usable(_text, chosen)), len(chosen))
+    return left(dataset, list(usable(_text, rows)), len(rows))
 
 
-def training_rows(dataset: str, most: int | None = None) -> list[Row]:
+def training_rows(dataset: str, most: int | None = None) -> Rows:
     """Rows to train on, at most `most` of them; for the word tiny, sentences of the language."""
     if dataset != "tiny":
-        return spaced(list(read_rows(dataset)), most)
+        return chosen_rows(dataset, most)
     sentences = language.sentences(
         min(most or TINY_SENTENCES, TINY_SENTENCES), seed=TINY_SENTENCES_SEED
     )
     return [Row(f"tiny:{number}", {"text": text}) for number, text in enumerate(sentences, 1)]
+
+
+def chosen_rows(dataset: str, most: int | None = None) -> Rows:
+    """At most `most` rows of a file or a hub's data set, evenly spaced over those that count.
+
+    Of a file the rows that can be parsed count. Of a hub's data set all count, and the chosen ones
+    alone are read. What a row holds is checked after the choice: one dropped then is not replaced.
+    """
+    if _is_file(dataset):
+        return spaced(list(read_rows(dataset)), most)
+    table = _hub_table(dataset)
+    return HubRows(dataset, table, spaced(range(len(table)), most))
 
 
 def left(dataset: str, found: list[Item], of: int) -> list[Item]:
@@ -115,7 +145,7 @@ def finite_number(where: str, text: str, name: str = "") -> float:
     return found
 
 
-def spaced(rows: list[Row], most: int | None) -> list[Row]:
+def spaced(rows: Sequence[Item], most: int | None) -> Sequence[Item]:
     """At most `most` rows, evenly spaced: the first rows of a grouped set are a biased sample."""
     if most is None or most >= len(rows):
         return rows
@@ -144,13 +174,17 @@ def read_rows(dataset: str, ragged: bool = False) -> Iterator[Row]:
     """
     path = Path(dataset)
     suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        yield from _hub_rows(dataset)
+    if not _is_file(dataset):
+        yield from chosen_rows(dataset)
     elif suffix in (".csv", ".tsv"):
         yield from table_rows(path, decoded(path), ragged)
     else:
         readers = {".json": _json, ".jsonl": _jsonl, ".txt": _lines}
         yield from readers[suffix](path, decoded(path))
+
+
+def _is_file(dataset: str) -> bool:
+    return Path(dataset).suffix.lower() in SUFFIXES
 
 
 def decoded(path: Path) -> str:
@@ -247,7 +281,8 @@ def _cells(path: Path, text: str) -> Iterator[tuple[str, list[str]]]:
             yield where, cells
 
 
-def _hub_rows(dataset: str) -> Iterator[Row]:
+def _hub_table(dataset: str) -> Any:
+    """The data set, on the disk: a row becomes objects when it is asked for."""
     name, _, rest = dataset.partition(":")
     config, _, split = rest.partition(":")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or Path(name).exists():
@@ -256,14 +291,12 @@ def _hub_rows(dataset: str) -> Iterator[Row]:
 
     datasets.disable_progress_bars()
     try:
-        rows = datasets.load_dataset(name, config or None, split=split or "train")
+        return datasets.load_dataset(name, config or None, split=split or "train")
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"{dataset}: cannot be had ({reason}); check the id[:config[:split]] and the network"
         ) from error
-    for number, fields in enumerate(rows):
-        yield Row(f"{dataset}: row {number}", fields)
 
 
 def _text(row: Row) -> Text:

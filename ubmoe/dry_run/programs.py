@@ -29,7 +29,7 @@ from ubmoe.moe import joining, routers, routes
 from ubmoe.report.tables import aligned
 from ubmoe.training.modules import MODULES, named_by, train_only
 
-MEASURED = "of a CPU, by a few runs; on a GPU: not run"
+MEASURED = "measured: 0.9 to 1.1 times that on a CPU (docs/costs.md); on a GPU: not run"
 PROMPT = 512  # tokens of a benchmark's prompts, which are not read here
 
 

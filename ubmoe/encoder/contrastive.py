@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ubmoe.config import StageSection, UserError
 from ubmoe.data.bad_rows import RowError, usable
 from ubmoe.data.chats import Chat
-from ubmoe.data.rows import Row, cell, given, training_rows
+from ubmoe.data.rows import Row, Rows, cell, given, training_rows
 from ubmoe.data.tokens import checking, sentences_of
 from ubmoe.encoder.contrastive_loss import CachedContrastiveLoss, ContrastiveLoss, mini_batch
 from ubmoe.encoder.language_loss import LanguageLoss
@@ -62,7 +62,7 @@ def read_dataset(stage: StageSection, tokenizer: PreTrainedTokenizerBase) -> Dat
     return Dataset.from_dict(columns)
 
 
-def _pairs(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[str]]:
+def _pairs(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[str]]:
     """The columns of a supervised data set; negatives where any row has one, and then every row.
 
     Raises RowError for a row without one among others that have it, whatever their order.
