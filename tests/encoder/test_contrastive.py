@@ -113,6 +113,13 @@ def test_mini_batches_keep_within_the_budget_and_drop_padding(tokenizer):
     assert first.flatten().tolist() == [0, 1, 2, 3] and second.flatten().tolist() == [4, 5, 6, 7]
 
 
+def test_mini_batches_are_split_for_processes_that_have_more_of_them():
+    ranges = [(0, 3), (3, 8)]
+    assert contrastive_loss.split(ranges, 2) == ranges
+    assert contrastive_loss.split(ranges, 4) == [(0, 1), (1, 3), (3, 5), (5, 8)]
+    assert contrastive_loss.split(ranges, 8) == [(n, n + 1) for n in range(8)]
+
+
 def test_the_split_is_the_best_of_all_within_the_budget():
     def splits(count):
         for cuts in itertools.product((False, True), repeat=count - 1):

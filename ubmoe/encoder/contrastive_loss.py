@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from ubmoe.config import MINI_BATCH, UserError
+from ubmoe.training.sharding import is_sharded, most_of_all
 
 STARTS = 8  # forwards that could be started while one of the whole budget runs
 CARD = 2**33  # bytes of a GPU, that `auto` allows MINI_BATCH tokens
@@ -56,6 +57,7 @@ class ContrastiveLoss(nn.Module):
         criterion.model = None  # it is given vectors, and must not hold the model twice
         self.criterion = criterion
         self.views_must_differ = views_must_differ
+        self.sharded = is_sharded(model)
         self.last: list[Tensor] = []  # the anchors and positives of the last batch
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Any = None) -> Tensor:
@@ -69,6 +71,8 @@ class ContrastiveLoss(nn.Module):
         self.columns = len(columns)
         places = spans(merged["attention_mask"]).tolist()  # once: a GPU is waited for
         ranges = least_padding([length for length, _, _ in places], self.mini_batch_tokens)
+        if self.sharded:
+            ranges = split(ranges, most_of_all(len(ranges), merged["attention_mask"].device))
         return [cropped(merged, places, low, high) for low, high in ranges]
 
     def of_pieces(self, vectors: list[Tensor]) -> Tensor:
@@ -158,6 +162,17 @@ def least_padding(lengths: list[int], budget: int) -> list[tuple[int, int]]:
         high = ranges[-1][0]
         ranges.append((int(begin[high]), high))
     return ranges[::-1]
+
+
+def split(ranges: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
+    """The ranges as `count` ones at least, the widest halved first: a model in parts is gathered by
+    all processes at once, so all have to run as many forwards.
+    """
+    while len(ranges) < count:
+        low, high = widest = max(ranges, key=lambda each: each[1] - each[0])
+        place, middle = ranges.index(widest), (low + high) // 2
+        ranges = [*ranges[:place], (low, middle), (middle, high), *ranges[place + 1 :]]
+    return ranges
 
 
 def spans(mask: Tensor) -> Tensor:

@@ -47,6 +47,7 @@ def train_stages(
             resume=config.resume == "auto",
             before=config.bi.stages[:number],
             given=config.bi.model_dump(exclude={"stages"}),
+            distributed=config.distributed,
         )
         if stage.objective == "mntp":
             report = mntp.train_stage(model, tokenizer, stage, rows, work)

@@ -43,7 +43,9 @@ def best_device(name: str | None = None) -> torch.device:
 
     Raises UserError for one that is not here.
     """
-    state = PartialState(cpu=name == "cpu", timeout=PATIENCE)
+    # accelerate counts processes without an accelerator only if it is told that the CPU is meant
+    cpu = name == "cpu" or not torch.accelerator.is_available()
+    state = PartialState(cpu=cpu, timeout=PATIENCE)
     if name is None:
         return state.device
     expected = "expected cpu, cuda, cuda:1, mps or xpu"

@@ -114,7 +114,8 @@ def load(config: Config, inputs: Inputs, folder: Path) -> PreTrainedModel:
 def train(config: Config, inputs: Inputs, model: PreTrainedModel) -> dict[str, Any]:
     """Start and train the routers; returns what the record says of them."""
     report = routers.start(model, config.ubmoe, inputs.chats, inputs.held_out, config.seed)
-    work = Work(Path(config.output_dir) / "routers", config.seed, config.resume == "auto")
+    directory, resume = Path(config.output_dir) / "routers", config.resume == "auto"
+    work = Work(directory, config.seed, resume, distributed=config.distributed)
     distillation = None
     if config.ubmoe.objective == "both":
         encoder, bidirectional = encoder_of(inputs, model), inputs.attention == "bidirectional"

@@ -19,10 +19,12 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss
 from ubmoe.config import MoeSection, UserError
 from ubmoe.data.chats import Chat, collate
 from ubmoe.models.digests import digest_of_frozen, digest_of_rows, mark_of
+from ubmoe.models.precision import uses_bfloat16
 from ubmoe.moe import routers, routes
 from ubmoe.moe.distillation import Distillation
 from ubmoe.training.checkpoints import Work
 from ubmoe.training.losses import mean_loss, predictions
+from ubmoe.training.sharding import sharding
 from ubmoe.training.trainer import GuardedTrainer, enough_rows, run_trainer
 
 log = logging.getLogger(__name__)
@@ -141,15 +143,17 @@ def train(
     model.requires_grad_(False)
     for value in routers.router_weights(model).values():
         value.requires_grad = True
-    with _watching(model) as watch:
-        collated = distillation.collated if distillation else collate
+    mark = mark_of(model, digest_of_frozen(model)) | {"data": _digest(chats, distillation)}
+    collated = distillation.collated if distillation else collate
+    bf16 = uses_bfloat16(settings.bf16, model.device)
+    with sharding(model, settings, work.distributed, bf16), _watching(model) as watch:
         history = run_trainer(
             partial(RouterTrainer, model, settings, watch, distillation, data_collator=collated),
             settings,
             work,
             distillation or chats,
             model.device,
-            mark=mark_of(model, digest_of_frozen(model)) | {"data": _digest(chats, distillation)},
+            mark=mark,
             remove_unused_columns=False,
         )
     model.requires_grad_(False).eval()

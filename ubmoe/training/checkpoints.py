@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from ubmoe.config import (
@@ -27,6 +27,7 @@ from ubmoe.config import (
     listed,
     unlike,
 )
+from ubmoe.training.sharding import alike, whole
 
 log = logging.getLogger(__name__)
 WEIGHTS = "trainable.safetensors"
@@ -36,7 +37,7 @@ WEIGHTS = "trainable.safetensors"
 class Work:
     """Where a stage keeps its checkpoints, its seed, and the stages that it stands on.
 
-    given: settings besides the stage's own that its weights depend on.
+    given: settings besides the stage's own that its weights depend on. distributed: the key.
     """
 
     directory: Path
@@ -44,6 +45,7 @@ class Work:
     resume: bool = False
     before: Sequence[StageSection] = ()
     given: dict[str, Any] = field(default_factory=dict)
+    distributed: str = "ddp"
 
 
 def begin(stage: TrainingSection, work: Work, **mark: Any) -> Path | None:
@@ -101,9 +103,15 @@ def trainable(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def save_trainable(model: nn.Module, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    values = {name: value.detach().contiguous() for name, value in trainable(model).items()}
-    save_file(values, folder / WEIGHTS, metadata={"format": "pt"})
+    """The first process writes; weights in parts are gathered, so every process has to call it."""
+    main, values = PartialState().is_main_process, {}
+    for name, value in trainable(model).items():
+        full = whole(value.detach())
+        if main:
+            values[name] = full.contiguous() if full is value else full.cpu()
+    if main:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(values, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 @contextmanager
@@ -127,10 +135,9 @@ def readable(checkpoint: Path | str | None) -> Iterator[None]:
 @torch.no_grad()
 def load_trainable(model: nn.Module, checkpoint: Path) -> None:
     """Raises UserError for a checkpoint of other modules."""
-    with readable(checkpoint):
-        saved = load_file(checkpoint / WEIGHTS)
     own = trainable(model)
-    if own.keys() != saved.keys():
-        raise UserError(f"{checkpoint}: of other modules; remove it")
-    for name, value in own.items():
-        value.copy_(saved[name])
+    with readable(checkpoint), safe_open(checkpoint / WEIGHTS, "pt") as saved:
+        if own.keys() != set(saved.keys()):
+            raise UserError(f"{checkpoint}: of other modules; remove it")
+        for name, value in own.items():  # one at a time: all of them would be all on each process
+            value.copy_(alike(saved.get_tensor(name), value))

@@ -14,6 +14,7 @@ from ubmoe.config import StageSection, UserError
 from ubmoe.models import lora
 from ubmoe.models.precision import training_dtypes, uses_bfloat16
 from ubmoe.training.checkpoints import Work
+from ubmoe.training.sharding import sharding
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +89,9 @@ def tuning(model: PreTrainedModel, stage: StageSection, work: Work) -> Iterator[
         counts = {
             module: _trainable(model, MODULES[module.partition("@")[0]]) for module in stage.train
         }
-    with training_dtypes(model, uses_bfloat16(stage.bf16, model.device)):
+    bf16 = uses_bfloat16(stage.bf16, model.device)
+    distributed = "ddp" if stage.lora is not None else work.distributed  # adapters are small
+    with sharding(model, stage, distributed, bf16), training_dtypes(model, bf16):
         yield counts
         if wrapped is not None:
             if PartialState().is_main_process:

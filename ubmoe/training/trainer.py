@@ -7,20 +7,22 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.utils import is_bitsandbytes_available
 
 from ubmoe.config import TrainingSection, UserError
 from ubmoe.models.precision import uses_bfloat16
 from ubmoe.training.checkpoints import Work, begin, load_trainable, readable, save_trainable
+from ubmoe.training.sharding import gathered, is_sharded, scattered, whole
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +112,7 @@ def fit(trainer: Trainer, checkpoint: Path | None) -> list[dict[str, Any]]:
     trainer.add_callback(pace)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     for name, value in model.named_parameters():
-        if value.requires_grad and not torch.isfinite(value).all():
+        if value.requires_grad and not torch.isfinite(whole(value.detach())).all():
             raise UserError(f"the last step made {name} infinite; lower learning_rate")
     if not pace.seconds:  # transformers only warns of it
         size = trainer.args.train_batch_size
@@ -149,8 +151,7 @@ class StopOnBadLoss(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **keys: Any) -> None:
         model: nn.Module = keys["model"]
         gradients = [value.grad for value in model.parameters() if value.grad is not None]
-        norm: Any = nn.utils.get_total_norm(gradients)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = whole(nn.utils.get_total_norm(gradients))
         loss, self.loss = self.loss, 0.0
         if (norm + loss).isfinite():  # one look at the device a step, not one each
             return
@@ -160,7 +161,7 @@ class StopOnBadLoss(TrainerCallback):
                 "raise temperature (the last checkpoint is kept)"
             )
         for name, value in model.named_parameters():
-            if value.grad is not None and not torch.isfinite(value.grad).all():
+            if value.grad is not None and not torch.isfinite(whole(value.grad)).all():
                 raise UserError(
                     f"step {state.global_step + 1}: the gradient of {name} is not finite; "
                     "lower learning_rate or raise temperature (the last checkpoint is kept)"
@@ -182,6 +183,19 @@ class GuardedTrainer(Trainer):
         super().__init__(*arguments, **keys)
         self.guard = StopOnBadLoss()
         self.add_callback(self.guard)
+        model: Any = self.model
+        # transformers' word for a model in parts, which must not be wrapped
+        self.sharded = self.is_distributed_loading_by_transformers = is_sharded(model)
+
+    def _build_accelerator_args(self, **keys: Any) -> dict[str, Any]:
+        found: dict[str, Any] = super()._build_accelerator_args(**keys)
+        for handler in found["kwargs_handlers"]:  # of DDP: each gradient would be there twice
+            handler.gradient_as_bucket_view = True
+        return found
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not is_sharded(model):
+            super()._move_model_to_device(model, device)
 
     def training_step(self, model: nn.Module, *arguments: Any, **keys: Any) -> torch.Tensor:
         if not self.announced:
@@ -199,9 +213,28 @@ class GuardedTrainer(Trainer):
         own = self.accelerator.unwrap_model(self.model)
         load_trainable(own, Path(resume_from_checkpoint))
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        optimizer: Any = self.optimizer
+        scheduler: Any = self.lr_scheduler
+        state = gathered(optimizer)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with readable(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is None or not self.sharded:
+                super()._load_optimizer_and_scheduler(checkpoint)
+                return
+            optimizer: Any = self.optimizer
+            scheduler: Any = self.lr_scheduler
+            read = partial(torch.load, map_location="cpu", weights_only=True)
+            saved = read(Path(checkpoint) / OPTIMIZER_NAME, mmap=True)
+            optimizer.load_state_dict(scattered(saved, optimizer))
+            scheduler.load_state_dict(read(Path(checkpoint) / SCHEDULER_NAME))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with readable(checkpoint):
