@@ -51,7 +51,7 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     sentences = ("the " * (20 + number % 30) + str(number) for number in range(1000))
     (folder / "sentences.txt").write_text("\n".join(sentences))
-    turns = [("the " * (100 + n % 900), "the " * (100 + n % 400)) for n in range(0, 3000, 10)]
+    turns = [("the " * (100 + n % 900), "the " * (100 + n % 400)) for n in range(0, 3000, 50)]
     with (folder / "chats.jsonl").open("w") as file:
         for asked, answered in turns:
             messages = [{"role": "user", "content": asked}]
@@ -87,7 +87,7 @@ def test_every_command_of_the_header_fits_its_card(name, tiny_path, tmp_path, da
     keys = [
         *(f"model.name={shaped(name, tiny_path, tmp_path)}", "model.device=cuda"),
         *(f"{section}.dataset={data / 'chats.jsonl'}" for section in ("dependence", "ubmoe")),
-        *(f"bitune.dataset={data / 'chats.jsonl'}", "bitune.held_out=20", "ubmoe.held_out=20"),
+        *(f"bitune.dataset={data / 'chats.jsonl'}", "bitune.held_out=2", "ubmoe.held_out=20"),
         f"bi.stages.0.dataset={data / 'sentences.txt'}",
     ]
     seen = set()

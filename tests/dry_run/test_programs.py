@@ -47,6 +47,7 @@ def test_keys_that_save_memory_are_tried_one_by_one(tiny_path, monkeypatch):
     saving = dict(re.findall(r"^ *(bi\.stages\.0\S+) +([\d.]+) GB$", said, re.MULTILINE))
     keys = ("activation_checkpointing=true", "cached=true", "optim=adamw_8bit")
     assert set(saving) == {f"bi.stages.0.{key}" for key in keys}
+    monkeypatch.setattr(programs, "_smaller", lambda *_: [])
     for key, peak in saving.items():
         alone = programs.train_bi(load_config(None, ["model.device=cpu", key]))
         found = re.search(r"peak memory, estimated +([\d.]+) GB", alone)[1]
