@@ -107,6 +107,7 @@ def train_bi(config: Config) -> str:
             trained.append(f"stage {number} ({stage.objective}) trains {said}")
             work.append(f"stage {number}: {_steps(stage, len(rows))}")
             most = max(most, found, key=lambda each: sum(each.values()))
+        # a trainer's first step imports torch's compiler
         most |= memory.baseline(device, "ubmoe.evaluate.sts", "torch._dynamo")
         files = ["bi/", "sts.json", *(["stages/", "training.png"] if training else [])]
         return Plan(model, trained, work, most, files)
