@@ -43,6 +43,25 @@ from ubmoe.results.__main__ import VERBS
 from ubmoe.results.published import published
 
 ROOT = Path(__file__).parent.parent
+# Of sentences of many lengths, for what several processes train on.
+WORDS = [
+    "The",
+    "cat",
+    "saw",
+    "a",
+    "small",
+    "old",
+    "horse",
+    "near",
+    "the",
+    "cold",
+    "river",
+    "in",
+    "winter",
+    "and",
+    "was",
+    "glad",
+]
 
 SIZES = {
     "vocab_size": 97,

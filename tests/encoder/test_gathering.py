@@ -6,31 +6,13 @@ import sys
 
 import pytest
 import torch
-from builders import ROOT, random_model
+from builders import ROOT, WORDS, random_model
 from transformers import AutoTokenizer
 
 from ubmoe.config import BiSection
 from ubmoe.encoder.contrastive_loss import CachedContrastiveLoss, ContrastiveLoss
 from ubmoe.encoder.sentence_encoder import as_encoder
 
-WORDS = [
-    "The",
-    "cat",
-    "saw",
-    "a",
-    "small",
-    "old",
-    "horse",
-    "near",
-    "the",
-    "cold",
-    "river",
-    "in",
-    "winter",
-    "and",
-    "was",
-    "glad",
-]
 TEXTS = [
     [" ".join(WORDS[: 3 + (5 * i + 3 * c) % 11]) + f" {i}" for i in range(8)] for c in range(3)
 ]

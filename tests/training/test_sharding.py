@@ -10,7 +10,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from accelerate import PartialState
-from builders import ROOT, KilledError, drawn, join, pair, random_model
+from builders import ROOT, WORDS, KilledError, drawn, join, pair, random_model
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoTokenizer
 
@@ -26,21 +26,6 @@ from ubmoe.training.checkpoints import Work
 from ubmoe.training.modules import tuning
 from ubmoe.training.trainer import GuardedTrainer
 
-WORDS = [
-    "The",
-    "cat",
-    "saw",
-    "a",
-    "small",
-    "old",
-    "horse",
-    "near",
-    "the",
-    "cold",
-    "river",
-    "in",
-    "winter",
-]
 ROWS = 24
 BATCH = 8  # of all processes
 STEPS = {"max_steps": 3, "logging_steps": 1, "save_steps": 2, "learning_rate": 1e-2}
