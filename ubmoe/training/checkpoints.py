@@ -108,7 +108,7 @@ def save_trainable(model: nn.Module, folder: Path) -> None:
     for name, value in trainable(model).items():
         full = whole(value.detach())
         if main:
-            values[name] = full.contiguous() if full is value else full.cpu()
+            values[name] = full.cpu().contiguous()
     if main:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(values, folder / WEIGHTS, metadata={"format": "pt"})
