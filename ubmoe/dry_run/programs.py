@@ -152,10 +152,12 @@ def train_ubmoe(config: Config) -> str:
         work = f"routers: {_steps(settings, len(chats))}"
         return Plan(mixture, [f"trains routers {count:,}"], [work], most, files)
 
-    half = max(1, settings.per_device_train_batch_size // 2)
+    half = _half(settings.per_device_train_batch_size)
     keys = ["activation_checkpointing=true", f"per_device_train_batch_size={half}"]
     savings = ["model.dtype=auto", *(f"ubmoe.{key}" for key in keys)]
-    return _said(config, plan, [*savings, f"evaluation.batch_size={_half(config)}"])
+    return _said(
+        config, plan, [*savings, f"evaluation.batch_size={_half(config.evaluation.batch_size)}"]
+    )
 
 
 @reading
@@ -184,9 +186,11 @@ def bitune(config: Config) -> str:
         files = ["bitune/", "adapters/", "bitune.json"]
         return Plan(model, [said], [_steps(settings, len(examples))], most, files)
 
-    half = max(1, settings.per_device_train_batch_size // 2)
+    half = _half(settings.per_device_train_batch_size)
     savings = ["model.dtype=auto", f"bitune.per_device_train_batch_size={half}"]
-    return _said(config, plan, [*savings, f"evaluation.batch_size={_half(config)}"])
+    return _said(
+        config, plan, [*savings, f"evaluation.batch_size={_half(config.evaluation.batch_size)}"]
+    )
 
 
 # --- parts ----------------------------------------------------------------------------------------
@@ -247,8 +251,8 @@ def _scoring(model: Any, config: Config) -> dict[str, int]:
     return {"weights": memory.size(model), f"logits of {texts} x {PROMPT} tokens": logits}
 
 
-def _half(config: Config) -> int:
-    return max(1, config.evaluation.batch_size // 2)
+def _half(count: int) -> int:
+    return max(1, count // 2)
 
 
 def _steps(section: TrainingSection, rows: int) -> str:
