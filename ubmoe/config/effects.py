@@ -11,6 +11,10 @@ CHATS = tuple(f"ubmoe.{name}" for name in ("dataset", "max_rows", "held_out", "m
 ASKED = tuple(
     f"evaluation.{name}" for name in ("num_fewshot", "limit", "apply_chat_template", "bf16", "data")
 )
+# Of the encoder's form, what a scan does not choose itself.
+SCANNED = tuple(
+    each for each in FORM if each.split(".")[1] not in ("attention", "layers", "pooling")
+)
 # Sections and keys of how a model is scored, by the result that says it; and of how it was made.
 SCORED = {
     "evaluation": ("model", *FORM, "evaluation", *CHATS),
@@ -18,6 +22,7 @@ SCORED = {
     "sts": ("model", *FORM, "evaluation.sts", "evaluation.bf16"),
     "dependence": ("model", "dependence"),
     "bitune": ("model", "bitune", *ASKED),
+    "scan": ("model", *SCANNED, "scan", "evaluation.bf16"),
 }
 MADE = {"sts": ("model", *FORM, "bi.stages"), "generation": ("model", "ubmoe")}
 MISSING = object()

@@ -529,6 +529,24 @@ class ProbingSection(Section):
         return _not_empty(value)
 
 
+class ScanSection(Section):
+    """Which layers may look both ways, untrained (python -m ubmoe.scan)."""
+
+    pairs: str = score_key(
+        "tiny", "pairs to compare on: an mteb STS task, a .tsv (score sentence1 sentence2), or tiny"
+    )
+    max_pairs: Annotated[int, Field(ge=3)] | None = score_key(
+        500, "use at most this many, evenly spaced; null: all", "pairs"
+    )
+    patterns: list[Literal["from", "to", "only", "every"]] = score_key(
+        ["from", "to", "every"],
+        "beside all and none: all layers from each one on, up to each one, each one alone, every "
+        "second and so on",
+    )
+    every: Annotated[int, Field(ge=2)] = score_key(4, "the largest step of every", "layers")
+    batch_tokens: Positive = running_key(4096, "padded tokens of one forward", "tokens")
+
+
 # BIOSSES ... STSBenchmark: the ten of the paper's Table 2, in mteb's first versions.
 TABLE2 = [
     *("BIOSSES", "SICK-R", "STS12", "STS13", "STS14", "STS15", "STS16", "STS17", "STS22"),
@@ -625,6 +643,7 @@ class Config(Section):
     ubmoe: MoeSection = key(MoeSection(), "")
     bitune: BituneSection = key(BituneSection(), "")
     probing: ProbingSection = key(ProbingSection(), "")
+    scan: ScanSection = key(ScanSection(), "")
     evaluation: EvaluationSection = key(EvaluationSection(), "")
     results: ResultsSection = key(ResultsSection(), "")
 

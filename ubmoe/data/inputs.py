@@ -21,6 +21,7 @@ READ: dict[str, tuple[str, ...]] = {
     "sts": ("bi.stages.N.dataset", "bi.stages.N.lm_dataset", "evaluation.sts"),
     "generation": ("ubmoe.dataset", "ubmoe.sentences", "evaluation.sts", "evaluation.generation"),
     "evaluation": ("ubmoe.dataset", "evaluation.sts", "evaluation.generation"),
+    "scan": ("scan.pairs",),
     "bitune": ("bitune.dataset", "bitune.generation"),
 }
 MODEL = ("model.name", "model.adapter")

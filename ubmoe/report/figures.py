@@ -281,6 +281,61 @@ def _heads(section: dict[str, Any]) -> Figure:
     return figure
 
 
+# Told apart by the colour-blind; what is drawn of a scan, and how its axis is called.
+SCANNED = {"from": "#0072b2", "to": "#d55e00", "only": "#009e73"}
+WORDS = {"from": "from layer N on", "to": "up to layer N", "only": "layer N alone"}
+
+
+@styled
+def scan(section: dict[str, Any], pooling: str = "mean") -> dict[str, Figure]:
+    """STS by where the layers that look both ways begin or end; bars: every K-th of them."""
+    rows = section["patterns"]
+    every = [row for row in rows if isinstance(row["layers"], dict) and "every" in row["layers"]]
+    figure = blank(8.6 if every else 5.6, 3.6)
+    axes = figure.subplots(1, 2 if every else 1, sharey=True, squeeze=False)[0]
+    axes[0].set(xlabel="N", ylabel=f"Spearman x 100, {section['pairs']} pairs of {section['task']}")
+    axes[0].xaxis.get_major_locator().set_params(integer=True)
+    for kind, colour in SCANNED.items():
+        line = [
+            (at, row[pooling]) for row in rows if (at := _scanned(row["layers"], kind)) is not None
+        ]
+        if line:
+            places, scores = zip(*line, strict=True)
+            style: Any = {"marker": ".", "color": colour, "lw": 1.3, "elinewidth": 0.5}
+            heights = [each["score"] for each in scores]
+            axes[0].errorbar(places, heights, _reach(scores), label=WORDS[kind], **style)
+    if every:
+        names = [row["name"].replace("every ", "").replace(" from ", "\nfrom ") for row in every]
+        heights = [row[pooling]["score"] for row in every]
+        reach = _reach([row[pooling] for row in every])
+        axes[1].bar(names, heights, 0.7, yerr=reach, color="#999999", error_kw={"lw": 0.7})
+        axes[1].set(xlabel="every K-th layer")
+        axes[1].tick_params(axis="x", labelsize=7)
+    for name, style in (("none", "-"), ("all", ":")):
+        [score] = [row[pooling]["score"] for row in rows if row["name"] == name]
+        for each in axes:
+            each.axhline(score, color="black", lw=0.9, ls=style, label=f"{name} ({score:.1f})")
+    axes[0].legend()
+    return {"scan.png": figure}
+
+
+def _scanned(layers: Any, kind: str) -> int | None:
+    """Where on the axis of N a pattern stands; None: it is of another kind."""
+    if kind == "only":
+        return layers[0] if isinstance(layers, list) else None
+    return layers[kind] if isinstance(layers, dict) and list(layers) == [kind] else None
+
+
+def _reach(scores: Sequence[dict[str, Any]]) -> np.ndarray:
+    """(2, patterns) how far the interval of the gain goes below and above it."""
+    return np.array(
+        [
+            [each["gain"] - each["interval"][0] for each in scores],
+            [each["interval"][1] - each["gain"] for each in scores],
+        ]
+    ).clip(0)
+
+
 @styled
 def attention_map(attention: np.ndarray, tokens: Sequence[str]) -> dict[str, Figure]:
     """(T, T) mean unmasked attention of a short text, its parts marked as in Figure 3."""

@@ -186,6 +186,24 @@ def probed(row: dict[str, Any]) -> str:
     return row["task"] + (f" ({row['features']})" if row["features"] != "word" else "")
 
 
+def scan_rows(section: dict[str, Any], pooling: str = "mean") -> list[list[str]]:
+    """Header and a row for each pattern, best first: the score, and its gain over none."""
+    ordered = sorted(section["patterns"], key=lambda each: -each[pooling]["score"])
+    body = [
+        [each["name"], f"{own['score']:.2f}", "{:+.2f} ({:+.2f} to {:+.2f})".format(*gain)]
+        for each in ordered
+        for own in [each[pooling]]
+        for gain in [(own["gain"], *own["interval"])]
+    ]
+    return [["layers that look both ways", "Spearman x 100", "above none (95 %)"], *body]
+
+
+def scan_text(result: dict[str, Any]) -> str:
+    section = result["scan"]
+    caption = f"{model_of(result)} without training, {section['pairs']} pairs of {section['task']}"
+    return f"{caption}, mean pooling.\n{aligned(scan_rows(section))}"
+
+
 TEXT = {
     "dependence": dependence_text,
     "sts": sts_text,
@@ -193,6 +211,7 @@ TEXT = {
     "bitune": bitune_text,
     "probing": probing_text,
     "evaluation": evaluation_text,
+    "scan": scan_text,
 }
 
 

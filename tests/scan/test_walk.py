@@ -1,0 +1,66 @@
+"""All patterns in one walk, against a model of each pattern alone."""
+
+import copy
+
+import pytest
+import torch
+from builders import random_model
+
+from ubmoe.bidirectional import is_bidirectional, set_attention, set_layers
+from ubmoe.config import ScanSection
+from ubmoe.scan.patterns import patterns
+from ubmoe.scan.walk import states
+
+DEPTH = 4
+EVERY = patterns(ScanSection(patterns=["from", "to", "only", "every"]), DEPTH)
+ROWS = [[5, 6, 7, 8, 9, 10, 11], [12, 13, 14, 15]]
+INPUTS = {
+    "input_ids": torch.tensor([ROWS[0], [*ROWS[1], 0, 0, 0]]),
+    "attention_mask": torch.tensor([[1] * 7, [1, 1, 1, 1, 0, 0, 0]]),
+}
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama", "mistral", "qwen3"])
+def test_each_pattern_is_what_a_model_of_it_gives(family):
+    keys = {"sliding_window": 3} if family == "mistral" else {}
+    model = random_model(family, num_hidden_layers=DEPTH, **keys).eval()
+    found = dict(states(model, INPUTS, EVERY))
+    assert sorted(found) == list(range(len(EVERY)))
+    for place, pattern in enumerate(EVERY):
+        alone = set_layers(copy.deepcopy(model), pattern.layers)
+        set_attention(alone, bidirectional=True)
+        for row, ids in enumerate(ROWS):  # without any padding
+            with torch.no_grad():
+                own = alone.base_model(input_ids=torch.tensor([ids])).last_hidden_state[0]
+            torch.testing.assert_close(found[place][row, : len(ids)], own, msg=pattern.name)
+
+
+def test_patterns_differ():
+    model = random_model("llama", num_hidden_layers=DEPTH).eval()
+    found = [each[1][0] for each in states(model, INPUTS, EVERY)]
+    for number, one in enumerate(found):
+        assert all((one - other).abs().max() > 1e-4 for other in found[:number])
+
+
+def test_what_patterns_share_is_computed_once():
+    model = random_model("llama", num_hidden_layers=DEPTH).eval()
+    calls = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda *_: calls.append(1))
+    for _ in states(model, INPUTS, EVERY):
+        pass
+    beginnings = {each.both[:depth] for each in EVERY for depth in range(1, DEPTH + 1)}
+    assert len(calls) == DEPTH + len(beginnings) < DEPTH * len(EVERY)
+
+
+@pytest.mark.parametrize("layers", ["all", [1]])
+@pytest.mark.parametrize("both", [False, True])
+def test_the_model_is_left_as_it_was(layers, both):
+    model = random_model("llama", num_hidden_layers=DEPTH).eval()
+    set_attention(set_layers(model, layers), both)
+    before = model.config.to_dict(), model.config._attn_implementation
+    walk = states(model, INPUTS, EVERY)
+    next(walk)
+    walk.close()  # half-way
+    assert (model.config.to_dict(), model.config._attn_implementation) == before
+    assert is_bidirectional(model.config) is both

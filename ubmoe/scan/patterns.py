@@ -1,0 +1,42 @@
+"""Patterns of layers, as `bi.layers` writes them, and the tree of what they have in common."""
+
+from dataclasses import dataclass
+
+from ubmoe.config import Layers, ScanSection
+from ubmoe.layered import chosen
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """`layers` as bi.layers takes it; `both`: whether each layer looks both ways."""
+
+    layers: Layers
+    both: tuple[bool, ...]
+
+    @property
+    def name(self) -> str:
+        """As a reader would say it: all, none, from 3, every 3 from 2."""
+        if isinstance(self.layers, dict):
+            return " ".join(f"{word} {number}" for word, number in self.layers.items())
+        return str(self.layers)
+
+
+def patterns(settings: ScanSection, depth: int) -> list[Pattern]:
+    """none, all, and those of each kind that is asked for, each mask once."""
+    found: dict[tuple[bool, ...], Pattern] = {}
+    for layers in _named(settings, depth):
+        numbers = chosen(layers, depth)
+        both = tuple(numbers is None or number in numbers for number in range(depth))
+        found.setdefault(both, Pattern(layers, both))
+    return list(found.values())
+
+
+def _named(settings: ScanSection, depth: int) -> list[Layers]:
+    last = min(settings.every, depth - 1)
+    kinds: dict[str, list[Layers]] = {
+        "from": [{"from": number} for number in range(1, depth)],
+        "to": [{"to": number} for number in range(depth - 1)],
+        "only": [[number] for number in range(depth)],
+        "every": [{"every": k, "from": n} for k in range(2, last + 1) for n in range(k)],
+    }
+    return ["none", "all", *(each for kind in settings.patterns for each in kinds[kind])]
