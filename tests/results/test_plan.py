@@ -13,6 +13,7 @@ from builders import random_model
 
 from ubmoe.config import ResultsSection, UserError, load_config
 from ubmoe.recording import recording
+from ubmoe.report import tables
 from ubmoe.results import plan
 
 
@@ -341,3 +342,61 @@ def test_a_plan_times_steps_once_and_says_what_it_cannot_time(tiny_path, tmp_pat
     assert "# ubmoe, seed 0, after ffn: not run" in plan.plan(
         config(tmp_path, *keys, "model.device=cpu")
     )
+
+
+OWN = [
+    "results.rows=[base, {name: 'ffn, 9 steps', keys: [bi.stages.0.max_steps=9], seeds: [7, 8], "
+    "measured: [dependence]}, {name: untrained late, keys: ['bi.stages=[]', 'bi.layers=none']}]",
+    "results.seeds=[1]",
+]
+
+
+def test_rows_of_ones_own_have_keys_seeds_and_what_is_measured(tmp_path):
+    steps = plan.steps(config(tmp_path, *OWN, "results.table=2"))
+    assert kinds(steps) == [
+        ("base", "sts", 1),
+        ("untrained late", "sts", 1),
+        *(("ffn, 9 steps", result, seed) for seed in (7, 8) for result in ("sts", "dependence")),
+    ]
+    assert steps[1].config.bi.layers == "none"
+    assert steps[2].config.bi.stages[0].max_steps == 9
+    assert steps[2].config.output_dir.endswith("small/study/seed7/small-ffn-9-steps")
+    assert steps[3].config.model.name == str(steps[2].left)
+    assert tables.trained({"config": steps[2].config.model_dump()}) == "ffn, 9 steps"
+    untrained = plan.steps(config(tmp_path, *OWN, "results.table=3"))[3]
+    assert (untrained.row, untrained.result) == ("untrained late", "dependence")
+    assert untrained.after is None and untrained.config.model.name == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ("[fnn]", r"results.rows.0.word: got 'fnn', expected 'base', 'ffn'"),
+        ("[{name: a, kys: []}]", r"results.rows.0.row.kys: unknown key; did you mean"),
+        ("[{keys: []}]", "results.rows.0.row.name"),
+    ],
+)
+def test_a_row_that_is_none_is_refused(tmp_path, rows, said):
+    with pytest.raises(UserError, match=said):
+        config(tmp_path, f"results.rows={rows}")
+
+
+def test_models_are_removed_once_nothing_missing_reads_them(tmp_path, monkeypatch):
+    there = []
+
+    def execute(step):
+        if step.after is not None:
+            there.append((step.row, step.result, step.after.left.exists()))
+        finish(step)
+
+    monkeypatch.setattr(plan, "execute", execute)
+    keys = ["results.table=all", "results.seeds=[1]", "results.rows=[base, ffn, ffn causal]"]
+    asked = config(tmp_path, *keys, "results.keep_models=false")
+    plan.run(asked)
+    assert len(there) == 8 and all(exists for _, _, exists in there)
+    made = [step for step in plan.steps(asked) if step.result in plan.LEFT]
+    assert made and not any(step.left.exists() for step in made)
+    assert all(step.path.exists() for step in plan.steps(asked))
+    there.clear()
+    plan.run(asked)
+    assert not there

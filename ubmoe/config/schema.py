@@ -12,7 +12,9 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     field_validator,
     model_validator,
 )
@@ -28,6 +30,7 @@ def _exponent_float(value: object) -> object:
 
 Float = Annotated[float, BeforeValidator(_exponent_float)]
 Positive = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 Affects = Literal["weights", "scores", "nothing"]
@@ -584,7 +587,7 @@ class EvaluationSection(Section):
     bf16: Bf16 = score_key("auto", "score under bfloat16 autocast; auto: where it pays")
 
 
-Row = Literal[
+Table2Row = Literal[
     "base",
     "ffn",
     "attention",
@@ -597,16 +600,38 @@ Row = Literal[
 ]
 
 
+class RowSection(Section):
+    """A row of a study of one's own."""
+
+    name: Annotated[str, Field(min_length=1)] = running_key(..., "what tables call it")
+    keys: list[str] = running_key([], "key=value of train_bi.py, as on its command line")
+    seeds: list[Seed] | None = running_key(None, "of this row; null: results.seeds")
+    measured: list[Literal["dependence", "evaluation"]] | None = running_key(
+        None, "of what it leaves, beside STS; null: what results.table shows"
+    )
+
+
+StudyRow = Annotated[
+    Annotated[Table2Row, Tag("word")] | Annotated[RowSection, Tag("row")],
+    Discriminator(lambda given: "row" if isinstance(given, dict | RowSection) else "word"),
+]
+
+
 class ResultsSection(Section):
     """Recorded runs, and the study of the paper's tables (python -m ubmoe.results)."""
 
     table: Literal[2, 3, 4, "all"] | None = running_key(
         None, "of the paper: 2 STS, 3 dependence, 4 generation; null: `table` shows the run's own"
     )
-    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = running_key(
-        [0, 1, 2], "of the study's runs"
+    row: str = running_key("", "what tables call this run; empty: what it trained")
+    seeds: list[Seed] = running_key([0, 1, 2], "of the study's runs")
+    rows: list[StudyRow] = running_key(
+        list(get_args(Table2Row)),
+        "of the study: what is trained (ffn causal is a control), or rows of your own",
     )
-    rows: list[Row] = running_key(list(get_args(Row)), "what is trained; ffn causal is a control")
+    keep_models: bool = running_key(
+        True, "run: false removes a model once no run that is missing reads it"
+    )
     timed_steps: Positive | None = running_key(
         None, "plan: run this many steps of each row to estimate its hours and memory; null: none"
     )
@@ -622,7 +647,7 @@ class Config(Section):
     """Every key of every program."""
 
     output_dir: str = running_key("", "where a run writes; default runs/<name of the config file>")
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = key(42, "seed of whatever a run draws")
+    seed: Seed = key(42, "seed of whatever a run draws")
     resume: Literal["never", "auto"] = running_key(
         "never", "auto: go on from what an interrupted run left in output_dir"
     )
@@ -658,10 +683,17 @@ def section_of(field: FieldInfo) -> type[Section] | None:
 
 def _inner(field: FieldInfo) -> tuple[type[Section] | None, str]:
     """The section inside a list of sections or an optional one, and how its keys are reached."""
-    for kind in get_args(field.annotation):
+    for kind in _parts(field.annotation):
         if isinstance(kind, type) and issubclass(kind, Section):
             return kind, "" if type(None) in get_args(field.annotation) else "N."
     return None, ""
+
+
+def _parts(kind: Any) -> Iterator[Any]:
+    """What a type is of, through unions in lists."""
+    for each in get_args(kind):
+        yield each
+        yield from _parts(each)
 
 
 def keys(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:

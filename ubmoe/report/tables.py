@@ -67,7 +67,12 @@ def sts_rows(section: dict[str, Any], what: str, label: str) -> list[list[str]]:
 
 
 def trained(result: dict[str, Any]) -> str:
-    """What train_bi.py trained, in the words of Table 2; `causal` where under that mask."""
+    """What train_bi.py trained, in the words of Table 2; `causal` where under that mask.
+
+    Of a study's own row: its name.
+    """
+    if row := result["config"].get("results", {}).get("row"):
+        return str(row)
     settings = result["config"]["bi"]
     words = " then ".join(map(_stage, settings["stages"])) or "base"
     layers = settings.get("layers", "all")

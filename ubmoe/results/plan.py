@@ -7,6 +7,7 @@ instead. Nothing here imports torch.
 import dataclasses
 import hashlib
 import logging
+import re
 import shlex
 import shutil
 import subprocess
@@ -24,6 +25,7 @@ from ubmoe.config import (
     SCORED,
     Config,
     ResultsSection,
+    RowSection,
     TrainingSection,
     UserError,
     dump_config,
@@ -152,48 +154,68 @@ def steps(config: Config) -> list[Step]:
     file = Path(config.output_dir) / "study" / name
     file.parent.mkdir(parents=True, exist_ok=True)
     replace(file, partial(write_text, text=text))
-    first, *others = config.results.seeds
-    rows = config.results.rows
-    without_base = [row for row in rows if row != "base"]  # it has no seeds
-    made = [*_of_seed(config, str(file), first, rows)]
-    return made + [
-        each for seed in others for each in _of_seed(config, str(file), seed, without_base)
+    rows = [_row(config, given) for given in config.results.rows]
+    seeds = dict.fromkeys(seed for row in rows for seed in row.seeds)
+    return [
+        each
+        for seed in seeds
+        for each in _of_seed(config, str(file), seed, [row for row in rows if seed in row.seeds])
     ]
 
 
-def _of_seed(config: Config, config_file: str, seed: int, rows: Sequence[str]) -> Iterator[Step]:
+@dataclass(frozen=True)
+class Row:
+    """A row of a study: how train_bi.py makes it, and what else is measured of it."""
+
+    name: str
+    keys: tuple[str, ...]
+    seeds: tuple[int, ...]
+    measured: tuple[str, ...]
+
+
+def _row(config: Config, given: str | RowSection) -> Row:
+    """A row in the words of Table 2, or of one's own."""
+    every = {2: (), 3: ("dependence",), 4: (), "all": ("dependence", "evaluation"), None: ()}
+    measured, seeds = every[config.results.table], tuple(config.results.seeds)
+    if isinstance(given, str):  # the base has no seeds
+        return Row(given, _trains(config, given), seeds[:1] if given == "base" else seeds, measured)
+    own = measured if given.measured is None else tuple(given.measured)
+    keys = (*given.keys, f"results.row={given.name}")
+    return Row(given.name, keys, tuple(given.seeds or seeds), own)
+
+
+def _of_seed(config: Config, config_file: str, seed: int, rows: Sequence[Row]) -> Iterator[Step]:
     table = config.results.table
 
     def step(program: str, name: str, result: str, *keys: str, after: Step | None = None) -> Step:
-        slug = name.replace("+", "-").replace(" ", "-")
+        slug = re.sub("[^a-z0-9.]+", "-", name.lower()).strip("-")
         folder = Path(config.output_dir) / "study" / f"seed{seed}" / f"{label(config)}-{slug}"
         given = (f"seed={seed}", f"output_dir={folder}", *keys)
         records = config.results.directory
         return Step(tuple(program.split()), name, result, config_file, given, after, records)
 
     encoders = {}
-    needed = {encoder for encoder, _ in MIXTURES.values()} if table == 4 else set(rows)
-    for row in [row for row in rows if row in needed]:
-        encoders[row] = step("train_bi.py", row, "sts", *_trains(config, row))
-        yield encoders[row]
-        after = None if row == "base" else encoders[row]
+    mixed = {encoder for encoder, _ in MIXTURES.values()}
+    for row in [row for row in rows if table != 4 or row.name in mixed]:
+        encoders[row.name] = made = step("train_bi.py", row.name, "sts", *row.keys)
+        yield made
+        after = made if made.config.bi.stages else None  # else it is the model itself
         tuned = () if after is None else (f"model.name={after.left}",)
-        if table in (3, "all"):
-            yield step("calculate_dp.py", row, "dependence", *tuned, after=after)
-        if table == "all":
+        if "dependence" in row.measured:
+            yield step("calculate_dp.py", row.name, "dependence", *tuned, after=after)
+        if "evaluation" in row.measured:
             both = "evaluation.language_model=true"
-            yield step("-m ubmoe.evaluate", row, "evaluation", both, *tuned, after=after)
+            yield step("-m ubmoe.evaluate", row.name, "evaluation", both, *tuned, after=after)
     mixtures = {}
-    if table in (4, "all"):
-        for name, (row, keys) in MIXTURES.items():
-            if row not in encoders:
-                raise UserError(f"results.rows: {name} needs {row!r}; add it")
-            bi = f"ubmoe.bi={encoders[row].left}"
-            mixtures[name] = step(
-                "train_ubmoe.py", name, "generation", bi, *keys, after=encoders[row]
-            )
+    if table in (4, "all") and seed in config.results.seeds:
+        for name, (needed, keys) in MIXTURES.items():
+            if needed not in encoders:
+                raise UserError(f"results.rows: {name} needs {needed!r}; add it")
+            after = encoders[needed]
+            bi = f"ubmoe.bi={after.left}"
+            mixtures[name] = step("train_ubmoe.py", name, "generation", bi, *keys, after=after)
             yield mixtures[name]
-    if table == "all":
+    if mixtures and table == "all":
         after = mixtures["ubmoe"]
         yield step(
             "calculate_dp.py", "ubmoe", "dependence", f"model.name={after.left}", after=after
@@ -203,13 +225,13 @@ def _of_seed(config: Config, config_file: str, seed: int, rows: Sequence[str]) -
             yield step("-m ubmoe.bitune", f"bitune {variant}", "bitune", key)
 
 
-def _trains(config: Config, row: str) -> list[str]:
+def _trains(config: Config, row: str) -> tuple[str, ...]:
     """The keys by which train_bi.py makes a row of Table 2."""
     if row == "base":
-        return ["bi.stages=[]"]
+        return ("bi.stages=[]",)
     modules = row.removesuffix(CAUSAL).replace("+", ", ")
     keys = [f"bi.stages.{number}.train=[{modules}]" for number in range(len(config.bi.stages))]
-    return keys + (["bi.attention=causal"] if row.endswith(CAUSAL) else [])
+    return (*keys, *(["bi.attention=causal"] if row.endswith(CAUSAL) else []))
 
 
 def label(config: Config) -> str:
@@ -276,6 +298,8 @@ def _run(config: Config, planned: list[Step]) -> None:
                 execute(step)
                 bar.update()
             _record(step, config)
+            if not config.results.keep_models:
+                _make_room(step, planned)
 
 
 def _remake(step: Step, config: Config) -> None:
@@ -284,6 +308,22 @@ def _remake(step: Step, config: Config) -> None:
         _remake(step.after, config)
         execute(step.after)
         _record(step.after, config)
+
+
+def _make_room(step: Step, planned: list[Step]) -> None:
+    """Remove the models and checkpoints that no run which is missing reads."""
+    for made in (step, step.after):
+        if made is not None and made.result in LEFT:
+            readers = [each for each in planned if each.after == made]
+            if all(each.state() == "there" for each in readers):
+                _remove_folders(Path(made.config.output_dir))
+
+
+def _remove_folders(folder: Path) -> None:
+    """Models and checkpoints of a run; what it found stays."""
+    for each in folder.iterdir() if folder.exists() else ():
+        if each.is_dir():
+            shutil.rmtree(each)
 
 
 def _record(step: Step, config: Config) -> None:
@@ -325,9 +365,7 @@ def estimate(step: Step, count: int) -> str:
     )
     if timed.state() != "there":
         execute(timed, resume="never")
-        for each in folder.iterdir():  # models and checkpoints, as large as the run's
-            if each.is_dir():
-                shutil.rmtree(each)
+        _remove_folders(folder)  # as large as the run's
     result = read_result(timed.path)
     seconds = extrapolated(step, result)
     took = f"{seconds / 3600:.1f} h" if seconds > 360 else f"{seconds / 60:.1f} min"
