@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo real test study figures lock clean
+.PHONY: demo real real-study test study figures lock clean
 
 .venv/installed: requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -46,6 +46,10 @@ real: $(GGUF)
 	$(BIN)/python train_bi.py $(REAL)
 	$(BIN)/python train_ubmoe.py $(REAL)
 	$(BIN)/python -m ubmoe.results table $(REAL)
+
+# The study of docs/study.md, on the same model; data/ is a folder of your own, which the YAML tells.
+real-study: $(GGUF)
+	$(BIN)/python -m ubmoe.results run configs/studies/smollm2-135m.yaml
 
 # The whole study on the embedded model, three seeds; goes on where it stopped.
 study: .venv/installed

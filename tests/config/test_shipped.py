@@ -6,8 +6,10 @@ import pytest
 from builders import ROOT, check_commands, commands
 
 from ubmoe.config import load_config
+from ubmoe.results import plan
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+STUDIES = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
 NAMES = {"tiny"} | {
     f"{family}-{size}"
     for family, sizes in {
@@ -37,6 +39,14 @@ def test_a_shipped_config_is_valid_and_opens_like_a_lab_record(path):
     assert re.search(r"not run|measured", header)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_a_study_plans_its_rows(path, tmp_path):
+    config = load_config(path, [f"output_dir={tmp_path}/study"])
+    steps = plan.steps(config)
+    assert len({step.path for step in steps}) == len(steps)  # and all of their keys are known
+    assert len({step.row for step in steps}) >= len(config.results.rows) // 2
+
+
+@pytest.mark.parametrize("path", [*CONFIGS, *STUDIES], ids=lambda path: path.name)
 def test_every_command_that_a_config_shows_works(path):
     check_commands(path.read_text())

@@ -345,8 +345,9 @@ def test_a_plan_times_steps_once_and_says_what_it_cannot_time(tiny_path, tmp_pat
 
 
 OWN = [
-    "results.rows=[base, {name: 'ffn, 9 steps', keys: [bi.stages.0.max_steps=9], seeds: [7, 8], "
-    "measured: [dependence]}, {name: untrained late, keys: ['bi.stages=[]', 'bi.layers=none']}]",
+    "results.rows=[base, {name: 'ffn, 9 steps', keys: [bi.stages.0.max_steps=9, scan.every=3], "
+    "seeds: [7, 8], measured: [evaluation, scan]}, "
+    "{name: untrained late, keys: ['bi.stages=[]', 'bi.layers=none']}]",
     "results.seeds=[1]",
 ]
 
@@ -356,12 +357,19 @@ def test_rows_of_ones_own_have_keys_seeds_and_what_is_measured(tmp_path):
     assert kinds(steps) == [
         ("base", "sts", 1),
         ("untrained late", "sts", 1),
-        *(("ffn, 9 steps", result, seed) for seed in (7, 8) for result in ("sts", "dependence")),
+        *(
+            ("ffn, 9 steps", result, seed)
+            for seed in (7, 8)
+            for result in ("sts", "evaluation", "scan")
+        ),
     ]
     assert steps[1].config.bi.layers == "none"
     assert steps[2].config.bi.stages[0].max_steps == 9
     assert steps[2].config.output_dir.endswith("small/study/seed7/small-ffn-9-steps")
-    assert steps[3].config.model.name == str(steps[2].left)
+    assert [each.config.model.name for each in steps[3:5]] == [str(steps[2].left)] * 2
+    assert steps[3].config.bi.stages[0].max_steps == 9  # its keys are of all its runs
+    assert steps[3].config.evaluation.sts == []  # scored where it was made
+    assert steps[3].config.evaluation.language_model and steps[4].config.scan.every == 3
     assert tables.trained({"config": steps[2].config.model_dump()}) == "ffn, 9 steps"
     untrained = plan.steps(config(tmp_path, *OWN, "results.table=3"))[3]
     assert (untrained.row, untrained.result) == ("untrained late", "dependence")

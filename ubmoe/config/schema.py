@@ -604,10 +604,10 @@ class RowSection(Section):
     """A row of a study of one's own."""
 
     name: Annotated[str, Field(min_length=1)] = running_key(..., "what tables call it")
-    keys: list[str] = running_key([], "key=value of train_bi.py, as on its command line")
+    keys: list[str] = running_key([], "key=value of its runs, as on their command lines")
     seeds: list[Seed] | None = running_key(None, "of this row; null: results.seeds")
-    measured: list[Literal["dependence", "evaluation"]] | None = running_key(
-        None, "of what it leaves, beside STS; null: what results.table shows"
+    measured: list[Literal["dependence", "evaluation", "scan"]] | None = running_key(
+        None, "of its model, beside STS; null: what results.table shows"
     )
 
 

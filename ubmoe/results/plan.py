@@ -56,6 +56,12 @@ MIXTURES = {
     "ubmoe-causal": ("ffn causal", ["ubmoe.routes=[learned, bi]"]),
 }
 BITUNE = ("lora", "full")
+# Programs, and their keys, that measure what train_bi.py left.
+MEASURED = {
+    "dependence": ("calculate_dp.py",),
+    "evaluation": ("-m ubmoe.evaluate", "evaluation.language_model=true"),
+    "scan": ("-m ubmoe.scan",),
+}
 
 
 # What a later step reads of an earlier one.
@@ -165,12 +171,16 @@ def steps(config: Config) -> list[Step]:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a study: how train_bi.py makes it, and what else is measured of it."""
+    """A row of a study: how train_bi.py makes it, and what else is measured of it.
+
+    further: keys of these measurements.
+    """
 
     name: str
     keys: tuple[str, ...]
     seeds: tuple[int, ...]
     measured: tuple[str, ...]
+    further: tuple[str, ...] = ()
 
 
 def _row(config: Config, given: str | RowSection) -> Row:
@@ -181,7 +191,7 @@ def _row(config: Config, given: str | RowSection) -> Row:
         return Row(given, _trains(config, given), seeds[:1] if given == "base" else seeds, measured)
     own = measured if given.measured is None else tuple(given.measured)
     keys = (*given.keys, f"results.row={given.name}")
-    return Row(given.name, keys, tuple(given.seeds or seeds), own)
+    return Row(given.name, keys, tuple(given.seeds or seeds), own, keys)
 
 
 def _of_seed(config: Config, config_file: str, seed: int, rows: Sequence[Row]) -> Iterator[Step]:
@@ -200,12 +210,12 @@ def _of_seed(config: Config, config_file: str, seed: int, rows: Sequence[Row]) -
         encoders[row.name] = made = step("train_bi.py", row.name, "sts", *row.keys)
         yield made
         after = made if made.config.bi.stages else None  # else it is the model itself
-        tuned = () if after is None else (f"model.name={after.left}",)
-        if "dependence" in row.measured:
-            yield step("calculate_dp.py", row.name, "dependence", *tuned, after=after)
-        if "evaluation" in row.measured:
-            both = "evaluation.language_model=true"
-            yield step("-m ubmoe.evaluate", row.name, "evaluation", both, *tuned, after=after)
+        tuned = row.further if after is None else (*row.further, f"model.name={after.left}")
+        for measured in row.measured:
+            program, *keys = MEASURED[measured]
+            if measured == "evaluation" and row.further:
+                keys.append("evaluation.sts=[]")  # train_bi.py has scored it
+            yield step(program, row.name, measured, *tuned, *keys, after=after)
     mixtures = {}
     if table in (4, "all") and seed in config.results.seeds:
         for name, (needed, keys) in MIXTURES.items():
@@ -384,6 +394,7 @@ def _short(step: Step, count: int) -> list[str] | None:
         "bitune": [f"bitune.max_steps={count}", "bitune.generation=[]"],
         "dependence": [f"dependence.max_texts={count}"],
         "evaluation": None,
+        "scan": None,
     }[step.result]
 
 
