@@ -59,15 +59,18 @@ def fake(config: Config, device: torch.device) -> Any:
 
     Raises UserError.
     """
-    path = source(config.model)
     keys = {"attn_implementation": config.model.attn_implementation}
     with explained(config.model):
-        settings = AutoConfig.from_pretrained(path, **keywords(config.model))
-        dtype = weights_dtype(config.model.dtype, device)
-        with no_init_weights():
-            model: Any = AutoModelForCausalLM.from_config(
-                settings, dtype=dtype, trust_remote_code=False, **keys
-            )
+        settings = AutoConfig.from_pretrained(source(config.model), **keywords(config.model))
+        return shaped(settings, weights_dtype(config.model.dtype, device), **keys)
+
+
+def shaped(settings: Any, dtype: torch.dtype, **keys: Any) -> Any:
+    """A causal language model of a config; its numbers are never drawn."""
+    with no_init_weights():
+        model: Any = AutoModelForCausalLM.from_config(
+            settings, dtype=dtype, trust_remote_code=False, **keys
+        )
     model.tie_weights()
     return model
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from ubmoe.bitune.examples import Example, read_examples
 from ubmoe.bitune.model import VARIANTS
@@ -222,7 +221,7 @@ def _mixture(config: Config, device: torch.device) -> Any:
     """Every token goes to both experts, whatever top_k: which it would choose is not known."""
     dense = memory.fake(config, device)
     settled = joining.mixture_config(dense.config, 2)
-    mixture: Any = AutoModelForCausalLM.from_config(settled, dtype=dense.dtype)
+    mixture = memory.shaped(settled, dense.dtype)
     routes.set_route(mixture, "learned")
     mixture.requires_grad_(False)
     for value in routers.router_weights(mixture).values():
