@@ -6,7 +6,7 @@ import re
 import pytest
 from builders import ROOT, SEEDS, recorded
 
-from ubmoe.config import load_config
+from ubmoe.config import UserError, load_config
 from ubmoe.results.pages import BLOCKS, renewed
 from ubmoe.results.records import Records, read_benchmarks
 from ubmoe.results.records import recorded as read_records
@@ -202,3 +202,40 @@ def test_the_pages_hold_a_table_of_every_kind():
     pages = "".join((ROOT / page).read_text() for page in PAGES)
     assert set(re.findall(r"<!-- (\w+): ", pages)) == {*BLOCKS, "benchmark"}
     assert " all |" in pages and "ours/plain" in pages
+
+
+def test_a_block_may_say_its_own_seeds():
+    def sts(seed):
+        bi = {"stages": [{"objective": "simcse", "train": ["ffn"]}], "attention": "bidirectional"}
+        config = {"model": {"name": "small"}, "bi": bi, "seed": seed}
+        return {"config": config, "sts": {"tasks": {"A": 10.0 * seed}, "average": 10.0 * seed}}
+
+    records = Records.of_names({f"x.sts.seed{seed}": sts(seed) for seed in (1, 3, 5)})
+    text = "<!-- sts: small seeds 3 5 -->\n<!-- end -->"
+    assert "| ffn | 2 | 40.00 ±14.14 |" in renewed_squeezed(text, records, SEEDS)
+    with pytest.raises(UserError, match="no records of seeds 7 for the block sts: small"):
+        renewed("<!-- sts: small seeds 7 -->\n<!-- end -->", records, SEEDS)
+
+
+def test_a_scan_shows_its_best_patterns_and_both_ends():
+    def pattern(name, score):
+        own = {"score": score, "gain": score - 50, "interval": [score - 55, score - 45]}
+        return {"name": name, "layers": name, "mean": own, "weighted_mean": own | {"score": 1.5}}
+
+    patterns = [pattern("none", 50.0), pattern("all", 20.0)]
+    patterns += [pattern(f"from {n}", 30.0 + n) for n in range(1, 29)]
+    section = {"task": "dev", "pairs": 9, "depth": 30, "patterns": patterns}
+    record = {"scan": section, "config": {"model": {"name": "small"}, "seed": 0}}
+    records = Records.of_names({"x.scan.seed0": record})
+    found = renewed_squeezed("<!-- scan: x -->\n<!-- end -->", records, SEEDS).splitlines()
+    assert found[1] == "9 pairs of dev:"
+    names = [row.split("|")[1].strip() for row in found if row.startswith("| ")][1:]
+    assert names == [
+        *(f"from {n}" for n in range(28, 20, -1)),
+        "none",
+        "from 20",
+        "from 19",
+        "from 18",
+        "all",
+    ]
+    assert "| from 28 | 58.00 | +8.00 (+3.00 to +13.00) | 1.50 | +8.00 (+3.00 to +13.00) |" in found

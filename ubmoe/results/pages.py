@@ -17,6 +17,7 @@ from ubmoe.report.tables import (
     probed,
     probes_caption,
     probing_rows,
+    scan_rows,
     spread,
 )
 from ubmoe.results import paper
@@ -24,7 +25,8 @@ from ubmoe.results.entries import NO_TASKS, Entry, by_row
 from ubmoe.results.published import published
 from ubmoe.results.records import Records, read_benchmarks, recorded
 
-BLOCK = re.compile(r"(<!-- (\w+): ([\w.-]+) -->)\n.*?<!-- end -->", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (\w+): ([\w.-]+)(?: seeds ([\d ]+))? -->)\n.*?<!-- end -->", re.DOTALL)
+BEST = 12  # patterns of layers of a scan
 
 
 def renew(config: Config) -> str:
@@ -47,19 +49,20 @@ def renewed(
 ) -> str:
     """The text with every block between `<!-- kind: name -->` and `<!-- end -->` made anew.
 
-    seeds: those whose runs are averaged. Raises UserError for a block without any record.
+    seeds: those whose runs are averaged, where a block does not say its own. Raises UserError for a block without any record.
     """
 
     def block(match: re.Match[str]) -> str:
-        heading, kind, name = match.groups()
+        heading, kind, name, said = match.groups()
+        own = [int(each) for each in said.split()] if said else seeds
         made = (
             _benchmark_block(benchmarks.get(name, []))
             if kind == "benchmark"
-            else BLOCKS[kind](name, records, seeds)
+            else BLOCKS[kind](name, records, own)
         )
         if not made:
             raise UserError(
-                f"results.directory: no records of seeds {', '.join(map(str, seeds))} for the "
+                f"results.directory: no records of seeds {', '.join(map(str, own))} for the "
                 f"block {kind}: {name}"
             )
         return f"{heading}\n{made}\n<!-- end -->"
@@ -126,6 +129,22 @@ def _mixture_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     ]
     header = ["generates with", "seeds", *columns]
     return _noted([header, *body], paper.notes("routes", name, records, seeds))
+
+
+def _scan_block(name: str, records: Records, _: Sequence[int]) -> str:
+    """The best patterns of layers by plain mean, and none and all; weighted mean beside it."""
+    return "\n\n".join(_scan_table(record.section) for record in records.of("scan", label=name))
+
+
+def _scan_table(section: dict[str, Any]) -> str:
+    patterns = section["patterns"]
+    ordered = sorted(patterns, key=lambda each: -each["mean"]["score"])
+    shown = [each for each in ordered if each in ordered[:BEST] or each in patterns[:2]]
+    columns = [scan_rows({"patterns": shown}, pooling) for pooling in ("mean", "weighted_mean")]
+    weighted = {row[0]: row[1:] for row in columns[1][1:]}
+    body = [[*row, *weighted[row[0]]] for row in columns[0][1:]]
+    header = [*columns[0][0], "weighted mean", columns[1][0][2]]
+    return f"{section['pairs']} pairs of {section['task']}:\n\n{markdown([header, *body])}"
 
 
 def _noted(rows: list[list[str]], notes: list[str]) -> str:
@@ -243,4 +262,5 @@ BLOCKS = {
     "bitune": _bitune_block,
     "probing": _probing_block,
     "paper": _paper_block,
+    "scan": _scan_block,
 }
