@@ -346,7 +346,7 @@ def test_a_plan_times_steps_once_and_says_what_it_cannot_time(tiny_path, tmp_pat
 
 OWN = [
     "results.rows=[base, {name: 'ffn, 9 steps', keys: [bi.stages.0.max_steps=9, scan.every=3], "
-    "seeds: [7, 8], measured: [evaluation, scan]}, "
+    "seeds: [7, 8], measured: [evaluation, scan, swap]}, "
     "{name: untrained late, keys: ['bi.stages=[]', 'bi.layers=none']}]",
     "results.seeds=[1]",
 ]
@@ -360,7 +360,7 @@ def test_rows_of_ones_own_have_keys_seeds_and_what_is_measured(tmp_path):
         *(
             ("ffn, 9 steps", result, seed)
             for seed in (7, 8)
-            for result in ("sts", "evaluation", "scan")
+            for result in ("sts", "evaluation", "scan", "swap")
         ),
     ]
     assert steps[1].config.bi.layers == "none"
@@ -370,10 +370,23 @@ def test_rows_of_ones_own_have_keys_seeds_and_what_is_measured(tmp_path):
     assert steps[3].config.bi.stages[0].max_steps == 9  # its keys are of all its runs
     assert steps[3].config.evaluation.sts == []  # scored where it was made
     assert steps[3].config.evaluation.language_model and steps[4].config.scan.every == 3
+    assert (steps[5].config.model.name, steps[5].config.ubmoe.bi) == ("tiny", str(steps[2].left))
     assert tables.trained({"config": steps[2].config.model_dump()}) == "ffn, 9 steps"
     untrained = plan.steps(config(tmp_path, *OWN, "results.table=3"))[3]
     assert (untrained.row, untrained.result) == ("untrained late", "dependence")
     assert untrained.after is None and untrained.config.model.name == "tiny"
+
+
+def test_rows_of_ones_own_are_not_run_twice(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(plan, "execute", lambda step: (ran.append(step.result), finish(step)))
+    plan.run(config(tmp_path, *OWN, "results.table=2"))
+    assert len(ran) == 10
+    plan.run(config(tmp_path, *OWN, "results.table=2"))
+    assert len(ran) == 10
+    with pytest.raises(UserError, match="results.rows: a tunes nothing that swap could swap"):
+        rows = "results.rows=[{name: a, keys: ['bi.stages=[]'], measured: [swap]}]"
+        plan.steps(config(tmp_path, rows, "results.table=2"))
 
 
 @pytest.mark.parametrize(

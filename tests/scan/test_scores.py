@@ -10,7 +10,7 @@ from ubmoe.config import UserError, with_keys
 from ubmoe.encoder.sentence_encoder import load_encoder
 from ubmoe.evaluate.sts import sts_scores, sts_task
 from ubmoe.models.loading import load_model
-from ubmoe.scan import intervals, scores
+from ubmoe.scan import intervals, kept, scores
 from ubmoe.tiny import language
 
 
@@ -77,12 +77,12 @@ def test_an_interrupted_scan_goes_on(asked, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("key", "said"),
     [
-        ("scan.max_pairs=10", "of another scan (other pairs)"),
+        ("scan.max_pairs=10", "of another run (other pairs)"),
         ("bi.prompt={text} =", "other bi.prompt"),
     ],
 )
 def test_what_another_scan_left_is_not_taken(asked, tmp_path, monkeypatch, caplog, key, said):
-    monkeypatch.setattr(scores, "SAVE_EVERY", 0)
+    monkeypatch.setattr(kept, "SAVE_EVERY", 0)
     scanned(asked, tmp_path / "scan")
     caplog.set_level("INFO", "ubmoe")
     scanned(with_keys(asked, [key]), tmp_path / "scan")
@@ -94,7 +94,7 @@ def test_a_file_that_is_not_whole_is_said(asked, tmp_path, caplog):
     (tmp_path / "scan" / "scan.partial-0.npz").write_bytes(b"half")
     caplog.set_level("INFO", "ubmoe")
     scanned(asked, tmp_path / "scan")
-    assert "not whole; starting afresh" in caplog.text
+    assert "not whole, or of an older version; starting afresh" in caplog.text
 
 
 def test_equal_scores_are_refused(tmp_path, config):

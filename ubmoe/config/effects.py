@@ -22,6 +22,7 @@ SCORED = {
     "sts": ("model", *FORM, "evaluation.sts", "evaluation.bf16"),
     "dependence": ("model", "dependence"),
     "bitune": ("model", "bitune", *ASKED),
+    "swap": ("model", "ubmoe.bi", *CHATS, "evaluation.bf16"),
     "scan": ("model", *SCANNED, "scan", "evaluation.bf16"),
 }
 MADE = {"sts": ("model", *FORM, "bi.stages"), "generation": ("model", "ubmoe")}

@@ -606,7 +606,7 @@ class RowSection(Section):
     name: Annotated[str, Field(min_length=1)] = running_key(..., "what tables call it")
     keys: list[str] = running_key([], "key=value of its runs, as on their command lines")
     seeds: list[Seed] | None = running_key(None, "of this row; null: results.seeds")
-    measured: list[Literal["dependence", "evaluation", "scan"]] | None = running_key(
+    measured: list[Literal["dependence", "evaluation", "scan", "swap"]] | None = running_key(
         None, "of its model, beside STS; null: what results.table shows"
     )
 

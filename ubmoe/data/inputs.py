@@ -22,6 +22,7 @@ READ: dict[str, tuple[str, ...]] = {
     "generation": ("ubmoe.dataset", "ubmoe.sentences", "evaluation.sts", "evaluation.generation"),
     "evaluation": ("ubmoe.dataset", "evaluation.sts", "evaluation.generation"),
     "scan": ("scan.pairs",),
+    "swap": ("ubmoe.dataset",),
     "bitune": ("bitune.dataset", "bitune.generation"),
 }
 MODEL = ("model.name", "model.adapter")

@@ -337,6 +337,31 @@ def _reach(scores: Sequence[dict[str, Any]]) -> np.ndarray:
 
 
 @styled
+def swap(section: dict[str, Any]) -> dict[str, Figure]:
+    """What one layer of the encoder costs in the model, and one of the model's saves in it."""
+    figure = blank(7.0, 3.4)
+    axes: Any = figure.subplots()
+    places = np.arange(len(section["layers"]))
+    named = {"in": "the encoder's, put into the model", "back": "the model's, put into the encoder"}
+    for (word, label), colour, shift in zip(
+        named.items(), ("#d55e00", "#0072b2"), (-0.2, 0.2), strict=True
+    ):
+        own = [row[word] for row in section["layers"]]
+        heights = np.array([each["change"] for each in own])
+        ends = np.array([each["interval"] for each in own])
+        reach = np.stack([heights - ends[:, 0], ends[:, 1] - heights]).clip(0)
+        axes.bar(
+            places + shift, heights, 0.4, yerr=reach, color=colour, label=label,
+            error_kw={"lw": 0.6},
+        )  # fmt: skip
+    axes.axhline(0, color="black", lw=0.8)
+    axes.set(xlabel="layer that is swapped", ylabel="change of the loss, nats a token")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend()
+    return {"swap.png": figure}
+
+
+@styled
 def attention_map(attention: np.ndarray, tokens: Sequence[str]) -> dict[str, Figure]:
     """(T, T) mean unmasked attention of a short text, its parts marked as in Figure 3."""
     figure = blank(5.6, 5.2)

@@ -209,6 +209,30 @@ def scan_text(result: dict[str, Any]) -> str:
     return f"{caption}, mean pooling.\n{aligned(scan_rows(section))}"
 
 
+def swap_rows(section: dict[str, Any]) -> list[list[str]]:
+    """Header and a row a layer: what putting it in costs, and putting it back brings."""
+    body = [
+        [str(row["layer"]), *(_change(row[word]) for word in ("in", "back"))]
+        for row in section["layers"]
+    ]
+    return [["layer", "encoder's, in the model", "model's, in the encoder"], *body]
+
+
+def _change(own: dict[str, Any]) -> str:
+    return "{:+.4f} ({:+.4f} to {:+.4f})".format(own["change"], *own["interval"])
+
+
+def swap_text(result: dict[str, Any]) -> str:
+    section = result["swap"]
+    caption = "Perplexity of {base:.2f}, of its encoder {encoder:.2f}".format(
+        **section["perplexity"]
+    )
+    return (
+        f"{model_of(result)}: {caption} ({section['chats']} chats). One layer swapped, change of "
+        f"the loss in nats a token (95 %):\n{aligned(swap_rows(section))}"
+    )
+
+
 TEXT = {
     "dependence": dependence_text,
     "sts": sts_text,
@@ -217,6 +241,7 @@ TEXT = {
     "probing": probing_text,
     "evaluation": evaluation_text,
     "scan": scan_text,
+    "swap": swap_text,
 }
 
 

@@ -49,7 +49,8 @@ def renewed(
 ) -> str:
     """The text with every block between `<!-- kind: name -->` and `<!-- end -->` made anew.
 
-    seeds: those whose runs are averaged, where a block does not say its own. Raises UserError for a block without any record.
+    seeds: those whose runs are averaged, where a block does not say its own. Raises UserError for a
+    block without any record.
     """
 
     def block(match: re.Match[str]) -> str:

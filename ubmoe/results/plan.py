@@ -61,9 +61,12 @@ MEASURED = {
     "dependence": ("calculate_dp.py",),
     "evaluation": ("-m ubmoe.evaluate", "evaluation.language_model=true"),
     "scan": ("-m ubmoe.scan",),
+    "swap": ("-m ubmoe.swap",),
 }
 
 
+# Results that are of another model than the one that their step is after.
+BESIDE = ("generation", "swap")
 # What a later step reads of an earlier one.
 LEFT = {"sts": "bi", "generation": "ubmoe"}
 
@@ -144,8 +147,10 @@ class Step:
         upstream = self.after.kept()
         if upstream is None or self.after.state() != "there":
             return False
-        mixture = self.result == "generation"  # whose weights are not those that it reads
-        own = kept["generation"].get("bi_weights") if mixture else kept["environment"]["weights"]
+        if self.result in BESIDE:
+            own = kept[self.result].get("bi_weights")
+        else:
+            own = kept["environment"]["weights"]
         return own == upstream["environment"]["weights"]
 
 
@@ -210,12 +215,15 @@ def _of_seed(config: Config, config_file: str, seed: int, rows: Sequence[Row]) -
         encoders[row.name] = made = step("train_bi.py", row.name, "sts", *row.keys)
         yield made
         after = made if made.config.bi.stages else None  # else it is the model itself
-        tuned = row.further if after is None else (*row.further, f"model.name={after.left}")
         for measured in row.measured:
             program, *keys = MEASURED[measured]
+            if after is not None:
+                keys.append(f"{'ubmoe.bi' if measured == 'swap' else 'model.name'}={after.left}")
+            elif measured == "swap":
+                raise UserError(f"results.rows: {row.name} tunes nothing that swap could swap")
             if measured == "evaluation" and row.further:
                 keys.append("evaluation.sts=[]")  # train_bi.py has scored it
-            yield step(program, row.name, measured, *tuned, *keys, after=after)
+            yield step(program, row.name, measured, *row.further, *keys, after=after)
     mixtures = {}
     if table in (4, "all") and seed in config.results.seeds:
         for name, (needed, keys) in MIXTURES.items():
@@ -395,6 +403,7 @@ def _short(step: Step, count: int) -> list[str] | None:
         "dependence": [f"dependence.max_texts={count}"],
         "evaluation": None,
         "scan": None,
+        "swap": None,
     }[step.result]
 
 

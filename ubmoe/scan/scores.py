@@ -1,12 +1,8 @@
 """STS of every pattern, with its difference to the causal model and an interval, resumable."""
 
-import json
-import logging
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -16,21 +12,17 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ubmoe.config import Config, ScanSection, UserError, listed, unlike
+from ubmoe.config import Config, ScanSection, UserError
 from ubmoe.encoder.sentence_encoder import POOLING, as_encoder, lengths, own_prompt
-from ubmoe.files import replace
 from ubmoe.models.digests import digest_of_rows, mark_of
 from ubmoe.models.loading import load_tokenizer
 from ubmoe.models.precision import autocast, uses_bfloat16
 from ubmoe.scan.intervals import gains
+from ubmoe.scan.kept import Kept
 from ubmoe.scan.patterns import Pattern, patterns
 from ubmoe.scan.walk import states
-
-log = logging.getLogger(__name__)
-SAVE_EVERY = 30.0  # seconds
 
 
 def scan(model: PreTrainedModel, config: Config, task: AbsTaskSTS, directory: Path) -> Any:
@@ -55,8 +47,8 @@ def scan(model: PreTrainedModel, config: Config, task: AbsTaskSTS, directory: Pa
     with autocast(config.evaluation.bf16, model.device):
         _fill(kept, model, encoder, rows, asked, settings.batch_tokens)
     found = [
-        {"layers": pattern.layers, "name": pattern.name, **_scores(own, kept.cosines[0], gold)}
-        for pattern, own in zip(asked, kept.cosines, strict=True)
+        {"layers": pattern.layers, "name": pattern.name, **_scores(own, kept.values[0], gold)}
+        for pattern, own in zip(asked, kept.values, strict=True)
     ]
     return {"task": task.metadata.name, "pairs": len(rows), "depth": depth, "patterns": found}
 
@@ -77,43 +69,6 @@ def pairs(task: AbsTaskSTS, settings: ScanSection) -> tuple[list[tuple[str, str]
     return list(zip(rows[first], rows[second], strict=True)), gold
 
 
-class Kept:
-    """(patterns, poolings, pairs) cosines, NaN where not yet computed; replaced whole on disk."""
-
-    def __init__(self, path: Path, mark: dict[str, Any], shape: tuple[int, ...]) -> None:
-        self.path, self.mark = path, json.loads(json.dumps(mark))
-        self.cosines = np.full(shape, np.nan)
-        self.saved = time.monotonic()
-
-    def missing(self) -> list[int]:
-        return np.flatnonzero(np.isnan(self.cosines[-1, 0])).tolist()
-
-    def save(self) -> None:
-        def write(path: Path) -> None:
-            with path.open("wb") as file:
-                np.savez(file, mark=json.dumps(self.mark), cosines=self.cosines)
-
-        replace(self.path, write)
-        self.saved = time.monotonic()
-
-    def load(self) -> None:
-        """What an interrupted scan of the same model, pairs and patterns left, if anything."""
-        if not self.path.exists():
-            return
-        try:
-            with np.load(self.path, allow_pickle=False) as file:
-                mark, cosines = json.loads(str(file["mark"])), file["cosines"]
-            other = unlike(mark, self.mark)
-        except (OSError, ValueError, KeyError, EOFError, AttributeError, BadZipFile):
-            log.info("%s: not whole; starting afresh", self.path)
-            return
-        if other:
-            log.info("%s: of another scan (other %s); starting afresh", self.path, listed(other))
-            return
-        self.cosines = cosines
-        log.info("resuming, %d pairs still to do", len(self.missing()))
-
-
 def _fill(
     kept: Kept,
     model: PreTrainedModel,
@@ -122,25 +77,16 @@ def _fill(
     asked: Sequence[Pattern],
     batch_tokens: int,
 ) -> None:
-    missing = kept.missing()
     sizes = [lengths(encoder, column, "scan.pairs: row") for column in zip(*rows, strict=True)]
     most = encoder.max_seq_length or max(map(max, sizes))
-    longest = np.minimum(np.max(sizes, axis=0), most)
-    order = sorted(missing, key=lambda row: -longest[row])
-    bar = tqdm(total=int(longest[missing].sum()), desc="scan", unit="token", unit_scale=True)
-    with bar:
-        try:
-            while order:
-                count = max(1, batch_tokens // (2 * int(longest[order[0]])))
-                batch, order = order[:count], order[count:]
-                texts = [rows[row][side] for side in (0, 1) for row in batch]
-                kept.cosines[..., batch] = _cosines(model, encoder, texts, asked)
-                if time.monotonic() - kept.saved > SAVE_EVERY:
-                    kept.save()
-                bar.update(int(longest[batch].sum()))
-        except KeyboardInterrupt:
-            kept.save()
-            raise
+    longest = np.minimum(np.max(sizes, axis=0), most).tolist()
+    order = sorted(kept.missing(), key=lambda row: -longest[row])
+    with kept.filling(longest, "scan") as filling:
+        while order:
+            count = max(1, batch_tokens // (2 * longest[order[0]]))
+            batch, order = order[:count], order[count:]
+            texts = [rows[row][side] for side in (0, 1) for row in batch]
+            filling.put(batch, _cosines(model, encoder, texts, asked))
 
 
 def _cosines(

@@ -1,10 +1,12 @@
 """All patterns in one walk down the layers: what two patterns begin with is computed once.
 
-The patterns are a tree, in which each layer parts those that look both ways there from those that
-do not. SmolLM2's 69 patterns are 1,200 runs of a layer in this tree, and 2,070 one by one.
+A pattern chooses for each layer one of two ways: to look both ways or only back, or the layer of
+one model or of another. Patterns are a tree, in which each layer parts those that go one way from
+those that go the other. SmolLM2's 69 patterns of masks are 1,200 runs of a layer in this tree, and
+2,070 one by one.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,33 +18,42 @@ from ubmoe import layered
 from ubmoe.bidirectional import is_bidirectional, set_attention
 from ubmoe.scan.patterns import Pattern
 
+Choice = tuple[bool, ...]  # a way for each layer
+Layer = Callable[[int, bool, Tensor], Tensor]  # (number, way, states before) -> states after
+
+
+def walk(
+    before: Tensor, layer: Layer, choices: Sequence[Choice], places: Sequence[int], depth: int = 0
+) -> Iterator[tuple[list[int], Tensor]]:
+    """(places of equal choices, states after all layers), none of them kept."""
+    if depth == len(choices[places[0]]):
+        yield list(places), before
+        return
+    for way in (False, True):
+        own = [place for place in places if choices[place][depth] is way]
+        if own:
+            yield from walk(layer(depth, way, before), layer, choices, own, depth + 1)
+
 
 @torch.no_grad()
 def states(
     model: PreTrainedModel, inputs: dict[str, Tensor], patterns: Sequence[Pattern]
 ) -> Iterator[tuple[int, Tensor]]:
-    """(place of a pattern, (B, T, D) last states) of every pattern, none of them kept.
+    """(place of a pattern, (B, T, D) last states) of every pattern of masks.
 
     model: a causal language model. Each equals the states of a model with that `bi.layers`.
     """
     with _layered(model) as config:
-        first, calls = _calls(model, inputs)
+        first, calls = given(model, inputs)
         inner: Any = model.base_model
 
-        def walk(depth: int, each: Tensor, places: list[int]) -> Iterator[tuple[int, Tensor]]:
-            if depth == len(inner.layers):
-                yield from ((place, inner.norm(each)) for place in places)
-                return
-            for both in (False, True):
-                own = [place for place in places if patterns[place].both[depth] is both]
-                if own:
-                    setattr(config, layered.KEY, [depth] if both else [])
-                    arguments, keys = calls[depth]
-                    output = inner.layers[depth](each, *arguments, **keys)
-                    after = output[0] if isinstance(output, tuple) else output
-                    yield from walk(depth + 1, after, own)
+        def layer(number: int, both: bool, before: Tensor) -> Tensor:
+            setattr(config, layered.KEY, [number] if both else [])
+            return called(inner.layers[number], before, calls[number])
 
-        yield from walk(0, first, list(range(len(patterns))))
+        choices = [pattern.both for pattern in patterns]
+        for places, last in walk(first, layer, choices, range(len(choices))):
+            yield from ((place, inner.norm(last)) for place in places)
 
 
 @contextmanager
@@ -61,14 +72,15 @@ def _layered(model: PreTrainedModel) -> Iterator[Any]:
         set_attention(model, both)
 
 
-def _calls(
-    model: PreTrainedModel, inputs: dict[str, Tensor]
-) -> tuple[Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def given(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[Tensor, list[Call]]:
     """What the model itself gives to its first layer, and beside the states to each of them."""
-    given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    calls: list[Call] = []
 
     def look(layer: Any, arguments: tuple[Any, ...], keys: dict[str, Any]) -> None:
-        given.append((arguments, keys))
+        calls.append((arguments, keys))
 
     inner: Any = model.base_model
     hooks = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in inner.layers]
@@ -77,4 +89,11 @@ def _calls(
     finally:
         for hook in hooks:
             hook.remove()
-    return given[0][0][0], [(arguments[1:], keys) for arguments, keys in given]
+    return calls[0][0][0], [(arguments[1:], keys) for arguments, keys in calls]
+
+
+def called(layer: Any, before: Tensor, call: Call) -> Tensor:
+    """The states after a layer."""
+    arguments, keys = call
+    output = layer(before, *arguments, **keys)
+    return output[0] if isinstance(output, tuple) else output

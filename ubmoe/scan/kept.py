@@ -1,0 +1,84 @@
+"""What an interrupted run over rows has computed, and goes on from."""
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+from tqdm import tqdm
+
+from ubmoe.config import listed, unlike
+from ubmoe.files import replace
+
+log = logging.getLogger(__name__)
+SAVE_EVERY = 30.0  # seconds
+
+
+class Kept:
+    """(..., rows) values, NaN where not yet computed, in a file that is replaced whole.
+
+    mark: what the values depend on; those of another mark are not taken.
+    """
+
+    def __init__(self, path: Path, mark: dict[str, Any], shape: tuple[int, ...]) -> None:
+        self.path, self.mark = path, json.loads(json.dumps(mark))
+        self.values = np.full(shape, np.nan)
+        self.saved = time.monotonic()
+
+    def missing(self) -> list[int]:
+        """Rows that are to be computed."""
+        return np.flatnonzero(np.isnan(self.values).reshape(-1, self.values.shape[-1])[-1]).tolist()
+
+    def save(self) -> None:
+        def write(path: Path) -> None:
+            with path.open("wb") as file:
+                np.savez(file, mark=json.dumps(self.mark), values=self.values)
+
+        replace(self.path, write)
+        self.saved = time.monotonic()
+
+    def load(self) -> None:
+        """Take what an interrupted run of the same mark left, if anything."""
+        if not self.path.exists():
+            return
+        try:
+            with np.load(self.path, allow_pickle=False) as file:
+                mark, values = json.loads(str(file["mark"])), file["values"]
+            other = unlike(mark, self.mark)
+        except (OSError, ValueError, KeyError, EOFError, AttributeError, BadZipFile):
+            log.info("%s: not whole, or of an older version; starting afresh", self.path)
+            return
+        if other:
+            log.info("%s: of another run (other %s); starting afresh", self.path, listed(other))
+            return
+        self.values = values
+        log.info("resuming, %d rows still to do", len(self.missing()))
+
+    @contextmanager
+    def filling(self, tokens: Sequence[int], name: str) -> Iterator["Filling"]:
+        """A progress bar over the tokens of the missing rows; what is complete stays on Ctrl-C."""
+        total = sum(tokens[row] for row in self.missing())
+        with tqdm(total=total, desc=name, unit="token", unit_scale=True, disable=None) as bar:
+            try:
+                yield Filling(self, tokens, bar)
+            except KeyboardInterrupt:
+                self.save()
+                raise
+
+
+class Filling:
+    """Takes the values of rows as they come."""
+
+    def __init__(self, kept: Kept, tokens: Sequence[int], bar: Any) -> None:
+        self.kept, self.tokens, self.bar = kept, tokens, bar
+
+    def put(self, rows: Sequence[int], values: np.ndarray) -> None:
+        self.kept.values[..., rows] = values
+        if time.monotonic() - self.kept.saved > SAVE_EVERY:
+            self.kept.save()
+        self.bar.update(sum(self.tokens[row] for row in rows))

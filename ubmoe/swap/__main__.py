@@ -1,0 +1,40 @@
+"""Which layers' tuning costs the language model? Swap one layer at a time, and read causally.
+
+python -m ubmoe.swap configs/tiny.yaml ubmoe.bi=runs/tiny/bi
+"""
+
+import os
+import sys
+from pathlib import Path
+
+try:
+    from ubmoe import cli
+    from ubmoe.config import Config, UserError
+except KeyboardInterrupt:  # before anything was begun
+    sys.exit(130)
+
+
+def main(config: Config) -> Path | None:
+    """Perplexity of every swap between the model and its tuned encoder. Returns the result."""
+    # torch is imported late, so that --help and a mistyped key are answered at once.
+    from ubmoe.recording import recording
+
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("swap runs in one process; expected python -m ubmoe.swap")
+    with recording("swap", "swap", config) as run:
+        from ubmoe.models.digests import fingerprint
+        from ubmoe.report import figures
+        from ubmoe.swap.swaps import both_models, held_out_chats, swap
+
+        chats = held_out_chats(config)
+        run.model, encoder = both_models(config)
+        run.section = swap(run.model, encoder, chats, config, run.directory)
+        run.section["bi_weights"] = fingerprint(encoder)
+        run.figures = figures.swap(run.section)
+    return run.path
+
+
+LOWER = "scan.batch_tokens"
+
+if __name__ == "__main__":
+    cli.run("python -m ubmoe.swap", __doc__ or "", main, lower=LOWER)

@@ -1,0 +1,131 @@
+"""Perplexity of a model with one layer of its tuned encoder, and of the encoder with one of its.
+
+Embeddings, last norm and head are the model's throughout, so that what differs are layers alone.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from ubmoe.config import Config, UserError
+from ubmoe.data.chats import Chat, collate, read_chats
+from ubmoe.data.padding import IGNORE_INDEX, batches_by_length
+from ubmoe.data.rows import held_out
+from ubmoe.models.digests import digest_of_rows, mark_of
+from ubmoe.models.loading import load_model, load_tokenizer, within_context
+from ubmoe.models.precision import autocast, uses_bfloat16
+from ubmoe.scan.kept import Kept
+from ubmoe.scan.walk import Choice, called, given, walk
+
+RESAMPLES = 10_000
+
+
+def held_out_chats(config: Config) -> list[Chat]:
+    """Those that perplexity is of elsewhere, too."""
+    settings = within_context(config, "ubmoe").ubmoe
+    tokenizer = load_tokenizer(config.model)
+    found = read_chats(settings.dataset, tokenizer, settings.max_tokens, settings.max_rows)
+    return held_out(found.chats, settings.held_out, "ubmoe.held_out")[1]
+
+
+def both_models(config: Config) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The model, and its encoder read causally. Raises UserError where they are not alike."""
+    path = config.ubmoe.bi or f"{config.output_dir}/bi"
+    base = load_model(config.model)
+    encoder = load_model(config.model.model_copy(update={"name": path, "revision": None}))
+    one, other = (
+        {name: value.shape for name, value in each.named_parameters()} for each in (base, encoder)
+    )
+    if one != other:
+        raise UserError(
+            f"ubmoe.bi: {path} has other weights than {config.model.name}; expected what was tuned "
+            "from it"
+        )
+    return base, encoder
+
+
+def choices(depth: int) -> list[Choice]:
+    """Of each layer, whether it is the encoder's: none, all, each one put in, each put back."""
+    alone = [tuple(each == number for each in range(depth)) for number in range(depth)]
+    back = [tuple(not each for each in own) for own in alone]
+    return [(False,) * depth, (True,) * depth, *alone, *back]
+
+
+def swap(
+    base: Any, encoder: Any, chats: Sequence[Chat], config: Config, directory: Path
+) -> dict[str, Any]:
+    """The `swap` section of the result.
+
+    An interrupted run leaves its sums in `directory`, where `resume=auto` finds them.
+    """
+    asked = choices(len(base.base_model.layers))
+    mark = {
+        "base": mark_of(base),
+        "encoder": mark_of(encoder),
+        "chats": digest_of_rows((chat.ids, chat.answer) for chat in chats),
+        "bf16": uses_bfloat16(config.evaluation.bf16, base.device),
+    }
+    kept = Kept(directory / "swap.partial-0.npz", mark, (len(asked), len(chats)))
+    if config.resume == "auto":
+        kept.load()
+    rows, lengths = kept.missing(), [len(chat.ids) for chat in chats]
+    ids = [chats[row].ids for row in rows]
+    with kept.filling(lengths, "swap") as filling, autocast(config.evaluation.bf16, base.device):
+        for batch in batches_by_length(ids, config.scan.batch_tokens) if rows else ():
+            own = [rows[place] for place in batch]
+            filling.put(own, losses(base, encoder, [chats[row] for row in own], asked))
+    counts = np.array([sum(chat.answer[1:]) for chat in chats])  # nothing predicts a first token
+    return summary(kept.values, counts)
+
+
+@torch.no_grad()
+def losses(base: Any, encoder: Any, chats: Sequence[Chat], asked: Sequence[Choice]) -> np.ndarray:
+    """(choices, chats) summed negative log-likelihood of each chat's answers."""
+    inputs = {name: value.to(base.device) for name, value in collate(list(chats)).items()}
+    labels = inputs.pop("labels")[:, 1:]
+    rows, places = (labels != IGNORE_INDEX).nonzero(as_tuple=True)
+    first, calls = given(base, inputs)
+
+    def layer(number: int, tuned: bool, before: Tensor) -> Tensor:
+        layers = (encoder if tuned else base).base_model.layers
+        return called(layers[number], before, calls[number])
+
+    found = np.zeros((len(asked), len(chats)))
+    for equal, last in walk(first, layer, asked, range(len(asked))):
+        chosen = base.base_model.norm(last)[rows, places]
+        logits = base.get_output_embeddings()(chosen).float()
+        each = cross_entropy(logits, labels[rows, places], reduction="none")
+        summed = torch.zeros(len(chats), device=base.device).index_add_(0, rows, each)
+        found[equal] = summed.cpu().numpy()
+    return found
+
+
+def summary(lost: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
+    """Perplexities, and by layer what a swap changes, in nats a token with a 95 % interval.
+
+    lost: (choices, chats). `in`: the encoder's layer in the model, over the model; `back`: the
+    model's layer in the encoder, over the encoder. The bootstrap draws chats.
+    """
+    depth = (len(lost) - 2) // 2
+    drawn = np.random.default_rng(0).multinomial(
+        len(counts), np.full(len(counts), 1 / len(counts)), RESAMPLES
+    )
+    means = (drawn @ lost.T) / (drawn @ counts)[:, None]  # (draws, choices)
+    exact = lost.sum(1) / counts.sum()
+    layers = []
+    for number in range(depth):
+        row: dict[str, Any] = {"layer": number}
+        for word, place, whole in (("in", 2 + number, 0), ("back", 2 + depth + number, 1)):
+            low, high = np.percentile(means[:, place] - means[:, whole], [2.5, 97.5])
+            change = float(exact[place] - exact[whole])
+            row[word] = {"change": change, "interval": [float(low), float(high)]}
+        layers.append(row)
+    ends = {"base": math.exp(exact[0]), "encoder": math.exp(exact[1])}
+    return {"chats": len(counts), "tokens": int(counts.sum()), "perplexity": ends, "layers": layers}
