@@ -75,11 +75,34 @@ def test_the_causal_control_is_drawn_and_told_apart(tmp_path):
     found = tradeoff.tuned(MODEL, Records.of_names(records), SEEDS)
     assert [each.row for each in found if each.is_control] == ["ffn causal"]
     axes = tradeoff.claim_figure(MODEL, found).axes[0]
-    assert "over 4 rows" in axes.get_title() and "causally: r = " in axes.get_title()
+    assert "over 4 rows" in axes.get_title() and "causally tuned rows: r = " in axes.get_title()
     assert "over 3 rows" in axes.get_title().splitlines()[1]
     drawn = {line.get_label(): line for line in axes.lines}
     assert list(drawn["ffn"].get_xdata()) == list(drawn["ffn causal"].get_xdata()) == [1.0]
     assert drawn["ffn causal"].get_fillstyle() == "none" != drawn["ffn"].get_fillstyle()
+
+
+def test_every_cause_that_was_measured_has_a_panel(tmp_path):
+    records = study(ROWS)
+    sinks = [(20.0, 58.0), (17.0, 58.5), (12.0, 57.0), (13.0, 59.0)]  # the base's, and the rows'
+    measured = [each for key, each in records.items() if ".dependence." in key]
+    for record, sink in zip(measured, sinks, strict=True):
+        record["dependence"] |= {"first": sink[0], "without_first": {"after": sink[1]}}
+    found = tradeoff.tuned(MODEL, Records.of_names(records), SEEDS)
+    assert [(each.first, each.without_first) for each in found] == [
+        (-3.0, 0.5),
+        (-8.0, -1.0),
+        (-7.0, 1.0),
+    ]
+    lost = [each.lost for each in found]
+    fallen = tradeoff.correlation(found, "first")
+    assert fallen.r == pytest.approx(np.corrcoef([-3, -8, -7], lost)[0, 1])
+    panels = tradeoff.claim_figure(MODEL, found).axes
+    assert [each.get_xlabel().partition(",")[0] for each in panels] == [
+        "DP-after",
+        "first",
+        "after without first",
+    ]
 
 
 def test_without_tasks_the_plane_is_of_perplexity_alone(tmp_path):

@@ -3,7 +3,8 @@
 From the records alone. The first plane has a point for every model of the study, STS average to the
 right (a mixture reads bidirectionally for it, an encoder as it was tuned), generation upwards, and
 its Pareto front. The second tests the paper's central claim: the more a tuned model attends to
-later tokens (DP-after), the more of its generation is lost.
+later tokens (DP-after), the more of its generation is lost. Beside it, where they were measured,
+what goes to the first token, and DP-after without that key.
 """
 
 import logging
@@ -76,11 +77,16 @@ def front(pairs: Sequence[tuple[float, float]]) -> list[int]:
 
 @dataclass(frozen=True)
 class Tuned:
-    """An encoder of one seed: how its DP-after and its generation differ from the base's."""
+    """An encoder of one seed: how its dependence and its generation differ from the base's.
+
+    after, first, without_first: percentage points; lost: log of the perplexity over the base's.
+    """
 
     row: str
-    after: float  # percentage points
-    lost: float  # log of the perplexity over the base's
+    after: float
+    lost: float
+    first: float | None = None
+    without_first: float | None = None
 
     @property
     def is_control(self) -> bool:
@@ -88,22 +94,35 @@ class Tuned:
         return self.row.endswith(CAUSAL)
 
 
+# The columns of a table of encoders, by what is looked at as a cause.
+CAUSES = {"after": "DP-after", "first": "first", "without_first": "after without first"}
+
+
 def tuned(model: str, records: Records, seeds: Sequence[int]) -> list[Tuned]:
     """Every encoder whose dependence and generation were measured."""
-    found: dict[str, list[tuple[float, float]]] = {}
-    for each in entries("encoders", model, records, seeds):
-        after, perplexity = (each.cells.get(name) for name in ("DP-after", "perplexity"))
-        if after is not None and perplexity is not None:
-            found.setdefault(each.row, []).append((after, perplexity))
-    if "base" not in found:
-        return []
-    [base] = found["base"]
-    return [
-        Tuned(row, after - base[0], math.log(perplexity / base[1]))
-        for row, every in found.items()
-        if not row.startswith("base")
-        for after, perplexity in every
+    every = entries("encoders", model, records, seeds)
+    found: list[tuple[str, Any]] = [
+        (each.row, each.cells) for each in every if {"DP-after", "perplexity"} <= each.cells.keys()
     ]
+    base: Any = next((cells for row, cells in found if row == "base"), None)
+    return [
+        Tuned(
+            row,
+            lost=math.log(cells["perplexity"] / base["perplexity"]),
+            **_moved(cells, base),
+        )
+        for row, cells in found
+        if base is not None and not row.startswith("base")
+    ]
+
+
+def _moved(own: Any, base: Any) -> dict[str, Any]:
+    """How far each cause is from the base's; None where one of the two was not measured."""
+    there = own.keys() & base.keys()
+    return {
+        name: own[column] - base[column] if column in there else None
+        for name, column in CAUSES.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -121,16 +140,19 @@ class Correlation:
         return f"r = {self.r:.2f} over {self.rows} rows ({text})"
 
 
-def correlation(found: Sequence[Tuned], seed: int = 0) -> Correlation:
-    """The bootstrap draws rows, each with all of its seeds, which are no new evidence."""
+def correlation(found: Sequence[Tuned], cause: str = "after", seed: int = 0) -> Correlation:
+    """Of a cause and lost generation.
+
+    The bootstrap draws rows, each with all of its seeds, which are no new evidence.
+    """
     rows = sorted({each.row for each in found})
     own = [[each for each in found if each.row == row] for row in rows]
 
     def drawn(chosen: np.ndarray) -> float:
-        return _pearson([each for place in chosen for each in own[place]])
+        return _pearson([each for place in chosen for each in own[place]], cause)
 
     if len(rows) < FEWEST:
-        return Correlation(_pearson(found), None, len(rows))
+        return Correlation(_pearson(found, cause), None, len(rows))
     several = bootstrap(
         *((np.arange(len(rows)),), drawn),
         n_resamples=RESAMPLES,
@@ -139,14 +161,14 @@ def correlation(found: Sequence[Tuned], seed: int = 0) -> Correlation:
         rng=seed,
     ).bootstrap_distribution
     low, high = np.nanpercentile(several, [2.5, 97.5])  # nan: one row drawn throughout
-    return Correlation(_pearson(found), (float(low), float(high)), len(rows))
+    return Correlation(_pearson(found, cause), (float(low), float(high)), len(rows))
 
 
-def _pearson(found: Sequence[Tuned]) -> float:
-    after, lost = ([getattr(each, name) for each in found] for name in ("after", "lost"))
-    if np.ptp(after) == 0 or np.ptp(lost) == 0:
+def _pearson(found: Sequence[Tuned], cause: str) -> float:
+    moved, lost = ([getattr(each, name) for each in found] for name in (cause, "lost"))
+    if np.ptp(moved) == 0 or np.ptp(lost) == 0:
         return math.nan
-    return float(pearsonr(after, lost).statistic)
+    return float(pearsonr(moved, lost).statistic)
 
 
 # --- pictures -------------------------------------------------------------------------------------
@@ -173,6 +195,7 @@ def draw(config: Config, records: Records) -> str:
     return "\n".join(str(folder / name) for name in figures)
 
 
+MARKS = "osD^vP"
 COLOURS = {"base": "black", "encoder": "C0", "mixture": "C1"}
 
 
@@ -243,25 +266,31 @@ def _error(values: list[float]) -> float | None:
 
 @styled
 def claim_figure(model: str, encoded: list[Tuned]) -> Any:
-    figure = blank(6.2, 4.4)
-    axes = figure.subplots()
+    """Lost generation against each cause that was measured of every encoder, a panel each."""
+    causes = [c for c in CAUSES if all(getattr(each, c) is not None for each in encoded)]
+    figure = blank(1.8 + 4.4 * len(causes), 4.4)
+    panels = figure.subplots(1, len(causes), sharey=True, squeeze=False)[0]
+    for axes, cause in zip(panels, causes, strict=True):
+        _claim_panel(axes, encoded, cause)
+    panels[0].set(ylabel="lost generation: log perplexity over the base's")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
+    figure.suptitle(model, fontsize=10)
+    return figure
+
+
+def _claim_panel(axes: Any, encoded: list[Tuned], cause: str) -> None:
     for number, row in enumerate(dict.fromkeys(each.row for each in encoded)):
         own = [each for each in encoded if each.row == row]
         axes.plot(
-            *([each.after for each in own], [each.lost for each in own]),
-            marker="o", ls="", ms=5, color=f"C{number}", label=row,
+            *([getattr(each, cause) for each in own], [each.lost for each in own]),
+            marker=MARKS[number % len(MARKS)], ls="", ms=5, color=f"C{number}", label=row,
             fillstyle="none" if own[0].is_control else "full",
         )  # fmt: skip
     axes.axhline(0, color="grey", lw=0.6)
     axes.axvline(0, color="grey", lw=0.6)
-    axes.set(
-        xlabel="DP-after, minus the base's (percentage points)",
-        ylabel="lost generation: log perplexity over the base's",
-    )
+    axes.set(xlabel=f"{CAUSES[cause]}, minus the base's (percentage points)")
     own = [each for each in encoded if not each.is_control]
-    text = [f"{model}: {correlation(encoded)}"]
+    text = [str(correlation(encoded, cause))]
     if len(own) < len(encoded):
-        text.append(f"without the control that was tuned causally: {correlation(own)}")
-    axes.set_title("\n".join(text), fontsize=8)
-    axes.legend()
-    return figure
+        text.append(f"without causally tuned rows: {correlation(own, cause)}")
+    axes.set_title("\n".join(text), fontsize=7)
