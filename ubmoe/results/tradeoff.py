@@ -24,6 +24,7 @@ from ubmoe.config import Config, UserError
 from ubmoe.files import replace_all, save_figure
 from ubmoe.report.figures import blank, styled
 from ubmoe.report.tables import CAUSAL, ROUTES, model_of
+from ubmoe.results import sink
 from ubmoe.results.entries import entries
 from ubmoe.results.records import Records
 
@@ -175,7 +176,10 @@ def _pearson(found: Sequence[Tuned], cause: str) -> float:
 
 
 def draw(config: Config, records: Records) -> str:
-    """Write tradeoff.png and claim.png to output_dir; returns their paths. Raises UserError."""
+    """Write tradeoff.png, claim.png and sink.png to output_dir, those that the records give.
+
+    Returns their paths. Raises UserError.
+    """
     model, seeds = model_of({"config": config.model_dump()}), config.results.seeds
     placed, encoded = points(model, records, seeds), tuned(model, records, seeds)
     if len(placed) < 2:
@@ -191,6 +195,9 @@ def draw(config: Config, records: Records) -> str:
     else:
         (folder / "claim.png").unlink(missing_ok=True)  # of other records
         log.info("claim.png: not drawn, of %d rows with dependence and perplexity", len(rows))
+    twins = sink.measured(model, records, seeds)
+    if len(twins) > 2:
+        figures["sink.png"] = sink.figure(model, twins)
     replace_all({folder / name: partial(save_figure, each) for name, each in figures.items()})
     return "\n".join(str(folder / name) for name in figures)
 

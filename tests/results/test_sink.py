@@ -1,0 +1,71 @@
+"""Rows with a causal twin, drawn by length and by layer."""
+
+import copy
+
+import pytest
+from builders import SEEDS
+
+from ubmoe.results import sink
+from ubmoe.results.records import Records
+
+FULL = {"main": 1.0, "before": 60.0, "first": 20.0}
+
+
+def section(after, without, first):
+    whole = FULL | {"after": after, "without_first": {"after": without}}
+    bucket = whole | {"texts": 3, "stderr": {"after": 0.5, "without_first": {"after": 0.25}}}
+    empty = bucket | {"texts": 0} | dict.fromkeys((*FULL, "after"))
+    return {
+        **whole,
+        "overall": whole,
+        "buckets": [bucket | {"range": [0, 256]}, empty | {"range": [256, 512]}],
+        "layers": [{"first": first}, {"first": 2 * first}],
+    }
+
+
+def records():
+    found = {}
+    rows = {"base": None, "ffn": "bidirectional", "ffn causal": "causal", "all": "bidirectional"}
+    for number, (row, attention) in enumerate(rows.items()):
+        for seed in (0, 1) if row == "ffn" else (0,):
+            name = f"r{number}"
+            stages = [{"objective": "simcse", "train": row.split()[:1]}] if attention else []
+            bi = {"stages": stages, "attention": attention}
+            own = {"model": {"name": "small"}, "seed": seed, "bi": bi}
+            found[f"{name}.sts.seed{seed}"] = {"config": own, "sts": {"tasks": {}, "average": 1.0}}
+            other = {"model": {"name": "bi" if attention else "small"}, "seed": seed}
+            numbers = section(40.0 + number + seed, 50.0, 10.0 + number)
+            found[f"{name}.dependence.seed{seed}"] = {"config": other, "dependence": numbers}
+    return Records.of_names(found)
+
+
+def test_only_rows_with_a_twin_stand_beside_the_base():
+    rows = sink.measured("small", records(), SEEDS)
+    assert {row: len(own) for row, own in rows.items()} == {"base": 1, "ffn": 2, "ffn causal": 1}
+    assert {row: len(own) for row, own in sink.measured("small", records(), [1]).items()} == {
+        "base": 1
+    }
+
+
+def test_records_without_the_sink_are_left_out():
+    older = copy.deepcopy(records())
+    for record in older.of("dependence"):
+        del record.section["first"]
+    assert sink.measured("small", older, SEEDS) == {}
+
+
+def test_lines_are_means_over_seeds():
+    panels = sink.figure("small", sink.measured("small", records(), SEEDS)).axes
+    lines = {axes.get_title(): {} for axes in panels}
+    for axes in panels:
+        for line in axes.lines:
+            lines[axes.get_title()].setdefault(line.get_color() + line.get_linestyle(), line)
+    after, without, first = lines.values()
+    blue = sink.COLOURS[0]
+    assert {key: list(line.get_ydata()) for key, line in after.items()} == {
+        "black-": [40.0],
+        f"{blue}-": [pytest.approx(41.5)],
+        f"{blue}--": [42.0],
+    }
+    assert list(without[f"{blue}-"].get_ydata()) == [50.0]
+    assert list(first[f"{blue}--"].get_ydata()) == [12.0, 24.0]
