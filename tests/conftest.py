@@ -5,7 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it, and for child processes too
 
 # ruff: noqa: E402
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from builders import KilledError, random_model
 
 from ubmoe.config import Config, load_config
 from ubmoe.models import precision
+from ubmoe.tiny import sizes
 
 
 @pytest.fixture(scope="session")
@@ -49,6 +50,16 @@ def dying(monkeypatch: pytest.MonkeyPatch) -> Callable[[type, int], list[int]]:
         return steps
 
     return die
+
+
+@pytest.fixture(autouse=True, scope="session")
+def less_to_score() -> Iterator[None]:
+    """Of the embedded language: a test of what is done with scores needs few of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sizes, "STS_PAIRS", 300)
+        patch.setattr(sizes, "GRAMMAR_SENTENCES", 60)
+        patch.setattr(sizes, "PROBING_ITEMS", 600)
+        yield
 
 
 @pytest.fixture(autouse=True)

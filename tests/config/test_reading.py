@@ -182,6 +182,7 @@ def test_an_override_leaves_unsaid_keys_to_their_objective(tmp_path):
     whole = load_config(path, ["bi.stages=[{}, {}]", "bi.stages.1.lora.rank=5"]).bi.stages
     assert whole[0].lora is None and whole[1].lora.rank == 5
     assert "bi.stages.2.lora.rank: unknown key" in problem(path, "bi.stages.2.lora.rank=1")
+    assert "results.rows.0.keys: unknown key" in problem(path, "results.rows.0.keys=[]")
 
 
 @pytest.mark.parametrize("keys", ["prompt: null", "prompt: 'a {text} b'", "pooling: last"])

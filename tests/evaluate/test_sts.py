@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ubmoe.config import TABLE2, BiSection, UserError, load_config
 from ubmoe.encoder.sentence_encoder import as_encoder, load_encoder
 from ubmoe.evaluate import sts as evaluate
-from ubmoe.tiny import language
+from ubmoe.tiny import language, sizes
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_two_local_models_get_their_own_scores_equal_to_a_hand_computation(encod
     rows = evaluate.read_pairs(path)
     assert len(rows) == 40 and rows[0]["sentence1"].startswith('"')  # nothing is quoted
     found = [scores(each, "tiny", str(path)) for each in encoders]
-    tiny_rows = [pair._asdict() for pair in language.pairs(evaluate.TINY_PAIRS, evaluate.TINY_SEED)]
+    tiny_rows = [pair._asdict() for pair in language.pairs(sizes.STS_PAIRS, evaluate.TINY_SEED)]
     for encoder, section in zip(encoders, found, strict=True):
         assert section["tasks"]["pairs"] == pytest.approx(by_hand(encoder, rows), abs=1e-3)
         assert section["tasks"]["tiny"] == pytest.approx(by_hand(encoder, tiny_rows), abs=1e-3)

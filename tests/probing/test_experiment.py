@@ -17,7 +17,7 @@ from ubmoe.probing.tasks import read_tasks
 from ubmoe.report import figures
 from ubmoe.results.__main__ import table
 
-KEYS = ["model.device=cpu"]
+KEYS = ["model.device=cpu", "probing.jobs=1"]
 
 
 @pytest.fixture(scope="module")

@@ -112,7 +112,8 @@ def _override(tree: dict[str, Any], text: str) -> str | None:
         if isinstance(node, dict) and node.get(part) is None:
             node[part] = default if isinstance(default, list) else {}
         slot = _slot(node, part)
-        node = None if slot is None else node[slot]
+        inner = None if slot is None else node[slot]
+        node = inner if isinstance(inner, dict | list) else None  # a word has no keys
     slot = _slot(node, last) if isinstance(node, list) else last
     if slot is None or node is None or numbered(name).removesuffix(".N") not in known:
         return f"{name}: unknown key; {_nearest(name)}"

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from ubmoe.probing.items import FEATURES, Items, Task, bare, text, tokens
 from ubmoe.probing.word_vectors import Word
-from ubmoe.tiny import language
+from ubmoe.tiny import language, sizes
 
-TINY_SEED, TINY_ITEMS = 21, 1200
+TINY_SEED = 21
 KINDS = ("person", "animal", "food", "thing")
 CONCRETE = {"person": 2.0, "animal": 3.0, "food": 4.0, "thing": 5.0}
 
@@ -19,7 +19,7 @@ def _tiny_context() -> list[Task]:
     for feature, target in FEATURES.items():
         rng = random.Random(f"{TINY_SEED} {feature}")
         places = [Items() for _ in range(5)]
-        for _ in range(2 * TINY_ITEMS):
+        for _ in range(2 * sizes.PROBING_ITEMS):
             agent, patient = rng.choices(language.NOUNS, k=2)
             verb = rng.choice(language.VERBS)
             label = {
@@ -67,7 +67,7 @@ def _said(count: int) -> list[_Said]:
 
 def _tiny_aspect() -> list[Task]:
     causative, dynamic = Items(), Items()
-    for said in _said(TINY_ITEMS):
+    for said in _said(sizes.PROBING_ITEMS):
         verb = said.meaning.verb
         causative.add((said.verb,), int(verb.causative), text(said.verb))
         dynamic.add((said.verb,), int(verb.dynamic), text(said.verb))
@@ -77,7 +77,7 @@ def _tiny_aspect() -> list[Task]:
 def _tiny_concreteness() -> list[Task]:
     """A noun's kind, and a little of what it does."""
     items = Items()
-    for said in _said(TINY_ITEMS // 2):
+    for said in _said(sizes.PROBING_ITEMS // 2):
         score = CONCRETE[said.meaning.agent.kind] + 0.5 * said.meaning.verb.dynamic
         items.add((said.agent,), [score], text(said.agent).lower())
     return [items.task("concreteness")]
@@ -85,7 +85,7 @@ def _tiny_concreteness() -> list[Task]:
 
 def _tiny_sensorimotor() -> list[Task]:
     items = Items()
-    for said in _said(TINY_ITEMS // 2):
+    for said in _said(sizes.PROBING_ITEMS // 2):
         norms = [5.0 * (said.meaning.patient.kind == kind) for kind in KINDS]
         items.add((said.patient,), norms, text(said.patient).lower())
     return [items.task("sensorimotor")]
@@ -95,11 +95,11 @@ def _tiny_wic() -> list[Task]:
     """Does a noun do the same in both sentences: act, or suffer?"""
     rng, items = random.Random(TINY_SEED), Items()
     roles: dict[str, tuple[list[Word], list[Word]]] = {}
-    for said in _said(TINY_ITEMS * 2):
+    for said in _said(sizes.PROBING_ITEMS * 2):
         for role, word in enumerate((said.agent, said.patient)):
             roles.setdefault(text(word).lower(), ([], []))[role].append(word)
     both = sorted(noun for noun, (acts, suffers) in roles.items() if len(acts) > 1 < len(suffers))
-    for number in range(TINY_ITEMS // 2):
+    for number in range(sizes.PROBING_ITEMS // 2):
         noun = rng.choice(both)
         acts, suffers = roles[noun]
         same = number % 2

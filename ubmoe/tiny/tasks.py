@@ -6,12 +6,11 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict
 
-from ubmoe.tiny import language
+from ubmoe.tiny import language, sizes
 
 # What a fact is asked of: its subject is the group that matches.
 ASKED = r"What colour is the (.*)\?|(?:Where|What|Which animal) does (.*) \w+\?|.* of (.*)\?"
 CHOICES, SEED = 4, 5
-SENTENCES = 300
 
 
 def facts() -> list[dict[str, Any]]:
@@ -44,7 +43,7 @@ def grammar() -> list[dict[str, Any]]:
     """Sentences against the same with two neighbouring words exchanged: chance is 50 %."""
     draw = random.Random(SEED)
     rows = []
-    for sentence in language.sentences(SENTENCES, SEED):
+    for sentence in language.sentences(sizes.GRAMMAR_SENTENCES, SEED):
         words = sentence.split()
         place = draw.randrange(1, len(words) - 2)
         while words[place] == words[place + 1]:

@@ -111,6 +111,8 @@ def fit(trainer: Trainer, checkpoint: Path | None) -> list[dict[str, Any]]:
     pace = Pace()
     trainer.add_callback(pace)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    # accelerate's autocast stays in the model's forward, and whatever is scored next would have it
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     for name, value in model.named_parameters():
         if value.requires_grad and not torch.isfinite(whole(value.detach())).all():
             raise UserError(f"the last step made {name} infinite; lower learning_rate")
