@@ -61,9 +61,9 @@ def main(*given: str) -> None:
             own = [*keys, f"model.dtype={dtype}", f"output_dir={folder}/{dtype}"]
             with products():
                 result = tuned(train_bi.main, with_keys(config, own))
-            losses = [row["loss"] for each in result["stages"] for row in each["log"]]
+            logs = [row for each in result["stages"] for row in each["log"] if "loss" in row]
             row = {"weights": dtype, "steps": sum(each.max_steps for each in config.bi.stages)}
-            rows.append(row | {"last loss": losses[-1], "STS": result["average"]})
+            rows.append(row | {"last loss": logs[-1]["loss"], "STS": result["average"]})
     apart = abs(rows[0]["STS"] - rows[1]["STS"])
     rows[1] |= {"apart": apart, "limit": LIMIT, "holds": "yes" if apart <= LIMIT else "no"}
     rows[0] |= {"apart": "", "limit": "", "holds": ""}

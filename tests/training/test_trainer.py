@@ -1,11 +1,18 @@
-"""The guard that ends a run before a step that is not finite."""
+"""The guard that ends a run before a step that is not finite; nothing of training stays."""
 
+import copy
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from builders import random_model
+from transformers import AutoTokenizer
 
-from ubmoe.config import UserError
+from ubmoe.config import BiSection, StageSection, UserError
+from ubmoe.encoder import contrastive
+from ubmoe.encoder.sentence_encoder import as_encoder
+from ubmoe.training.checkpoints import Work
 from ubmoe.training.trainer import StopOnBadLoss
 
 
@@ -32,3 +39,16 @@ def test_a_bad_loss_is_told_whatever_its_gradient(loss, gradient):
 def test_a_bad_gradient_is_named():
     with pytest.raises(UserError, match="step 7: the gradient of weight is not finite"):
         look(1.0, float("nan"))
+
+
+def test_autocast_ends_with_training(tiny_path, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_path)
+    model = random_model("qwen2", vocab_size=len(tokenizer))
+    form = BiSection(prompt=None)
+    encoder = as_encoder(model, tokenizer, form)
+    keys = {"max_steps": 2, "per_device_train_batch_size": 4, "max_rows": 40, "bf16": True}
+    stage = StageSection(**keys, train=["ffn"], dataset="tiny")
+    data = contrastive.read_dataset(stage, tokenizer)
+    contrastive.train_stage(encoder, model, stage, data, Work(tmp_path, 0))
+    same = as_encoder(copy.deepcopy(model), tokenizer, form)
+    assert np.array_equal(encoder.encode(["The cat sleeps."]), same.encode(["The cat sleeps."]))
