@@ -29,7 +29,10 @@ from ubmoe.models.loading import best_device, load_model, load_tokenizer
 from ubmoe.models.precision import cast, has_bfloat16
 
 LIMIT = 0.3
-PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm}
+PRODUCTS = {
+    *(torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm),
+    *(torch.ops.aten.linear, torch.ops.aten.matmul),  # whole, where inference mode is on
+}
 
 
 class Rounded(TorchDispatchMode):
@@ -38,7 +41,7 @@ class Rounded(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        if func.overloadpacket in PRODUCTS and args[-1].dtype == torch.bfloat16:
+        if func.overloadpacket in PRODUCTS and args[0].dtype == torch.bfloat16:
             args = tree_map(lambda each: each.float() if torch.is_tensor(each) else each, args)
             return func(*args, **(kwargs or {})).bfloat16()
         return func(*args, **(kwargs or {}))
