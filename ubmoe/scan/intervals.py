@@ -1,7 +1,7 @@
 """Bootstrap of the difference of two Spearman correlations, many draws at a time.
 
 A draw is how often it holds each pair. The ranks in a draw follow from these counts and from the
-order of the pairs, so that nothing is sorted again: a draw of 500 pairs takes 30 us.
+order of the pairs, so that nothing is sorted again: two of 500 pairs take 0.1 ms.
 """
 
 from collections.abc import Iterator
