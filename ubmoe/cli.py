@@ -116,6 +116,12 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def in_one_process(name: str) -> None:
+    """Raises UserError where torchrun has started several of a program that knows one."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError(f"{name} runs in one process; expected python -m ubmoe.{name}")
+
+
 def parse(arguments: list[str]) -> Config:
     """[CONFIG] [key=value ...] -> Config. Raises UserError."""
     for text in arguments:

@@ -4,13 +4,12 @@ python -m ubmoe.probing configs/tiny.yaml
 python -m ubmoe.probing configs/tiny.yaml probing.data=path/to/semantic-probing-2025
 """
 
-import os
 import sys
 from pathlib import Path
 
 try:
     from ubmoe import cli
-    from ubmoe.config import Config, UserError
+    from ubmoe.config import Config
 except KeyboardInterrupt:  # before anything was begun
     sys.exit(130)
 
@@ -20,8 +19,7 @@ def main(config: Config) -> Path | None:
     # torch is imported late, so that --help and a mistyped key are answered at once.
     from ubmoe.recording import recording
 
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UserError("probing runs in one process; expected python -m ubmoe.probing")
+    cli.in_one_process("probing")
     with recording("probing", "probing", config) as run:
         from ubmoe.probing import experiment
         from ubmoe.probing.tasks import read_tasks

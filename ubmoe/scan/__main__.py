@@ -4,13 +4,12 @@ python -m ubmoe.scan configs/tiny.yaml
 python -m ubmoe.scan configs/qwen2.5-0.5b.yaml scan.pairs=path/to/STSB-dev.tsv
 """
 
-import os
 import sys
 from pathlib import Path
 
 try:
     from ubmoe import cli
-    from ubmoe.config import Config, UserError
+    from ubmoe.config import Config
 except KeyboardInterrupt:  # before anything was begun
     sys.exit(130)
 
@@ -20,8 +19,7 @@ def main(config: Config) -> Path | None:
     # torch is imported late, so that --help and a mistyped key are answered at once.
     from ubmoe.recording import recording
 
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UserError("scan runs in one process; expected python -m ubmoe.scan")
+    cli.in_one_process("scan")
     with recording("scan", "scan", config) as run:
         from ubmoe.evaluate.sts import sts_tasks
         from ubmoe.models.loading import load_model, within_context

@@ -3,13 +3,12 @@
 python -m ubmoe.swap configs/tiny.yaml ubmoe.bi=runs/tiny/bi
 """
 
-import os
 import sys
 from pathlib import Path
 
 try:
     from ubmoe import cli
-    from ubmoe.config import Config, UserError
+    from ubmoe.config import Config
 except KeyboardInterrupt:  # before anything was begun
     sys.exit(130)
 
@@ -19,8 +18,7 @@ def main(config: Config) -> Path | None:
     # torch is imported late, so that --help and a mistyped key are answered at once.
     from ubmoe.recording import recording
 
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UserError("swap runs in one process; expected python -m ubmoe.swap")
+    cli.in_one_process("swap")
     with recording("swap", "swap", config) as run:
         from ubmoe.models.digests import fingerprint
         from ubmoe.report import figures
