@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from ubmoe.config import DependenceSection, UserError
 from ubmoe.data.padding import batches_by_length
 from ubmoe.data.rows import Text
-from ubmoe.dependence import SHARES, measure, sums
+from ubmoe.dependence import COLUMNS, SHARES, measure, sums
 from ubmoe.dependence.recorder import dependence_of, observed
 from ubmoe.dependence.sums import bucket_of
 from ubmoe.dependence.texts import cut, tokenize
@@ -76,6 +76,16 @@ def test_every_number_is_the_mean_over_texts_one_at_a_time(tmp_path):
     assert (section["texts"], section["outside_buckets"]) == (33, 1)
     assert section["tokens"] == lengths.sum()
     json.dumps(section, allow_nan=False)
+
+
+def test_every_text_is_told_by_itself(tmp_path):
+    model, ids = random_model("qwen2"), texts()
+    found = measure.measure(model, ids, SETTINGS, tmp_path)["by_text"]
+    assert found.pop("tokens") == [len(text) for text in ids]
+    each = one_at_a_time(model, ids).mean((1, 2))
+    assert list(found) == list(COLUMNS)
+    for number, values in enumerate(found.values()):
+        np.testing.assert_allclose(values, each[:, number], atol=1e-3)
 
 
 def test_the_sink_stands_beside_every_triple(tmp_path):

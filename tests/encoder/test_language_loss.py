@@ -75,5 +75,5 @@ def test_generation_is_kept_where_it_is_on(tiny_path, tokenizer, tmp_path, cache
         log = [row for row in report["log"] if "loss" in row]
         assert ("lm_loss" in log[0]) == bool(weight)
         set_attention(model, bidirectional=False)
-        lost[weight] = perplexity(model, kept)
+        lost[weight] = perplexity(model, kept)["perplexity"]
     assert lost[1.0] < lost[0.0] - 0.1, lost

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from builders import drawn, join, random_model
@@ -213,18 +214,54 @@ def test_a_bidirectional_model_is_refused(tokenizer):
 
 def test_perplexity_is_that_of_each_answer_token_alone(model, tokenizer):
     chats = read_chats("tiny", tokenizer, 200, 12).chats
-    losses = []
+    losses: list[list[float]] = []
     for chat in chats:
+        losses.append([])
         with torch.no_grad():
             logs = model(torch.tensor([chat.ids])).logits[0].log_softmax(-1)
         for place in range(1, len(chat.ids)):
             if chat.answer[place]:
-                losses.append(-logs[place - 1, chat.ids[place]].item())
-    expected = math.exp(sum(losses) / len(losses))
+                losses[-1].append(-logs[place - 1, chat.ids[place]].item())
+    expected = math.exp(sum(map(sum, losses)) / sum(map(len, losses)))
     for budget in (1, 500, 10**6):
-        assert generation.perplexity(model, chats, batch_tokens=budget) == pytest.approx(
-            expected, rel=1e-5
-        )
+        found = generation.perplexity(model, chats, batch_tokens=budget)
+        assert found["perplexity"] == pytest.approx(expected, rel=1e-5)
+        assert found["answers"]["losses"] == pytest.approx(list(map(sum, losses)), abs=1e-3)
+        assert found["answers"]["tokens"] == list(map(len, losses))
+
+
+def test_the_interval_of_a_perplexity_is_a_slow_bootstraps(model, tokenizer):
+    chats = read_chats("tiny", tokenizer, 200, 12).chats
+    found = generation.perplexity(model, chats)
+    lost, tokens = (np.array(found["answers"][name]) for name in ("losses", "tokens"))
+    rng, slow = np.random.default_rng(1), []
+    for _ in range(4000):
+        drawn = rng.integers(0, len(chats), len(chats))
+        slow.append(math.exp(lost[drawn].sum() / tokens[drawn].sum()))
+    expected = np.percentile(slow, [2.5, 97.5])
+    assert found["perplexity_interval"] == pytest.approx(expected, rel=0.02)
+
+
+def test_each_question_is_told_and_its_error_is_theirs(model, tokenizer):
+    found = generation.generation_scores(model, tokenizer, settings(generation=["tiny"], limit=9))
+    for name, metric in found["metrics"].items():
+        values = found["questions"][name]
+        assert len(values) == 9 and set(values) <= {0.0, 1.0}
+        assert 100 * np.mean(values) == pytest.approx(found["tasks"][name][metric])
+        assert found["stderr"][name] == pytest.approx(100 * np.std(values, ddof=1) / 3)
+
+
+def test_no_question_is_told_of_a_group_and_the_first_filter_of_a_task():
+    samples = [
+        {"doc_id": 1, "filter": "one", "acc": 0.0},
+        {"doc_id": 0, "filter": "one", "acc": 1.0},
+        {"doc_id": 1, "filter": "other", "acc": 1.0},
+        {"doc_id": 0, "filter": "other", "acc": 0.0},
+    ]
+    found = {"samples": {"task": samples, "corpus": [{"doc_id": 0, "bleu": ("a", "b")}]}}
+    assert generation._by_question(found, "task", "acc") == [1.0, 0.0]
+    assert generation._by_question(found, "corpus", "bleu") == []
+    assert generation._by_question(found, "group", "acc") == []
 
 
 def test_shares_become_percent_and_nothing_else_does():

@@ -62,6 +62,20 @@ def test_two_local_models_get_their_own_scores_equal_to_a_hand_computation(encod
     assert found[0]["tasks"] != found[1]["tasks"]
 
 
+def test_the_interval_of_a_score_is_a_slow_bootstraps(encoders, tmp_path):
+    path = pairs_file(tmp_path)
+    rows = evaluate.read_pairs(path)
+    a, b = (encoders[0].encode([row[name] for row in rows]) for name in ("sentence1", "sentence2"))
+    cosines = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+    gold = np.array([row["score"] for row in rows])
+    rng, slow = np.random.default_rng(1), []
+    for _ in range(3000):
+        drawn = rng.integers(0, len(rows), len(rows))
+        slow.append(100 * spearman(cosines[drawn], gold[drawn]))
+    expected = np.percentile(slow, [2.5, 97.5])
+    assert scores(encoders[0], str(path))["intervals"]["pairs"] == pytest.approx(expected, abs=2.5)
+
+
 def test_a_prompt_out_of_the_mean_is_there_when_mteb_scores(tiny_path, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_path)
     settings = BiSection(prompt="Say this:\n{text}", prompt_in_mean=False)

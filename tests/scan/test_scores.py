@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from builders import run
 
+from ubmoe import bootstrap
 from ubmoe.config import UserError, with_keys
 from ubmoe.encoder.sentence_encoder import load_encoder
 from ubmoe.evaluate.sts import sts_scores, sts_task
 from ubmoe.models.loading import load_model
-from ubmoe.scan import intervals, kept, scores
+from ubmoe.scan import kept, scores
 from ubmoe.tiny import language
 
 
@@ -25,7 +26,7 @@ def asked(tmp_path, config):
 
 @pytest.fixture(autouse=True)
 def fewer_draws(monkeypatch):
-    monkeypatch.setattr(intervals, "RESAMPLES", 50)
+    monkeypatch.setattr(bootstrap, "RESAMPLES", 50)
 
 
 def scanned(config, folder):

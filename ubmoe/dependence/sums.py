@@ -55,7 +55,7 @@ def summary(totals: Totals, edges: list[int]) -> dict[str, Any]:
     """Means in percent: overall, by bucket, layer, head; errors over texts; the uniform share.
 
     Beside each triple stand `first` and `without_first`, and with them their errors and uniform
-    values.
+    values. `by_text` has the shares of each text, so that models can be compared text by text.
     """
     texts = [totals.texts[text] for text in sorted(totals.texts)]
     count = len(texts)
@@ -73,6 +73,13 @@ def summary(totals: Totals, edges: list[int]) -> dict[str, Any]:
         "layers": [
             {**named(layer.mean(0)), "heads": [named(head) for head in layer]} for layer in layers
         ],
+        "by_text": {
+            "tokens": [int(each[0]) for each in texts],
+            **{
+                name: [round(100 * float(each[place]), 4) for each in texts]
+                for place, name in enumerate(COLUMNS, 1)
+            },
+        },
         "texts": count,
         "outside_buckets": count - sum(bucket["texts"] for bucket in buckets),
         "tokens": sum(int(each[0]) for each in texts),

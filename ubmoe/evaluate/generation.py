@@ -6,6 +6,7 @@ A bidirectional model is refused: its likelihoods would read the future.
 import logging
 import math
 import re
+import statistics
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -15,13 +16,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
-from torch import Tensor
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ubmoe.bidirectional import is_bidirectional
+from ubmoe.bootstrap import interval, means
 from ubmoe.config import TABLE4, TASKS_OF_BITUNE, Config, EvaluationSection, UserError
 from ubmoe.data.chats import Chat, collate, read_chats
 from ubmoe.data.padding import batches_by_length
@@ -147,9 +150,11 @@ def generation_scores(
 ) -> dict[str, Any]:
     """Every metric of every task, in percent, and the average of the tasks' main metrics.
 
-    The main metric of a task is the first that its YAML names; a group's is acc. lm: lm-eval's way
-    to ask the model; None: transformers' causal forward and generate. Raises UserError
-    for a bidirectional model and for a score that is not finite: it is never averaged.
+    The main metric of a task is the first that its YAML names; a group's is acc. `questions` has
+    its value for each question, so that models can be compared question by question; `stderr` is
+    theirs. lm: lm-eval's way to ask the model; None: transformers' causal forward and generate.
+    Raises UserError for a bidirectional model and for a score that is not finite: it is never
+    averaged.
     """
     check_causal(model)
     metadata = {
@@ -158,7 +163,8 @@ def generation_scores(
         "limit": settings.limit,
     }
     if not settings.generation:
-        return {"tasks": {}, "metrics": {}, "average": None, **metadata}
+        nothing: dict[str, Any] = {name: {} for name in ("tasks", "metrics", "questions", "stderr")}
+        return {**nothing, "average": None, **metadata}
     with redirect_stdout(sys.stderr):
         if lm is None:
             from ubmoe.evaluate.harness import Asked
@@ -180,13 +186,30 @@ def generation_scores(
         if not math.isfinite(tasks[name].get(metric, math.nan)):
             raise UserError(f"evaluation.generation: {name} has no finite {metric}: {tasks[name]}")
     average = sum(tasks[name][metric] for name, metric in metrics.items()) / len(tasks)
+    questions = {name: each for name in tasks if (each := _by_question(found, name, metrics[name]))}
+    stderr = {
+        name: 100 * statistics.stdev(each) / math.sqrt(len(each))
+        for name, each in questions.items()
+        if len(each) > 1 and SHARES.search(metrics[name])
+    }
     shots = {name: found["n-shot"].get(name) for name in tasks}
     versions = {name: found["versions"].get(name) for name in tasks}
     metadata["truncated"] = dict(lm.truncated)  # prompts whose beginning was cut, by task
     return {
         **{"tasks": tasks, "metrics": metrics, "average": average},
+        **{"questions": questions, "stderr": stderr},
         **{"shots": shots, "versions": versions, **metadata},
     }
+
+
+def _by_question(found: dict[str, Any], name: str, metric: str) -> list[float]:
+    """A task's main metric of each question, in their order; [] of a group, and of a corpus's."""
+    samples = found["samples"].get(name) or []
+    kept = {each["doc_id"]: each.get(metric) for each in reversed(samples)}  # the first filter's
+    values = [kept[number] for number in sorted(kept)]
+    if not all(isinstance(value, int | float) for value in values):
+        return []
+    return [round(float(value), 6) for value in values]
 
 
 @contextmanager
@@ -230,7 +253,7 @@ def _evaluated(lm: Any, settings: EvaluationSection) -> dict[str, Any]:
             apply_chat_template=settings.apply_chat_template,
             task_manager=manager() if theirs else TaskManager(include_defaults=False),
             bootstrap_iters=0,
-            log_samples=False,
+            log_samples=True,
         )
     except (OSError, KeyError, TypeError, ValueError, AssertionError) as error:
         # a data set that is not here, and no network; or a task that is wrong in itself
@@ -294,20 +317,29 @@ def perplexity(
     chats: list[Chat],
     bf16: Setting = False,
     batch_tokens: int = BATCH_TOKENS,
-) -> float:
-    """Of the answers' tokens, end tokens included. Raises UserError for a bidirectional model."""
+) -> dict[str, Any]:
+    """Of the answers' tokens, end tokens included; its interval; and what each chat adds to it.
+
+    `perplexity_interval`: 95 %, by the bootstrap over chats. `answers`: each chat's summed negative
+    log-likelihood, in nats, and tokens. Raises UserError for a bidirectional model.
+    """
     check_causal(model)
     head: Any = model.get_output_embeddings()
-
-    def predicted(batch: list[int]) -> tuple[Tensor, Tensor]:
-        inputs = collate([chats[index] for index in batch])
-        inputs = {name: value.to(model.device) for name, value in inputs.items()}
-        return losses.predictions(model, head, inputs, inputs.pop("labels"))
-
+    tokens = np.array([sum(chat.answer[1:]) for chat in chats])  # nothing predicts a first token
+    lost = np.zeros(len(chats))
     batches = batches_by_length([chat.ids for chat in chats], batch_tokens)
-    bar = tqdm(batches, desc="perplexity", disable=None, leave=False)
     with torch.no_grad(), autocast(bf16, model.device):
-        return losses.perplexity(predicted(batch) for batch in bar)
+        for batch in tqdm(batches, desc="perplexity", disable=None, leave=False):
+            inputs = collate([chats[index] for index in batch])
+            inputs = {name: value.to(model.device) for name, value in inputs.items()}
+            predicted = losses.predictions(model, head, inputs, inputs.pop("labels"))
+            each = cross_entropy(*predicted, reduction="none").cpu().split(tokens[batch].tolist())
+            lost[batch] = [own.sum().item() for own in each]
+    return {
+        "perplexity": math.exp(lost.sum() / tokens.sum()),
+        "perplexity_interval": interval(np.exp(means(lost, tokens))),
+        "answers": {"losses": lost.round(4).tolist(), "tokens": tokens.tolist()},
+    }
 
 
 def language_model_scores(config: Config) -> dict[str, Any]:
@@ -321,5 +353,4 @@ def language_model_scores(config: Config) -> dict[str, Any]:
     scores = generation_scores(model, tokenizer, config.evaluation)
     counts = {"held_out": len(kept), "max_tokens": settings.max_tokens}
     counts["truncated"] = sum(chat.cut for chat in kept)
-    found_of = {"perplexity": perplexity(model, kept, config.evaluation.bf16), "counts": counts}
-    return scores | found_of
+    return scores | perplexity(model, kept, config.evaluation.bf16) | {"counts": counts}

@@ -5,20 +5,24 @@ would get the first one's scores: no cache is used, and every run is named by it
 """
 
 import hashlib
+import json
 import math
 import re
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import mteb
+import numpy as np
 from datasets import Dataset, DatasetDict
 from mteb.abstasks.sts import AbsTaskSTS
 from mteb.abstasks.task_metadata import TaskMetadata
 from sentence_transformers import SentenceTransformer
 
+from ubmoe.bootstrap import correlations, interval
 from ubmoe.config import UserError, listed
 from ubmoe.data.bad_rows import usable
 from ubmoe.data.rows import Row, cell, finite_number, read_rows
@@ -38,12 +42,18 @@ def sts_scores(
 ) -> dict[str, Any]:
     """The `sts` section: Spearman correlation of cosines x 100 by task, their average, and sources.
 
-    Raises UserError for a score that is not finite: it is never averaged.
+    `intervals`: 95 % of each score, by the bootstrap over its pairs. Raises UserError for a score
+    that is not finite: it is never averaged.
     """
-    scores, sources, cut = {}, {}, {}
+    scores, sources, cut, intervals = {}, {}, {}, {}
     for task in tasks:
         cut[task.metadata.name] = truncated_texts(encoder, task)
-        with warnings.catch_warnings(), autocast(bf16, encoder.device):
+        with (
+            warnings.catch_warnings(),
+            autocast(bf16, encoder.device),
+            TemporaryDirectory() as folder,
+        ):
+            Path(folder, task.metadata.name).parent.mkdir(exist_ok=True, parents=True)  # of a/test
             warnings.simplefilter("ignore", FutureWarning)  # mteb's own use of older names
             result = mteb.evaluate(
                 encoder,
@@ -51,18 +61,34 @@ def sts_scores(
                 cache=None,
                 encode_kwargs={"batch_size": batch_size},
                 show_progress_bar=False,
+                prediction_folder=folder,
             )
+            cosines, gold = _predicted(task, Path(folder))
         [row] = [row for rows in result.task_results[0].scores.values() for row in rows]
         name, score = task.metadata.name, float(row["cosine_spearman"]) * 100
         if not math.isfinite(score):
             raise UserError(f"evaluation.sts: {name} scores {score}; are its scores all equal?")
         scores[name] = score
+        intervals[name] = interval(100 * correlations(cosines, gold))
         sources[name] = {**task.metadata.dataset, "subset": row["hf_subset"]}
     average = sum(scores.values()) / len(scores) if scores else None
     return {
-        **{"tasks": scores, "average": average, "sources": sources, "truncated": cut},
+        **{"tasks": scores, "intervals": intervals, "average": average},
+        **{"sources": sources, "truncated": cut},
         **{"max_tokens": encoder.max_seq_length, "mteb": mteb.__version__},
     }
+
+
+def _predicted(task: AbsTaskSTS, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The cosine of each pair, as mteb left it in a folder, and its gold score."""
+    [file] = folder.rglob("*.json")
+    [[subset, found]] = [
+        each for each in json.loads(file.read_text()).items() if each[0] != "mteb_model_meta"
+    ]
+    [[split, scores]] = found.items()
+    data: Any = task.dataset
+    gold = data.get(subset, data)[split]["score"]
+    return np.array(scores["cosine_scores"], dtype=float), np.array(gold, dtype=float)
 
 
 def truncated_texts(encoder: SentenceTransformer, task: AbsTaskSTS) -> int:

@@ -163,6 +163,10 @@ def _routes(config: Config) -> list[Route]:
     return list(dict.fromkeys((config.ubmoe.route, *config.ubmoe.routes)))
 
 
+SAID = ("average", "perplexity")
+KEPT = ("tasks", *SAID, "questions", "stderr", "perplexity_interval", "answers")  # of each route
+
+
 def generation_of(config: Config, inputs: Inputs, model: PreTrainedModel) -> dict[str, Any]:
     """The `generation` section: of `ubmoe.route`, and under `routes` of every route, all causal.
 
@@ -173,12 +177,11 @@ def generation_of(config: Config, inputs: Inputs, model: PreTrainedModel) -> dic
     for route in _routes(config):
         with route_of(model, route):
             scores = generation.generation_scores(model, inputs.tokenizer, config.evaluation)
-            perplexity = generation.perplexity(model, inputs.held_out, config.evaluation.bf16)
-        routes[route] = {**scores, "perplexity": perplexity}
-        log.info("route %s: average %s, perplexity %s", route, scores["average"], perplexity)
+            lost = generation.perplexity(model, inputs.held_out, config.evaluation.bf16)
+        routes[route] = scores | lost
+        log.info("route %s: average %s, perplexity %s", route, *map(routes[route].get, SAID))
     own = config.ubmoe.route
-    kept = ("tasks", "average", "perplexity")
-    brief = {route: {name: each[name] for name in kept} for route, each in routes.items()}
+    brief = {route: {name: each[name] for name in KEPT} for route, each in routes.items()}
     metadata = {"route": own, "attention": "causal", "bi_attention": inputs.attention}
     return routes[own] | metadata | {"routes": brief}
 

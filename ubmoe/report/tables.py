@@ -58,21 +58,25 @@ def dependence_text(result: dict[str, Any]) -> str:
 
 
 def sts_rows(section: dict[str, Any], what: str, label: str) -> list[list[str]]:
-    """Header and one row: Spearman x 100 by task, and the average."""
+    """Header, Spearman x 100 by task, and the average; below, the 95 % interval of each."""
     average = "not run" if section["average"] is None else f"{section['average']:.2f}"
-    return [
+    rows = [
         [what, *section["tasks"], "average"],
         [label, *(f"{score:.2f}" for score in section["tasks"].values()), average],
     ]
+    if intervals := section.get("intervals"):  # older results have none
+        ends = (intervals[name] for name in section["tasks"])
+        rows.append(["95 %", *("{:.1f} to {:.1f}".format(*each) for each in ends), ""])
+    return rows
 
 
 def trained(result: dict[str, Any]) -> str:
-    """What train_bi.py trained, in the words of Table 2; `causal` where under that mask.
+    """What train_bi.py trained; of a study's own row: its name."""
+    return str(result["config"].get("results", {}).get("row") or family(result))
 
-    Of a study's own row: its name.
-    """
-    if row := result["config"].get("results", {}).get("row"):
-        return str(row)
+
+def family(result: dict[str, Any]) -> str:
+    """What train_bi.py trained, in the words of Table 2; `causal` where under that mask."""
     settings = result["config"]["bi"]
     words = " then ".join(map(_stage, settings["stages"])) or "base"
     layers = settings.get("layers", "all")
@@ -110,8 +114,13 @@ def evaluation_text(result: dict[str, Any]) -> str:
 
 
 def _generated(scores: dict[str, Any], names: list[str], metrics: dict[str, str]) -> list[str]:
-    """The main metric of each task, their average, and the perplexity."""
-    tasks = [f"{scores['tasks'][name][metrics[name]]:.2f}" for name in names]
+    """The main metric of each task ± its standard error, their average, and the perplexity."""
+    errors = scores.get("stderr", {})  # older results have none
+    tasks = [
+        f"{scores['tasks'][name][metrics[name]]:.2f}"
+        + (f" ±{errors[name]:.2f}" if name in errors else "")
+        for name in names
+    ]
     average = "not run" if scores["average"] is None else f"{scores['average']:.2f}"
     return [*tasks, average, f"{scores['perplexity']:.2f}"]
 

@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
+from ubmoe.bootstrap import gains, interval
 from ubmoe.config import Config, ScanSection, UserError
 from ubmoe.encoder.sentence_encoder import POOLING, as_encoder, lengths, own_prompt
 from ubmoe.models.digests import digest_of_rows, mark_of
 from ubmoe.models.loading import load_tokenizer
 from ubmoe.models.precision import autocast, uses_bfloat16
-from ubmoe.scan.intervals import gains
 from ubmoe.scan.kept import Kept
 from ubmoe.scan.patterns import Pattern, patterns
 from ubmoe.scan.walk import states
@@ -127,7 +127,6 @@ def _scores(own: np.ndarray, causal: np.ndarray, gold: np.ndarray) -> dict[str, 
     found: dict[str, Any] = {}
     for pooling, mine, theirs in zip(POOLING, own, causal, strict=True):
         score, base = (float(spearmanr(each, gold).statistic) for each in (mine, theirs))
-        low, high = np.nanpercentile(gains(mine, theirs, gold), [2.5, 97.5])
-        interval = [100 * float(low), 100 * float(high)]
-        found[pooling] = {"score": 100 * score, "gain": 100 * (score - base), "interval": interval}
+        gain = {"gain": 100 * (score - base), "interval": interval(100 * gains(mine, theirs, gold))}
+        found[pooling] = {"score": 100 * score, **gain}
     return found

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from ubmoe.bootstrap import interval, means
 from ubmoe.config import Config, UserError
 from ubmoe.data.chats import Chat, collate, read_chats
 from ubmoe.data.padding import IGNORE_INDEX, batches_by_length
@@ -23,8 +24,6 @@ from ubmoe.models.loading import load_model, load_tokenizer, within_context
 from ubmoe.models.precision import autocast, uses_bfloat16
 from ubmoe.scan.kept import Kept
 from ubmoe.scan.walk import Choice, called, given, walk
-
-RESAMPLES = 10_000
 
 
 def held_out_chats(config: Config) -> list[Chat]:
@@ -114,18 +113,14 @@ def summary(lost: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
     model's layer in the encoder, over the encoder. The bootstrap draws chats.
     """
     depth = (len(lost) - 2) // 2
-    drawn = np.random.default_rng(0).multinomial(
-        len(counts), np.full(len(counts), 1 / len(counts)), RESAMPLES
-    )
-    means = (drawn @ lost.T) / (drawn @ counts)[:, None]  # (draws, choices)
+    drawn = means(lost, counts)  # (draws, choices)
     exact = lost.sum(1) / counts.sum()
     layers = []
     for number in range(depth):
         row: dict[str, Any] = {"layer": number}
         for word, place, whole in (("in", 2 + number, 0), ("back", 2 + depth + number, 1)):
-            low, high = np.percentile(means[:, place] - means[:, whole], [2.5, 97.5])
             change = float(exact[place] - exact[whole])
-            row[word] = {"change": change, "interval": [float(low), float(high)]}
+            row[word] = {"change": change, "interval": interval(drawn[:, place] - drawn[:, whole])}
         layers.append(row)
     ends = {"base": math.exp(exact[0]), "encoder": math.exp(exact[1])}
     return {"chats": len(counts), "tokens": int(counts.sum()), "perplexity": ends, "layers": layers}

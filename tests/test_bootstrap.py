@@ -1,0 +1,69 @@
+"""Ranks from counts, against ranks of the drawn pairs themselves."""
+
+import numpy as np
+import pytest
+from scipy.stats import rankdata, spearmanr
+
+from ubmoe import bootstrap
+
+RNG = np.random.default_rng(0)
+GOLD = RNG.integers(0, 6, 40) / 2  # with ties, as STS scores have them
+MINE, THEIRS = GOLD + RNG.normal(size=40), np.round(GOLD + 2 * RNG.normal(size=40), 1)
+COUNTS = RNG.multinomial(40, np.full(40, 1 / 40), 5)
+
+
+@pytest.mark.parametrize("values", [GOLD, MINE, THEIRS])
+def test_ranks_are_those_of_the_drawn_pairs(values):
+    found = bootstrap.ranks(COUNTS, values)
+    for counts, own in zip(COUNTS, found, strict=True):
+        drawn = np.repeat(np.arange(40), counts)
+        assert own[drawn].tolist() == rankdata(values[drawn]).tolist()
+
+
+def test_correlations_are_those_of_the_drawn_pairs():
+    found = bootstrap.spearman(COUNTS, THEIRS, GOLD)
+    for counts, own in zip(COUNTS, found, strict=True):
+        drawn = np.repeat(np.arange(40), counts)
+        assert own == pytest.approx(spearmanr(THEIRS[drawn], GOLD[drawn]).statistic)
+
+
+def test_gains_spread_as_a_slow_bootstrap_says():
+    found = bootstrap.gains(MINE, THEIRS, GOLD)
+    assert found.shape == (bootstrap.RESAMPLES,)
+    slow = []
+    for _ in range(2000):
+        drawn = RNG.integers(0, 40, 40)
+        one, other = (spearmanr(each[drawn], GOLD[drawn]).statistic for each in (MINE, THEIRS))
+        slow.append(one - other)
+    several = [np.percentile(each, [2.5, 50, 97.5]) for each in (found, slow)]
+    assert several[0] == pytest.approx(several[1], abs=0.03)
+
+
+def test_the_same_seed_draws_the_same_and_a_model_is_not_above_itself():
+    assert (bootstrap.gains(MINE, THEIRS, GOLD) == bootstrap.gains(MINE, THEIRS, GOLD)).all()
+    assert not bootstrap.gains(MINE, MINE, GOLD).any()
+
+
+@pytest.mark.parametrize("at_once", [1, 90, 10**6])
+def test_draws_do_not_depend_on_how_many_stand_in_memory(monkeypatch, at_once):
+    monkeypatch.setattr(bootstrap, "RESAMPLES", 7)
+    expected = np.random.default_rng(0).multinomial(40, np.full(40, 1 / 40), 7)
+    monkeypatch.setattr(bootstrap, "AT_ONCE", at_once)
+    assert (np.concatenate(list(bootstrap.draws(40))) == expected).all()
+
+
+def test_means_are_those_of_the_drawn_items(monkeypatch):
+    monkeypatch.setattr(bootstrap, "RESAMPLES", 5)
+    weights = RNG.integers(1, 9, 40)
+    found = bootstrap.means(np.stack([MINE, THEIRS]), weights)
+    alone = bootstrap.means(MINE)
+    for counts, both, one in zip(*(next(bootstrap.draws(40)), found, alone), strict=True):
+        drawn = np.repeat(np.arange(40), counts)
+        sums = [each[drawn].sum() / weights[drawn].sum() for each in (MINE, THEIRS)]
+        assert both == pytest.approx(sums)
+        assert one == pytest.approx(MINE[drawn].mean())
+
+
+def test_an_interval_holds_the_middle_95_percent_and_passes_over_nan():
+    values = np.append(np.arange(1, 1002), np.nan)
+    assert bootstrap.interval(values) == [26.0, 976.0]
