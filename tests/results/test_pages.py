@@ -4,9 +4,10 @@ import json
 import re
 
 import pytest
-from builders import ROOT, SEEDS, recorded
+from builders import MODEL, ROOT, SEEDS, encoder, recorded
 
 from ubmoe.config import UserError, load_config
+from ubmoe.results import paired
 from ubmoe.results.pages import BLOCKS, renewed
 from ubmoe.results.records import Records, read_benchmarks
 from ubmoe.results.records import recorded as read_records
@@ -83,6 +84,22 @@ def test_encoders_stand_beside_each_other_over_their_seeds():
     ).splitlines()
     assert sink[1].endswith("| DP-after | first | after without first |")
     assert sink[4].endswith("| 48.00 ±1.41 | 20.00 | 58.00 |")
+
+
+def test_changes_are_told_with_their_intervals(monkeypatch):
+    moved = {name: paired.Difference(2.0, (1.5, 2.25)) for name in paired.SHARES}
+    found = {"ffn": moved | {"perplexity": paired.Difference(1.5, (1.25, 2))}}
+    found["attention"] = found["ffn"] | {"first": None}
+    monkeypatch.setattr(paired, "changes", lambda *_: found)
+    rows = encoder("x-ffn", 0, 50.0, ["ffn"]) | encoder("x-attention", 0, 60.0, ["attention"])
+    text = f"<!-- change: {MODEL} -->\n<!-- end -->"
+    lines = renewed_squeezed(text, Records.of_names(rows), SEEDS).splitlines()
+    assert lines[1].startswith("| trained | seeds | STS | perplexity over the base's | DP-after")
+    assert lines[3] == (
+        "| attention | 1 | 60.00 | 1.50 (1.25 to 2.00) | 2.00 (1.50 to 2.25) | | "
+        "2.00 (1.50 to 2.25) |"
+    )
+    assert lines[4].startswith("| ffn | 1 | 50.00 | 1.50 (1.25 to 2.00) | 2.00 (1.50 to 2.25) |")
 
 
 def test_mixtures_stand_beside_each_other_over_their_seeds():

@@ -377,6 +377,34 @@ def test_rows_of_ones_own_have_keys_seeds_and_what_is_measured(tmp_path):
     assert untrained.after is None and untrained.config.model.name == "tiny"
 
 
+PROGRAMS = [
+    "results.rows=[{name: ffn 9, keys: [bi.stages.0.max_steps=9], seeds: [7, 8]}, "
+    "{name: joined, program: train_ubmoe, of: ffn 9, keys: [ubmoe.rank=3], seeds: [8]}, "
+    "{name: twice read, program: bitune, keys: [bitune.rank=3]}]",
+    *("results.seeds=[7]", "results.table=2"),
+]
+
+
+def test_rows_may_be_of_other_programs(tmp_path):
+    steps = plan.steps(config(tmp_path, *PROGRAMS))
+    assert kinds(steps) == [
+        ("ffn 9", "sts", 7),
+        ("twice read", "bitune", 7),
+        ("ffn 9", "sts", 8),
+        ("joined", "generation", 8),
+    ]
+    assert steps[1].config.bitune.rank == 3 and steps[1].after is None
+    assert steps[3].after is steps[2] and steps[3].config.ubmoe.bi == str(steps[2].left)
+    assert steps[3].config.ubmoe.rank == 3
+
+
+@pytest.mark.parametrize("of", ["null", "other", "base"])
+def test_a_mixture_of_no_row_is_refused(tmp_path, of):
+    rows = f"results.rows=[base, {{name: joined, program: train_ubmoe, of: {of}}}]"
+    with pytest.raises(UserError, match="results.rows: joined: of is .*; expected a row before it"):
+        plan.steps(config(tmp_path, rows, "results.table=2"))
+
+
 def test_rows_of_ones_own_are_not_run_twice(tmp_path, monkeypatch):
     ran = []
     monkeypatch.setattr(plan, "execute", lambda step: (ran.append(step.result), finish(step)))

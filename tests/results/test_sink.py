@@ -5,6 +5,7 @@ import copy
 import pytest
 from builders import SEEDS
 
+from ubmoe.report.figures import PALETTE
 from ubmoe.results import sink
 from ubmoe.results.records import Records
 
@@ -61,7 +62,7 @@ def test_lines_are_means_over_seeds():
         for line in axes.lines:
             lines[axes.get_title()].setdefault(line.get_color() + line.get_linestyle(), line)
     after, without, first = lines.values()
-    blue = sink.COLOURS[0]
+    blue = PALETTE[0]
     assert {key: list(line.get_ydata()) for key, line in after.items()} == {
         "black-": [40.0],
         f"{blue}-": [pytest.approx(41.5)],

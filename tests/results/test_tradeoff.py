@@ -1,4 +1,4 @@
-"""The Pareto front by brute force, the correlation by numpy, and rows as the unit of evidence."""
+"""The Pareto front by brute force, the correlation by hand, and rows as the unit of evidence."""
 
 import math
 
@@ -53,17 +53,19 @@ def test_lost_generation_is_the_log_of_the_perplexity_over_the_base():
     ]
     assert [math.exp(each.lost) for each in found] == pytest.approx([1.25, 2.0, 1.75])
     correlation = tradeoff.correlation(found)
-    assert correlation.r == pytest.approx(np.corrcoef([1, 3, 6], np.log([5, 8, 7]))[0, 1])
+    assert correlation.value == pytest.approx(0.5)  # ranks 1, 2, 3 and 1, 3, 2
     assert (correlation.interval, correlation.rows) == (None, 3)  # of so few, none
     assert str(correlation).endswith("over 3 rows (too few for an interval)")
 
 
 def test_seeds_of_one_row_are_no_new_evidence():
     rng = np.random.default_rng(0)
-    rows = [tradeoff.Tuned(str(n), *pair) for n, pair in enumerate(rng.normal(size=(6, 2)))]
+    rows = [tradeoff.Tuned(str(n), "f", *pair) for n, pair in enumerate(rng.normal(size=(6, 2)))]
     once, thrice = tradeoff.correlation(rows), tradeoff.correlation(rows * 3)
-    assert thrice.r == pytest.approx(once.r) and thrice.interval == pytest.approx(once.interval)
-    assert once.interval[0] < once.r < once.interval[1]
+    assert thrice.value == pytest.approx(once.value) and thrice.interval == pytest.approx(
+        once.interval
+    )
+    assert once.interval[0] < once.value < once.interval[1]
 
 
 def test_the_causal_control_is_drawn_and_told_apart(tmp_path):
@@ -74,8 +76,14 @@ def test_the_causal_control_is_drawn_and_told_apart(tmp_path):
     records |= control | {"r9.sts.seed0": sts | {"config": config}}
     found = tradeoff.tuned(MODEL, Records.of_names(records), SEEDS)
     assert [each.row for each in found if each.is_control] == ["ffn causal"]
-    axes = tradeoff.claim_figure(MODEL, found).axes[0]
-    assert "over 4 rows" in axes.get_title() and "causally tuned rows: r = " in axes.get_title()
+    sts, axes = tradeoff.claim_figure(MODEL, found).axes
+    assert sts.get_xlabel() == "STS under its own mask"
+    [hollow] = [line for line in sts.lines if line.get_fillstyle() == "none"]
+    assert list(hollow.get_xdata()) == [52.0]  # 51 the average, each task one more
+    assert (
+        "over 4 rows" in axes.get_title()
+        and "causally tuned rows: rank correlation " in axes.get_title()
+    )
     assert "over 3 rows" in axes.get_title().splitlines()[1]
     drawn = {line.get_label(): line for line in axes.lines}
     assert list(drawn["ffn"].get_xdata()) == list(drawn["ffn causal"].get_xdata()) == [1.0]
@@ -94,11 +102,11 @@ def test_every_cause_that_was_measured_has_a_panel(tmp_path):
         (-8.0, -1.0),
         (-7.0, 1.0),
     ]
-    lost = [each.lost for each in found]
     fallen = tradeoff.correlation(found, "first")
-    assert fallen.r == pytest.approx(np.corrcoef([-3, -8, -7], lost)[0, 1])
+    assert fallen.value == pytest.approx(-1)  # ranks 3, 1, 2 and 1, 3, 2
     panels = tradeoff.claim_figure(MODEL, found).axes
     assert [each.get_xlabel().partition(",")[0] for each in panels] == [
+        "STS under its own mask",
         "DP-after",
         "first",
         "after without first",

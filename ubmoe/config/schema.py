@@ -604,6 +604,8 @@ class RowSection(Section):
     """A row of a study of one's own."""
 
     name: Annotated[str, Field(min_length=1)] = running_key(..., "what tables call it")
+    program: Literal["train_bi", "train_ubmoe", "bitune"] = running_key("train_bi", "what runs")
+    of: str | None = running_key(None, "the row whose encoder train_ubmoe joins to the model")
     keys: list[str] = running_key([], "key=value of its runs, as on their command lines")
     seeds: list[Seed] | None = running_key(None, "of this row; null: results.seeds")
     measured: list[Literal["dependence", "evaluation", "scan", "swap"]] | None = running_key(

@@ -34,6 +34,8 @@ def styled(draw: Callable[Arguments, Drawn]) -> Callable[Arguments, Drawn]:
     return drawn
 
 
+# Told apart by the colour-blind (Okabe and Ito, 2008).
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 SHARES = {
     "before": "#4c78a8",
     "main": "#e6a532",

@@ -20,7 +20,7 @@ from ubmoe.report.tables import (
     scan_rows,
     spread,
 )
-from ubmoe.results import paper
+from ubmoe.results import paired, paper
 from ubmoe.results.entries import NO_TASKS, Entry, by_row
 from ubmoe.results.published import published
 from ubmoe.results.records import Records, read_benchmarks, recorded
@@ -115,6 +115,28 @@ def _sts_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     ]
     header = ["trained", "seeds", *columns]
     return _noted([header, *body], paper.notes("encoders", name, records, seeds))
+
+
+def _change_block(name: str, records: Records, seeds: Sequence[int]) -> str:
+    """A row for what was trained on a model: its differences to the base, paired, with intervals.
+
+    STS as it is, the mean over seeds.
+    """
+    rows, found = by_row("encoders", name, records, seeds), paired.changes(name, records, seeds)
+    columns = {"perplexity": "perplexity over the base's"}
+    columns |= {column: f"{column} minus the base's" for column in paired.SHARES}
+    body = [
+        [row, str(len(rows[row])), _column(rows[row], "average"), *map(_difference, cells)]
+        for row, own in sorted(found.items())
+        for cells in [[own[column] for column in columns]]
+    ]
+    return _noted([["trained", "seeds", "STS", *columns.values()], *body], [])
+
+
+def _difference(found: paired.Difference | None) -> str:
+    if found is None:
+        return ""
+    return "{:.2f} ({:.2f} to {:.2f})".format(found.value, *found.interval)
 
 
 def _mixture_block(name: str, records: Records, seeds: Sequence[int]) -> str:
@@ -259,6 +281,7 @@ def _number(value: Any) -> str:
 BLOCKS = {
     "dependence": _dependence_block,
     "sts": _sts_block,
+    "change": _change_block,
     "mixture": _mixture_block,
     "bitune": _bitune_block,
     "probing": _probing_block,

@@ -65,6 +65,8 @@ MEASURED = {
 }
 
 
+# Programs of rows beside train_bi.py, and their results.
+FURTHER = {"train_ubmoe": ("train_ubmoe.py", "generation"), "bitune": ("-m ubmoe.bitune", "bitune")}
 # Results that are of another model than the one that their step is after.
 BESIDE = ("generation", "swap")
 # What a later step reads of an earlier one.
@@ -176,9 +178,9 @@ def steps(config: Config) -> list[Step]:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a study: how train_bi.py makes it, and what else is measured of it.
+    """A row of a study: how a program makes it, and what else is measured of it.
 
-    further: keys of these measurements.
+    further: keys of these measurements. of: the row whose encoder it reads.
     """
 
     name: str
@@ -186,6 +188,8 @@ class Row:
     seeds: tuple[int, ...]
     measured: tuple[str, ...]
     further: tuple[str, ...] = ()
+    program: str = "train_bi"
+    of: str | None = None
 
 
 def _row(config: Config, given: str | RowSection) -> Row:
@@ -196,7 +200,8 @@ def _row(config: Config, given: str | RowSection) -> Row:
         return Row(given, _trains(config, given), seeds[:1] if given == "base" else seeds, measured)
     own = measured if given.measured is None else tuple(given.measured)
     keys = (*given.keys, f"results.row={given.name}")
-    return Row(given.name, keys, tuple(given.seeds or seeds), own, keys)
+    program = (given.program, given.of)
+    return Row(given.name, keys, tuple(given.seeds or seeds), own, keys, *program)
 
 
 def _of_seed(config: Config, config_file: str, seed: int, rows: Sequence[Row]) -> Iterator[Step]:
@@ -209,9 +214,15 @@ def _of_seed(config: Config, config_file: str, seed: int, rows: Sequence[Row]) -
         records = config.results.directory
         return Step(tuple(program.split()), name, result, config_file, given, after, records)
 
-    encoders = {}
+    encoders: dict[str, Step] = {}
     mixed = {encoder for encoder, _ in MIXTURES.values()}
     for row in [row for row in rows if table != 4 or row.name in mixed]:
+        if row.program != "train_bi":
+            program, result = FURTHER[row.program]
+            after = _joined(row, encoders) if row.program == "train_ubmoe" else None
+            read = [] if after is None else [f"ubmoe.bi={after.left}"]
+            yield step(program, row.name, result, *read, *row.keys, after=after)
+            continue
         encoders[row.name] = made = step("train_bi.py", row.name, "sts", *row.keys)
         yield made
         after = made if made.config.bi.stages else None  # else it is the model itself
@@ -241,6 +252,17 @@ def _of_seed(config: Config, config_file: str, seed: int, rows: Sequence[Row]) -
         for variant in BITUNE:
             key = f"bitune.variant={variant}"
             yield step("-m ubmoe.bitune", f"bitune {variant}", "bitune", key)
+
+
+def _joined(row: Row, encoders: dict[str, Step]) -> Step:
+    """The step whose encoder a row joins to the model. Raises UserError."""
+    found = encoders.get(row.of or "")
+    if found is None or not found.config.bi.stages:
+        raise UserError(
+            f"results.rows: {row.name}: of is {row.of!r}; expected a row before it that tunes an "
+            "encoder with the same seed"
+        )
+    return found
 
 
 def _trains(config: Config, row: str) -> tuple[str, ...]:

@@ -6,12 +6,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ubmoe.report.figures import blank, styled
+from ubmoe.report.figures import PALETTE, blank, styled
 from ubmoe.report.tables import CAUSAL
 from ubmoe.results.entries import KINDS
 from ubmoe.results.records import Record, Records
-
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 
 def measured(model: str, records: Records, seeds: Sequence[int]) -> dict[str, list[Record]]:
@@ -38,7 +36,7 @@ def figure(model: str, rows: dict[str, list[Record]]) -> Figure:
     panels = found.subplots(1, 3)
     panels[1].sharey(panels[0])
     names = dict.fromkeys(row.removesuffix(CAUSAL) for row in rows if row != "base")
-    colours = {"base": "black"} | dict(zip(names, COLOURS * len(names), strict=False))
+    colours = {"base": "black"} | dict(zip(names, PALETTE * len(names), strict=False))
     for row, own in rows.items():
         style: Any = {"color": colours[row.removesuffix(CAUSAL)], "lw": 1.3, "label": row}
         style["ls"] = "--" if row.endswith(CAUSAL) else "-"

@@ -2,9 +2,10 @@
 
 From the records alone. The first plane has a point for every model of the study, STS average to the
 right (a mixture reads bidirectionally for it, an encoder as it was tuned), generation upwards, and
-its Pareto front. The second tests the paper's central claim: the more a tuned model attends to
-later tokens (DP-after), the more of its generation is lost. Beside it, where they were measured,
-what goes to the first token, and DP-after without that key.
+its Pareto front. The second has lost generation against STS, hollow under the causal mask, and
+tests the paper's central claim: the more a tuned model attends to later tokens (DP-after), the more
+is lost. Beside it, where they were measured, what goes to the first token, and DP-after without
+that key.
 """
 
 import logging
@@ -18,14 +19,14 @@ from typing import Any
 
 import numpy as np
 from matplotlib.ticker import ScalarFormatter
-from scipy.stats import bootstrap, pearsonr
+from scipy.stats import bootstrap, spearmanr
 
 from ubmoe.config import Config, UserError
 from ubmoe.files import replace_all, save_figure
-from ubmoe.report.figures import blank, styled
-from ubmoe.report.tables import CAUSAL, ROUTES, model_of
+from ubmoe.report.figures import PALETTE, blank, styled
+from ubmoe.report.tables import CAUSAL, ROUTES, family, model_of
 from ubmoe.results import sink
-from ubmoe.results.entries import entries
+from ubmoe.results.entries import Entry, entries
 from ubmoe.results.records import Records
 
 log = logging.getLogger(__name__)
@@ -80,40 +81,50 @@ def front(pairs: Sequence[tuple[float, float]]) -> list[int]:
 class Tuned:
     """An encoder of one seed: how its dependence and its generation differ from the base's.
 
-    after, first, without_first: percentage points; lost: log of the perplexity over the base's.
+    family: what was tuned, and under which mask, however its row is called. after, first,
+    without_first: percentage points; lost: log of the perplexity over the base's. sts: the mean of
+    the tasks that all rows have, under the row's own mask.
     """
 
     row: str
+    family: str
     after: float
     lost: float
     first: float | None = None
     without_first: float | None = None
+    sts: float | None = None
 
     @property
     def is_control(self) -> bool:
         """Tuned under the causal mask, which the paper did not."""
-        return self.row.endswith(CAUSAL)
+        return self.family.endswith(CAUSAL)
 
 
 # The columns of a table of encoders, by what is looked at as a cause.
 CAUSES = {"after": "DP-after", "first": "first", "without_first": "after without first"}
+PANELS = {"sts": "STS under its own mask"} | {
+    cause: f"{column}, minus the base's (percentage points)" for cause, column in CAUSES.items()
+}
 
 
 def tuned(model: str, records: Records, seeds: Sequence[int]) -> list[Tuned]:
     """Every encoder whose dependence and generation were measured."""
     every = entries("encoders", model, records, seeds)
-    found: list[tuple[str, Any]] = [
-        (each.row, each.cells) for each in every if {"DP-after", "perplexity"} <= each.cells.keys()
+    found: list[tuple[Entry, Any]] = [
+        (each, each.cells) for each in every if {"DP-after", "perplexity"} <= each.cells.keys()
     ]
-    base: Any = next((cells for row, cells in found if row == "base"), None)
+    base: Any = next((cells for each, cells in found if each.row == "base"), None)
+    own = [each.tasks for each, _ in found if not each.is_base]
+    common = sorted(frozenset.intersection(*own)) if own else []
     return [
         Tuned(
-            row,
+            *(each.row, family(each.record.data)),
             lost=math.log(cells["perplexity"] / base["perplexity"]),
             **_moved(cells, base),
+            sts=mean(cells[task] for task in common) if common else None,
         )
-        for row, cells in found
-        if base is not None and not row.startswith("base")
+        for each, cells in found
+        if base is not None and not each.is_base
     ]
 
 
@@ -128,9 +139,12 @@ def _moved(own: Any, base: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Correlation:
-    """Pearson's r of `after` and `lost`, and its 95 % interval where there are rows enough."""
+    """Spearman's rank correlation of a cause and `lost`, and its 95 % interval.
 
-    r: float
+    The interval is None where there are too few rows.
+    """
+
+    value: float
     interval: tuple[float, float] | None
     rows: int
 
@@ -138,7 +152,7 @@ class Correlation:
         text = "too few for an interval"
         if self.interval is not None:
             text = "95 % interval {:.2f} to {:.2f}".format(*self.interval)
-        return f"r = {self.r:.2f} over {self.rows} rows ({text})"
+        return f"rank correlation {self.value:.2f} over {self.rows} rows ({text})"
 
 
 def correlation(found: Sequence[Tuned], cause: str = "after", seed: int = 0) -> Correlation:
@@ -150,10 +164,10 @@ def correlation(found: Sequence[Tuned], cause: str = "after", seed: int = 0) -> 
     own = [[each for each in found if each.row == row] for row in rows]
 
     def drawn(chosen: np.ndarray) -> float:
-        return _pearson([each for place in chosen for each in own[place]], cause)
+        return _spearman([each for place in chosen for each in own[place]], cause)
 
     if len(rows) < FEWEST:
-        return Correlation(_pearson(found, cause), None, len(rows))
+        return Correlation(_spearman(found, cause), None, len(rows))
     several = bootstrap(
         *((np.arange(len(rows)),), drawn),
         n_resamples=RESAMPLES,
@@ -162,14 +176,14 @@ def correlation(found: Sequence[Tuned], cause: str = "after", seed: int = 0) -> 
         rng=seed,
     ).bootstrap_distribution
     low, high = np.nanpercentile(several, [2.5, 97.5])  # nan: one row drawn throughout
-    return Correlation(_pearson(found, cause), (float(low), float(high)), len(rows))
+    return Correlation(_spearman(found, cause), (float(low), float(high)), len(rows))
 
 
-def _pearson(found: Sequence[Tuned], cause: str) -> float:
+def _spearman(found: Sequence[Tuned], cause: str) -> float:
     moved, lost = ([getattr(each, name) for each in found] for name in (cause, "lost"))
     if np.ptp(moved) == 0 or np.ptp(lost) == 0:
         return math.nan
-    return float(pearsonr(moved, lost).statistic)
+    return float(spearmanr(moved, lost).statistic)
 
 
 # --- pictures -------------------------------------------------------------------------------------
@@ -273,8 +287,8 @@ def _error(values: list[float]) -> float | None:
 
 @styled
 def claim_figure(model: str, encoded: list[Tuned]) -> Any:
-    """Lost generation against each cause that was measured of every encoder, a panel each."""
-    causes = [c for c in CAUSES if all(getattr(each, c) is not None for each in encoded)]
+    """Lost generation against STS, and each cause that was measured of every encoder."""
+    causes = [c for c in PANELS if all(getattr(each, c) is not None for each in encoded)]
     figure = blank(1.8 + 4.4 * len(causes), 4.4)
     panels = figure.subplots(1, len(causes), sharey=True, squeeze=False)[0]
     for axes, cause in zip(panels, causes, strict=True):
@@ -286,16 +300,21 @@ def claim_figure(model: str, encoded: list[Tuned]) -> Any:
 
 
 def _claim_panel(axes: Any, encoded: list[Tuned], cause: str) -> None:
-    for number, row in enumerate(dict.fromkeys(each.row for each in encoded)):
-        own = [each for each in encoded if each.row == row]
+    families = dict.fromkeys(each.family for each in encoded)
+    kinds = list(dict.fromkeys(each.removesuffix(CAUSAL) for each in families))
+    for each in families:
+        own = [one for one in encoded if one.family == each]
+        number = kinds.index(each.removesuffix(CAUSAL))
         axes.plot(
-            *([getattr(each, cause) for each in own], [each.lost for each in own]),
-            marker=MARKS[number % len(MARKS)], ls="", ms=5, color=f"C{number}", label=row,
+            *([getattr(one, cause) for one in own], [one.lost for one in own]),
+            marker=MARKS[number % len(MARKS)], ls="", ms=5, label=each,
+            color=PALETTE[number % len(PALETTE)],
             fillstyle="none" if own[0].is_control else "full",
         )  # fmt: skip
     axes.axhline(0, color="grey", lw=0.6)
-    axes.axvline(0, color="grey", lw=0.6)
-    axes.set(xlabel=f"{CAUSES[cause]}, minus the base's (percentage points)")
+    if cause in CAUSES:
+        axes.axvline(0, color="grey", lw=0.6)
+    axes.set(xlabel=PANELS[cause])
     own = [each for each in encoded if not each.is_control]
     text = [str(correlation(encoded, cause))]
     if len(own) < len(encoded):

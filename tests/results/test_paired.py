@@ -1,0 +1,81 @@
+"""Differences to the base, of the same texts alone."""
+
+import math
+
+import numpy as np
+import pytest
+from builders import MODEL, SEEDS, dependence, encoder, scores
+
+from ubmoe.results import paired
+from ubmoe.results.records import Records
+
+TOKENS = [5, 9, 12, 30]
+RNG = np.random.default_rng(0)
+
+
+def shares(shift=0.0):
+    """A difference of `shift` in each text, whose own values are far apart."""
+    texts = {"tokens": TOKENS}
+    for name in ("after", "first", "without_first.after"):
+        texts[name] = [10 + shift, 90 + shift, 30 + shift, 50 + shift]
+    return texts
+
+
+def answers(losses):
+    return {"losses": losses, "tokens": [2, 3, 4, 1]}
+
+
+def measured(name, seed, train, by_text, losses):
+    """Records of an encoder, or of the base."""
+    model = "bi" if train else f"Qwen/{MODEL}"
+    found = encoder(name, seed, 50.0, train) | dependence(name, seed, model, 40.0)
+    found[f"{name}.dependence.seed{seed}"]["dependence"]["by_text"] = by_text
+    generation = scores(40.0, 2.0) | {"metrics": {"mmlu": "acc"}, "answers": answers(losses)}
+    config = {"model": {"name": model}, "seed": seed}
+    return found | {f"{name}.evaluation.seed{seed}": {"config": config, "generation": generation}}
+
+
+BASE = measured("c", 0, [], shares(), [1.0, 2.0, 3.0, 4.0])
+
+
+def found(*more):
+    every = dict(BASE)
+    for each in more:
+        every |= each
+    return paired.changes(MODEL, Records.of_names(every), SEEDS)
+
+
+def test_what_all_texts_share_is_certain_however_far_apart_they_are():
+    rows = found(measured("a", 0, ["ffn"], shares(2.5), [1.5, 2.5, 3.5, 4.5]))
+    assert list(rows) == ["ffn"]
+    for column in paired.SHARES:
+        assert rows["ffn"][column] == paired.Difference(2.5, (2.5, 2.5))
+    assert rows["ffn"]["perplexity"].value == pytest.approx(math.exp(2.0 / 10))
+
+
+def test_the_interval_is_that_of_the_mean_over_seeds():
+    one, other = ([1.0, 2.5, 3.25, 6.0], [1.5, 2.0, 4.0, 4.5])
+    rows = found(
+        measured("a", 0, ["ffn"], shares(2.0), one), measured("a", 1, ["ffn"], shares(3.0), other)
+    )
+    assert rows["ffn"]["DP-after"].value == 2.5
+    lost = (np.array(one) + np.array(other)) / 2 - [1, 2, 3, 4]
+    tokens, slow = np.array([2, 3, 4, 1]), []
+    assert rows["ffn"]["perplexity"].value == pytest.approx(math.exp(lost.sum() / 10))
+    for _ in range(20_000):
+        drawn = RNG.integers(0, 4, 4)
+        slow.append(math.exp(lost[drawn].sum() / tokens[drawn].sum()))
+    expected = np.percentile(slow, [2.5, 97.5])
+    assert rows["ffn"]["perplexity"].interval == pytest.approx(expected, rel=0.03)
+
+
+def test_other_texts_older_records_and_seeds_not_measured_are_not_compared():
+    of_others = shares(1.0) | {"tokens": [5, 9, 12, 31]}
+    rows = found(measured("a", 0, ["ffn"], of_others, [1.5, 2.5, 3.5, 4.5]))
+    assert rows["ffn"]["DP-after"] is None and rows["ffn"]["perplexity"] is not None
+    older = measured("a", 0, ["ffn"], shares(1.0), [1.5, 2.5, 3.5, 4.5])
+    del older["a.dependence.seed0"]["dependence"]["by_text"]
+    del older["a.evaluation.seed0"]["generation"]["answers"]
+    assert found(older) == {}
+    half = measured("a", 0, ["ffn"], shares(1.0), [1.5, 2.5, 3.5, 4.5])
+    assert found(half, encoder("a", 1, 50.0, ["ffn"])) == {}
