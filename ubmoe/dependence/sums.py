@@ -5,7 +5,6 @@ the length: attention that prefers nothing gives main = 1/T and before = after =
 share stands beside every number.
 """
 
-import json
 import logging
 import time
 from collections.abc import Iterable, Iterator
@@ -14,14 +13,12 @@ from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from accelerate import PartialState
 
-from ubmoe.config import listed, unlike
+from ubmoe import marked
 from ubmoe.dependence import COLUMNS, SHARES
-from ubmoe.files import replace
 
 log = logging.getLogger(__name__)
 
@@ -151,32 +148,15 @@ class Partial:
 
     def save(self, totals: Totals, done: int) -> None:
         texts = np.array([(text, *each) for text, each in totals.texts.items()])
-
-        def write(path: Path) -> None:
-            with path.open("wb") as file:
-                np.savez(
-                    file, mark=json.dumps(self.mark), done=done, texts=texts, shares=totals.shares
-                )
-
-        replace(self.path, write)
+        marked.write(self.path, self.mark, done=done, texts=texts, shares=totals.shares)
         self.saved = time.monotonic()
 
     def load(self) -> tuple[Totals, int]:
         """The sums and the number of batches done; none where nothing of the same run is left."""
-        if not self.path.exists():
+        found = marked.read(self.path, self.mark, "done", "texts", "shares")
+        if found is None:
             return Totals(), 0
-        try:
-            with np.load(self.path, allow_pickle=False) as file:
-                mark, done = json.loads(str(file["mark"])), int(file["done"])
-                rows, shares = file["texts"].tolist(), file["shares"]
-            other = unlike(mark, self.mark)
-        except (OSError, ValueError, KeyError, EOFError, AttributeError, BadZipFile):
-            log.info("%s: not whole, or of an older version; starting afresh", self.path)
-            return Totals(), 0
-        if other:
-            log.info("%s: of another run (other %s); starting afresh", self.path, listed(other))
-            return Totals(), 0
+        done, rows, shares = found
         log.info("resuming after %d texts", len(rows))
-        return Totals(
-            shares, {int(text): (int(tokens), *each) for text, tokens, *each in rows}
-        ), done
+        texts = {int(text): (int(tokens), *each) for text, tokens, *each in rows.tolist()}
+        return Totals(shares, texts), int(done)

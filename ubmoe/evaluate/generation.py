@@ -342,13 +342,19 @@ def perplexity(
     }
 
 
+def held_out_chats(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Chat]:
+    """Those that perplexity is of. config: within the model's context."""
+    settings = config.ubmoe
+    found = read_chats(settings.dataset, tokenizer, settings.max_tokens, settings.max_rows)
+    return held_out(found.chats, settings.held_out, "ubmoe.held_out")[1]
+
+
 def language_model_scores(config: Config) -> dict[str, Any]:
     """Generation tasks and perplexity of held-out chats, read causally whatever its own mask."""
     check_tasks(config.evaluation.generation, config.evaluation.data)
     config = within_context(config, "ubmoe")
     settings, tokenizer = config.ubmoe, load_tokenizer(config.model)
-    found = read_chats(settings.dataset, tokenizer, settings.max_tokens, settings.max_rows)
-    _, kept = held_out(found.chats, settings.held_out, "ubmoe.held_out")
+    kept = held_out_chats(config, tokenizer)
     model = load_model(config.model)
     scores = generation_scores(model, tokenizer, config.evaluation)
     counts = {"held_out": len(kept), "max_tokens": settings.max_tokens}

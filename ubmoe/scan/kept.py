@@ -1,19 +1,16 @@
 """What an interrupted run over rows has computed, and goes on from."""
 
-import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from tqdm import tqdm
 
-from ubmoe.config import listed, unlike
-from ubmoe.files import replace
+from ubmoe import marked
 
 log = logging.getLogger(__name__)
 SAVE_EVERY = 30.0  # seconds
@@ -26,7 +23,7 @@ class Kept:
     """
 
     def __init__(self, path: Path, mark: dict[str, Any], shape: tuple[int, ...]) -> None:
-        self.path, self.mark = path, json.loads(json.dumps(mark))
+        self.path, self.mark = path, mark
         self.values = np.full(shape, np.nan)
         self.saved = time.monotonic()
 
@@ -35,29 +32,14 @@ class Kept:
         return np.flatnonzero(np.isnan(self.values).reshape(-1, self.values.shape[-1])[-1]).tolist()
 
     def save(self) -> None:
-        def write(path: Path) -> None:
-            with path.open("wb") as file:
-                np.savez(file, mark=json.dumps(self.mark), values=self.values)
-
-        replace(self.path, write)
+        marked.write(self.path, self.mark, values=self.values)
         self.saved = time.monotonic()
 
     def load(self) -> None:
         """Take what an interrupted run of the same mark left, if anything."""
-        if not self.path.exists():
-            return
-        try:
-            with np.load(self.path, allow_pickle=False) as file:
-                mark, values = json.loads(str(file["mark"])), file["values"]
-            other = unlike(mark, self.mark)
-        except (OSError, ValueError, KeyError, EOFError, AttributeError, BadZipFile):
-            log.info("%s: not whole, or of an older version; starting afresh", self.path)
-            return
-        if other:
-            log.info("%s: of another run (other %s); starting afresh", self.path, listed(other))
-            return
-        self.values = values
-        log.info("resuming, %d rows still to do", len(self.missing()))
+        if found := marked.read(self.path, self.mark, "values"):
+            [self.values] = found
+            log.info("resuming, %d rows still to do", len(self.missing()))
 
     @contextmanager
     def filling(self, tokens: Sequence[int], name: str) -> Iterator["Filling"]:

@@ -20,11 +20,14 @@ def main(config: Config) -> Path | None:
 
     cli.in_one_process("swap")
     with recording("swap", "swap", config) as run:
+        from ubmoe.evaluate.generation import held_out_chats
         from ubmoe.models.digests import fingerprint
+        from ubmoe.models.loading import load_tokenizer, within_context
         from ubmoe.report import figures
-        from ubmoe.swap.swaps import both_models, held_out_chats, swap
+        from ubmoe.swap.swaps import both_models, swap
 
-        chats = held_out_chats(config)
+        config = within_context(config, "ubmoe")
+        chats = held_out_chats(config, load_tokenizer(config.model))
         run.model, encoder = both_models(config)
         run.section = swap(run.model, encoder, chats, config, run.directory)
         run.section["bi_weights"] = fingerprint(encoder)

@@ -16,22 +16,13 @@ from transformers import PreTrainedModel
 
 from ubmoe.bootstrap import interval, means
 from ubmoe.config import Config, UserError
-from ubmoe.data.chats import Chat, collate, read_chats
+from ubmoe.data.chats import Chat, collate
 from ubmoe.data.padding import IGNORE_INDEX, batches_by_length
-from ubmoe.data.rows import held_out
 from ubmoe.models.digests import digest_of_rows, mark_of
-from ubmoe.models.loading import load_model, load_tokenizer, within_context
+from ubmoe.models.loading import load_model
 from ubmoe.models.precision import autocast, uses_bfloat16
 from ubmoe.scan.kept import Kept
 from ubmoe.scan.walk import Choice, called, given, walk
-
-
-def held_out_chats(config: Config) -> list[Chat]:
-    """Those that perplexity is of elsewhere, too."""
-    settings = within_context(config, "ubmoe").ubmoe
-    tokenizer = load_tokenizer(config.model)
-    found = read_chats(settings.dataset, tokenizer, settings.max_tokens, settings.max_rows)
-    return held_out(found.chats, settings.held_out, "ubmoe.held_out")[1]
 
 
 def both_models(config: Config) -> tuple[PreTrainedModel, PreTrainedModel]:
