@@ -36,7 +36,7 @@ def test_the_contracts_see_lazy_imports(tmp_path, monkeypatch):
 LIGHT = ["config", "cli", "files", "report.tables", "report.figures", "results.__main__"]
 LIGHT += [
     f"results.{name}"
-    for name in ("plan", "records", "paper", "pages", "tradeoff", "sink", "paired")
+    for name in ("plan", "study", "records", "paper", "pages", "tradeoff", "sink", "paired")
 ]
 
 

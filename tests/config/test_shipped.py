@@ -6,7 +6,7 @@ import pytest
 from builders import ROOT, check_commands, commands
 
 from ubmoe.config import load_config
-from ubmoe.results import plan
+from ubmoe.results.study import steps
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 STUDIES = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
@@ -42,9 +42,9 @@ def test_a_shipped_config_is_valid_and_opens_like_a_lab_record(path):
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_a_study_plans_its_rows(path, tmp_path):
     config = load_config(path, [f"output_dir={tmp_path}/study"])
-    steps = plan.steps(config)
-    assert len({step.path for step in steps}) == len(steps)  # and all of their keys are known
-    assert len({step.row for step in steps}) >= len(config.results.rows) // 2
+    found = steps(config)
+    assert len({step.path for step in found}) == len(found)  # and all of their keys are known
+    assert len({step.row for step in found}) >= len(config.results.rows) // 2
 
 
 @pytest.mark.parametrize("path", [*CONFIGS, *STUDIES], ids=lambda path: path.name)

@@ -14,7 +14,7 @@ from builders import random_model
 from ubmoe.config import ResultsSection, UserError, load_config
 from ubmoe.recording import recording
 from ubmoe.report import tables
-from ubmoe.results import plan
+from ubmoe.results import plan, study
 
 
 def config(tmp_path, *keys):
@@ -28,7 +28,7 @@ def kinds(steps):
 
 def test_a_table_is_its_rows_by_seed_and_the_base_once(tmp_path):
     keys = ["results.rows=[base, ffn+attention, ffn causal]", "results.seeds=[3, 5]"]
-    steps = plan.steps(config(tmp_path, *keys, "results.table=2"))
+    steps = study.steps(config(tmp_path, *keys, "results.table=2"))
     assert kinds(steps) == [
         ("base", "sts", 3),
         *((row, "sts", seed) for seed in (3, 5) for row in ("ffn+attention", "ffn causal")),
@@ -37,13 +37,13 @@ def test_a_table_is_its_rows_by_seed_and_the_base_once(tmp_path):
     assert steps[1].config.bi.stages[0].train == ["ffn", "attention"]
     assert [step.config.bi.attention for step in steps[1:3]] == ["bidirectional", "causal"]
     assert steps[2].config.output_dir.endswith("small/study/seed3/small-ffn-causal")
-    third = plan.steps(config(tmp_path, *keys, "results.table=3"))
+    third = study.steps(config(tmp_path, *keys, "results.table=3"))
     assert [step.result for step in third] == ["sts", "dependence"] * 5
 
 
 @pytest.mark.parametrize("table", [2, 3, 4, "all"])
 def test_every_run_finds_what_it_needs_in_an_earlier_one(tmp_path, table):
-    steps = plan.steps(config(tmp_path, f"results.table={table}"))
+    steps = study.steps(config(tmp_path, f"results.table={table}"))
     made: set[str] = set()
     for step in steps:
         needed = [step.config.model.name, step.config.ubmoe.bi]
@@ -75,7 +75,7 @@ def finish(step):
         drawn = torch.Generator().manual_seed(int(shift * 2**32))
         with torch.no_grad():
             run.model.model.norm.weight.normal_(generator=drawn)
-    if step.result in plan.LEFT:
+    if step.result in study.LEFT:
         step.left.mkdir(exist_ok=True)
 
 
@@ -114,11 +114,11 @@ def test_what_was_measured_of_another_encoder_is_measured_again(tmp_path, monkey
     first = again()
     assert ("ubmoe", "dependence") in first and len(first) == 15
     assert again() == set()
-    bitune = {(f"bitune {variant}", "bitune") for variant in plan.BITUNE}
+    bitune = {(f"bitune {variant}", "bitune") for variant in study.BITUNE}
     base = {("base", result) for result in ("sts", "dependence", "evaluation")}
     assert again("bi.stages.0.max_steps=7") == first - base - bitune
     assert again("bi.stages.0.max_steps=7", "ubmoe.learning_rate=0.5") == {
-        *((name, "generation") for name in plan.MIXTURES),
+        *((name, "generation") for name in study.MIXTURES),
         ("ubmoe", "dependence"),
     }
     (tmp_path / "other").mkdir()
@@ -150,7 +150,7 @@ def test_records_count_where_the_runs_are_gone_if_their_digests_say_so(tmp_path,
         ]
 
     def states(name="model"):
-        return [step.state() for step in plan.steps(config(tmp_path, *keys(name)))]
+        return [step.state() for step in study.steps(config(tmp_path, *keys(name)))]
 
     assert states() == ["missing", "missing"]
     plan.run(config(tmp_path, *keys()))
@@ -188,11 +188,11 @@ def test_what_was_removed_is_made_again_all_the_way_down(tmp_path, monkeypatch):
     )
     keys = ["results.table=all", "results.seeds=[1]", "results.rows=[ffn, ffn causal]"]
     plan.run(config(tmp_path, *keys))
-    steps = plan.steps(config(tmp_path, *keys))
+    steps = study.steps(config(tmp_path, *keys))
     [last] = [step for step in steps if (step.row, step.result) == ("ubmoe", "dependence")]
     ran.clear()
     for step in steps:
-        if step.result in plan.LEFT:
+        if step.result in study.LEFT:
             step.left.rmdir()
     plan.run(config(tmp_path, *keys))
     assert ran == []  # nothing needs them
@@ -221,7 +221,7 @@ def test_a_model_that_came_out_otherwise_makes_what_was_measured_of_it_stale(tmp
     keys = ["results.table=3", "results.seeds=[1]", "results.rows=[ffn]"]
     plan.run(config(tmp_path, *keys))
     assert ran == ["sts", "dependence"]
-    [encoder, dependence] = plan.steps(config(tmp_path, *keys))
+    [encoder, dependence] = study.steps(config(tmp_path, *keys))
     encoder.left.rmdir()
     dependence.path.unlink()
     (tmp_path / "records" / "small-ffn.dependence.seed1.json").unlink()
@@ -235,7 +235,7 @@ def test_a_result_of_a_version_without_weights_runs_again_once(tmp_path, monkeyp
     monkeypatch.setattr(plan, "execute", finish)
     keys = ["results.table=2", "results.seeds=[1]", "results.rows=[base]"]
     plan.run(config(tmp_path, *keys))
-    [step] = plan.steps(config(tmp_path, *keys))
+    [step] = study.steps(config(tmp_path, *keys))
     record = json.loads(step.path.read_text())
     del record["environment"]["weights"]
     step.path.write_text(json.dumps(record))
@@ -260,7 +260,7 @@ def test_two_studies_in_one_folder_are_refused(tmp_path, monkeypatch):
 def test_a_failed_run_ends_the_study_with_its_last_line(tmp_path):
     keys = ["results.table=3", "results.rows=[base]", "results.seeds=[0]", "model.device=cpu"]
     wrong = config(tmp_path, *keys, "dependence.dataset=none.txt")
-    encoder, _ = plan.steps(wrong)
+    encoder, _ = study.steps(wrong)
     finish(encoder)
     with pytest.raises(UserError, match=r"none.txt: cannot be read.*see .*dependence.log"):
         plan.run(wrong)
@@ -285,7 +285,7 @@ def test_a_study_runs_as_a_program_and_its_commands_are_the_ones_it_ran(tiny_pat
 
 def test_mixtures_without_their_encoder_are_refused(tmp_path):
     with pytest.raises(UserError, match="ubmoe-causal needs 'ffn causal'; add it"):
-        plan.steps(config(tmp_path, "results.table=4", "results.rows=[base, ffn]"))
+        study.steps(config(tmp_path, "results.table=4", "results.rows=[base, ffn]"))
     with pytest.raises(UserError, match="run needs one; expected 2, 3, 4 or all"):
         plan.run(config(tmp_path))
     with pytest.raises(UserError, match="expected one at least"):
@@ -294,7 +294,7 @@ def test_mixtures_without_their_encoder_are_refused(tmp_path):
 
 def test_a_plan_extrapolates_from_a_few_steps(tmp_path):
     one = config(tmp_path, "results.table=3", "results.rows=[ffn]", "results.seeds=[0]")
-    step, dependence = plan.steps(one)
+    step, dependence = study.steps(one)
     assert one.bi.stages[0].max_steps == 60
     log = [{"loss": 1.0}, {"step": 5, "seconds_per_step": 2.0, "train_runtime": 99.0}]
     result = {"seconds": 25.0, "sts": {"stages": [{"log": log, "rows": 4000}]}}
@@ -315,7 +315,7 @@ def test_a_plan_extrapolates_from_a_few_steps(tmp_path):
 @pytest.mark.slow
 def test_a_timed_run_leaves_neither_models_nor_checkpoints(tiny_path, tmp_path):
     keys = ["results.table=2", "results.rows=[ffn]", "results.seeds=[0]", "model.device=cpu"]
-    [step] = plan.steps(config(tmp_path, *keys))
+    [step] = study.steps(config(tmp_path, *keys))
     said = plan.estimate(step, 2)
     assert re.fullmatch(r"about \S+ min and \S+ GB, from 2 steps, without scoring", said)
     folder = tmp_path / "small/study/timed/ffn"
@@ -330,14 +330,14 @@ def test_a_timed_run_leaves_neither_models_nor_checkpoints(tiny_path, tmp_path):
 def test_a_plan_times_steps_once_and_says_what_it_cannot_time(tiny_path, tmp_path):
     keys = ["results.table=all", "results.rows=[base, ffn, ffn causal]", "results.seeds=[0]"]
     given = config(tmp_path, *keys, "results.timed_steps=2", "model.device=cpu", "bi.stages=[]")
-    base = [step for step in plan.steps(given) if step.row == "base"]
+    base = [step for step in study.steps(given) if step.row == "base"]
     assert plan.estimate(base[2], 2) == "not timed: it only scores"
     said = plan.estimate(base[1], 2)
     assert re.fullmatch(r"about \S+ min and \S+ GB, from 2 texts, without scoring", said)
     before = (tmp_path / "small/study/timed/base/dependence.json").stat().st_mtime_ns
     assert plan.estimate(base[1], 2) == said
     assert (tmp_path / "small/study/timed/base/dependence.json").stat().st_mtime_ns == before
-    mixture = next(step for step in plan.steps(given) if step.row == "ubmoe")
+    mixture = next(step for step in study.steps(given) if step.row == "ubmoe")
     assert "small-ffn/bi is not there yet" in plan.estimate(mixture, 2)
     assert "# ubmoe, seed 0, after ffn: not run" in plan.plan(
         config(tmp_path, *keys, "model.device=cpu")
@@ -353,7 +353,7 @@ OWN = [
 
 
 def test_rows_of_ones_own_have_keys_seeds_and_what_is_measured(tmp_path):
-    steps = plan.steps(config(tmp_path, *OWN, "results.table=2"))
+    steps = study.steps(config(tmp_path, *OWN, "results.table=2"))
     assert kinds(steps) == [
         ("base", "sts", 1),
         ("untrained late", "sts", 1),
@@ -372,7 +372,7 @@ def test_rows_of_ones_own_have_keys_seeds_and_what_is_measured(tmp_path):
     assert steps[3].config.evaluation.language_model and steps[4].config.scan.every == 3
     assert (steps[5].config.model.name, steps[5].config.ubmoe.bi) == ("tiny", str(steps[2].left))
     assert tables.trained({"config": steps[2].config.model_dump()}) == "ffn, 9 steps"
-    untrained = plan.steps(config(tmp_path, *OWN, "results.table=3"))[3]
+    untrained = study.steps(config(tmp_path, *OWN, "results.table=3"))[3]
     assert (untrained.row, untrained.result) == ("untrained late", "dependence")
     assert untrained.after is None and untrained.config.model.name == "tiny"
 
@@ -386,7 +386,7 @@ PROGRAMS = [
 
 
 def test_rows_may_be_of_other_programs(tmp_path):
-    steps = plan.steps(config(tmp_path, *PROGRAMS))
+    steps = study.steps(config(tmp_path, *PROGRAMS))
     assert kinds(steps) == [
         ("ffn 9", "sts", 7),
         ("twice read", "bitune", 7),
@@ -402,7 +402,7 @@ def test_rows_may_be_of_other_programs(tmp_path):
 def test_a_mixture_of_no_row_is_refused(tmp_path, of):
     rows = f"results.rows=[base, {{name: joined, program: train_ubmoe, of: {of}}}]"
     with pytest.raises(UserError, match="results.rows: joined: of is .*; expected a row before it"):
-        plan.steps(config(tmp_path, rows, "results.table=2"))
+        study.steps(config(tmp_path, rows, "results.table=2"))
 
 
 def test_rows_of_ones_own_are_not_run_twice(tmp_path, monkeypatch):
@@ -414,7 +414,7 @@ def test_rows_of_ones_own_are_not_run_twice(tmp_path, monkeypatch):
     assert len(ran) == 10
     with pytest.raises(UserError, match="results.rows: a tunes nothing that swap could swap"):
         rows = "results.rows=[{name: a, keys: ['bi.stages=[]'], measured: [swap]}]"
-        plan.steps(config(tmp_path, rows, "results.table=2"))
+        study.steps(config(tmp_path, rows, "results.table=2"))
 
 
 @pytest.mark.parametrize(
@@ -443,9 +443,9 @@ def test_models_are_removed_once_nothing_missing_reads_them(tmp_path, monkeypatc
     asked = config(tmp_path, *keys, "results.keep_models=false")
     plan.run(asked)
     assert len(there) == 8 and all(exists for _, _, exists in there)
-    made = [step for step in plan.steps(asked) if step.result in plan.LEFT]
+    made = [step for step in study.steps(asked) if step.result in study.LEFT]
     assert made and not any(step.left.exists() for step in made)
-    assert all(step.path.exists() for step in plan.steps(asked))
+    assert all(step.path.exists() for step in study.steps(asked))
     there.clear()
     plan.run(asked)
     assert not there

@@ -1,0 +1,273 @@
+"""The paper's tables, and studies of one's own, as runs: which programs, with which keys.
+
+Every run is a command line of a program, so a cluster's array job can take the printed lines
+instead. Nothing here imports torch.
+"""
+
+import hashlib
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from ubmoe.config import (
+    MADE,
+    SCORED,
+    Config,
+    ResultsSection,
+    RowSection,
+    UserError,
+    dump_config,
+    leaves,
+    load_config,
+    numbered,
+)
+from ubmoe.data.inputs import MODEL, READ, inputs
+from ubmoe.files import replace, write_text
+from ubmoe.report.tables import CAUSAL
+from ubmoe.results.records import Record, read_result
+from ubmoe.staging import complete_moves
+
+# The mixtures of Table 4 and the controls that it lacks: their encoder's row, and their own keys.
+MIXTURES = {
+    "ubmoe": (
+        "ffn",
+        [
+            "ubmoe.routes=[learned, half, average, uni, bi, mode]",
+            "ubmoe.export=[mixture, modes]",
+        ],
+    ),
+    "ubmoe-top-1": ("ffn", ["ubmoe.top_k=1", "ubmoe.router_init=uni", "ubmoe.routes=[learned]"]),
+    "ubmoe-causal": ("ffn causal", ["ubmoe.routes=[learned, bi]"]),
+}
+BITUNE = ("lora", "full")
+# Programs, and their keys, that measure what train_bi.py left.
+MEASURED = {
+    "dependence": ("calculate_dp.py",),
+    "evaluation": ("-m ubmoe.evaluate", "evaluation.language_model=true"),
+    "scan": ("-m ubmoe.scan",),
+    "swap": ("-m ubmoe.swap",),
+}
+
+
+# Programs of rows beside train_bi.py, and their results.
+FURTHER = {"train_ubmoe": ("train_ubmoe.py", "generation"), "bitune": ("-m ubmoe.bitune", "bitune")}
+# Results that are of another model than the one that their step is after.
+BESIDE = ("generation", "swap")
+# What a later step reads of an earlier one.
+LEFT = {"sts": "bi", "generation": "ubmoe"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One run of one program; `row` names its line in the tables, over the seeds.
+
+    after: the step whose model this one reads; None: it reads the base alone. records: the folder
+    in which its record may be, where its output_dir is gone.
+    """
+
+    program: tuple[str, ...]
+    row: str
+    result: str
+    config_file: str
+    keys: tuple[str, ...]
+    after: "Step | None" = None
+    records: str | None = None
+
+    @cached_property
+    def config(self) -> Config:
+        return load_config(self.config_file, list(self.keys))
+
+    @property
+    def path(self) -> Path:
+        return Path(self.config.output_dir) / f"{self.result}.json"
+
+    @property
+    def left(self) -> Path:
+        """The model that later steps read."""
+        return Path(self.config.output_dir) / LEFT[self.result]
+
+    @property
+    def command(self) -> str:
+        return shlex.join(["python", *self.program, self.config_file, *self.keys])
+
+    def state(self) -> str:
+        """`there`, with these very settings and of this very model; `other`; or `missing`."""
+        kept = self.kept()
+        if kept is None:
+            return "missing"
+        same = self._keys(kept["config"]) == self._keys(self.config.model_dump())
+        same = same and self._has_read_the_same(kept)
+        known = "weights" in kept.get("environment", {})  # an older version did not say them
+        return "there" if same and known and self._is_of_what_it_reads(kept) else "other"
+
+    def kept(self) -> dict[str, Any] | None:
+        """Its result; its record, where the result is gone; or None."""
+        folder = self.path.parent
+        complete_moves(folder)
+        if self.path.exists():
+            return read_result(self.path)
+        if self.records is None:
+            return None
+        name = Record(folder.name, self.result, self.config.seed, {}).name
+        path = Path(self.records) / f"{name}.json"
+        return read_result(path) if path.exists() else None
+
+    def _keys(self, config: dict[str, Any]) -> dict[str, str]:
+        """The settings that decide its numbers, but for those that say where something lies."""
+        read = ("seed", *SCORED[self.result], *MADE.get(self.result, ()))
+        places = (*READ[self.result], *MODEL, "ubmoe.bi", "evaluation.data")
+        found = leaves(config, read)
+        return {name: value for name, value in found.items() if numbered(name) not in places}
+
+    def _has_read_the_same(self, kept: dict[str, Any]) -> bool:
+        """Whether the digests of data and model are those of what the keys name now."""
+        now, before = inputs(self.config, self.result), dict(kept.get("inputs", {}))
+        if self.after is not None and self.config.model.name == str(self.after.left):
+            for each in (now, before):  # the weights tell, and the model may be gone
+                each.pop("model.name", None)
+        return now == before and None not in now.values()
+
+    def _is_of_what_it_reads(self, kept: dict[str, Any]) -> bool:
+        if self.after is None:
+            return True
+        upstream = self.after.kept()
+        if upstream is None or self.after.state() != "there":
+            return False
+        if self.result in BESIDE:
+            own = kept[self.result].get("bi_weights")
+        else:
+            own = kept["environment"]["weights"]
+        return own == upstream["environment"]["weights"]
+
+
+def steps(config: Config) -> list[Step]:
+    """The runs of `results.table`, in an order in which each finds what it needs.
+
+    They read a file of the study's own, what this program was given; its name holds a digest, so
+    that another plan does not change what waiting runs will read.
+    """
+    text = dump_config(config.model_copy(update={"results": ResultsSection()}))
+    name = f"study-{hashlib.sha256(text.encode()).hexdigest()[:8]}.yaml"
+    file = Path(config.output_dir) / "study" / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace(file, partial(write_text, text=text))
+    rows = [_row(config, given) for given in config.results.rows]
+    seeds = dict.fromkeys(seed for row in rows for seed in row.seeds)
+    return [
+        each
+        for seed in seeds
+        for each in _of_seed(config, str(file), seed, [row for row in rows if seed in row.seeds])
+    ]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a study: how a program makes it, and what else is measured of it.
+
+    further: keys of these measurements. of: the row whose encoder it reads.
+    """
+
+    name: str
+    keys: tuple[str, ...]
+    seeds: tuple[int, ...]
+    measured: tuple[str, ...]
+    further: tuple[str, ...] = ()
+    program: str = "train_bi"
+    of: str | None = None
+
+
+def _row(config: Config, given: str | RowSection) -> Row:
+    """A row in the words of Table 2, or of one's own."""
+    every = {2: (), 3: ("dependence",), 4: (), "all": ("dependence", "evaluation"), None: ()}
+    measured, seeds = every[config.results.table], tuple(config.results.seeds)
+    if isinstance(given, str):  # the base has no seeds
+        return Row(given, _trains(config, given), seeds[:1] if given == "base" else seeds, measured)
+    own = measured if given.measured is None else tuple(given.measured)
+    keys = (*given.keys, f"results.row={given.name}")
+    program = (given.program, given.of)
+    return Row(given.name, keys, tuple(given.seeds or seeds), own, keys, *program)
+
+
+def _of_seed(config: Config, config_file: str, seed: int, rows: Sequence[Row]) -> Iterator[Step]:
+    table = config.results.table
+
+    def step(program: str, name: str, result: str, *keys: str, after: Step | None = None) -> Step:
+        slug = re.sub("[^a-z0-9.]+", "-", name.lower()).strip("-")
+        folder = Path(config.output_dir) / "study" / f"seed{seed}" / f"{label(config)}-{slug}"
+        given = (f"seed={seed}", f"output_dir={folder}", *keys)
+        records = config.results.directory
+        return Step(tuple(program.split()), name, result, config_file, given, after, records)
+
+    encoders: dict[str, Step] = {}
+    mixed = {encoder for encoder, _ in MIXTURES.values()}
+    for row in [row for row in rows if table != 4 or row.name in mixed]:
+        if row.program != "train_bi":
+            program, result = FURTHER[row.program]
+            after = _joined(row, encoders) if row.program == "train_ubmoe" else None
+            read = [] if after is None else [f"ubmoe.bi={after.left}"]
+            yield step(program, row.name, result, *read, *row.keys, after=after)
+            continue
+        encoders[row.name] = made = step("train_bi.py", row.name, "sts", *row.keys)
+        yield made
+        after = made if made.config.bi.stages else None  # else it is the model itself
+        for measured in row.measured:
+            program, keys = _measuring(row, measured, after)
+            yield step(program, row.name, measured, *row.further, *keys, after=after)
+    mixtures = {}
+    if table in (4, "all") and seed in config.results.seeds:
+        for name, (needed, keys) in MIXTURES.items():
+            if needed not in encoders:
+                raise UserError(f"results.rows: {name} needs {needed!r}; add it")
+            after = encoders[needed]
+            bi = f"ubmoe.bi={after.left}"
+            mixtures[name] = step("train_ubmoe.py", name, "generation", bi, *keys, after=after)
+            yield mixtures[name]
+    if mixtures and table == "all":
+        after = mixtures["ubmoe"]
+        yield step(
+            "calculate_dp.py", "ubmoe", "dependence", f"model.name={after.left}", after=after
+        )
+        for variant in BITUNE:
+            key = f"bitune.variant={variant}"
+            yield step("-m ubmoe.bitune", f"bitune {variant}", "bitune", key)
+
+
+def _measuring(row: Row, measured: str, after: Step | None) -> tuple[str, list[str]]:
+    """The program that measures what a row has made, and its keys. Raises UserError."""
+    program, *keys = MEASURED[measured]
+    if after is not None:
+        keys.append(f"{'ubmoe.bi' if measured == 'swap' else 'model.name'}={after.left}")
+    elif measured == "swap":
+        raise UserError(f"results.rows: {row.name} tunes nothing that swap could swap")
+    if measured == "evaluation" and row.further:
+        keys.append("evaluation.sts=[]")  # train_bi.py has scored it
+    return program, keys
+
+
+def _joined(row: Row, encoders: dict[str, Step]) -> Step:
+    """The step whose encoder a row joins to the model. Raises UserError."""
+    found = encoders.get(row.of or "")
+    if found is None or not found.config.bi.stages:
+        raise UserError(
+            f"results.rows: {row.name}: of is {row.of!r}; expected a row before it that tunes an "
+            "encoder with the same seed"
+        )
+    return found
+
+
+def _trains(config: Config, row: str) -> tuple[str, ...]:
+    """The keys by which train_bi.py makes a row of Table 2."""
+    if row == "base":
+        return ("bi.stages=[]",)
+    modules = row.removesuffix(CAUSAL).replace("+", ", ")
+    keys = [f"bi.stages.{number}.train=[{modules}]" for number in range(len(config.bi.stages))]
+    return (*keys, *(["bi.attention=causal"] if row.endswith(CAUSAL) else []))
+
+
+def label(config: Config) -> str:
+    """What a study is called: its output_dir's last part."""
+    return Path(config.output_dir).name
