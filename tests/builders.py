@@ -394,6 +394,20 @@ RECORDS = {
 }
 
 
+def study(rows):
+    """Records of encoders {row: (DP-after, perplexity)}, the base at 30 and 4."""
+    found = {}
+    for number, (row, (after, perplexity)) in enumerate({"base": (30.0, 4.0), **rows}.items()):
+        name, train = f"r{number}", [] if row == "base" else row.split("+")
+        model = f"Qwen/{MODEL}" if row == "base" else "bi"
+        found |= encoder(name, 0, 50.0 + number, train) | dependence(name, 0, model, after)
+        generation = {**scores(40.0 - number, perplexity), "metrics": {"mmlu": "acc"}}
+        config = {"model": {"name": model}, "seed": 0}
+        found[f"{name}.evaluation.seed0"] = {"config": config, "generation": generation}
+    return found
+
+
+ROWS = {"ffn": (31.0, 5.0), "attention": (33.0, 8.0), "all": (36.0, 7.0)}
 SEEDS = [0, 1, 2]
 
 

@@ -1,11 +1,7 @@
-"""Two pictures of a study: what embedding costs in generation, and whether dependence tells it.
+"""A picture of what embedding costs in generation, of every model of a study.
 
-From the records alone. The first plane has a point for every model of the study, STS average to the
-right (a mixture reads bidirectionally for it, an encoder as it was tuned), generation upwards, and
-its Pareto front. The second has lost generation against STS, hollow under the causal mask, and
-tests the paper's central claim: the more a tuned model attends to later tokens (DP-after), the more
-is lost. Beside it, where they were measured, what goes to the first token, and DP-after without
-that key.
+From the records alone. The plane has a point for every model: STS average to the right (a mixture
+reads bidirectionally for it, an encoder as it was tuned), generation upwards, and its Pareto front.
 """
 
 import logging
@@ -17,21 +13,17 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import numpy as np
 from matplotlib.ticker import ScalarFormatter
-from scipy.stats import bootstrap, spearmanr
 
 from ubmoe.config import Config, UserError
 from ubmoe.files import replace_all, save_figure
-from ubmoe.report.figures import PALETTE, blank, styled
-from ubmoe.report.tables import CAUSAL, ROUTES, family, model_of
-from ubmoe.results import sink
-from ubmoe.results.entries import Entry, entries
+from ubmoe.report.figures import blank, styled
+from ubmoe.report.tables import ROUTES, model_of
+from ubmoe.results import claim, sink
+from ubmoe.results.entries import entries
 from ubmoe.results.records import Records
 
 log = logging.getLogger(__name__)
-RESAMPLES = 2000
-FEWEST = 6  # rows of an interval: of fewer, most draws are of two or three
 NO_MIXTURES = (ROUTES["uni"], ROUTES["bi"])  # the two models themselves, forced
 
 
@@ -77,115 +69,6 @@ def front(pairs: Sequence[tuple[float, float]]) -> list[int]:
     return found[::-1]
 
 
-@dataclass(frozen=True)
-class Tuned:
-    """An encoder of one seed: how its dependence and its generation differ from the base's.
-
-    family: what was tuned, and under which mask, however its row is called. after, first,
-    without_first: percentage points; lost: log of the perplexity over the base's. sts: the mean of
-    the tasks that all rows have, under the row's own mask.
-    """
-
-    row: str
-    family: str
-    after: float
-    lost: float
-    first: float | None = None
-    without_first: float | None = None
-    sts: float | None = None
-
-    @property
-    def is_control(self) -> bool:
-        """Tuned under the causal mask, which the paper did not."""
-        return self.family.endswith(CAUSAL)
-
-
-# The columns of a table of encoders, by what is looked at as a cause.
-CAUSES = {"after": "DP-after", "first": "first", "without_first": "after without first"}
-PANELS = {"sts": "STS under its own mask"} | {
-    cause: f"{column}, minus the base's (percentage points)" for cause, column in CAUSES.items()
-}
-
-
-def tuned(model: str, records: Records, seeds: Sequence[int]) -> list[Tuned]:
-    """Every encoder whose dependence and generation were measured."""
-    every = entries("encoders", model, records, seeds)
-    found: list[tuple[Entry, Any]] = [
-        (each, each.cells) for each in every if {"DP-after", "perplexity"} <= each.cells.keys()
-    ]
-    base: Any = next((cells for each, cells in found if each.row == "base"), None)
-    own = [each.tasks for each, _ in found if not each.is_base]
-    common = sorted(frozenset.intersection(*own)) if own else []
-    return [
-        Tuned(
-            *(each.row, family(each.record.data)),
-            lost=math.log(cells["perplexity"] / base["perplexity"]),
-            **_moved(cells, base),
-            sts=mean(cells[task] for task in common) if common else None,
-        )
-        for each, cells in found
-        if base is not None and not each.is_base
-    ]
-
-
-def _moved(own: Any, base: Any) -> dict[str, Any]:
-    """How far each cause is from the base's; None where one of the two was not measured."""
-    there = own.keys() & base.keys()
-    return {
-        name: own[column] - base[column] if column in there else None
-        for name, column in CAUSES.items()
-    }
-
-
-@dataclass(frozen=True)
-class Correlation:
-    """Spearman's rank correlation of a cause and `lost`, and its 95 % interval.
-
-    The interval is None where there are too few rows.
-    """
-
-    value: float
-    interval: tuple[float, float] | None
-    rows: int
-
-    def __str__(self) -> str:
-        text = "too few for an interval"
-        if self.interval is not None:
-            text = "95 % interval {:.2f} to {:.2f}".format(*self.interval)
-        return f"rank correlation {self.value:.2f} over {self.rows} rows ({text})"
-
-
-def correlation(found: Sequence[Tuned], cause: str = "after", seed: int = 0) -> Correlation:
-    """Of a cause and lost generation.
-
-    The bootstrap draws rows, each with all of its seeds, which are no new evidence.
-    """
-    rows = sorted({each.row for each in found})
-    own = [[each for each in found if each.row == row] for row in rows]
-
-    def drawn(chosen: np.ndarray) -> float:
-        return _spearman([each for place in chosen for each in own[place]], cause)
-
-    if len(rows) < FEWEST:
-        return Correlation(_spearman(found, cause), None, len(rows))
-    several = bootstrap(
-        *((np.arange(len(rows)),), drawn),
-        n_resamples=RESAMPLES,
-        vectorized=False,
-        method="percentile",
-        rng=seed,
-    ).bootstrap_distribution
-    low, high = np.nanpercentile(several, [2.5, 97.5])  # nan: one row drawn throughout
-    return Correlation(_spearman(found, cause), (float(low), float(high)), len(rows))
-
-
-def _spearman(found: Sequence[Tuned], cause: str) -> float:
-    moved, lost = ([getattr(each, name) for each in found] for name in (cause, "lost"))
-    if np.ptp(moved) == 0 or np.ptp(lost) == 0:
-        return math.nan
-    return float(spearmanr(moved, lost).statistic)
-
-
 # --- pictures -------------------------------------------------------------------------------------
 
 
@@ -195,7 +78,7 @@ def draw(config: Config, records: Records) -> str:
     Returns their paths. Raises UserError.
     """
     model, seeds = model_of({"config": config.model_dump()}), config.results.seeds
-    placed, encoded = points(model, records, seeds), tuned(model, records, seeds)
+    placed, encoded = points(model, records, seeds), claim.tuned(model, records, seeds)
     if len(placed) < 2:
         raise UserError(
             f"{config.results.directory}: {len(placed)} models of {model} with STS and generation; "
@@ -205,7 +88,7 @@ def draw(config: Config, records: Records) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     figures, rows = {"tradeoff.png": plane_figure(model, placed)}, {each.row for each in encoded}
     if len(rows) > 2:
-        figures["claim.png"] = claim_figure(model, encoded)
+        figures["claim.png"] = claim.figure(model, encoded)
     else:
         (folder / "claim.png").unlink(missing_ok=True)  # of other records
         log.info("claim.png: not drawn, of %d rows with dependence and perplexity", len(rows))
@@ -216,7 +99,6 @@ def draw(config: Config, records: Records) -> str:
     return "\n".join(str(folder / name) for name in figures)
 
 
-MARKS = "osD^vP"
 COLOURS = {"base": "black", "encoder": "C0", "mixture": "C1"}
 
 
@@ -283,40 +165,3 @@ def close(points: Sequence[tuple[float, float]], near: float) -> list[list[int]]
 
 def _error(values: list[float]) -> float | None:
     return stdev(values) if len(values) > 1 else None
-
-
-@styled
-def claim_figure(model: str, encoded: list[Tuned]) -> Any:
-    """Lost generation against STS, and each cause that was measured of every encoder."""
-    causes = [c for c in PANELS if all(getattr(each, c) is not None for each in encoded)]
-    figure = blank(1.8 + 4.4 * len(causes), 4.4)
-    panels = figure.subplots(1, len(causes), sharey=True, squeeze=False)[0]
-    for axes, cause in zip(panels, causes, strict=True):
-        _claim_panel(axes, encoded, cause)
-    panels[0].set(ylabel="lost generation: log perplexity over the base's")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
-    figure.suptitle(model, fontsize=10)
-    return figure
-
-
-def _claim_panel(axes: Any, encoded: list[Tuned], cause: str) -> None:
-    families = dict.fromkeys(each.family for each in encoded)
-    kinds = list(dict.fromkeys(each.removesuffix(CAUSAL) for each in families))
-    for each in families:
-        own = [one for one in encoded if one.family == each]
-        number = kinds.index(each.removesuffix(CAUSAL))
-        axes.plot(
-            *([getattr(one, cause) for one in own], [one.lost for one in own]),
-            marker=MARKS[number % len(MARKS)], ls="", ms=5, label=each,
-            color=PALETTE[number % len(PALETTE)],
-            fillstyle="none" if own[0].is_control else "full",
-        )  # fmt: skip
-    axes.axhline(0, color="grey", lw=0.6)
-    if cause in CAUSES:
-        axes.axvline(0, color="grey", lw=0.6)
-    axes.set(xlabel=PANELS[cause])
-    own = [each for each in encoded if not each.is_control]
-    text = [str(correlation(encoded, cause))]
-    if len(own) < len(encoded):
-        text.append(f"without causally tuned rows: {correlation(own, cause)}")
-    axes.set_title("\n".join(text), fontsize=7)
