@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from builders import MODEL, ROOT, SEEDS, encoder, recorded
+from builders import MODEL, ROOT, ROWS, SEEDS, encoder, recorded, study
 
 from ubmoe.config import UserError, load_config
 from ubmoe.results import paired
@@ -100,6 +100,35 @@ def test_changes_are_told_with_their_intervals(monkeypatch):
         "2.00 (1.50 to 2.25) |"
     )
     assert lines[4].startswith("| ffn | 1 | 50.00 | 1.50 (1.25 to 2.00) | 2.00 (1.50 to 2.25) |")
+
+
+def test_rows_stand_against_the_other_mask_and_correlations_by_mask(monkeypatch):
+    rows = [
+        paired.Match("ffn causal", 45.0, "ffn", 51.0, paired.Difference(1.5, (1.25, 2))),
+        paired.Match("ffn", 51.0),
+    ]
+    monkeypatch.setattr(paired, "matches", lambda *_: rows)
+    text = "<!-- equal: small -->\n<!-- end -->\n" + f"<!-- claim: {MODEL} -->\n<!-- end -->"
+    lines = renewed_squeezed(text, Records.of_names(study(ROWS)), SEEDS).splitlines()
+    assert lines[3:5] == [
+        "| ffn | 51.00 | none | | |",
+        "| ffn causal | 45.00 | ffn | 51.00 | 1.50 (1.25 to 2.00) |",
+    ]
+    assert lines[-2] == (
+        "| DP-after, minus the base's (percentage points) | 0.50, n = 3 | 0.50, n = 3 | |"
+    )
+
+
+def test_a_scanned_row_is_read_under_both_masks_with_either_pooling():
+    scanned = [
+        {"mean": {"score": number + 0.5}, "weighted_mean": {"score": number}} for number in (1, 2)
+    ]
+    records = encoder("a", 0, 50.0, ["ffn"]) | encoder("b", 0, 50.0, ["attention"])
+    config = {"model": {"name": "bi"}, "seed": 0}
+    records["a.scan.seed0"] = {"config": config, "scan": {"patterns": scanned}}
+    text = f"<!-- poolings: {MODEL} -->\n<!-- end -->"
+    lines = renewed_squeezed(text, Records.of_names(records), SEEDS).splitlines()
+    assert lines[3:-1] == ["| ffn | 2.50 | 2.00 | 1.50 | 1.00 |"]
 
 
 def test_mixtures_stand_beside_each_other_over_their_seeds():

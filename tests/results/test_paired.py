@@ -69,6 +69,48 @@ def test_the_interval_is_that_of_the_mean_over_seeds():
     assert rows["ffn"]["perplexity"].interval == pytest.approx(expected, rel=0.03)
 
 
+def rows_of(*more):
+    every = dict(BASE)
+    for each in more:
+        every |= each
+    return {each.row: each for each in paired.matches(MODEL, Records.of_names(every), SEEDS)}
+
+
+def causal(records, sts):
+    """The same, tuned under the causal mask, and with another STS."""
+    for record in records.values():
+        if "sts" in record:
+            record["config"]["bi"]["attention"] = "causal"
+            record["sts"] |= {"tasks": dict.fromkeys(record["sts"]["tasks"], sts)}
+    return records
+
+
+def test_a_row_is_held_against_the_least_loss_that_embeds_as_well():
+    both = measured("a", 0, ["ffn"], shares(), [1.5, 2.5, 3.5, 4.5])  # its STS is 51
+    worse = causal(measured("b", 0, ["ffn"], shares(), [3.0, 3.5, 4.0, 5.0]), 45.0)
+    rows = rows_of(both, worse, measured("d", 0, ["attention"], shares(), [1.0, 2.0, 3.0, 4.0]))
+    assert set(rows) == {"ffn", "ffn causal"}  # attention has no twin
+    assert rows["ffn"] == paired.Match("ffn", 51.0)  # nothing of the other mask embeds as well
+    found = rows["ffn causal"]
+    assert (found.sts, found.other, found.other_sts) == (45.0, "ffn", 51.0)
+    lost = np.array([3.0, 3.5, 4.0, 5.0]) - [1.5, 2.5, 3.5, 4.5]
+    assert found.ratio.value == pytest.approx(math.exp(lost.sum() / 10))
+    assert 1 < found.ratio.interval[0] < found.ratio.value < found.ratio.interval[1]
+
+
+def test_of_several_that_embed_as_well_the_one_that_loses_least_is_taken():
+    several = {"a": (52.0, [1.5, 2.5, 3.5, 4.5]), "e": (60.0, [1.2, 2.0, 3.0, 4.0])}
+    several["f"] = (44.0, [1.0, 1.0, 1.0, 1.0])  # loses least, and embeds worse
+    every = causal(measured("b", 0, ["ffn"], shares(), [3.0, 3.5, 4.0, 5.0]), 45.0)
+    for name, (sts, losses) in several.items():
+        own = measured(name, 0, ["ffn"], shares(), losses)
+        made = own[f"{name}.sts.seed0"]
+        made["sts"] |= {"tasks": dict.fromkeys(made["sts"]["tasks"], sts)}
+        made["config"]["results"] = {"row": f"ffn {name}"}
+        every |= own
+    assert rows_of(every)["ffn causal"].other == "ffn e"
+
+
 def test_other_texts_older_records_and_seeds_not_measured_are_not_compared():
     of_others = shares(1.0) | {"tokens": [5, 9, 12, 31]}
     rows = found(measured("a", 0, ["ffn"], of_others, [1.5, 2.5, 3.5, 4.5]))

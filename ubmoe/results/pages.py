@@ -133,6 +133,57 @@ def _change_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     return _noted([["trained", "seeds", "STS", *columns.values()], *body], [])
 
 
+def _equal_block(name: str, records: Records, seeds: Sequence[int]) -> str:
+    """Each row against the rows of the other mask that embed at least as well."""
+    body = [
+        [each.row, f"{each.sts:.2f}", each.other or "none", sts, _difference(each.ratio)]
+        for each in sorted(paired.matches(name, records, seeds), key=lambda each: each.row)
+        for sts in ["" if each.other_sts is None else f"{each.other_sts:.2f}"]
+    ]
+    header = ["trained", "STS", "best of the other mask", "its STS", "perplexity over its"]
+    return _noted([header, *body], [])
+
+
+def _claim_block(name: str, records: Records, seeds: Sequence[int]) -> str:
+    """Rank correlations of lost generation, over all rows and over those of one mask."""
+    from ubmoe.results import claim  # imports matplotlib, which other blocks do not
+
+    def cell(own: list[claim.Tuned], cause: str) -> str:
+        if len({each.row for each in own}) < 3:  # seeds of one row are no correlation
+            return ""
+        found = claim.correlation(own, cause)
+        ends = "" if found.interval is None else " ({:.2f} to {:.2f})".format(*found.interval)
+        return f"{found.value:.2f}{ends}, n = {found.rows}"
+
+    found = claim.tuned(name, records, seeds)
+    body = []
+    for cause, label in claim.PANELS.items():
+        known = [each for each in found if getattr(each, cause) is not None]
+        masks = [[each for each in known if each.is_control is causal] for causal in (False, True)]
+        cells = [cell(own, cause) for own in (known, *masks)]
+        body += [[label, *cells]] if known else []
+    header = ["lost generation goes along with", "all rows", "tuned both ways", "tuned causally"]
+    return _noted([header, *body], [])
+
+
+def _poolings_block(name: str, records: Records, _: Sequence[int]) -> str:
+    """Every row that was scanned, read under both masks with either pooling."""
+    rows = by_row("encoders", name, records, _)
+    body = []
+    for row, own in rows.items():
+        record = records.beside(own[0].record, "scan")
+        if record is not None:
+            none, every = record.section["patterns"][:2]
+            scores = [pattern[pool]["score"] for pattern in (every, none) for pool in POOLINGS]
+            body.append([row, *(f"{score:.2f}" for score in scores)])
+    header = ["trained", *(f"{mask}, {pool}" for mask in MASKS for pool in POOLINGS.values())]
+    return _noted([header, *body], [])
+
+
+POOLINGS = {"mean": "mean", "weighted_mean": "weighted mean"}
+MASKS = ("read both ways", "read causally")
+
+
 def _difference(found: paired.Difference | None) -> str:
     if found is None:
         return ""
@@ -282,6 +333,9 @@ BLOCKS = {
     "dependence": _dependence_block,
     "sts": _sts_block,
     "change": _change_block,
+    "equal": _equal_block,
+    "claim": _claim_block,
+    "poolings": _poolings_block,
     "mixture": _mixture_block,
     "bitune": _bitune_block,
     "probing": _probing_block,

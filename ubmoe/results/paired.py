@@ -1,4 +1,4 @@
-"""What tuning changes, text by text: differences to the base over the same chats.
+"""Rows compared text by text: with the base, and with rows of the other mask that embed as well.
 
 Texts differ far more than models do, so that a difference of two means over the same texts is
 known far better than either mean.
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ubmoe.bootstrap import interval, means
+from ubmoe.report.tables import CAUSAL, family
 from ubmoe.results.entries import Entry, by_row
 from ubmoe.results.records import Record, Records
 
@@ -50,6 +51,73 @@ def changes(
     return {row: cells for row, cells in found.items() if any(cells.values())}
 
 
+@dataclass(frozen=True)
+class Match:
+    """A row, and of the same modules tuned under the other mask the row that it is held against.
+
+    other: of those whose STS is at least this row's, the one of the lowest perplexity; None where
+    none embeds as well. ratio: this row's perplexity, times the other's.
+    """
+
+    row: str
+    sts: float
+    other: str | None = None
+    other_sts: float | None = None
+    ratio: Difference | None = None
+
+
+def matches(model: str, records: Records, seeds: Sequence[int]) -> list[Match]:
+    """Every row of which rows under the other mask were measured, too.
+
+    STS is the mean of the tasks that all of them have, under each row's own mask.
+    """
+    rows = by_row("encoders", model, records, seeds)
+    told = {row: own for row, own in rows.items() if not own[0].is_base and _answers(own)}
+    if not told:
+        return []
+    common = frozenset.intersection(*(each.tasks for own in told.values() for each in own))
+    sts = {
+        row: float(np.mean([each.cells[task] for each in own for task in common]))
+        for row, own in told.items()
+    }
+    return [
+        _match(row, told, sts)
+        for row in told
+        if any(_other_mask(told[row][0]) == family(own[0].record.data) for own in told.values())
+    ]
+
+
+def _other_mask(entry: Entry) -> str:
+    own = family(entry.record.data)
+    return own.removesuffix(CAUSAL) if own.endswith(CAUSAL) else own + CAUSAL
+
+
+def _match(row: str, told: dict[str, list[Entry]], sts: dict[str, float]) -> Match:
+    answers = {
+        other: _answers(own)
+        for other, own in told.items()
+        if other == row or family(own[0].record.data) == _other_mask(told[row][0])
+    }
+    own = answers.pop(row)
+    ratios = {
+        other: _perplexities([*own, _mean(theirs)])
+        for other, theirs in answers.items()
+        if sts[other] >= sts[row]
+    }
+    known = {other: ratio for other, ratio in ratios.items() if ratio is not None}
+    if not known:
+        return Match(row, sts[row])
+    best = max(known, key=lambda other: known[other].value)
+    return Match(row, sts[row], best, sts[best], known[best])
+
+
+def _mean(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of several seeds; of other texts, none is like the first."""
+    if any(each["tokens"] != answers[0]["tokens"] for each in answers):
+        return {"tokens": None}
+    return answers[0] | {"losses": np.mean([each["losses"] for each in answers], axis=0)}
+
+
 def _changed(own: Sequence[Entry], base: Any) -> dict[str, Difference | None]:
     texts, theirs = _all(own, "dependence"), _all([base], "dependence")
     cells = {
@@ -58,10 +126,14 @@ def _changed(own: Sequence[Entry], base: Any) -> dict[str, Difference | None]:
         else None
         for column, name in SHARES.items()
     }
-    chats, theirs = _all(own, "evaluation"), _all([base], "evaluation")
-    known = chats and theirs and all("answers" in each for each in (*chats, *theirs))
-    every = [each["answers"] for each in (*chats, *theirs)] if known else []
-    return cells | {"perplexity": _perplexities(every) if every else None}
+    mine, theirs = _answers(own), _answers([base])
+    return cells | {"perplexity": _perplexities([*mine, *theirs]) if mine and theirs else None}
+
+
+def _answers(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    """Losses and tokens of each chat, where every seed's are told; older records tell none."""
+    found = [each.get("answers") for each in _all(entries, "evaluation")]
+    return [each for each in found if each] if all(found) else []
 
 
 def _all(entries: Sequence[Entry], kind: str) -> list[dict[str, Any]]:
