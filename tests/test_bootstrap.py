@@ -50,6 +50,7 @@ def test_draws_do_not_depend_on_how_many_stand_in_memory(monkeypatch, at_once):
     expected = np.random.default_rng(0).multinomial(40, np.full(40, 1 / 40), 7)
     monkeypatch.setattr(bootstrap, "AT_ONCE", at_once)
     assert (np.concatenate(list(bootstrap.draws(40))) == expected).all()
+    assert (np.concatenate(list(bootstrap.draws(40, 3))) == expected[:3]).all()
 
 
 def test_means_are_those_of_the_drawn_items(monkeypatch):

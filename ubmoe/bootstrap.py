@@ -34,22 +34,28 @@ def means(values: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
     return np.concatenate(found)
 
 
-def correlations(values: np.ndarray, gold: np.ndarray) -> np.ndarray:
-    """(RESAMPLES,) of Spearman(values, gold), over items drawn anew."""
-    return np.concatenate([spearman(counts, values, gold) for counts in draws(len(gold))])
+def correlations(values: np.ndarray, gold: np.ndarray, resamples: int | None = None) -> np.ndarray:
+    """(resamples,) of Spearman(values, gold), over items drawn anew; None: RESAMPLES."""
+    counts = draws(len(gold), resamples)
+    return np.concatenate([spearman(each, values, gold) for each in counts])
 
 
 def gains(mine: np.ndarray, theirs: np.ndarray, gold: np.ndarray) -> np.ndarray:
     """(RESAMPLES,) of Spearman(mine, gold) - Spearman(theirs, gold), over items drawn anew."""
-    return correlations(mine, gold) - correlations(theirs, gold)  # of the same draws
+    return np.concatenate(
+        [
+            spearman(counts, mine, gold) - spearman(counts, theirs, gold)
+            for counts in draws(len(gold))
+        ]
+    )
 
 
-def draws(items: int) -> Iterator[np.ndarray]:
-    """Counts (draws, items), RESAMPLES together: the same for the same number of items."""
+def draws(items: int, resamples: int | None = None) -> Iterator[np.ndarray]:
+    """Counts (draws, items), together `resamples` or RESAMPLES: the same for the same items."""
+    total, size = resamples or RESAMPLES, max(1, AT_ONCE // items)
     rng = np.random.default_rng(0)
-    size = max(1, AT_ONCE // items)
-    for begin in range(0, RESAMPLES, size):
-        yield rng.multinomial(items, np.full(items, 1 / items), min(size, RESAMPLES - begin))
+    for begin in range(0, total, size):
+        yield rng.multinomial(items, np.full(items, 1 / items), min(size, total - begin))
 
 
 def spearman(counts: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -39,9 +39,9 @@ def test_the_embedded_model_learns_a_new_answer(tiny_path, tmp_path):
     keys = settings(max_steps=25, learning_rate=3e-3)
     bitune = attach(model, keys, 0)
     frozen = {n: v.clone() for n, v in bitune.named_parameters() if not v.requires_grad}
-    before = instruct.perplexity(bitune, new)
+    before = instruct.perplexity(bitune, new)["perplexity"]
     log = instruct.train(bitune, keys, new, Work(tmp_path, 0))
-    assert instruct.perplexity(bitune, new) < 0.6 * before
+    assert instruct.perplexity(bitune, new)["perplexity"] < 0.6 * before
     rows = [row for row in log if "loss" in row]
     assert rows[0]["alpha_keys"] == pytest.approx([0.5] * 4, abs=0.1) != rows[-1]["alpha_keys"]
     for name, value in bitune.named_parameters():
@@ -77,17 +77,19 @@ def test_a_batch_has_like_lengths_and_every_epoch_its_own_order():
 
 
 def test_perplexity_is_that_of_each_answer_token_alone():
-    bitune, total, count = tuned(), 0.0, 0
-    for example in EXAMPLES:
+    bitune, lost = tuned(), [0.0] * len(EXAMPLES)
+    for number, example in enumerate(EXAMPLES):
         for place, token in enumerate(example.answer):
             with torch.no_grad():
                 one = Example(example.prompt, [*example.answer[:place], token])
                 logits, _ = bitune(**instruct.batch([one]))
-            total -= logits[-1].log_softmax(-1)[token].item()
-            count += 1
+            lost[number] -= logits[-1].log_softmax(-1)[token].item()
+    tokens = [len(example.answer) for example in EXAMPLES]
     for budget in (1, 20, 10_000):
         found = instruct.perplexity(bitune, EXAMPLES, batch_tokens=budget)
-        assert found == pytest.approx(math.exp(total / count), rel=1e-4)
+        assert found["perplexity"] == pytest.approx(math.exp(sum(lost) / sum(tokens)), rel=1e-4)
+        assert found["answers"]["losses"] == pytest.approx(lost, abs=1e-3)
+        assert found["answers"]["tokens"] == tokens
 
 
 def test_what_bitune_cannot_do_is_refused():

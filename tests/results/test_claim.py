@@ -12,7 +12,7 @@ from ubmoe.results.records import Records
 
 def test_lost_generation_is_the_log_of_the_perplexity_over_the_base():
     found = claim.tuned(MODEL, Records.of_names(study(ROWS)), SEEDS)
-    assert [(each.row, each.after) for each in found] == [
+    assert [(each.family, each.causes["DP-after"]) for each in found] == [
         ("ffn", 1.0),
         ("attention", 3.0),
         ("all", 6.0),
@@ -26,12 +26,36 @@ def test_lost_generation_is_the_log_of_the_perplexity_over_the_base():
 
 def test_seeds_of_one_row_are_no_new_evidence():
     rng = np.random.default_rng(0)
-    rows = [claim.Tuned(str(n), "f", *pair) for n, pair in enumerate(rng.normal(size=(6, 2)))]
-    once, thrice = claim.correlation(rows), claim.correlation(rows * 3)
-    assert thrice.value == pytest.approx(once.value) and thrice.interval == pytest.approx(
-        once.interval
-    )
+    rows = [
+        claim.Tuned(str(number), "f", lost, {"DP-after": after})
+        for number, (lost, after) in enumerate(rng.normal(size=(6, 2)))
+    ]
+    once, again = claim.correlation(rows), claim.correlation([*rows, rows[0], rows[0]])
+    assert again == once
     assert once.interval[0] < once.value < once.interval[1]
+
+
+def test_seeds_are_one_point_at_their_mean_however_their_rows_are_called():
+    records = study(ROWS)
+    more = study({"ffn": (37.0, 5.0)})
+    for kind in ("sts", "dependence", "evaluation"):  # named otherwise, tuned alike
+        record = more[f"r1.{kind}.seed0"]
+        record["config"] |= {"seed": 1} | ({"results": {"row": "again"}} if kind == "sts" else {})
+        records[f"r8.{kind}.seed1"] = record
+    found = claim.tuned(MODEL, Records.of_names(records), SEEDS)
+    correlation = claim.correlation(found)
+    # DP-after of ffn is now 1 and 7, on average 4: ranks 2, 1, 3 against 1, 3, 2
+    assert (len(found), correlation.rows) == (4, 3)
+    assert correlation.value == pytest.approx(-0.5)
+
+
+def test_perplexity_of_other_chats_is_not_compared():
+    records = study(ROWS)
+    for number in (0, 1, 2):
+        asked = {"dataset": "d", "max_rows": None, "held_out": 9 if number < 2 else 8}
+        records[f"r{number}.evaluation.seed0"]["config"]["ubmoe"] = asked
+    found = claim.tuned(MODEL, Records.of_names(records), SEEDS)
+    assert [each.family for each in found] == ["ffn"]
 
 
 def test_the_causal_control_is_drawn_and_told_apart(tmp_path):
@@ -41,7 +65,7 @@ def test_the_causal_control_is_drawn_and_told_apart(tmp_path):
     config = sts["config"] | {"bi": sts["config"]["bi"] | {"attention": "causal"}}
     records |= control | {"r9.sts.seed0": sts | {"config": config}}
     found = claim.tuned(MODEL, Records.of_names(records), SEEDS)
-    assert [each.row for each in found if each.is_control] == ["ffn causal"]
+    assert [each.family for each in found if each.is_control] == ["ffn causal"]
     sts, axes = claim.figure(MODEL, found).axes
     assert sts.get_xlabel() == "STS under its own mask"
     [hollow] = [line for line in sts.lines if line.get_fillstyle() == "none"]
@@ -63,11 +87,8 @@ def test_every_cause_that_was_measured_has_a_panel(tmp_path):
     for record, sink in zip(measured, sinks, strict=True):
         record["dependence"] |= {"first": sink[0], "without_first": {"after": sink[1]}}
     found = claim.tuned(MODEL, Records.of_names(records), SEEDS)
-    assert [(each.first, each.without_first) for each in found] == [
-        (-3.0, 0.5),
-        (-8.0, -1.0),
-        (-7.0, 1.0),
-    ]
+    moved = [(each.causes["first"], each.causes["after without first"]) for each in found]
+    assert moved == [(-3.0, 0.5), (-8.0, -1.0), (-7.0, 1.0)]
     fallen = claim.correlation(found, "first")
     assert fallen.value == pytest.approx(-1)  # ranks 3, 1, 2 and 1, 3, 2
     panels = claim.figure(MODEL, found).axes
@@ -77,3 +98,10 @@ def test_every_cause_that_was_measured_has_a_panel(tmp_path):
         "first",
         "after without first",
     ]
+
+
+def test_no_two_kinds_look_alike():
+    kinds = [claim.Tuned(str(n), f"kind {n}", 0.1 * n, {"STS": float(n)}) for n in range(9)]
+    [axes] = claim.figure(MODEL, kinds).axes
+    looks = {(line.get_marker(), line.get_color()) for line in axes.lines[:9]}
+    assert len(looks) == 9

@@ -7,6 +7,7 @@ import pytest
 from builders import MODEL, SEEDS, dependence, encoder, scores
 
 from ubmoe.results import paired
+from ubmoe.results.entries import SINK
 from ubmoe.results.records import Records
 
 TOKENS = [5, 9, 12, 30]
@@ -48,7 +49,7 @@ def found(*more):
 def test_what_all_texts_share_is_certain_however_far_apart_they_are():
     rows = found(measured("a", 0, ["ffn"], shares(2.5), [1.5, 2.5, 3.5, 4.5]))
     assert list(rows) == ["ffn"]
-    for column in paired.SHARES:
+    for column in SINK:
         assert rows["ffn"][column] == paired.Difference(2.5, (2.5, 2.5))
     assert rows["ffn"]["perplexity"].value == pytest.approx(math.exp(2.0 / 10))
 
@@ -98,7 +99,7 @@ def test_a_row_is_held_against_the_least_loss_that_embeds_as_well():
     assert 1 < found.ratio.interval[0] < found.ratio.value < found.ratio.interval[1]
 
 
-def test_of_several_that_embed_as_well_the_one_that_loses_least_is_taken():
+def test_of_several_that_embed_as_well_the_nearest_is_taken_whatever_it_loses():
     several = {"a": (52.0, [1.5, 2.5, 3.5, 4.5]), "e": (60.0, [1.2, 2.0, 3.0, 4.0])}
     several["f"] = (44.0, [1.0, 1.0, 1.0, 1.0])  # loses least, and embeds worse
     every = causal(measured("b", 0, ["ffn"], shares(), [3.0, 3.5, 4.0, 5.0]), 45.0)
@@ -108,13 +109,23 @@ def test_of_several_that_embed_as_well_the_one_that_loses_least_is_taken():
         made["sts"] |= {"tasks": dict.fromkeys(made["sts"]["tasks"], sts)}
         made["config"]["results"] = {"row": f"ffn {name}"}
         every |= own
-    assert rows_of(every)["ffn causal"].other == "ffn e"
+    assert rows_of(every)["ffn causal"].other == "ffn a"
+
+
+def test_rows_that_share_no_task_are_not_held_against_each_other():
+    both = measured("a", 0, ["ffn"], shares(), [1.5, 2.5, 3.5, 4.5])
+    other = causal(measured("b", 0, ["ffn"], shares(), [3.0, 3.5, 4.0, 5.0]), 45.0)
+    other["b.sts.seed0"]["sts"]["tasks"] = {"another": 45.0}
+    assert rows_of(both, other) == {}
 
 
 def test_other_texts_older_records_and_seeds_not_measured_are_not_compared():
     of_others = shares(1.0) | {"tokens": [5, 9, 12, 31]}
     rows = found(measured("a", 0, ["ffn"], of_others, [1.5, 2.5, 3.5, 4.5]))
     assert rows["ffn"]["DP-after"] is None and rows["ffn"]["perplexity"] is not None
+    digests = measured("a", 0, ["ffn"], shares(1.0), [1.5, 2.5, 3.5, 4.5])
+    digests["a.evaluation.seed0"]["inputs"] = {"ubmoe.dataset": "other"}
+    assert found(digests)["ffn"]["perplexity"] is None  # though as many tokens
     older = measured("a", 0, ["ffn"], shares(1.0), [1.5, 2.5, 3.5, 4.5])
     del older["a.dependence.seed0"]["dependence"]["by_text"]
     del older["a.evaluation.seed0"]["generation"]["answers"]

@@ -398,6 +398,19 @@ def test_rows_may_be_of_other_programs(tmp_path):
     assert steps[3].config.ubmoe.rank == 3
 
 
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ("program: train_ubmoe, of: ffn, measured: [scan]", "measured is of what train_bi leaves"),
+        ("program: bitune, of: ffn", "of is what train_ubmoe joins"),
+    ],
+)
+def test_a_key_of_another_program_is_refused(tmp_path, row, said):
+    rows = f"results.rows=[ffn, {{name: other, {row}}}]"
+    with pytest.raises(UserError, match=f"results.rows: other: {said}, and its program is"):
+        study.steps(config(tmp_path, rows, "results.table=2"))
+
+
 @pytest.mark.parametrize("of", ["null", "other", "base"])
 def test_a_mixture_of_no_row_is_refused(tmp_path, of):
     rows = f"results.rows=[base, {{name: joined, program: train_ubmoe, of: {of}}}]"

@@ -50,8 +50,8 @@ def main(config: Config) -> Path | None:
             saving.save(bitune, tokenizer, settings.template, run.place("bitune"))
             lm = Likelihoods(bitune, tokenizer, scoring.batch_size)
             scores = generation.generation_scores(bitune.decoder, tokenizer, scoring, lm)
-            perplexity = training.perplexity(bitune, kept, scoring.bf16)
-            metadata = {"variant": settings.variant, "perplexity": perplexity, "counts": counts}
+            scores |= training.perplexity(bitune, kept, scoring.bf16)
+            metadata = {"variant": settings.variant, "counts": counts}
             run.section = scores | metadata | training.alphas(bitune) | {"log": log}
             run.figures = figures.mixing(run.section)
     return run.path

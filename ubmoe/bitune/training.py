@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from tqdm import tqdm
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from ubmoe.bitune.examples import Example, batch
 from ubmoe.bitune.model import Bitune
 from ubmoe.config import BituneSection
 from ubmoe.data.padding import batches_by_length
+from ubmoe.evaluate.generation import told
 from ubmoe.models.digests import digest_of_frozen, digest_of_rows, mark_of
 from ubmoe.models.precision import Setting, autocast
 from ubmoe.training import losses
@@ -92,8 +92,8 @@ def train(
 
 def perplexity(
     bitune: Bitune, examples: list[Example], bf16: Setting = False, batch_tokens: int = 8192
-) -> float:
-    """Of the answers' tokens, end tokens included."""
+) -> dict[str, Any]:
+    """Of the answers' tokens, end tokens included, as `ubmoe.evaluate.generation.told` has it."""
 
     def predicted(chosen: list[int]) -> tuple[Tensor, Tensor]:
         inputs = batch([examples[index] for index in chosen])
@@ -102,5 +102,4 @@ def perplexity(
 
     batches = batches_by_length([each.prompt + each.answer for each in examples], batch_tokens)
     with torch.no_grad(), autocast(bf16, bitune.decoder.device):
-        bar = tqdm(batches, desc="perplexity", disable=None)
-        return losses.perplexity(predicted(chosen) for chosen in bar)
+        return told(predicted, batches, [len(each.answer) for each in examples])

@@ -8,7 +8,7 @@ import math
 import re
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from difflib import get_close_matches
 from functools import cache
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -318,27 +319,43 @@ def perplexity(
     bf16: Setting = False,
     batch_tokens: int = BATCH_TOKENS,
 ) -> dict[str, Any]:
-    """Of the answers' tokens, end tokens included; its interval; and what each chat adds to it.
+    """Of the answers' tokens, end tokens included. Raises UserError for a bidirectional model.
 
-    `perplexity_interval`: 95 %, by the bootstrap over chats. `answers`: each chat's summed negative
-    log-likelihood, in nats, and tokens. Raises UserError for a bidirectional model.
+    What it returns: `told`.
     """
     check_causal(model)
     head: Any = model.get_output_embeddings()
-    tokens = np.array([sum(chat.answer[1:]) for chat in chats])  # nothing predicts a first token
-    lost = np.zeros(len(chats))
+
+    def predicted(batch: list[int]) -> tuple[Tensor, Tensor]:
+        inputs = collate([chats[index] for index in batch])
+        inputs = {name: value.to(model.device) for name, value in inputs.items()}
+        return losses.predictions(model, head, inputs, inputs.pop("labels"))
+
+    tokens = [sum(chat.answer[1:]) for chat in chats]  # nothing predicts a first token
     batches = batches_by_length([chat.ids for chat in chats], batch_tokens)
     with torch.no_grad(), autocast(bf16, model.device):
-        for batch in tqdm(batches, desc="perplexity", disable=None, leave=False):
-            inputs = collate([chats[index] for index in batch])
-            inputs = {name: value.to(model.device) for name, value in inputs.items()}
-            predicted = losses.predictions(model, head, inputs, inputs.pop("labels"))
-            each = cross_entropy(*predicted, reduction="none").cpu().split(tokens[batch].tolist())
-            lost[batch] = [own.sum().item() for own in each]
+        return told(predicted, batches, tokens)
+
+
+def told(
+    predicted: Callable[[list[int]], tuple[Tensor, Tensor]],
+    batches: Sequence[list[int]],
+    tokens: Sequence[int],
+) -> dict[str, Any]:
+    """A perplexity, its interval, and what each text adds to it.
+
+    predicted: (M, V) logits and M labels of the texts of a batch, in their order; tokens: labels of
+    each text. `perplexity_interval`: 95 %, by the bootstrap over texts. `answers`: the summed
+    negative log-likelihood of each text, in nats, and its tokens.
+    """
+    counts, lost = np.array(tokens), np.zeros(len(tokens))
+    for batch in tqdm(batches, desc="perplexity", disable=None, leave=False):
+        each = cross_entropy(*predicted(batch), reduction="none").cpu()
+        lost[batch] = [own.sum().item() for own in each.split(counts[batch].tolist())]
     return {
-        "perplexity": math.exp(lost.sum() / tokens.sum()),
-        "perplexity_interval": interval(np.exp(means(lost, tokens))),
-        "answers": {"losses": lost.round(4).tolist(), "tokens": tokens.tolist()},
+        "perplexity": math.exp(lost.sum() / counts.sum()),
+        "perplexity_interval": interval(np.exp(means(lost, counts))),
+        "answers": {"losses": lost.round(4).tolist(), "tokens": counts.tolist()},
     }
 
 

@@ -297,15 +297,20 @@ ROUTES = {
 
 
 def mixed(record: dict[str, Any], route: str) -> str:
-    """What answers: a forced route, or routers and how they were trained."""
+    """What answers: a forced route, or routers and how they were trained; and a study's own row."""
     settings = record["config"]["ubmoe"]
     label = ROUTES.get(route, f"learned, top_k {settings['top_k']}, {settings['objective']}")
+    row = record["config"].get("results", {}).get("row")
+    if row and route != "uni":  # a study's own
+        label = f"{label}, {row}"
     causal = record["generation"]["bi_attention"] == "causal" and route != "uni"
     return label + (", causally tuned expert" if causal else "")
 
 
 def variant(record: dict[str, Any]) -> str:
     """Its name in the paper's tables: the baseline has as many parameters at twice the rank."""
+    if row := record["config"].get("results", {}).get("row"):  # a study's own
+        return str(row)
     settings, variant = record["config"]["bitune"], record["bitune"]["variant"]
     if settings["max_steps"] == 0:
         return "pretrained"

@@ -6,6 +6,7 @@ mask. The others test the paper's central claim: the more a tuned model attends 
 the first token, and DP-after without that key.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,34 +14,35 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
-from scipy.stats import bootstrap, spearmanr
+from scipy.stats import spearmanr
 
+from ubmoe.bootstrap import correlations, interval
 from ubmoe.report.figures import PALETTE, blank, styled
 from ubmoe.report.tables import CAUSAL, family
-from ubmoe.results.entries import Entry, entries
+from ubmoe.results.entries import SINK, Entry, common_tasks, entries
 from ubmoe.results.records import Records
 
-RESAMPLES = 2000
 FEWEST = 6  # rows of an interval: of fewer, most draws are of two or three
-MARKS = "osD^vP"
+MARKS = "osD^vPX"  # one more than there are colours, so that no two kinds look alike
+PANELS = {"STS": "STS under its own mask"} | {
+    cause: f"{cause}, minus the base's (percentage points)" for cause in SINK
+}
 
 
 @dataclass(frozen=True)
 class Tuned:
     """An encoder of one seed: how its dependence and its generation differ from the base's.
 
-    family: what was tuned, and under which mask, however its row is called. after, first,
-    without_first: percentage points; lost: log of the perplexity over the base's. sts: the mean of
-    the tasks that all rows have, under the row's own mask.
+    settings: how it was tuned, the same for all of its seeds, whatever its row is called. family:
+    what was tuned, and under which mask. lost: log of the perplexity over the base's. causes:
+    those of PANELS that were measured; STS is the mean of the tasks that all encoders have, under
+    each one's own mask, the others are in percentage points.
     """
 
-    row: str
+    settings: str
     family: str
-    after: float
     lost: float
-    first: float | None = None
-    without_first: float | None = None
-    sts: float | None = None
+    causes: dict[str, float]
 
     @property
     def is_control(self) -> bool:
@@ -48,41 +50,28 @@ class Tuned:
         return self.family.endswith(CAUSAL)
 
 
-# The columns of a table of encoders, by what is looked at as a cause.
-CAUSES = {"after": "DP-after", "first": "first", "without_first": "after without first"}
-PANELS = {"sts": "STS under its own mask"} | {
-    cause: f"{column}, minus the base's (percentage points)" for cause, column in CAUSES.items()
-}
-
-
 def tuned(model: str, records: Records, seeds: Sequence[int]) -> list[Tuned]:
-    """Every encoder whose dependence and generation were measured."""
+    """Every encoder whose dependence and generation were measured, on the base's chats."""
     every = entries("encoders", model, records, seeds)
-    found: list[tuple[Entry, Any]] = [
-        (each, each.cells) for each in every if {"DP-after", "perplexity"} <= each.cells.keys()
-    ]
-    base: Any = next((cells for each, cells in found if each.row == "base"), None)
-    own = [each.tasks for each, _ in found if not each.is_base]
-    common = sorted(frozenset.intersection(*own)) if own else []
-    return [
-        Tuned(
-            *(each.row, family(each.record.data)),
-            lost=math.log(cells["perplexity"] / base["perplexity"]),
-            **_moved(cells, base),
-            sts=mean(cells[task] for task in common) if common else None,
-        )
-        for each, cells in found
-        if base is not None and not each.is_base
-    ]
+    known = [each for each in every if {"DP-after", "perplexity"} <= each.cells.keys()]
+    base = next((each for each in known if each.row == "base"), None)
+    if base is None:
+        return []
+    own = [each for each in known if not each.is_base and each.chats == base.chats]
+    common = common_tasks(own)
+    return [_tuned(each, base.cells, common) for each in own]
 
 
-def _moved(own: Any, base: Any) -> dict[str, Any]:
-    """How far each cause is from the base's; None where one of the two was not measured."""
-    there = own.keys() & base.keys()
-    return {
-        name: own[column] - base[column] if column in there else None
-        for name, column in CAUSES.items()
-    }
+def _tuned(entry: Entry, base: Any, common: Sequence[str]) -> Tuned:
+    cells: Any = entry.cells
+    there = [cause for cause in SINK if cause in cells and cause in base]
+    return Tuned(
+        settings=json.dumps(entry.record.config["bi"], sort_keys=True),
+        family=family(entry.record.data),
+        lost=math.log(cells["perplexity"] / base["perplexity"]),
+        causes={cause: cells[cause] - base[cause] for cause in there}
+        | ({"STS": mean(cells[task] for task in common)} if common else {}),
+    )
 
 
 @dataclass(frozen=True)
@@ -103,41 +92,25 @@ class Correlation:
         return f"rank correlation {self.value:.2f} over {self.rows} rows ({text})"
 
 
-def correlation(found: Sequence[Tuned], cause: str = "after", seed: int = 0) -> Correlation:
-    """Of a cause and lost generation.
-
-    The bootstrap draws rows, each with all of its seeds, which are no new evidence.
-    """
-    rows = sorted({each.row for each in found})
-    own = [[each for each in found if each.row == row] for row in rows]
-
-    def drawn(chosen: np.ndarray) -> float:
-        return _spearman([each for place in chosen for each in own[place]], cause)
-
-    if len(rows) < FEWEST:
-        return Correlation(_spearman(found, cause), None, len(rows))
-    several = bootstrap(
-        *((np.arange(len(rows)),), drawn),
-        n_resamples=RESAMPLES,
-        vectorized=False,
-        method="percentile",
-        rng=seed,
-    ).bootstrap_distribution
-    low, high = np.nanpercentile(several, [2.5, 97.5])  # nan: one row drawn throughout
-    return Correlation(_spearman(found, cause), (float(low), float(high)), len(rows))
-
-
-def _spearman(found: Sequence[Tuned], cause: str) -> float:
-    moved, lost = ([getattr(each, name) for each in found] for name in (cause, "lost"))
+def correlation(found: Sequence[Tuned], cause: str = "DP-after") -> Correlation:
+    """Of a cause and lost generation; seeds of one row are one point, their mean."""
+    rows: dict[str, list[tuple[float, float]]] = {}
+    for each in found:
+        rows.setdefault(each.settings, []).append((each.causes[cause], each.lost))
+    moved, lost = np.array([np.mean(own, axis=0) for own in rows.values()]).T
     if np.ptp(moved) == 0 or np.ptp(lost) == 0:
-        return math.nan
-    return float(spearmanr(moved, lost).statistic)
+        return Correlation(math.nan, None, len(rows))
+    value = float(spearmanr(moved, lost).statistic)
+    if len(rows) < FEWEST:
+        return Correlation(value, None, len(rows))
+    low, high = interval(correlations(moved, lost))
+    return Correlation(value, (low, high), len(rows))
 
 
 @styled
 def figure(model: str, encoded: list[Tuned]) -> Any:
     """Lost generation against STS, and each cause that was measured of every encoder."""
-    causes = [c for c in PANELS if all(getattr(each, c) is not None for each in encoded)]
+    causes = [cause for cause in PANELS if all(cause in each.causes for each in encoded)]
     found = blank(1.8 + 4.4 * len(causes), 4.4)
     panels = found.subplots(1, len(causes), sharey=True, squeeze=False)[0]
     for axes, cause in zip(panels, causes, strict=True):
@@ -155,13 +128,13 @@ def _panel(axes: Any, encoded: list[Tuned], cause: str) -> None:
         own = [one for one in encoded if one.family == each]
         number = kinds.index(each.removesuffix(CAUSAL))
         axes.plot(
-            *([getattr(one, cause) for one in own], [one.lost for one in own]),
+            *([one.causes[cause] for one in own], [one.lost for one in own]),
             marker=MARKS[number % len(MARKS)], ls="", ms=5, label=each,
             color=PALETTE[number % len(PALETTE)],
             fillstyle="none" if own[0].is_control else "full",
         )  # fmt: skip
     axes.axhline(0, color="grey", lw=0.6)
-    if cause in CAUSES:
+    if cause in SINK:
         axes.axvline(0, color="grey", lw=0.6)
     axes.set(xlabel=PANELS[cause])
     own = [each for each in encoded if not each.is_control]

@@ -14,6 +14,13 @@ from ubmoe.results.records import Record, Records
 
 Cells = dict[str, float | None]
 ENCODER = ", read causally"
+# Columns of what goes to which tokens, by their names in `by_text`.
+SINK = {
+    "DP-after": "after",
+    "first": "first",
+    "after without first": "without_first.after",
+}
+CHATS = ("dataset", "max_rows", "held_out", "max_tokens")  # what decides of which perplexity is
 NO_TASKS = {
     *("average", "perplexity", "STS bidirectional", "STS causal"),
     *("DP-after", "first", "after without first", "generation"),
@@ -43,6 +50,16 @@ class Entry:
         return None if self.is_base else self.record.seed
 
     @property
+    def chats(self) -> tuple[Any, ...]:
+        """Those that its perplexity is of, as far as its record says."""
+        for each in self.beside:
+            if each.kind == "evaluation":
+                asked = each.config.get("ubmoe", {})
+                digest = each.data.get("inputs", {}).get("ubmoe.dataset")
+                return (digest, *(asked.get(name) for name in CHATS))
+        return ()
+
+    @property
     def tasks(self) -> frozenset[str]:
         return frozenset(name for name in self.cells if name not in NO_TASKS)
 
@@ -57,6 +74,12 @@ def entries(kind: str, model: str, records: Records, seeds: Sequence[int]) -> li
 
 def all_entries(kind: str, model: str, records: Records, seeds: Sequence[int]) -> list[Entry]:
     return [each for each in KINDS[kind](model, records) if each.seed is None or each.seed in seeds]
+
+
+def common_tasks(every: Sequence[Entry]) -> list[str]:
+    """Those that all have: averages of unlike tasks are not compared."""
+    shared = frozenset.intersection(*(each.tasks for each in every)) if every else frozenset()
+    return sorted(shared)
 
 
 def by_row(kind: str, model: str, records: Records, seeds: Sequence[int]) -> dict[str, list[Entry]]:
@@ -77,14 +100,14 @@ def _encoders(model: str, records: Records) -> Iterator[Entry]:
     for record in records.of("sts", model):
         row, section = trained(record.data), record.section
         cells: Cells = section["tasks"] | {"average": section["average"]}
-        measured = _beside(record, "dependence", records)
+        measured = measured_of(record, "dependence", records)
         if row == "base" and measured is None and bases:
             measured = bases[0]  # measured by itself, in another folder
         if measured is not None and _flow(measured) == "causal":
             cells |= {"DP-after": measured.section["overall"]["after"]} | _sink(measured)
         else:
             measured = None
-        evaluated = _beside(record, "evaluation", records)
+        evaluated = measured_of(record, "evaluation", records)
         if evaluated is not None and (again := evaluated.data.get("generation")):
             cells |= {"perplexity": again["perplexity"], "generation": again["average"]}
         else:
@@ -109,7 +132,7 @@ def _sts(model: str, records: Records) -> Iterator[Entry]:
         yield Entry(each.row, each.record, cells, each.made)
 
 
-def _beside(made: Record, kind: str, records: Records) -> Record | None:
+def measured_of(made: Record, kind: str, records: Records) -> Record | None:
     """What another program recorded of the model that a run left.
 
     In the same folder there may be a record of the base, or of an earlier encoder: the measured
@@ -133,9 +156,9 @@ def _measured(model: str, records: Records) -> Iterator[tuple[str, Record | None
         (*records.of("sts", model), *records.of("generation", model)), key=lambda each: each.name
     ):
         if made.kind == "generation":
-            yield mixed(made.data, "learned"), _beside(made, "dependence", records), made
+            yield mixed(made.data, "learned"), measured_of(made, "dependence", records), made
         elif not trained(made.data).startswith("base"):
-            yield trained(made.data), _beside(made, "dependence", records), made
+            yield trained(made.data), measured_of(made, "dependence", records), made
 
 
 def _dependences(model: str, records: Records) -> Iterator[tuple[str, Record, Record]]:
@@ -162,7 +185,7 @@ def _dependence(model: str, records: Records) -> Iterator[Entry]:
 def _again(model: str, records: Records) -> Iterator[Entry]:
     """Generation of the base, and of every encoder as a language model again; STS as it is."""
     for made in records.of("sts", model):
-        record = _beside(made, "evaluation", records)
+        record = measured_of(made, "evaluation", records)
         if record is not None and (section := record.data.get("generation")):
             sts = {f"STS {made.config['bi']['attention']}": made.section["average"]}
             cells = scored(section, section["metrics"]) | sts

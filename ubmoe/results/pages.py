@@ -21,7 +21,7 @@ from ubmoe.report.tables import (
     spread,
 )
 from ubmoe.results import paired, paper
-from ubmoe.results.entries import NO_TASKS, Entry, by_row
+from ubmoe.results.entries import NO_TASKS, SINK, Entry, by_row, common_tasks, measured_of
 from ubmoe.results.published import published
 from ubmoe.results.records import Records, read_benchmarks, recorded
 
@@ -94,6 +94,20 @@ def _column(every: Iterable[Entry], name: str) -> str:
     return spread(values) if values else ""
 
 
+def _average(every: Iterable[Entry], tasks: Sequence[str]) -> str:
+    """Of these tasks, which all rows have."""
+    return spread([_mean([each.cells[task] for task in tasks]) for each in every]) if tasks else ""
+
+
+def _mean(scores: Sequence[Any]) -> float:
+    return sum(scores) / len(scores)
+
+
+def _long(row: str) -> tuple[int, str]:
+    """Short names first."""
+    return row.count(" "), row
+
+
 def _names(rows: dict[str, list[Entry]]) -> list[str]:
     """The columns that are tasks."""
     every = (name for row in rows.values() for each in row for name in each.cells)
@@ -108,29 +122,34 @@ def _sts_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     rows = by_row("encoders", name, records, seeds)
     there = {name for row in rows.values() for each in row for name in each.cells}
     more = [name for name in ("first", "after without first", "perplexity") if name in there]
-    columns = [*_names(rows), "average", "DP-after", *more]
+    tasks, common = _names(rows), common_tasks([each for own in rows.values() for each in own])
     body = [
-        [row, str(len(rows[row])), *(_column(rows[row], column) for column in columns)]
-        for row in sorted(rows, key=lambda row: (row != "base", row.count(" "), row))
+        [
+            *(row, str(len(own)), *(_column(own, task) for task in tasks)),
+            *(_average(own, common), *(_column(own, column) for column in ("DP-after", *more))),
+        ]
+        for row, own in sorted(rows.items(), key=lambda row: (row[0] != "base", *_long(row[0])))
     ]
-    header = ["trained", "seeds", *columns]
+    average = "average" if len(common) == len(tasks) else f"average of {', '.join(common)}"
+    header = ["trained", "seeds", *tasks, average, "DP-after", *more]
     return _noted([header, *body], paper.notes("encoders", name, records, seeds))
 
 
 def _change_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     """A row for what was trained on a model: its differences to the base, paired, with intervals.
 
-    STS as it is, the mean over seeds.
+    The STS tasks that all of the rows have as they are.
     """
     rows, found = by_row("encoders", name, records, seeds), paired.changes(name, records, seeds)
+    tasks = common_tasks([each for row in found for each in rows[row]])
     columns = {"perplexity": "perplexity over the base's"}
-    columns |= {column: f"{column} minus the base's" for column in paired.SHARES}
+    columns |= {column: f"{column} minus the base's" for column in SINK}
     body = [
-        [row, str(len(rows[row])), _column(rows[row], "average"), *map(_difference, cells)]
+        [row, str(len(rows[row])), *(_column(rows[row], task) for task in tasks), *cells]
         for row, own in sorted(found.items())
-        for cells in [[own[column] for column in columns]]
+        for cells in [[_difference(own[column]) for column in columns]]
     ]
-    return _noted([["trained", "seeds", "STS", *columns.values()], *body], [])
+    return _noted([["trained", "seeds", *tasks, *columns.values()], *body], [])
 
 
 def _equal_block(name: str, records: Records, seeds: Sequence[int]) -> str:
@@ -149,7 +168,7 @@ def _claim_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     from ubmoe.results import claim  # imports matplotlib, which other blocks do not
 
     def cell(own: list[claim.Tuned], cause: str) -> str:
-        if len({each.row for each in own}) < 3:  # seeds of one row are no correlation
+        if len({each.settings for each in own}) < 3:
             return ""
         found = claim.correlation(own, cause)
         ends = "" if found.interval is None else " ({:.2f} to {:.2f})".format(*found.interval)
@@ -158,7 +177,7 @@ def _claim_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     found = claim.tuned(name, records, seeds)
     body = []
     for cause, label in claim.PANELS.items():
-        known = [each for each in found if getattr(each, cause) is not None]
+        known = [each for each in found if cause in each.causes]
         masks = [[each for each in known if each.is_control is causal] for causal in (False, True)]
         cells = [cell(own, cause) for own in (known, *masks)]
         body += [[label, *cells]] if known else []
@@ -166,14 +185,13 @@ def _claim_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     return _noted([header, *body], [])
 
 
-def _poolings_block(name: str, records: Records, _: Sequence[int]) -> str:
-    """Every row that was scanned, read under both masks with either pooling."""
-    rows = by_row("encoders", name, records, _)
+def _poolings_block(name: str, records: Records, seeds: Sequence[int]) -> str:
+    """The first seed of every row that was scanned, under both masks with either pooling."""
     body = []
-    for row, own in rows.items():
-        record = records.beside(own[0].record, "scan")
-        if record is not None:
-            none, every = record.section["patterns"][:2]
+    for row, own in by_row("encoders", name, records, seeds).items():
+        scans = (measured_of(each.record, "scan", records) for each in own)
+        if (scan := next(filter(None, scans), None)) is not None:
+            none, every = scan.section["patterns"][:2]
             scores = [pattern[pool]["score"] for pattern in (every, none) for pool in POOLINGS]
             body.append([row, *(f"{score:.2f}" for score in scores)])
     header = ["trained", *(f"{mask}, {pool}" for mask in MASKS for pool in POOLINGS.values())]
@@ -239,15 +257,19 @@ def _bitune_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     """A row for each variant on a model, over its seeds, beside the paper's averages."""
     runs = by_row("bitune", name, records, seeds)
     ablations, columns = published("bitune")["ablations"], _names(runs)
+    printed = {
+        row["method"]: [f"{score:.1f}" for score in row["scores"]] for row in ablations["rows"]
+    }
+    named = {row.removeprefix("bitune, "): own for row, own in runs.items()}
     rows = []
-    for theirs in ablations["rows"]:
-        if own := runs.get(f"bitune, {theirs['method']}", []):
-            perplexity = spread([each.record.section["perplexity"] for each in own])
-            printed = [f"{score:.1f}" for score in theirs["scores"]]
-            cells = [perplexity, *(_column(own, column) for column in columns), *printed]
-            rows.append([theirs["method"], str(len(own)), *cells])
-    printed = [f"published average, {column}" for column in ablations["columns"]]
-    header = ["variant", "seeds", "perplexity", *columns, *printed]
+    for method in [*(each for each in printed if each in named), *sorted(named.keys() - printed)]:
+        own = named[method]
+        perplexity = spread([each.record.section["perplexity"] for each in own])
+        cells = [perplexity, *(_column(own, column) for column in columns)]
+        theirs = printed.get(method, [""] * len(ablations["columns"]))
+        rows.append([method, str(len(own)), *cells, *theirs])
+    heads = [f"published average, {column}" for column in ablations["columns"]]
+    header = ["variant", "seeds", "perplexity", *columns, *heads]
     return _noted([header, *rows], paper.notes("bitune", name, records, seeds))
 
 

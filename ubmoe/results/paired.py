@@ -13,15 +13,8 @@ import numpy as np
 
 from ubmoe.bootstrap import interval, means
 from ubmoe.report.tables import CAUSAL, family
-from ubmoe.results.entries import Entry, by_row
+from ubmoe.results.entries import SINK, Entry, by_row, common_tasks
 from ubmoe.results.records import Record, Records
-
-# The columns of a table of encoders, by their names in `by_text`.
-SHARES = {
-    "DP-after": "after",
-    "first": "first",
-    "after without first": "without_first.after",
-}
 
 
 @dataclass(frozen=True)
@@ -42,11 +35,11 @@ def changes(
 ) -> dict[str, dict[str, Difference | None]]:
     """{row: {column: difference to the base}}, of every row but the bases that has any.
 
-    SHARES in percentage points; `perplexity` times the base's. None where it was not measured, or
+    SINK in percentage points; `perplexity` times the base's. None where it was not measured, or
     of other texts.
     """
     rows = by_row("encoders", model, records, seeds)
-    base = next((own[0] for row, own in rows.items() if row == "base"), None)
+    [base] = rows.get("base", [None])[:1]
     found = {row: _changed(own, base) for row, own in rows.items() if base and not own[0].is_base}
     return {row: cells for row, cells in found.items() if any(cells.values())}
 
@@ -55,8 +48,9 @@ def changes(
 class Match:
     """A row, and of the same modules tuned under the other mask the row that it is held against.
 
-    other: of those whose STS is at least this row's, the one of the lowest perplexity; None where
-    none embeds as well. ratio: this row's perplexity, times the other's.
+    other: of those whose STS is at least this row's, the nearest; None where none embeds as well.
+    STS: the mean of the tasks that the row and all of those have, under each one's own mask. ratio:
+    this row's perplexity, times the other's.
     """
 
     row: str
@@ -67,24 +61,34 @@ class Match:
 
 
 def matches(model: str, records: Records, seeds: Sequence[int]) -> list[Match]:
-    """Every row of which rows under the other mask were measured, too.
-
-    STS is the mean of the tasks that all of them have, under each row's own mask.
-    """
+    """Every row of which rows under the other mask were measured, on the same chats."""
     rows = by_row("encoders", model, records, seeds)
-    told = {row: own for row, own in rows.items() if not own[0].is_base and _answers(own)}
-    if not told:
-        return []
-    common = frozenset.intersection(*(each.tasks for own in told.values() for each in own))
-    sts = {
-        row: float(np.mean([each.cells[task] for each in own for task in common]))
-        for row, own in told.items()
+    told = {
+        row: own for row, own in rows.items() if not own[0].is_base and _told(own, "evaluation")
     }
-    return [
-        _match(row, told, sts)
-        for row in told
-        if any(_other_mask(told[row][0]) == family(own[0].record.data) for own in told.values())
-    ]
+    found = [_match(row, told) for row in told]
+    return [each for each in found if each is not None]
+
+
+def _match(row: str, told: dict[str, list[Entry]]) -> Match | None:
+    """None where there is no other, or no task that all of them have."""
+    wanted = _other_mask(told[row][0])
+    others = {other: own for other, own in told.items() if family(own[0].record.data) == wanted}
+    common = common_tasks([each for own in (told[row], *others.values()) for each in own])
+    if not others or not common:
+        return None
+    sts = {
+        name: float(np.mean([each.cells[task] for each in own for task in common]))
+        for name, own in {row: told[row], **others}.items()
+    }
+    above = [other for other in others if sts[other] >= sts[row]]
+    if not above:
+        return Match(row, sts[row])
+    nearest = min(above, key=sts.__getitem__)  # not by its perplexity, which is to be compared
+    ratio = _perplexities(
+        [*_told(told[row], "evaluation"), _mean(_told(others[nearest], "evaluation"))]
+    )
+    return Match(row, sts[row], nearest, sts[nearest], ratio)
 
 
 def _other_mask(entry: Entry) -> str:
@@ -92,64 +96,54 @@ def _other_mask(entry: Entry) -> str:
     return own.removesuffix(CAUSAL) if own.endswith(CAUSAL) else own + CAUSAL
 
 
-def _match(row: str, told: dict[str, list[Entry]], sts: dict[str, float]) -> Match:
-    answers = {
-        other: _answers(own)
-        for other, own in told.items()
-        if other == row or family(own[0].record.data) == _other_mask(told[row][0])
-    }
-    own = answers.pop(row)
-    ratios = {
-        other: _perplexities([*own, _mean(theirs)])
-        for other, theirs in answers.items()
-        if sts[other] >= sts[row]
-    }
-    known = {other: ratio for other, ratio in ratios.items() if ratio is not None}
-    if not known:
-        return Match(row, sts[row])
-    best = max(known, key=lambda other: known[other].value)
-    return Match(row, sts[row], best, sts[best], known[best])
-
-
 def _mean(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of several seeds; of other texts, none is like the first."""
-    if any(each["tokens"] != answers[0]["tokens"] for each in answers):
-        return {"tokens": None}
+    """Of several seeds; where they are of several texts, it is like none of them."""
+    if not _alike(answers):
+        return {"of": None}
     return answers[0] | {"losses": np.mean([each["losses"] for each in answers], axis=0)}
 
 
-def _changed(own: Sequence[Entry], base: Any) -> dict[str, Difference | None]:
-    texts, theirs = _all(own, "dependence"), _all([base], "dependence")
+def _changed(own: Sequence[Entry], base: Entry) -> dict[str, Difference | None]:
+    texts, theirs = _told(own, "dependence"), _told([base], "dependence")
+    known = bool(texts and theirs)
     cells = {
-        column: _shares([each["by_text"] for each in (*texts, *theirs)], name)
-        if texts and theirs and all("by_text" in each for each in (*texts, *theirs))
-        else None
-        for column, name in SHARES.items()
+        column: _shares([*texts, *theirs], name) if known else None for column, name in SINK.items()
     }
-    mine, theirs = _answers(own), _answers([base])
+    mine, theirs = _told(own, "evaluation"), _told([base], "evaluation")
     return cells | {"perplexity": _perplexities([*mine, *theirs]) if mine and theirs else None}
 
 
-def _answers(entries: Sequence[Entry]) -> list[dict[str, Any]]:
-    """Losses and tokens of each chat, where every seed's are told; older records tell none."""
-    found = [each.get("answers") for each in _all(entries, "evaluation")]
-    return [each for each in found if each] if all(found) else []
+# What a record tells of each text, and the data set that they are of.
+TOLD = {
+    "dependence": ("by_text", "dependence.dataset"),
+    "evaluation": ("answers", "ubmoe.dataset"),
+}
 
 
-def _all(entries: Sequence[Entry], kind: str) -> list[dict[str, Any]]:
-    """A section of what was measured beside each, where it was of all."""
-    found = [record for each in entries for record in each.beside if record.kind == kind]
-    sections = [_section(record) for record in found]
-    return sections if len(sections) == len(entries) else []
+def _told(entries: Sequence[Entry], kind: str) -> list[dict[str, Any]]:
+    """What every seed's record tells of each text, and `of` which texts; [] where one does not."""
+    name, dataset = TOLD[kind]
+    records = [record for each in entries for record in each.beside if record.kind == kind]
+    found: list[Any] = [_section(record).get(name) for record in records]
+    if len(records) != len(entries) or not all(found):
+        return []
+    return [
+        each | {"of": (record.data.get("inputs", {}).get(dataset), each["tokens"])}
+        for each, record in zip(found, records, strict=True)
+    ]
 
 
 def _section(record: Record) -> dict[str, Any]:
     return record.data["generation"] if record.kind == "evaluation" else record.section
 
 
+def _alike(told: Sequence[dict[str, Any]]) -> bool:
+    return all(each["of"] == told[0]["of"] for each in told)
+
+
 def _shares(texts: Sequence[dict[str, Any]], name: str) -> Difference | None:
     """Of the mean of all but the last to the last."""
-    if any(each["tokens"] != texts[0]["tokens"] for each in texts):
+    if not _alike(texts):
         return None
     *own, base = (np.array(each[name]) for each in texts)
     moved = np.mean(own, axis=0) - base
@@ -158,7 +152,7 @@ def _shares(texts: Sequence[dict[str, Any]], name: str) -> Difference | None:
 
 def _perplexities(answers: Sequence[dict[str, Any]]) -> Difference | None:
     """Of the geometric mean of all but the last, times the last."""
-    if any(each["tokens"] != answers[0]["tokens"] for each in answers):
+    if not _alike(answers):
         return None
     *own, base = (np.array(each["losses"]) for each in answers)
     lost, tokens = np.mean(own, axis=0) - base, np.array(answers[0]["tokens"])

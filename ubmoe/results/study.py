@@ -54,7 +54,10 @@ MEASURED = {
 
 
 # Programs of rows beside train_bi.py, and their results.
-FURTHER = {"train_ubmoe": ("train_ubmoe.py", "generation"), "bitune": ("-m ubmoe.bitune", "bitune")}
+PROGRAMS = {
+    "train_ubmoe": ("train_ubmoe.py", "generation"),
+    "bitune": ("-m ubmoe.bitune", "bitune"),
+}
 # Results that are of another model than the one that their step is after.
 BESIDE = ("generation", "swap")
 # What a later step reads of an earlier one.
@@ -186,6 +189,16 @@ def _row(config: Config, given: str | RowSection) -> Row:
     measured, seeds = every[config.results.table], tuple(config.results.seeds)
     if isinstance(given, str):  # the base has no seeds
         return Row(given, _trains(config, given), seeds[:1] if given == "base" else seeds, measured)
+    if given.measured and given.program != "train_bi":
+        raise UserError(
+            f"results.rows: {given.name}: measured is of what train_bi leaves, and its program is "
+            f"{given.program}; expected no measured"
+        )
+    if given.of is not None and given.program != "train_ubmoe":
+        raise UserError(
+            f"results.rows: {given.name}: of is what train_ubmoe joins, and its program is "
+            f"{given.program}; expected no of"
+        )
     own = measured if given.measured is None else tuple(given.measured)
     keys = (*given.keys, f"results.row={given.name}")
     program = (given.program, given.of)
@@ -206,7 +219,7 @@ def _of_seed(config: Config, config_file: str, seed: int, rows: Sequence[Row]) -
     mixed = {encoder for encoder, _ in MIXTURES.values()}
     for row in [row for row in rows if table != 4 or row.name in mixed]:
         if row.program != "train_bi":
-            program, result = FURTHER[row.program]
+            program, result = PROGRAMS[row.program]
             after = _joined(row, encoders) if row.program == "train_ubmoe" else None
             read = [] if after is None else [f"ubmoe.bi={after.left}"]
             yield step(program, row.name, result, *read, *row.keys, after=after)

@@ -20,7 +20,7 @@ from ubmoe.files import replace_all, save_figure
 from ubmoe.report.figures import blank, styled
 from ubmoe.report.tables import ROUTES, model_of
 from ubmoe.results import claim, sink
-from ubmoe.results.entries import entries
+from ubmoe.results.entries import common_tasks, entries
 from ubmoe.results.records import Records
 
 log = logging.getLogger(__name__)
@@ -45,11 +45,14 @@ class Point:
 def points(model: str, records: Records, seeds: Sequence[int]) -> dict[str, Point]:
     """Every model of the study that both uses were scored of, by its row's name."""
     found: dict[str, Point] = {}
-    for each in entries("encoders", model, records, seeds):
-        cells = each.cells
-        if cells["average"] is not None and "perplexity" in cells:
-            point = found.setdefault(each.row, Point("base" if each.is_base else "encoder"))
-            point.add(cells["average"], cells["generation"], cells["perplexity"])
+    encoders = entries("encoders", model, records, seeds)
+    encoders = [each for each in encoders if each.tasks and "perplexity" in each.cells]
+    common = common_tasks(encoders)
+    for each in encoders if common else ():
+        cells: Any = each.cells
+        point = found.setdefault(each.row, Point("base" if each.is_base else "encoder"))
+        sts = mean(cells[task] for task in common)
+        point.add(sts, cells["generation"], cells["perplexity"])
     for each in entries("routes", model, records, seeds):
         cells, sts = each.cells, each.cells.get("STS bidirectional")
         if sts is not None and not each.row.startswith(NO_MIXTURES):
@@ -86,7 +89,8 @@ def draw(config: Config, records: Records) -> str:
         )
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    figures, rows = {"tradeoff.png": plane_figure(model, placed)}, {each.row for each in encoded}
+    figures = {"tradeoff.png": plane_figure(model, placed)}
+    rows = {each.settings for each in encoded}
     if len(rows) > 2:
         figures["claim.png"] = claim.figure(model, encoded)
     else:

@@ -4,8 +4,6 @@ A fifth of the tokens masked, or a short answer after a long prompt: the logits 
 positions would be computed, kept for the backward pass, and thrown away.
 """
 
-import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -40,12 +38,3 @@ def predictions(
 def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy; without a token to predict it is 0, not 0 / 0."""
     return cross_entropy(logits, labels, reduction="sum") / max(1, len(labels))
-
-
-def perplexity(predicted: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """exp of the mean negative log-likelihood of all labels, of (M, V) logits and M labels each."""
-    loss, tokens = 0.0, 0
-    for logits, labels in predicted:
-        loss += cross_entropy(logits, labels, reduction="sum").item()
-        tokens += len(labels)
-    return math.exp(loss / tokens)
