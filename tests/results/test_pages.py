@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from builders import MODEL, ROOT, ROWS, SEEDS, encoder, recorded, study
+from builders import MODEL, RECORDS, ROOT, ROWS, SEEDS, encoder, recorded, study
 
 from ubmoe.config import UserError, load_config
 from ubmoe.results import paired
@@ -117,6 +117,17 @@ def test_rows_stand_against_the_other_mask_and_correlations_by_mask(monkeypatch)
     assert lines[-2] == (
         "| DP-after, minus the base's (percentage points) | 0.50, n = 3 | 0.50, n = 3 | |"
     )
+
+
+@pytest.mark.parametrize(("kind", "first"), [("generation", "m"), ("bitune", "t")])
+def test_rows_that_a_study_names_stay_apart(kind, first):
+    own = RECORDS[f"{first}.{kind}.seed0"]
+    named = own | {"config": own["config"] | {"results": {"row": "joined long"}}}
+    records = Records.of_names({f"{first}.{kind}.seed0": own, f"z.{kind}.seed0": named})
+    block = {"generation": "mixture", "bitune": "bitune"}[kind]
+    text = renewed_squeezed(f"<!-- {block}: {MODEL} -->\n<!-- end -->", records, SEEDS)
+    rows = [line for line in text.splitlines() if line.startswith(("| learned", "| full", "| joi"))]
+    assert len(rows) == 2 and "joined long |" in rows[1] and "joined long" not in rows[0]
 
 
 def test_a_scanned_row_is_read_under_both_masks_with_either_pooling():
