@@ -119,6 +119,43 @@ def test_rows_that_share_no_task_are_not_held_against_each_other():
     assert rows_of(both, other) == {}
 
 
+def answered(name, seed, train, **values):
+    """An encoder, or the base, whose tasks were asked; values: of each question."""
+    model = "bi" if train else f"Qwen/{MODEL}"
+    generation = scores(40.0, 2.0) | {"metrics": {"mmlu": "acc"}}
+    generation |= {"questions": values, "stderr": dict.fromkeys(values, 1.0)}
+    config = {"model": {"name": model}, "seed": seed}
+    evaluated = {"config": config, "generation": generation}
+    return encoder(name, seed, 50.0, train) | {f"{name}.evaluation.seed{seed}": evaluated}
+
+
+def gained(*more):
+    every = {}
+    for each in more:
+        every |= each
+    return paired.questions("again", "base", MODEL, Records.of_names(every), SEEDS)
+
+
+def test_questions_are_compared_one_by_one():
+    base = answered("c", 0, [], mmlu=[1.0, 0.0, 0.0, 1.0], other=[1.0, 1.0])
+    one = answered("a", 0, ["ffn"], mmlu=[1.0, 1.0, 0.0, 1.0])
+    two = answered("a", 1, ["ffn"], mmlu=[1.0, 1.0, 1.0, 1.0])
+    [(row, cells)] = gained(base, one, two).items()
+    assert row.startswith("ffn") and cells["other"] is None  # nobody answered it
+    assert cells["mmlu"].value == pytest.approx(100 * (1 + 0.5) / 4)
+    moved = np.array([0, 100, 50, 0])
+    slow = [moved[RNG.integers(0, 4, 4)].mean() for _ in range(20_000)]
+    assert cells["mmlu"].interval == pytest.approx(np.percentile(slow, [2.5, 97.5]), abs=3)
+
+
+def test_tasks_of_another_length_or_of_older_records_are_not_compared():
+    base = answered("c", 0, [], mmlu=[1.0, 0.0])
+    assert gained(base, answered("a", 0, ["ffn"], mmlu=[1.0, 0.0, 0.0])) == {}
+    older = answered("a", 0, ["ffn"])
+    del older["a.evaluation.seed0"]["generation"]["questions"]
+    assert gained(base, older) == {}
+
+
 def test_other_texts_older_records_and_seeds_not_measured_are_not_compared():
     of_others = shares(1.0) | {"tokens": [5, 9, 12, 31]}
     rows = found(measured("a", 0, ["ffn"], of_others, [1.5, 2.5, 3.5, 4.5]))

@@ -152,6 +152,24 @@ def _change_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     return _noted([["trained", "seeds", *tasks, *columns.values()], *body], [])
 
 
+def _questions_block(name: str, records: Records, seeds: Sequence[int]) -> str:
+    """What each row changes of the base's tasks, and Bitune of its second causal set's."""
+    tables = []
+    for kind, against, said in (
+        ("again", "base", "read causally"),
+        ("bitune", "bitune, only_causal", "variant"),
+    ):
+        found = paired.questions(kind, against, name, records, seeds)
+        tasks = list(dict.fromkeys(task for cells in found.values() for task in cells))
+        body = [
+            [row, *(_difference(cells[task]) for task in tasks)]
+            for row, cells in sorted(found.items())
+        ]
+        header = [said, *(f"{task}, minus {against}'s" for task in tasks)]
+        tables.append(_noted([header, *body], []))
+    return "\n\n".join(filter(None, tables))
+
+
 def _equal_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     """Each row against the rows of the other mask that embed at least as well."""
     body = [
@@ -356,6 +374,7 @@ BLOCKS = {
     "sts": _sts_block,
     "change": _change_block,
     "equal": _equal_block,
+    "questions": _questions_block,
     "claim": _claim_block,
     "poolings": _poolings_block,
     "mixture": _mixture_block,

@@ -44,6 +44,39 @@ def changes(
     return {row: cells for row, cells in found.items() if any(cells.values())}
 
 
+def questions(
+    kind: str, against: str, model: str, records: Records, seeds: Sequence[int]
+) -> dict[str, dict[str, Difference | None]]:
+    """{row: {task: difference to the row `against`}}, in points, over the same questions.
+
+    kind: of entries, `again` or `bitune`. Of the seeds that answered a task, the mean; None where
+    nobody did.
+    """
+    rows = by_row(kind, model, records, seeds)
+    theirs = rows.pop(against, [])
+    tasks = list(dict.fromkeys(name for each in theirs for name in _answered(each)))
+    found = {row: {name: _gain(own, theirs, name) for name in tasks} for row, own in rows.items()}
+    return {row: cells for row, cells in found.items() if any(cells.values())}
+
+
+def _answered(entry: Entry) -> dict[str, list[float]]:
+    """Its value for each question, of tasks whose values are shares; older records have none."""
+    section = _section(entry.record)
+    told = section.get("stderr", {})
+    return {name: each for name, each in section.get("questions", {}).items() if name in told}
+
+
+def _gain(own: Sequence[Entry], theirs: Sequence[Entry], task: str) -> Difference | None:
+    mine, other = (
+        [100 * np.array(found[task]) for each in some if task in (found := _answered(each))]
+        for some in (own, theirs)
+    )
+    if not mine or len({len(each) for each in (*mine, *other)}) > 1:
+        return None
+    moved = np.mean(mine, axis=0) - np.mean(other, axis=0)
+    return Difference.of(float(moved.mean()), means(moved))
+
+
 @dataclass(frozen=True)
 class Match:
     """A row, and of the same modules tuned under the other mask the row that it is held against.
