@@ -61,11 +61,11 @@ def test_encoders_stand_beside_each_other_over_their_seeds():
         "<!-- sts: small -->\n<!-- end -->", Records.of_names(records), SEEDS
     ).splitlines()
     assert found[1:-1] == [
-        "| trained | seeds | A | average | DP-after |",
-        "|---:|---:|---:|---:|---:|",
-        "| base | 1 | 39.00 | 39.00 | 45.00 |",
-        "| ffn | 2 | 51.00 ±2.83 | 51.00 ±2.83 | 48.00 ±1.41 |",
-        "| mntp ffn+attention (LoRA) then ffn | 1 | 29.00 | 29.00 | |",
+        "| trained | seeds | A | DP-after |",
+        "|---:|---:|---:|---:|",
+        "| base | 1 | 39.00 | 45.00 |",
+        "| ffn | 2 | 51.00 ±2.83 | 48.00 ±1.41 |",
+        "| mntp ffn+attention (LoRA) then ffn | 1 | 29.00 | |",
     ]
     generation = {"tasks": {}, "metrics": {}, "average": None, "perplexity": 3.0}
     evaluated = dependence(0.0, "bi", 1) | {"generation": generation}
@@ -259,9 +259,13 @@ def test_the_tables_of_the_pages_are_not_stale(page):
     assert renewed(text, read_records(config), SEEDS, read_benchmarks(config)) == text
 
 
+WAITING = {"poolings", "questions"}  # for records of the study, which has begun
+
+
 def test_the_pages_hold_a_table_of_every_kind():
     pages = "".join((ROOT / page).read_text() for page in PAGES)
-    assert set(re.findall(r"<!-- (\w+): ", pages)) == {*BLOCKS, "benchmark"}
+    there = set(re.findall(r"<!-- (\w+): ", pages))
+    assert there == {*BLOCKS, "benchmark"} - WAITING
     assert " all |" in pages and "ours/plain" in pages
 
 

@@ -96,11 +96,8 @@ def _column(every: Iterable[Entry], name: str) -> str:
 
 def _average(every: Iterable[Entry], tasks: Sequence[str]) -> str:
     """Of these tasks, which all rows have."""
-    return spread([_mean([each.cells[task] for task in tasks]) for each in every]) if tasks else ""
-
-
-def _mean(scores: Sequence[Any]) -> float:
-    return sum(scores) / len(scores)
+    scores: list[list[Any]] = [[each.cells[task] for task in tasks] for each in every]
+    return spread([sum(own) / len(own) for own in scores])
 
 
 def _long(row: str) -> tuple[int, str]:
@@ -123,15 +120,17 @@ def _sts_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     there = {name for row in rows.values() for each in row for name in each.cells}
     more = [name for name in ("first", "after without first", "perplexity") if name in there]
     tasks, common = _names(rows), common_tasks([each for own in rows.values() for each in own])
+    average = "average" if len(common) == len(tasks) else f"average of {', '.join(common)}"
+    averages = [average] if len(common) > 1 else []
     body = [
         [
             *(row, str(len(own)), *(_column(own, task) for task in tasks)),
-            *(_average(own, common), *(_column(own, column) for column in ("DP-after", *more))),
+            *(_average(own, common) for _ in averages),
+            *(_column(own, column) for column in ("DP-after", *more)),
         ]
         for row, own in sorted(rows.items(), key=lambda row: (row[0] != "base", *_long(row[0])))
     ]
-    average = "average" if len(common) == len(tasks) else f"average of {', '.join(common)}"
-    header = ["trained", "seeds", *tasks, average, "DP-after", *more]
+    header = ["trained", "seeds", *tasks, *averages, "DP-after", *more]
     return _noted([header, *body], paper.notes("encoders", name, records, seeds))
 
 
