@@ -21,7 +21,7 @@ def test_lost_generation_is_the_log_of_the_perplexity_over_the_base():
     correlation = claim.correlation(found)
     assert correlation.value == pytest.approx(0.5)  # ranks 1, 2, 3 and 1, 3, 2
     assert (correlation.interval, correlation.rows) == (None, 3)  # of so few, none
-    assert str(correlation).endswith("over 3 rows (too few for an interval)")
+    assert str(correlation) == "0.50, n = 3"
 
 
 def test_seeds_of_one_row_are_no_new_evidence():
@@ -70,11 +70,9 @@ def test_the_causal_control_is_drawn_and_told_apart(tmp_path):
     assert sts.get_xlabel() == "STS under its own mask"
     [hollow] = [line for line in sts.lines if line.get_fillstyle() == "none"]
     assert list(hollow.get_xdata()) == [52.0]  # 51 the average, each task one more
-    assert (
-        "over 4 rows" in axes.get_title()
-        and "causally tuned rows: rank correlation " in axes.get_title()
-    )
-    assert "over 3 rows" in axes.get_title().splitlines()[1]
+    first, second = axes.get_title().splitlines()
+    assert first.startswith("rank correlation ") and first.endswith("n = 4")
+    assert second.startswith("tuned both ways alone ") and second.endswith("n = 3")
     drawn = {line.get_label(): line for line in axes.lines}
     assert list(drawn["ffn"].get_xdata()) == list(drawn["ffn causal"].get_xdata()) == [1.0]
     assert drawn["ffn causal"].get_fillstyle() == "none" != drawn["ffn"].get_fillstyle()

@@ -86,10 +86,8 @@ class Correlation:
     rows: int
 
     def __str__(self) -> str:
-        text = "too few for an interval"
-        if self.interval is not None:
-            text = "95 % interval {:.2f} to {:.2f}".format(*self.interval)
-        return f"rank correlation {self.value:.2f} over {self.rows} rows ({text})"
+        ends = "" if self.interval is None else " ({:.2f} to {:.2f})".format(*self.interval)
+        return f"{self.value:.2f}{ends}, n = {self.rows}"
 
 
 def correlation(found: Sequence[Tuned], cause: str = "DP-after") -> Correlation:
@@ -111,11 +109,15 @@ def correlation(found: Sequence[Tuned], cause: str = "DP-after") -> Correlation:
 def figure(model: str, encoded: list[Tuned]) -> Any:
     """Lost generation against STS, and each cause that was measured of every encoder."""
     causes = [cause for cause in PANELS if all(cause in each.causes for each in encoded)]
-    found = blank(1.8 + 4.4 * len(causes), 4.4)
-    panels = found.subplots(1, len(causes), sharey=True, squeeze=False)[0]
-    for axes, cause in zip(panels, causes, strict=True):
+    lines = -(-len(causes) // 2)  # two a line, for the width of a page
+    found = blank(1.8 + 4.2 * min(2, len(causes)), 0.6 + 3.5 * lines)
+    grid = found.subplots(lines, min(2, len(causes)), sharey=True, squeeze=False)
+    panels = list(grid.flat)
+    for axes, cause in zip(panels, causes, strict=False):
         _panel(axes, encoded, cause)
-    panels[0].set(ylabel="lost generation: log perplexity over the base's")
+    for axes in panels[len(causes) :]:
+        axes.remove()
+    found.supylabel("lost generation: log perplexity over the base's", fontsize=9)
     found.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
     found.suptitle(model, fontsize=10)
     return found
@@ -138,7 +140,7 @@ def _panel(axes: Any, encoded: list[Tuned], cause: str) -> None:
         axes.axvline(0, color="grey", lw=0.6)
     axes.set(xlabel=PANELS[cause])
     own = [each for each in encoded if not each.is_control]
-    text = [str(correlation(encoded, cause))]
-    if len(own) < len(encoded):
-        text.append(f"without causally tuned rows: {correlation(own, cause)}")
-    axes.set_title("\n".join(text), fontsize=7)
+    text = f"rank correlation {correlation(encoded, cause)}"
+    if own and len(own) < len(encoded):
+        text += f"\ntuned both ways alone {correlation(own, cause)}"
+    axes.set_title(text, fontsize=8)

@@ -176,7 +176,13 @@ def _equal_block(name: str, records: Records, seeds: Sequence[int]) -> str:
         for each in sorted(paired.matches(name, records, seeds), key=lambda each: each.row)
         for sts in ["" if each.other_sts is None else f"{each.other_sts:.2f}"]
     ]
-    header = ["trained", "STS", "best of the other mask", "its STS", "perplexity over its"]
+    header = [
+        "trained",
+        "STS",
+        "of the other mask, nearest above",
+        "its STS",
+        "perplexity over its",
+    ]
     return _noted([header, *body], [])
 
 
@@ -187,9 +193,7 @@ def _claim_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     def cell(own: list[claim.Tuned], cause: str) -> str:
         if len({each.settings for each in own}) < 3:
             return ""
-        found = claim.correlation(own, cause)
-        ends = "" if found.interval is None else " ({:.2f} to {:.2f})".format(*found.interval)
-        return f"{found.value:.2f}{ends}, n = {found.rows}"
+        return str(claim.correlation(own, cause))
 
     found = claim.tuned(name, records, seeds)
     body = []
