@@ -89,14 +89,15 @@ def test_encoders_stand_beside_each_other_over_their_seeds():
 
 def test_changes_are_told_with_their_intervals(monkeypatch):
     moved = {name: paired.Difference(2.0, (1.5, 2.25)) for name in SINK}
-    found = {"ffn": moved | {"perplexity": paired.Difference(1.5, (1.25, 2))}}
+    ratio = paired.Difference(1.5, (1.25, 2))
+    found = {"ffn": moved | {"perplexity": ratio, "by answer": None}}
     found["attention"] = found["ffn"] | {"first": None}
     monkeypatch.setattr(paired, "changes", lambda *_: found)
     rows = encoder("x-ffn", 0, 50.0, ["ffn"]) | encoder("x-attention", 0, 60.0, ["attention"])
     text = f"<!-- change: {MODEL} -->\n<!-- end -->"
     lines = renewed_squeezed(text, Records.of_names(rows), SEEDS).splitlines()
     assert "| seeds | BIOSSES |" in lines[1] and "| perplexity over the base's |" in lines[1]
-    told = "1.50 (1.25 to 2.00) | 2.00 (1.50 to 2.25) |"
+    told = "1.50 (1.25 to 2.00) | | 2.00 (1.50 to 2.25) |"
     assert lines[3].startswith("| attention | 1 | 61.00 | 61.00 |")
     assert lines[3].endswith(f"| {told} | 2.00 (1.50 to 2.25) |")
     assert lines[4].startswith("| ffn | 1 | 51.00 |") and f"| {told} 2.00" in lines[4]

@@ -52,6 +52,8 @@ def test_what_all_texts_share_is_certain_however_far_apart_they_are():
     for column in SINK:
         assert rows["ffn"][column] == paired.Difference(2.5, (2.5, 2.5))
     assert rows["ffn"]["perplexity"].value == pytest.approx(math.exp(2.0 / 10))
+    by_answer = 0.5 * (1 / 2 + 1 / 3 + 1 / 4 + 1) / 4  # of 2, 3, 4 and 1 tokens
+    assert rows["ffn"]["by answer"].value == pytest.approx(math.exp(by_answer))
 
 
 def test_the_interval_is_that_of_the_mean_over_seeds():

@@ -141,7 +141,7 @@ def _change_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     """
     rows, found = by_row("encoders", name, records, seeds), paired.changes(name, records, seeds)
     tasks = common_tasks([each for row in found for each in rows[row]])
-    columns = {"perplexity": "perplexity over the base's"}
+    columns = {"perplexity": "perplexity over the base's", "by answer": "each answer once"}
     columns |= {column: f"{column} minus the base's" for column in SINK}
     body = [
         [row, str(len(rows[row])), *(_column(rows[row], task) for task in tasks), *cells]

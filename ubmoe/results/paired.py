@@ -35,8 +35,8 @@ def changes(
 ) -> dict[str, dict[str, Difference | None]]:
     """{row: {column: difference to the base}}, of every row but the bases that has any.
 
-    SINK in percentage points; `perplexity` times the base's. None where it was not measured, or
-    of other texts.
+    SINK in percentage points; `perplexity` times the base's, and `by answer` the same where every
+    answer counts once. None where it was not measured, or of other texts.
     """
     rows = by_row("encoders", model, records, seeds)
     [base] = rows.get("base", [None])[:1]
@@ -143,7 +143,8 @@ def _changed(own: Sequence[Entry], base: Entry) -> dict[str, Difference | None]:
         column: _shares([*texts, *theirs], name) if known else None for column, name in SINK.items()
     }
     mine, theirs = _told(own, "evaluation"), _told([base], "evaluation")
-    return cells | {"perplexity": _perplexities([*mine, *theirs]) if mine and theirs else None}
+    every = [*mine, *theirs] if mine and theirs else []
+    return cells | {"perplexity": _perplexities(every), "by answer": _perplexities(every, True)}
 
 
 # What a record tells of each text, and the data set that they are of.
@@ -183,10 +184,15 @@ def _shares(texts: Sequence[dict[str, Any]], name: str) -> Difference | None:
     return Difference.of(float(moved.mean()), means(moved))
 
 
-def _perplexities(answers: Sequence[dict[str, Any]]) -> Difference | None:
-    """Of the geometric mean of all but the last, times the last."""
-    if not _alike(answers):
+def _perplexities(answers: Sequence[dict[str, Any]], by_answer: bool = False) -> Difference | None:
+    """Of the geometric mean of all but the last, times the last.
+
+    by_answer: every answer counts once, whatever its length; else every token does.
+    """
+    if not answers or not _alike(answers):
         return None
     *own, base = (np.array(each["losses"]) for each in answers)
     lost, tokens = np.mean(own, axis=0) - base, np.array(answers[0]["tokens"])
+    if by_answer:
+        lost, tokens = lost / tokens, np.ones_like(tokens)
     return Difference.of(math.exp(lost.sum() / tokens.sum()), np.exp(means(lost, tokens)))
