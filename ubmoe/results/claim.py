@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -70,7 +69,7 @@ def _tuned(entry: Entry, base: Any, common: Sequence[str]) -> Tuned:
         family=family(entry.record.data),
         lost=math.log(cells["perplexity"] / base["perplexity"]),
         causes={cause: cells[cause] - base[cause] for cause in there}
-        | ({"STS": mean(cells[task] for task in common)} if common else {}),
+        | ({"STS": entry.mean(common)} if common else {}),
     )
 
 

@@ -63,6 +63,11 @@ class Entry:
     def tasks(self) -> frozenset[str]:
         return frozenset(name for name in self.cells if name not in NO_TASKS)
 
+    def mean(self, tasks: Sequence[str]) -> float:
+        """Of the scores of these tasks, which it has."""
+        scores: list[Any] = [self.cells[task] for task in tasks]
+        return sum(scores) / len(scores)
+
 
 def entries(kind: str, model: str, records: Records, seeds: Sequence[int]) -> list[Entry]:
     """The first record of each row and seed, of these seeds and of the base."""

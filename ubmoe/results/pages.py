@@ -96,8 +96,7 @@ def _column(every: Iterable[Entry], name: str) -> str:
 
 def _average(every: Iterable[Entry], tasks: Sequence[str]) -> str:
     """Of these tasks, which all rows have."""
-    scores: list[list[Any]] = [[each.cells[task] for task in tasks] for each in every]
-    return spread([sum(own) / len(own) for own in scores])
+    return spread([each.mean(tasks) for each in every])
 
 
 def _long(row: str) -> tuple[int, str]:

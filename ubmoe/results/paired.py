@@ -111,7 +111,7 @@ def _match(row: str, told: dict[str, list[Entry]]) -> Match | None:
     if not others or not common:
         return None
     sts = {
-        name: float(np.mean([each.cells[task] for each in own for task in common]))
+        name: float(np.mean([each.mean(common) for each in own]))
         for name, own in {row: told[row], **others}.items()
     }
     above = [other for other in others if sts[other] >= sts[row]]

@@ -51,8 +51,6 @@ MEASURED = {
     "scan": ("-m ubmoe.scan",),
     "swap": ("-m ubmoe.swap",),
 }
-
-
 # Programs of rows beside train_bi.py, and their results.
 PROGRAMS = {
     "train_ubmoe": ("train_ubmoe.py", "generation"),

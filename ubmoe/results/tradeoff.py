@@ -49,10 +49,8 @@ def points(model: str, records: Records, seeds: Sequence[int]) -> dict[str, Poin
     encoders = [each for each in encoders if each.tasks and "perplexity" in each.cells]
     common = common_tasks(encoders)
     for each in encoders if common else ():
-        cells: Any = each.cells
         point = found.setdefault(each.row, Point("base" if each.is_base else "encoder"))
-        sts = mean(cells[task] for task in common)
-        point.add(sts, cells["generation"], cells["perplexity"])
+        point.add(each.mean(common), each.cells["generation"], each.cells["perplexity"])
     for each in entries("routes", model, records, seeds):
         cells, sts = each.cells, each.cells.get("STS bidirectional")
         if sts is not None and not each.row.startswith(NO_MIXTURES):
