@@ -1,6 +1,6 @@
 """Bidirectional attention takes effect on every family, backend and padding, or is refused."""
 
-import math
+import re
 
 import pytest
 import torch
@@ -38,11 +38,13 @@ def test_every_backend_and_padding_reads_as_asked(family):
 def test_flex_attention_reads_as_asked():
     model = random_model("qwen2", head_dim=16, hidden_size=64)
     model.set_attn_implementation("flex_attention")
-    if math.isnan(leak(model)):  # compiled for this processor it is wrong, which is found out
-        with pytest.raises(UserError, match=r"flex_attention\) gives states that are not finite"):
-            prove_attention(model, False)
+    try:
+        said = prove_attention(model, False)
+    except UserError as refused:  # compiled for some processors it is wrong, each time otherwise
+        wrong = r"\(flex_attention\) (gives states that are not finite|sees later tokens) with"
+        assert re.search(wrong, str(refused))
         return
-    assert "causal, verified on Qwen2ForCausalLM (flex" in prove_attention(model, False)
+    assert "causal, verified on Qwen2ForCausalLM (flex" in said
     assert max(leak(model, padding) for padding in PADDINGS) < 1e-6
     assert min(leak(make_bidirectional(model), padding) for padding in PADDINGS) > 1e-3
 
