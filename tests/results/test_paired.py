@@ -50,7 +50,8 @@ def test_what_all_texts_share_is_certain_however_far_apart_they_are():
     rows = found(measured("a", 0, ["ffn"], shares(2.5), [1.5, 2.5, 3.5, 4.5]))
     assert list(rows) == ["ffn"]
     for column in SINK:
-        assert rows["ffn"][column] == paired.Difference(2.5, (2.5, 2.5))
+        assert rows["ffn"][column] == paired.Difference(2.5, (2.5, 2.5), (2.5,))
+        assert str(rows["ffn"][column]) == "2.50 (2.50 to 2.50)"
     assert rows["ffn"]["perplexity"].value == pytest.approx(math.exp(2.0 / 10))
     by_answer = 0.5 * (1 / 2 + 1 / 3 + 1 / 4 + 1) / 4  # of 2, 3, 4 and 1 tokens
     assert rows["ffn"]["by answer"].value == pytest.approx(math.exp(by_answer))
@@ -62,6 +63,9 @@ def test_the_interval_is_that_of_the_mean_over_seeds():
         measured("a", 0, ["ffn"], shares(2.0), one), measured("a", 1, ["ffn"], shares(3.0), other)
     )
     assert rows["ffn"]["DP-after"].value == 2.5
+    assert str(rows["ffn"]["DP-after"]) == "2.50 (2.50 to 2.50; seeds 2.00 to 3.00)"
+    each = [math.exp((sum(losses) - 10) / 10) for losses in (one, other)]
+    assert rows["ffn"]["perplexity"].seeds == pytest.approx(each)
     lost = (np.array(one) + np.array(other)) / 2 - [1, 2, 3, 4]
     tokens, slow = np.array([2, 3, 4, 1]), []
     assert rows["ffn"]["perplexity"].value == pytest.approx(math.exp(lost.sum() / 10))
@@ -145,6 +149,7 @@ def test_questions_are_compared_one_by_one():
     [(row, cells)] = gained(base, one, two).items()
     assert row.startswith("ffn") and cells["other"] is None  # nobody answered it
     assert cells["mmlu"].value == pytest.approx(100 * (1 + 0.5) / 4)
+    assert cells["mmlu"].seeds == pytest.approx([25.0, 50.0])
     moved = np.array([0, 100, 50, 0])
     slow = [moved[RNG.integers(0, 4, 4)].mean() for _ in range(20_000)]
     assert cells["mmlu"].interval == pytest.approx(np.percentile(slow, [2.5, 97.5]), abs=3)

@@ -145,7 +145,7 @@ def _change_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     body = [
         [row, str(len(rows[row])), *(_column(rows[row], task) for task in tasks), *cells]
         for row, own in sorted(found.items())
-        for cells in [[_difference(own[column]) for column in columns]]
+        for cells in [[str(own[column] or "") for column in columns]]
     ]
     return _noted([["trained", "seeds", *tasks, *columns.values()], *body], [])
 
@@ -160,7 +160,7 @@ def _questions_block(name: str, records: Records, seeds: Sequence[int]) -> str:
         found = paired.questions(kind, against, name, records, seeds)
         tasks = list(dict.fromkeys(task for cells in found.values() for task in cells))
         body = [
-            [row, *(_difference(cells[task]) for task in tasks)]
+            [row, *(str(cells[task] or "") for task in tasks)]
             for row, cells in sorted(found.items())
         ]
         header = [said, *(f"{task}, minus {against}'s" for task in tasks)]
@@ -171,7 +171,7 @@ def _questions_block(name: str, records: Records, seeds: Sequence[int]) -> str:
 def _equal_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     """Each row against the rows of the other mask that embed at least as well."""
     body = [
-        [each.row, f"{each.sts:.2f}", each.other or "none", sts, _difference(each.ratio)]
+        [each.row, f"{each.sts:.2f}", each.other or "none", sts, str(each.ratio or "")]
         for each in sorted(paired.matches(name, records, seeds), key=lambda each: each.row)
         for sts in ["" if each.other_sts is None else f"{each.other_sts:.2f}"]
     ]
@@ -220,12 +220,6 @@ def _poolings_block(name: str, records: Records, seeds: Sequence[int]) -> str:
 
 POOLINGS = {"mean": "mean", "weighted_mean": "weighted mean"}
 MASKS = ("read both ways", "read causally")
-
-
-def _difference(found: paired.Difference | None) -> str:
-    if found is None:
-        return ""
-    return "{:.2f} ({:.2f} to {:.2f})".format(found.value, *found.interval)
 
 
 def _mixture_block(name: str, records: Records, seeds: Sequence[int]) -> str:

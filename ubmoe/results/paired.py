@@ -19,15 +19,22 @@ from ubmoe.results.records import Record, Records
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean over seeds, and its 95 % interval, by the bootstrap over texts."""
+    """A mean over seeds, its 95 % interval, by the bootstrap over texts, and each seed's own."""
 
     value: float
     interval: tuple[float, float]
+    seeds: tuple[float, ...] = ()
 
     @classmethod
-    def of(cls, value: float, drawn: np.ndarray) -> "Difference":
+    def of(cls, value: float, drawn: np.ndarray, seeds: Sequence[float] = ()) -> "Difference":
         low, high = interval(drawn)
-        return cls(value, (low, high))
+        return cls(value, (low, high), tuple(map(float, seeds)))
+
+    def __str__(self) -> str:
+        text = "{:.2f} ({:.2f} to {:.2f}".format(self.value, *self.interval)
+        if len(self.seeds) > 1:
+            text += f"; seeds {min(self.seeds):.2f} to {max(self.seeds):.2f}"
+        return text + ")"
 
 
 def changes(
@@ -73,8 +80,9 @@ def _gain(own: Sequence[Entry], theirs: Sequence[Entry], task: str) -> Differenc
     )
     if not mine or len({len(each) for each in (*mine, *other)}) > 1:
         return None
-    moved = np.mean(mine, axis=0) - np.mean(other, axis=0)
-    return Difference.of(float(moved.mean()), means(moved))
+    each = np.array(mine) - np.mean(other, axis=0)
+    moved = each.mean(0)
+    return Difference.of(float(moved.mean()), means(moved), each.mean(1))
 
 
 @dataclass(frozen=True)
@@ -180,8 +188,9 @@ def _shares(texts: Sequence[dict[str, Any]], name: str) -> Difference | None:
     if not _alike(texts):
         return None
     *own, base = (np.array(each[name]) for each in texts)
-    moved = np.mean(own, axis=0) - base
-    return Difference.of(float(moved.mean()), means(moved))
+    each = np.array(own) - base
+    moved = each.mean(0)
+    return Difference.of(float(moved.mean()), means(moved), each.mean(1))
 
 
 def _perplexities(answers: Sequence[dict[str, Any]], by_answer: bool = False) -> Difference | None:
@@ -192,7 +201,8 @@ def _perplexities(answers: Sequence[dict[str, Any]], by_answer: bool = False) ->
     if not answers or not _alike(answers):
         return None
     *own, base = (np.array(each["losses"]) for each in answers)
-    lost, tokens = np.mean(own, axis=0) - base, np.array(answers[0]["tokens"])
+    each, tokens = np.array(own) - base, np.array(answers[0]["tokens"])
     if by_answer:
-        lost, tokens = lost / tokens, np.ones_like(tokens)
-    return Difference.of(math.exp(lost.sum() / tokens.sum()), np.exp(means(lost, tokens)))
+        each, tokens = each / tokens, np.ones_like(tokens)
+    lost, seeds = each.mean(0), np.exp(each.sum(1) / tokens.sum())
+    return Difference.of(math.exp(lost.sum() / tokens.sum()), np.exp(means(lost, tokens)), seeds)

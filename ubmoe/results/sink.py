@@ -23,7 +23,11 @@ def measured(model: str, records: Records, seeds: Sequence[int]) -> dict[str, li
             found.setdefault(row, []).append(entry.record)
     twins = {row for row in found if row + CAUSAL in found}
     wanted = {"base", *twins, *(row + CAUSAL for row in twins)}
-    return {row: found[row] for row in sorted(found) if row in wanted}
+    return {row: found[row] for row in sorted(wanted & found.keys(), key=_base_first)}
+
+
+def _base_first(row: str) -> tuple[bool, str]:
+    return row != "base", row
 
 
 @styled
