@@ -250,6 +250,31 @@ def test_probes_stand_beside_the_papers():
     ]
 
 
+def test_a_study_has_the_probes_of_its_rows_side_by_side():
+    def probing(name, model, label, value, probe="linear"):
+        row = {"task": "telicity", "split": "random", "control": "none", "position": "same"}
+        row |= {"layer": -1, "features": "word", "probe": probe}
+        row |= {"accuracy": value, "accuracy_stderr": 0.0}
+        config = {"model": {"name": model}, "seed": 0}
+        config["probing"] = {"data": "folder", "models": [{"label": label}], "probes": [probe]}
+        section = {"models": [{"label": label, "rows": [row]}]}
+        return {f"{name}.probing.seed0": {"config": config, "probing": section}}
+
+    records = {
+        **encoder("a", 0, 50.0, ["ffn"]),
+        **probing("a", "bi", "ffn", 0.75),
+        **encoder("b", 0, 50.0, []),
+        **probing("b", f"Qwen/{MODEL}", "Uni", 0.5),
+        **encoder("c", 0, 50.0, ["attention"]),
+        **probing("c", "bi", "attention", 0.9, "mlp"),  # by another probe
+    }
+    found = renewed_squeezed(
+        f"<!-- probing: {MODEL} -->\n<!-- end -->", Records.of_names(records), SEEDS
+    ).splitlines()
+    assert found[1] == "| task | split | metric | Uni | ffn |"
+    assert found[3] == "| telicity | random | accuracy | 0.500 ±0.000 (0.806) | 0.750 ±0.000 |"
+
+
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 
 

@@ -346,7 +346,7 @@ def test_a_plan_times_steps_once_and_says_what_it_cannot_time(tiny_path, tmp_pat
 
 OWN = [
     "results.rows=[base, {name: 'ffn, 9 steps', keys: [bi.stages.0.max_steps=9, scan.every=3], "
-    "seeds: [7, 8], measured: [evaluation, scan, swap]}, "
+    "seeds: [7, 8], measured: [evaluation, scan, swap, probing]}, "
     "{name: untrained late, keys: ['bi.stages=[]', 'bi.layers=none']}]",
     "results.seeds=[1]",
 ]
@@ -360,7 +360,7 @@ def test_rows_of_ones_own_have_keys_seeds_and_what_is_measured(tmp_path):
         *(
             ("ffn, 9 steps", result, seed)
             for seed in (7, 8)
-            for result in ("sts", "evaluation", "scan", "swap")
+            for result in ("sts", "evaluation", "scan", "swap", "probing")
         ),
     ]
     assert steps[1].config.bi.layers == "none"
@@ -371,6 +371,8 @@ def test_rows_of_ones_own_have_keys_seeds_and_what_is_measured(tmp_path):
     assert steps[3].config.evaluation.sts == []  # scored where it was made
     assert steps[3].config.evaluation.language_model and steps[4].config.scan.every == 3
     assert (steps[5].config.model.name, steps[5].config.ubmoe.bi) == ("tiny", str(steps[2].left))
+    [probed] = steps[6].config.probing.models
+    assert (probed.label, probed.name) == ("ffn, 9 steps", str(steps[2].left))
     assert tables.trained({"config": steps[2].config.model_dump()}) == "ffn, 9 steps"
     untrained = study.steps(config(tmp_path, *OWN, "results.table=3"))[3]
     assert (untrained.row, untrained.result) == ("untrained late", "dependence")
@@ -422,9 +424,9 @@ def test_rows_of_ones_own_are_not_run_twice(tmp_path, monkeypatch):
     ran = []
     monkeypatch.setattr(plan, "execute", lambda step: (ran.append(step.result), finish(step)))
     plan.run(config(tmp_path, *OWN, "results.table=2"))
-    assert len(ran) == 10
+    assert len(ran) == 12
     plan.run(config(tmp_path, *OWN, "results.table=2"))
-    assert len(ran) == 10
+    assert len(ran) == 12
     with pytest.raises(UserError, match="results.rows: a tunes nothing that swap could swap"):
         rows = "results.rows=[{name: a, keys: ['bi.stages=[]'], measured: [swap]}]"
         study.steps(config(tmp_path, rows, "results.table=2"))

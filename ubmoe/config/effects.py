@@ -24,6 +24,7 @@ SCORED = {
     "bitune": ("model", "bitune", *ASKED),
     "swap": ("model", "ubmoe.bi", *CHATS, "evaluation.bf16"),
     "scan": ("model", *SCANNED, "scan", "evaluation.bf16"),
+    "probing": ("model", "probing"),
 }
 MADE = {"sts": ("model", *FORM, "bi.stages"), "generation": ("model", "ubmoe")}
 MISSING = object()

@@ -608,8 +608,8 @@ class RowSection(Section):
     of: str | None = running_key(None, "the row whose encoder train_ubmoe joins to the model")
     keys: list[str] = running_key([], "key=value of its runs, as on their command lines")
     seeds: list[Seed] | None = running_key(None, "of this row; null: results.seeds")
-    measured: list[Literal["dependence", "evaluation", "scan", "swap"]] | None = running_key(
-        None, "of its model, beside STS; null: what results.table shows"
+    measured: list[Literal["dependence", "evaluation", "scan", "swap", "probing"]] | None = (
+        running_key(None, "of its model, beside STS; null: what results.table shows")
     )
 
 

@@ -5,7 +5,7 @@ the configuration. A hub's data sets and tasks are told by their names.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ READ: dict[str, tuple[str, ...]] = {
     "evaluation": ("ubmoe.dataset", "evaluation.sts", "evaluation.generation"),
     "scan": ("scan.pairs",),
     "swap": ("ubmoe.dataset",),
+    "probing": ("probing.data",),
     "bitune": ("bitune.dataset", "bitune.generation"),
 }
 MODEL = ("model.name", "model.adapter")
@@ -90,7 +91,9 @@ def _of_value(value: Any, data: str) -> str | None:
     if value == "tiny":
         return _of_files([Path(language.__file__)])
     path = Path(value).expanduser()
-    if not _is_file(path):
+    if _is(Path.is_dir, path):
+        return _of_files(sorted(filter(Path.is_file, path.rglob("*"))), path)
+    if not _is(Path.is_file, path):
         local = path.is_absolute() or value.startswith((".", "~"))
         return None if local else _of_text(value)
     if path.suffix in (".yaml", ".yml"):  # a task, with those of the local files that it names
@@ -106,9 +109,9 @@ def _of_value(value: Any, data: str) -> str | None:
     return _of_files([path])
 
 
-def _is_file(path: Path) -> bool:
+def _is(kind: Callable[[Path], bool], path: Path) -> bool:
     try:
-        return path.is_file()
+        return kind(path)
     except OSError:  # a template is too long for a name
         return False
 

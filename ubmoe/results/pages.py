@@ -23,7 +23,7 @@ from ubmoe.report.tables import (
 from ubmoe.results import paired, paper
 from ubmoe.results.entries import NO_TASKS, SINK, Entry, by_row, common_tasks, measured_of
 from ubmoe.results.published import published
-from ubmoe.results.records import Records, read_benchmarks, recorded
+from ubmoe.results.records import Record, Records, read_benchmarks, recorded
 
 BLOCK = re.compile(r"(<!-- (\w+): ([\w.-]+)(?: seeds ([\d ]+))? -->)\n.*?<!-- end -->", re.DOTALL)
 BEST = 12  # patterns of layers of a scan
@@ -300,16 +300,33 @@ PUBLISHED_PROBES = {
 PUBLISHED_FAMILY = "Llama-2-7B"
 
 
-def _probing_block(name: str, records: Records, _: Sequence[int]) -> str:
+def _probing_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     """A row a task and split, a column a model, published numbers in brackets.
 
+    name: of a run that probed several, or of a model: then of it, and of what was tuned from it.
     The published ones are of another family, at the same stage of training, and of the random or
     the shipped splits.
     """
+    found = records.of("probing", label=name)
+    tables = [(record.section["models"], record) for record in found]
+    if not found and (study := _probed(name, records, seeds)):
+        tables = [([model for each in study for model in each.section["models"]], study[0])]
     return "\n\n".join(
-        _probing_table(record.section["models"], record.config["probing"]["data"] == "tiny")
-        for record in records.of("probing", label=name)
+        _probing_table(models, record.config["probing"]["data"] == "tiny")
+        for models, record in tables
     )
+
+
+def _probed(model: str, records: Records, seeds: Sequence[int]) -> list[Record]:
+    """The base's probing, and that of the first seed of every row; all of the same probes."""
+    rows = by_row("encoders", model, records, seeds)
+    ordered = sorted(rows, key=lambda row: (not row.startswith("base"), *_long(row)))
+    every = [
+        [measured_of(each.record, "probing", records) for each in rows[row]] for row in ordered
+    ]
+    found = [first for own in every for first in [each for each in own if each][:1]]
+    asked = [each.config["probing"] | {"models": None, "data": None} for each in found]
+    return [each for each, own in zip(found, asked, strict=True) if own == asked[0]]
 
 
 def _probing_table(models: list[dict[str, Any]], tiny: bool) -> str:

@@ -5,6 +5,7 @@ instead. Nothing here imports torch.
 """
 
 import hashlib
+import json
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -50,6 +51,7 @@ MEASURED = {
     "evaluation": ("-m ubmoe.evaluate", "evaluation.language_model=true"),
     "scan": ("-m ubmoe.scan",),
     "swap": ("-m ubmoe.swap",),
+    "probing": ("-m ubmoe.probing",),
 }
 # Programs of rows beside train_bi.py, and their results.
 PROGRAMS = {
@@ -58,6 +60,8 @@ PROGRAMS = {
 }
 # Results that are of another model than the one that their step is after.
 BESIDE = ("generation", "swap")
+# Keys that say where a model or data lie, whose digests are compared elsewhere.
+ELSEWHERE = ("ubmoe.bi", "evaluation.data", "probing.models.N.name")
 # What a later step reads of an earlier one.
 LEFT = {"sts": "bi", "generation": "ubmoe"}
 
@@ -120,7 +124,7 @@ class Step:
     def _keys(self, config: dict[str, Any]) -> dict[str, str]:
         """The settings that decide its numbers, but for those that say where something lies."""
         read = ("seed", *SCORED[self.result], *MADE.get(self.result, ()))
-        places = (*READ[self.result], *MODEL, "ubmoe.bi", "evaluation.data")
+        places = (*READ[self.result], *MODEL, *ELSEWHERE)
         found = leaves(config, read)
         return {name: value for name, value in found.items() if numbered(name) not in places}
 
@@ -254,6 +258,9 @@ def _measuring(row: Row, measured: str, after: Step | None) -> tuple[str, list[s
         keys.append(f"{'ubmoe.bi' if measured == 'swap' else 'model.name'}={after.left}")
     elif measured == "swap":
         raise UserError(f"results.rows: {row.name} tunes nothing that swap could swap")
+    if measured == "probing" and after is not None:
+        probed = {"label": row.name, "name": str(after.left)}
+        keys.append(f"probing.models={json.dumps([probed])}")
     if measured == "evaluation" and row.further:
         keys.append("evaluation.sts=[]")  # train_bi.py has scored it
     return program, keys
