@@ -18,7 +18,7 @@ from matplotlib.ticker import ScalarFormatter
 from ubmoe.config import Config, UserError
 from ubmoe.files import replace_all, save_figure
 from ubmoe.report.figures import blank, styled
-from ubmoe.report.tables import ROUTES, model_of
+from ubmoe.report.tables import CAUSAL, ROUTES, family, model_of
 from ubmoe.results import claim, sink
 from ubmoe.results.entries import common_tasks, entries
 from ubmoe.results.records import Records
@@ -29,9 +29,13 @@ NO_MIXTURES = (ROUTES["uni"], ROUTES["bi"])  # the two models themselves, forced
 
 @dataclass
 class Point:
-    """A model of the study, a value for each seed: STS average, tasks' average, perplexity."""
+    """A model of the study, a value for each seed: STS average, tasks' average, perplexity.
+
+    is_control: tuned under the causal mask.
+    """
 
     kind: str
+    is_control: bool = False
     sts: list[float] = field(default_factory=list)
     tasks: list[float] = field(default_factory=list)
     perplexity: list[float] = field(default_factory=list)
@@ -49,7 +53,8 @@ def points(model: str, records: Records, seeds: Sequence[int]) -> dict[str, Poin
     encoders = [each for each in encoders if each.tasks and "perplexity" in each.cells]
     common = common_tasks(encoders)
     for each in encoders if common else ():
-        point = found.setdefault(each.row, Point("base" if each.is_base else "encoder"))
+        kind, control = "base" if each.is_base else "encoder", family(each.record.data)
+        point = found.setdefault(each.row, Point(kind, control.endswith(CAUSAL)))
         point.add(each.mean(common), each.cells["generation"], each.cells["perplexity"])
     for each in entries("routes", model, records, seeds):
         cells, sts = each.cells, each.cells.get("STS bidirectional")
@@ -88,15 +93,16 @@ def draw(config: Config, records: Records) -> str:
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     figures = {"tradeoff.png": plane_figure(model, placed)}
-    rows = {each.settings for each in encoded}
-    if len(rows) > 2:
-        figures["claim.png"] = claim.figure(model, encoded)
-    else:
-        (folder / "claim.png").unlink(missing_ok=True)  # of other records
-        log.info("claim.png: not drawn, of %d rows with dependence and perplexity", len(rows))
-    twins = sink.measured(model, records, seeds)
-    if len(twins) > 2:
-        figures["sink.png"] = sink.figure(model, twins)
+    rows, twins = {each.settings for each in encoded}, sink.measured(model, records, seeds)
+    for name, count, drawn in (
+        ("claim.png", len(rows), partial(claim.figure, model, encoded)),
+        ("sink.png", len(twins), partial(sink.figure, model, twins)),
+    ):
+        if count > 2:
+            figures[name] = drawn()
+        else:
+            (folder / name).unlink(missing_ok=True)  # of other records
+            log.info("%s: not drawn, of %d rows with what it shows", name, count)
     replace_all({folder / name: partial(save_figure, each) for name, each in figures.items()})
     return "\n".join(str(folder / name) for name in figures)
 
@@ -106,43 +112,57 @@ COLOURS = {"base": "black", "encoder": "C0", "mixture": "C1"}
 
 @styled
 def plane_figure(model: str, placed: dict[str, Point]) -> Any:
-    """Two panels: the average of the tasks, and the perplexity (downwards is worse)."""
-    figure = blank(11.0, 4.6)
-    left, right = figure.subplots(1, 2)
-    right.set_yscale("log")
-    right.invert_yaxis()
-    for axis in (right.yaxis.set_major_formatter, right.yaxis.set_minor_formatter):
-        axis(ScalarFormatter())
-    names = {"tasks": "generation, average of tasks (%)", "perplexity": "perplexity (better: up)"}
-    for axes, (what, label) in zip((left, right), names.items(), strict=True):
-        shown = [
-            (number, name, point)
-            for number, (name, point) in enumerate(placed.items(), 1)
-            if getattr(point, what)
-        ]
+    """A panel for the average of the tasks, and one for the perplexity (downwards is worse).
+
+    Those that any model has. Hollow: tuned under the causal mask.
+    """
+    panels = {
+        "tasks": "generation, average of tasks (%)",
+        "perplexity": "perplexity (better: up)",
+    }
+    panels = {
+        what: label
+        for what, label in panels.items()
+        if any(getattr(each, what) for each in placed.values())
+    }
+    figure = blank(2.2 + 4.4 * len(panels), 4.6)
+    every = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (what, label) in zip(every, panels.items(), strict=True):
+        if what == "perplexity":
+            axes.set_yscale("log")
+            axes.invert_yaxis()
+            for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                axis(ScalarFormatter())
         axes.set(xlabel="STS average (mixtures: bidirectional)", ylabel=label)
-        if not shown:
-            axes.text(0.5, 0.5, "not run", transform=axes.transAxes, ha="center")
-            continue
-        pairs = [(mean(point.sts), mean(getattr(point, what))) for _, _, point in shown]
-        sign = 1 if what == "tasks" else -1
-        edge = [pairs[each] for each in front([(x, sign * y) for x, y in pairs])]
-        axes.plot(*zip(*edge, strict=True), color="grey", lw=1, ls="--", zorder=0)
-        for (number, name, point), (x, y) in zip(shown, pairs, strict=True):
-            axes.errorbar(
-                *(x, y, _error(getattr(point, what)), _error(point.sts)),
-                fmt="o", ms=4, lw=0.8, color=COLOURS[point.kind],
-                label=f"{number} {name}",
-            )  # fmt: skip
-        axes.autoscale_view()  # now, so that places are final
-        fractions = axes.transLimits.transform(axes.transScale.transform(pairs))
-        for together in close(fractions, NEAR):
-            text = ", ".join(str(shown[each][0]) for each in together)
-            place = pairs[together[-1]]
-            axes.annotate(text, place, (4, 3), textcoords="offset points", fontsize=7)
-    figure.legend(*right.get_legend_handles_labels(), loc="outside right center", fontsize=7)
+        _plane(axes, placed, what)
+    figure.legend(*every[-1].get_legend_handles_labels(), loc="outside right center", fontsize=7)
     figure.suptitle(f"{model}: embedding against generation; dashed: Pareto front", fontsize=10)
     return figure
+
+
+def _plane(axes: Any, placed: dict[str, Point], what: str) -> None:
+    """Points with the spread over their seeds, numbered as in the legend, and their front."""
+    shown = [
+        (number, name, point)
+        for number, (name, point) in enumerate(placed.items(), 1)
+        if getattr(point, what)
+    ]
+    pairs = [(mean(point.sts), mean(getattr(point, what))) for _, _, point in shown]
+    sign = 1 if what == "tasks" else -1
+    edge = [pairs[each] for each in front([(x, sign * y) for x, y in pairs])]
+    axes.plot(*zip(*edge, strict=True), color="grey", lw=1, ls="--", zorder=0)
+    for (number, name, point), (x, y) in zip(shown, pairs, strict=True):
+        axes.errorbar(
+            *(x, y, _error(getattr(point, what)), _error(point.sts)),
+            fmt="o", ms=4, lw=0.8, color=COLOURS[point.kind], label=f"{number} {name}",
+            mfc="white" if point.is_control else None,
+        )  # fmt: skip
+    axes.autoscale_view()  # now, so that places are final
+    fractions = axes.transLimits.transform(axes.transScale.transform(pairs))
+    for together in close(fractions, NEAR):
+        text = ", ".join(str(shown[each][0]) for each in together)
+        place = pairs[together[-1]]
+        axes.annotate(text, place, (4, 3), textcoords="offset points", fontsize=7)
 
 
 NEAR = 0.05  # of the width or height of a panel: labels of such points would overlap
