@@ -76,6 +76,22 @@ def test_the_interval_is_that_of_the_mean_over_seeds():
     assert rows["ffn"]["perplexity"].interval == pytest.approx(expected, rel=0.03)
 
 
+def test_a_row_is_held_against_its_causal_twin_seed_by_seed():
+    one, two = [1.5, 2.5, 3.5, 4.5], [1.0, 2.0, 3.0, 8.0]
+    every = measured("a", 0, ["ffn"], shares(5.0), one)
+    every |= measured("a", 1, ["ffn"], shares(4.0), two)
+    every |= measured("a", 2, ["ffn"], shares(90.0), two)  # no twin
+    every |= causal(measured("b", 0, ["ffn"], shares(2.0), [1.5, 2.5, 3.5, 3.5]), 45.0)
+    every |= causal(measured("b", 1, ["ffn"], shares(3.0), [1.0, 2.0, 3.0, 5.0]), 47.0)
+    every |= causal(measured("d", 0, ["attention"], shares(), one), 45.0)
+    [(row, twins)] = paired.twins(MODEL, Records.of_names(every), [0, 1, 2]).items()
+    assert row == "ffn"
+    assert [[each.seed for each in own] for own in (twins.both, twins.causal)] == [[0, 1]] * 2
+    assert twins.cells["DP-after"] == paired.Difference(2.0, (2.0, 2.0), (3.0, 1.0))
+    assert twins.cells["perplexity"].value == pytest.approx(math.exp((1 + 3) / 2 / 10))
+    assert twins.cells["perplexity"].seeds == pytest.approx([math.exp(0.1), math.exp(0.3)])
+
+
 def rows_of(*more):
     every = dict(BASE)
     for each in more:

@@ -150,6 +150,20 @@ def _change_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     return _noted([["trained", "seeds", *tasks, *columns.values()], *body], [])
 
 
+def _twins_block(name: str, records: Records, seeds: Sequence[int]) -> str:
+    """A row tuned both ways, against the same tuned causally: STS of each, and differences."""
+    body = []
+    columns = {"perplexity": "perplexity over its", "by answer": "each answer once"}
+    columns |= {column: f"{column} minus its" for column in SINK}
+    for row, own in sorted(paired.twins(name, records, seeds).items()):
+        common = common_tasks([*own.both, *own.causal])
+        sts = [_average(each, common) if common else "" for each in (own.both, own.causal)]
+        cells = [str(own.cells[column] or "") for column in columns]
+        body.append([row, str(len(own.both)), *sts, *cells])
+    header = ["tuned both ways", "seeds", "STS", "STS of its causal twin", *columns.values()]
+    return _noted([header, *body], [])
+
+
 def _questions_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     """What each row changes of the base's tasks, and Bitune of its second causal set's."""
     tables = []
@@ -386,6 +400,7 @@ BLOCKS = {
     "dependence": _dependence_block,
     "sts": _sts_block,
     "change": _change_block,
+    "twins": _twins_block,
     "equal": _equal_block,
     "questions": _questions_block,
     "claim": _claim_block,

@@ -4,6 +4,7 @@ Texts differ far more than models do, so that a difference of two means over the
 known far better than either mean.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,9 +47,45 @@ def changes(
     answer counts once. None where it was not measured, or of other texts.
     """
     rows = by_row("encoders", model, records, seeds)
-    [base] = rows.get("base", [None])[:1]
-    found = {row: _changed(own, base) for row, own in rows.items() if base and not own[0].is_base}
+    base = rows.get("base", [])[:1]
+    found = {row: _changed(own, base) for row, own in rows.items() if not own[0].is_base}
     return {row: cells for row, cells in found.items() if any(cells.values())}
+
+
+@dataclass(frozen=True)
+class Twins:
+    """A row tuned both ways and the same tuned causally, each of the seeds that both have.
+
+    cells: {column: difference of the first to the second}, columns as of `changes`.
+    """
+
+    both: list[Entry]
+    causal: list[Entry]
+    cells: dict[str, Difference | None]
+
+
+def twins(model: str, records: Records, seeds: Sequence[int]) -> dict[str, Twins]:
+    """{row: its seeds and their causal twins}: tuned under that mask, and all else equal."""
+    rows = by_row("encoders", model, records, seeds)
+    tuned = {row: own for row, own in rows.items() if not own[0].is_base}
+    causal = {_but_mask(own[0]): own for own in tuned.values() if _is_control(own[0])}
+    found = {}
+    for row, own in tuned.items():
+        other = causal.get(_but_mask(own[0]), [])
+        shared = {each.seed for each in own} & {each.seed for each in other}
+        if shared and not _is_control(own[0]):
+            both, twin = ([each for each in some if each.seed in shared] for some in (own, other))
+            found[row] = Twins(both, twin, _changed(both, twin))
+    return {row: each for row, each in found.items() if any(each.cells.values())}
+
+
+def _is_control(entry: Entry) -> bool:
+    return family(entry.record.data).endswith(CAUSAL)
+
+
+def _but_mask(entry: Entry) -> str:
+    """How it was tuned, the mask left out."""
+    return json.dumps(entry.record.config["bi"] | {"attention": None}, sort_keys=True)
 
 
 def questions(
@@ -126,9 +163,8 @@ def _match(row: str, told: dict[str, list[Entry]]) -> Match | None:
     if not above:
         return Match(row, sts[row])
     nearest = min(above, key=sts.__getitem__)  # not by its perplexity, which is to be compared
-    ratio = _perplexities(
-        [*_told(told[row], "evaluation"), _mean(_told(others[nearest], "evaluation"))]
-    )
+    mine, other = (_told(each, "evaluation") for each in (told[row], others[nearest]))
+    ratio = _perplexities(mine, other)
     return Match(row, sts[row], nearest, sts[nearest], ratio)
 
 
@@ -137,22 +173,13 @@ def _other_mask(entry: Entry) -> str:
     return own.removesuffix(CAUSAL) if own.endswith(CAUSAL) else own + CAUSAL
 
 
-def _mean(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of several seeds; where they are of several texts, it is like none of them."""
-    if not _alike(answers):
-        return {"of": None}
-    return answers[0] | {"losses": np.mean([each["losses"] for each in answers], axis=0)}
-
-
-def _changed(own: Sequence[Entry], base: Entry) -> dict[str, Difference | None]:
-    texts, theirs = _told(own, "dependence"), _told([base], "dependence")
-    known = bool(texts and theirs)
-    cells = {
-        column: _shares([*texts, *theirs], name) if known else None for column, name in SINK.items()
-    }
-    mine, theirs = _told(own, "evaluation"), _told([base], "evaluation")
-    every = [*mine, *theirs] if mine and theirs else []
-    return cells | {"perplexity": _perplexities(every), "by answer": _perplexities(every, True)}
+def _changed(own: Sequence[Entry], theirs: Sequence[Entry]) -> dict[str, Difference | None]:
+    mine, other = (_told(each, "dependence") for each in (own, theirs))
+    cells = {column: _shares(mine, other, name) for column, name in SINK.items()}
+    mine, other = (_told(each, "evaluation") for each in (own, theirs))
+    cells["perplexity"] = _perplexities(mine, other)
+    cells["by answer"] = _perplexities(mine, other, by_answer=True)
+    return cells
 
 
 # What a record tells of each text, and the data set that they are of.
@@ -179,29 +206,38 @@ def _section(record: Record) -> dict[str, Any]:
     return record.data["generation"] if record.kind == "evaluation" else record.section
 
 
-def _alike(told: Sequence[dict[str, Any]]) -> bool:
-    return all(each["of"] == told[0]["of"] for each in told)
+def _moved(own: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]], name: str) -> Any:
+    """(seeds, texts) of what differs, seed by seed where both have as many, or from the mean.
 
-
-def _shares(texts: Sequence[dict[str, Any]], name: str) -> Difference | None:
-    """Of the mean of all but the last to the last."""
-    if not _alike(texts):
+    None where one has none, or they are of other texts.
+    """
+    if not own or not theirs or any(each["of"] != own[0]["of"] for each in (*own, *theirs)):
         return None
-    *own, base = (np.array(each[name]) for each in texts)
-    each = np.array(own) - base
+    mine, other = (np.array([each[name] for each in some]) for some in (own, theirs))
+    return mine - (other if len(mine) == len(other) else other.mean(0))
+
+
+def _shares(
+    own: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]], name: str
+) -> Difference | None:
+    each = _moved(own, theirs, name)
+    if each is None:
+        return None
     moved = each.mean(0)
     return Difference.of(float(moved.mean()), means(moved), each.mean(1))
 
 
-def _perplexities(answers: Sequence[dict[str, Any]], by_answer: bool = False) -> Difference | None:
-    """Of the geometric mean of all but the last, times the last.
+def _perplexities(
+    own: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]], by_answer: bool = False
+) -> Difference | None:
+    """Of the geometric mean over seeds, times theirs.
 
     by_answer: every answer counts once, whatever its length; else every token does.
     """
-    if not answers or not _alike(answers):
+    each = _moved(own, theirs, "losses")
+    if each is None:
         return None
-    *own, base = (np.array(each["losses"]) for each in answers)
-    each, tokens = np.array(own) - base, np.array(answers[0]["tokens"])
+    tokens = np.array(own[0]["tokens"])
     if by_answer:
         each, tokens = each / tokens, np.ones_like(tokens)
     lost, seeds = each.mean(0), np.exp(each.sum(1) / tokens.sum())
