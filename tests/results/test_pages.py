@@ -8,7 +8,7 @@ from builders import MODEL, RECORDS, ROOT, ROWS, SEEDS, encoder, recorded, study
 
 from ubmoe.config import UserError, load_config
 from ubmoe.results import paired
-from ubmoe.results.entries import SINK
+from ubmoe.results.entries import SINK, entries
 from ubmoe.results.pages import BLOCKS, renewed
 from ubmoe.results.records import Records, read_benchmarks
 from ubmoe.results.records import recorded as read_records
@@ -89,6 +89,7 @@ def test_encoders_stand_beside_each_other_over_their_seeds():
 
 def test_changes_are_told_with_their_intervals(monkeypatch):
     moved = {name: paired.Difference(2.0, (1.5, 2.25)) for name in SINK}
+    moved[paired.BY_SINK] = paired.Difference(3.0, (2.5, 3.25))
     ratio = paired.Difference(1.5, (1.25, 2))
     found = {"ffn": moved | {"perplexity": ratio, "by answer": None}}
     found["attention"] = found["ffn"] | {"first": None}
@@ -97,10 +98,27 @@ def test_changes_are_told_with_their_intervals(monkeypatch):
     text = f"<!-- change: {MODEL} -->\n<!-- end -->"
     lines = renewed_squeezed(text, Records.of_names(rows), SEEDS).splitlines()
     assert "| seeds | BIOSSES |" in lines[1] and "| perplexity over the base's |" in lines[1]
-    told = "1.50 (1.25 to 2.00) | | 2.00 (1.50 to 2.25) |"
+    told = "1.50 (1.25 to 2.00) | | 2.00 (1.50 to 2.25) | 3.00 (2.50 to 3.25) |"
     assert lines[3].startswith("| attention | 1 | 61.00 | 61.00 |")
     assert lines[3].endswith(f"| {told} | 2.00 (1.50 to 2.25) |")
     assert lines[4].startswith("| ffn | 1 | 51.00 |") and f"| {told} 2.00" in lines[4]
+
+
+def test_twins_stand_beside_each_other(monkeypatch):
+    both = [row for seed in (0, 1) for row in named(encoder("a", seed, 50.0 + seed, ["ffn"]))]
+    causal = [row for seed in (0, 1) for row in named(encoder("b", seed, 40.0, ["ffn"]))]
+    cells = dict.fromkeys(("perplexity", "by answer", paired.BY_SINK, *SINK))
+    cells["DP-after"] = paired.Difference(2.0, (1.5, 2.25), (1.0, 3.0))
+    found = {"ffn": paired.Twins(both, causal, cells)}
+    monkeypatch.setattr(paired, "twins", lambda *_: found)
+    text = "<!-- twins: small -->\n<!-- end -->"
+    line = renewed_squeezed(text, Records.of_names({}), SEEDS).splitlines()[3]
+    moved = "2.00 (1.50 to 2.25; seeds 1.00 to 3.00)"
+    assert line == f"| ffn | 2 | 51.50 ±0.71 | 41.00 ±0.00 | | | {moved} | | | |"
+
+
+def named(records):
+    return entries("encoders", MODEL, Records.of_names(records), SEEDS)
 
 
 def test_rows_stand_against_the_other_mask_and_correlations_by_mask(monkeypatch):

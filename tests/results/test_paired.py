@@ -57,6 +57,24 @@ def test_what_all_texts_share_is_certain_however_far_apart_they_are():
     assert rows["ffn"]["by answer"].value == pytest.approx(math.exp(by_answer))
 
 
+def test_what_the_sink_moves_is_the_change_of_its_factor():
+    """Of one row a text, so that DP-after is the product: (1 - first) x without."""
+    first, without = np.array([20.0, 30.0, 10.0, 40.0]), np.array([50.0, 60.0, 55.0, 70.0])
+
+    def told(first, without):
+        after = (100 - first) * without / 100
+        columns = {"after": after, "first": first, "without_first.after": without}
+        return {"tokens": TOKENS} | {name: list(each) for name, each in columns.items()}
+
+    every = measured("c", 0, [], told(first, without), [1.0, 2.0, 3.0, 4.0])
+    every |= measured("a", 0, ["ffn"], told(first - 8, without), [1.0, 2.0, 3.0, 4.0])
+    every |= measured("b", 0, ["attention"], told(first, without + 3), [1.0, 2.0, 3.0, 4.0])
+    rows = paired.changes(MODEL, Records.of_names(every), SEEDS)
+    by_sink = rows["ffn"][paired.BY_SINK].value
+    assert by_sink == pytest.approx(8 * without.mean() / 100) == rows["ffn"]["DP-after"].value
+    assert rows["attention"][paired.BY_SINK].value == 0 < rows["attention"]["DP-after"].value
+
+
 def test_the_interval_is_that_of_the_mean_over_seeds():
     one, other = ([1.0, 2.5, 3.25, 6.0], [1.5, 2.0, 4.0, 4.5])
     rows = found(

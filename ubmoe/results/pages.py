@@ -141,7 +141,7 @@ def _change_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     rows, found = by_row("encoders", name, records, seeds), paired.changes(name, records, seeds)
     tasks = common_tasks([each for row in found for each in rows[row]])
     columns = {"perplexity": "perplexity over the base's", "by answer": "each answer once"}
-    columns |= {column: f"{column} minus the base's" for column in SINK}
+    columns |= _shares("minus the base's")
     body = [
         [row, str(len(rows[row])), *(_column(rows[row], task) for task in tasks), *cells]
         for row, own in sorted(found.items())
@@ -150,11 +150,17 @@ def _change_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     return _noted([["trained", "seeds", *tasks, *columns.values()], *body], [])
 
 
+def _shares(against: str) -> dict[str, str]:
+    """Columns of DP-after, of its change by that of the first token's share, and of the rest."""
+    columns = {column: f"{column} {against}" for column in SINK}
+    return {"DP-after": "", paired.BY_SINK: "of it by the sink's fall"} | columns
+
+
 def _twins_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     """A row tuned both ways, against the same tuned causally: STS of each, and differences."""
     body = []
     columns = {"perplexity": "perplexity over its", "by answer": "each answer once"}
-    columns |= {column: f"{column} minus its" for column in SINK}
+    columns |= _shares("minus its")
     for row, own in sorted(paired.twins(name, records, seeds).items()):
         common = common_tasks([*own.both, *own.causal])
         sts = [_average(each, common) if common else "" for each in (own.both, own.causal)]

@@ -17,6 +17,8 @@ from ubmoe.report.tables import CAUSAL, family
 from ubmoe.results.entries import SINK, Entry, by_row, common_tasks
 from ubmoe.results.records import Record, Records
 
+BY_SINK = "DP-after by the sink"
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -43,8 +45,9 @@ def changes(
 ) -> dict[str, dict[str, Difference | None]]:
     """{row: {column: difference to the base}}, of every row but the bases that has any.
 
-    SINK in percentage points; `perplexity` times the base's, and `by answer` the same where every
-    answer counts once. None where it was not measured, or of other texts.
+    SINK in percentage points, and BY_SINK: what DP-after changes by because `first` does;
+    `perplexity` times the base's, and `by answer` the same where every answer counts once. None
+    where it was not measured, or of other texts.
     """
     rows = by_row("encoders", model, records, seeds)
     base = rows.get("base", [])[:1]
@@ -176,6 +179,7 @@ def _other_mask(entry: Entry) -> str:
 def _changed(own: Sequence[Entry], theirs: Sequence[Entry]) -> dict[str, Difference | None]:
     mine, other = (_told(each, "dependence") for each in (own, theirs))
     cells = {column: _shares(mine, other, name) for column, name in SINK.items()}
+    cells[BY_SINK] = _by_sink(mine, other)
     mine, other = (_told(each, "evaluation") for each in (own, theirs))
     cells["perplexity"] = _perplexities(mine, other)
     cells["by answer"] = _perplexities(mine, other, by_answer=True)
@@ -220,11 +224,29 @@ def _moved(own: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]], name
 def _shares(
     own: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]], name: str
 ) -> Difference | None:
-    each = _moved(own, theirs, name)
+    return _mean(_moved(own, theirs, name))
+
+
+def _mean(each: np.ndarray | None) -> Difference | None:
+    """each: (seeds, texts)."""
     if each is None:
         return None
     moved = each.mean(0)
     return Difference.of(float(moved.mean()), means(moved), each.mean(1))
+
+
+def _by_sink(own: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> Difference | None:
+    """What a text's DP-after changes by for the change of `first` alone, in percentage points.
+
+    A row's DP-after is (1 - first) times its DP-after without that key. So is, but for how the two
+    go together over rows and heads, that of a text; the rest of the change is the other factor's.
+    """
+    first, without = SINK["first"], SINK["after without first"]
+    moved, change = _moved(own, theirs, first), _moved(own, theirs, without)
+    if moved is None or change is None:
+        return None
+    between = np.array([each[without] for each in own]) - change / 2
+    return _mean(-moved * between / 100)
 
 
 def _perplexities(
