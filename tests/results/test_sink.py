@@ -1,12 +1,14 @@
 """Rows with a causal twin, drawn by length and by layer."""
 
 import copy
+import re
 
 import pytest
 from builders import SEEDS
 
 from ubmoe.report.figures import PALETTE
 from ubmoe.results import sink
+from ubmoe.results.pages import renewed
 from ubmoe.results.records import Records
 
 FULL = {"main": 1.0, "before": 60.0, "first": 20.0}
@@ -20,7 +22,10 @@ def section(after, without, first):
         **whole,
         "overall": whole,
         "buckets": [bucket | {"range": [0, 256]}, empty | {"range": [256, 512]}],
-        "layers": [{"first": first}, {"first": 2 * first}],
+        "layers": [
+            {"first": first, "after": after, "without_first": {"after": without}},
+            {"first": 2 * first, "after": after - first, "without_first": {"after": without}},
+        ],
     }
 
 
@@ -61,7 +66,7 @@ def test_lines_are_means_over_seeds():
     for axes in panels:
         for line in axes.lines:
             lines[axes.get_title()].setdefault(line.get_color() + line.get_linestyle(), line)
-    after, without, first = lines.values()
+    after, without, first, _ = lines.values()
     blue = PALETTE[0]
     assert {key: list(line.get_ydata()) for key, line in after.items()} == {
         "black-": [40.0],
@@ -70,3 +75,21 @@ def test_lines_are_means_over_seeds():
     }
     assert list(without[f"{blue}-"].get_ydata()) == [50.0]
     assert list(first[f"{blue}--"].get_ydata()) == [12.0, 24.0]
+
+
+def test_layers_are_told_apart_by_what_the_sink_explains():
+    rows = sink.measured("small", records(), SEEDS)
+    moved = sink.layers(rows)["ffn causal"]  # against the base: 2 more, first 2 and 4 more
+    assert (list(moved.after), list(moved.first)) == ([2.0, 0.0], [2.0, 4.0])
+    assert (list(moved.without), list(moved.by_sink)) == ([0.0, 0.0], [-1.0, -2.0])
+    assert moved.explained == 1 - (3.0**2 + 2.0**2) / (1.0**2 + 1.0**2)
+    text = "<!-- layers: small -->\n<!-- end -->"
+    found = re.sub(" +", " ", renewed(text, records(), SEEDS)).splitlines()
+    assert found[4] == "| ffn causal | 1 | 1 of 2 | 0 of 2 | -5.50 |"
+
+
+def test_the_last_panel_has_a_point_a_layer():
+    *_, last = sink.figure("small", sink.measured("small", records(), SEEDS)).axes
+    points = [line for line in last.lines if line.get_marker() == "o"]
+    assert [list(line.get_ydata()) for line in points] == [[1.5, 0.5], [2.0, 0.0]]
+    assert [line.get_markerfacecolor() for line in points] == [PALETTE[0], "white"]

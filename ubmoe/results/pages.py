@@ -170,6 +170,28 @@ def _twins_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     return _noted([header, *body], [])
 
 
+def _layers_block(name: str, records: Records, seeds: Sequence[int]) -> str:
+    """In how many layers tuning raises what, and what of it over layers is the sink's."""
+    from ubmoe.results import sink  # imports matplotlib, which other blocks do not
+
+    rows = sink.measured(name, records, seeds)
+    body = [
+        [row, str(len(rows[row])), *rises, f"{moved.explained:.2f}"]
+        for row, moved in (sink.layers(rows) if rows else {}).items()
+        for rises in [
+            [f"{(each > 0).sum()} of {len(each)}" for each in (moved.after, moved.without)]
+        ]
+    ]
+    raised = ("DP-after", "after without first")
+    header = [
+        "trained",
+        "seeds",
+        *(f"layers with more {each}" for each in raised),
+        "R2 of the sink",
+    ]
+    return _noted([header, *body], [])
+
+
 def _questions_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     """What each row changes of the base's tasks, and Bitune of its second causal set's."""
     tables = []
@@ -407,6 +429,7 @@ BLOCKS = {
     "sts": _sts_block,
     "change": _change_block,
     "twins": _twins_block,
+    "layers": _layers_block,
     "equal": _equal_block,
     "questions": _questions_block,
     "claim": _claim_block,

@@ -1,9 +1,11 @@
-"""A picture of what the first token's key has to do with DP-after: by length, and by layer."""
+"""What the first token's key has to do with DP-after, by length and by layer; and a picture."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from ubmoe.report.figures import PALETTE, blank, styled
@@ -30,39 +32,102 @@ def _base_first(row: str) -> tuple[bool, str]:
     return row != "base", row
 
 
+@dataclass(frozen=True)
+class Layers:
+    """What tuning changes in each layer, in percentage points, of the mean over seeds: (layers,).
+
+    by_sink: what DP-after changes by because the first token's share does (paired.BY_SINK says
+    how), so that the rest is what DP-after without that key changes by.
+    """
+
+    after: np.ndarray
+    first: np.ndarray
+    without: np.ndarray
+    by_sink: np.ndarray
+
+    @property
+    def explained(self) -> float:
+        """Share of the variance of `after` over layers that `by_sink` explains, 1 at most."""
+        rest = ((self.after - self.by_sink) ** 2).sum()
+        return float(1 - rest / ((self.after - self.after.mean()) ** 2).sum())
+
+
+def layers(rows: dict[str, list[Record]]) -> dict[str, Layers]:
+    """Of what `measured` found, every row but the base, against it."""
+    shares = {row: _layers(own) for row, own in rows.items()}
+    base = shares.pop("base")
+    found = {}
+    for row, own in shares.items():
+        after, first, without = own - base
+        found[row] = Layers(after, first, without, -first * (own[2] + base[2]) / 200)
+    return found
+
+
+def _layers(own: Sequence[Record]) -> np.ndarray:
+    """(after, first, after without first) by layer, of the mean over seeds."""
+    paths = (("after",), ("first",), ("without_first", "after"))
+    every = [
+        [[_at(layer, path) for layer in record.section["layers"]] for path in paths]
+        for record in own
+    ]
+    return np.mean(every, axis=0)
+
+
 @styled
 def figure(model: str, rows: dict[str, list[Record]]) -> Figure:
-    """DP-after by length, with the first token's key and without, and that key's share by layer.
+    """DP-after by length, with the first token's key and without; that key's share by layer.
 
-    Dashed: tuned under the causal mask. Bars: the standard error over texts, of a mean over seeds.
+    And what tuning changes of the two in each layer. Dashed: tuned under the causal mask. Bars: the
+    standard error over texts, of a mean over seeds.
     """
-    found = blank(12.6, 3.7)
-    panels = found.subplots(1, 3)
+    found = blank(10.4, 7.2)
+    panels = list(found.subplots(2, 2).flat)
     panels[1].sharey(panels[0])
     names = dict.fromkeys(row.removesuffix(CAUSAL) for row in rows if row != "base")
     colours = {"base": "black"} | dict(zip(names, PALETTE * len(names), strict=False))
+    styles: dict[str, Any] = {}
+    for row in rows:
+        dashes = "--" if row.endswith(CAUSAL) else "-"
+        styles[row] = {"color": colours[row.removesuffix(CAUSAL)], "ls": dashes}
     for row, own in rows.items():
-        style: Any = {"color": colours[row.removesuffix(CAUSAL)], "lw": 1.3, "label": row}
-        style["ls"] = "--" if row.endswith(CAUSAL) else "-"
-        sections = [record.section for record in own]
-        for axes, path in zip(panels, (("after",), ("without_first", "after")), strict=False):
-            buckets = [each for each in zip(*(s["buckets"] for s in sections), strict=True)]
-            buckets = [each for each in buckets if each[0]["texts"]]
-            heights = [mean(_at(each, path) for each in several) for several in buckets]
-            errors = [mean(_at(each["stderr"], path) or 0 for each in s) for s in buckets]
-            axes.errorbar(range(len(buckets)), heights, errors, marker=".", elinewidth=0.6, **style)
-            ticks = ["{}-{}".format(*several[0]["range"]) for several in buckets]
-            axes.set_xticks(range(len(ticks)), ticks)
-        layers = zip(*(section["layers"] for section in sections), strict=True)
-        panels[2].plot([mean(each["first"] for each in several) for several in layers], **style)
-    titles = ("DP-after", "DP-after without the first token's key", "share of the first token")
-    labels = ("length of the text, tokens",) * 2 + ("layer",)
-    for axes, title, label in zip(panels, titles, labels, strict=True):
+        for axes, path in zip(panels[:2], (("after",), ("without_first", "after")), strict=True):
+            _by_length(axes, [record.section for record in own], path, styles[row] | {"label": row})
+        panels[2].plot(_layers(own)[1], lw=1.3, **styles[row])
+    for row, moved in layers(rows).items():
+        style = {"ls": "", "marker": "o", "ms": 4, "color": styles[row]["color"]}
+        style["mfc"] = "white" if row.endswith(CAUSAL) else style["color"]
+        panels[3].plot(moved.first, moved.after, **style)
+    for line in (panels[3].axhline, panels[3].axvline):
+        line(0, color="grey", lw=0.6)
+    length, share = "length of the text, tokens", "percent of attention"
+    for axes, title, x in zip(panels, TITLES, (length, length, "layer", MOVED), strict=True):
         axes.set_title(title, fontsize=9)
-        axes.set(xlabel=label, ylabel="percent of attention")
+        axes.set(xlabel=x, ylabel=share if axes is not panels[3] else "change of DP-after")
     found.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
     found.suptitle(model, fontsize=10)
     return found
+
+
+TITLES = (
+    "DP-after",
+    "DP-after without the first token's key",
+    "share of the first token",
+    "what tuning changes, a point a layer (hollow: tuned causally)",
+)
+MOVED = "change of the first token's share"
+
+
+def _by_length(
+    axes: Any, sections: list[dict[str, Any]], path: tuple[str, ...], style: Any
+) -> None:
+    """The mean over seeds in every bucket, with the standard error over texts."""
+    buckets = [each for each in zip(*(s["buckets"] for s in sections), strict=True)]
+    buckets = [each for each in buckets if each[0]["texts"]]
+    heights = [mean(_at(each, path) for each in several) for several in buckets]
+    errors = [mean(_at(each["stderr"], path) or 0 for each in several) for several in buckets]
+    axes.errorbar(range(len(buckets)), heights, errors, marker=".", elinewidth=0.6, lw=1.3, **style)
+    ticks = ["{}-{}".format(*several[0]["range"]) for several in buckets]
+    axes.set_xticks(range(len(ticks)), ticks)
 
 
 def _at(row: dict[str, Any], path: tuple[str, ...]) -> Any:
