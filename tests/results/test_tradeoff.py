@@ -1,7 +1,7 @@
 """The Pareto front by brute force, and points by hand."""
 
 import pytest
-from builders import MODEL, RECORDS, ROWS, SEEDS, study
+from builders import MODEL, RECORDS, ROWS, SEEDS, encoder, study
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -70,6 +70,15 @@ def test_points_and_pictures_come_from_the_records(tmp_path):
     said = tradeoff.draw(load_config(None, keys), Records.of_names(records))
     assert said.splitlines() == [f"{tmp_path}/tradeoff.png", f"{tmp_path}/claim.png"]
     assert all((tmp_path / name).stat().st_size > 9000 for name in ("tradeoff.png", "claim.png"))
+
+
+def test_a_base_under_another_mask_generates_as_the_base_does():
+    records = study(ROWS) | encoder("late", 0, 60.0, [], "causal")
+    found = tradeoff.points(MODEL, Records.of_names(records), SEEDS)["base causal"]
+    assert (found.kind, found.sts, found.perplexity) == ("base", [61.0], [4.0])
+    records["r0.evaluation.seed0"]["environment"] = {"weights": "other"}
+    records["late.sts.seed0"]["environment"] = {"weights": "own"}
+    assert "base causal" not in tradeoff.points(MODEL, Records.of_names(records), SEEDS)
 
 
 def test_a_picture_needs_models(tmp_path):

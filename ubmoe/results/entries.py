@@ -101,18 +101,19 @@ def _encoders(model: str, records: Records) -> Iterator[Entry]:
     STS by task and its average, DP-after with the sink; read causally again, perplexity and tasks.
     """
     found = []
-    bases = [record for row, record, _ in _dependences(model, records) if row == "base"]
     for record in records.of("sts", model):
         row, section = trained(record.data), record.section
         cells: Cells = section["tasks"] | {"average": section["average"]}
         measured = measured_of(record, "dependence", records)
-        if row == "base" and measured is None and bases:
-            measured = bases[0]  # measured by itself, in another folder
+        if measured is None and row.startswith("base"):
+            measured = _of_base(record, "dependence", records)
         if measured is not None and _flow(measured) == "causal":
             cells |= {"DP-after": measured.section["overall"]["after"]} | _sink(measured)
         else:
             measured = None
         evaluated = measured_of(record, "evaluation", records)
+        if evaluated is None and row.startswith("base"):
+            evaluated = _of_base(record, "evaluation", records)
         if evaluated is not None and (again := evaluated.data.get("generation")):
             cells |= {"perplexity": again["perplexity"], "generation": again["average"]}
         else:
@@ -120,6 +121,17 @@ def _encoders(model: str, records: Records) -> Iterator[Entry]:
         beside = [each for each in (measured, evaluated) if each is not None]
         found.append(Entry(row, record, cells, (record,), tuple(beside)))
     yield from sorted(found, key=lambda each: -len(each.beside))
+
+
+def _of_base(made: Record, kind: str, records: Records) -> Record | None:
+    """What was measured of the model in another folder: however it embeds, it reads causally."""
+    found = records.of(kind, made.model)
+    return next((each for each in found if not _unlike(each, made)), None)
+
+
+def _unlike(one: Record, other: Record) -> bool:
+    """Whether their weights are others, as far as both say."""
+    return None not in (one.weights, other.weights) and one.weights != other.weights
 
 
 def _sink(measured: Record) -> Cells:
@@ -149,8 +161,7 @@ def measured_of(made: Record, kind: str, records: Records) -> Record | None:
         left = made.model
     if measured is None or measured.model != left:
         return None
-    unlike = None not in (made.weights, measured.weights) and made.weights != measured.weights
-    return None if unlike else measured
+    return None if _unlike(made, measured) else measured
 
 
 def _measured(model: str, records: Records) -> Iterator[tuple[str, Record | None, Record]]:
