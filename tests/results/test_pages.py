@@ -303,7 +303,7 @@ def test_the_tables_of_the_pages_are_not_stale(page):
     assert renewed(text, read_records(config), SEEDS, read_benchmarks(config)) == text
 
 
-WAITING = {"poolings", "questions"}  # for records of the study, which has begun
+WAITING = {"questions"}  # for records of the study, which has begun
 
 
 def test_the_pages_hold_a_table_of_every_kind():
