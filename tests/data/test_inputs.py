@@ -16,3 +16,9 @@ def test_a_folder_of_data_is_told_by_its_files(tmp_path):
     (tmp_path / "other" / "task" / "train.tsv").write_text("another\n")
     assert read(tmp_path / "one") == before != read(tmp_path / "other")
     assert read(tmp_path / "none") is None
+    (tmp_path / "one" / ".git").mkdir()
+    (tmp_path / "one" / ".git" / "index").write_text("nobody's data")
+    assert read(tmp_path / "one") == before
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "task").symlink_to(tmp_path / "one" / "task")
+    assert read(tmp_path / "linked") == before

@@ -285,7 +285,10 @@ def test_a_study_has_the_probes_of_its_rows_side_by_side():
         **probing("b", f"Qwen/{MODEL}", "Uni", 0.5),
         **encoder("c", 0, 50.0, ["attention"]),
         **probing("c", "bi", "attention", 0.9, "mlp"),  # by another probe
+        **encoder("d", 0, 50.0, ["embedding"]),
+        **probing("d", "bi", "embedding", 0.9),  # of other words
     }
+    records["d.probing.seed0"]["inputs"] = {"probing.data": "other"}
     found = renewed_squeezed(
         f"<!-- probing: {MODEL} -->\n<!-- end -->", Records.of_names(records), SEEDS
     ).splitlines()

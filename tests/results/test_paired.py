@@ -73,6 +73,10 @@ def test_what_the_sink_moves_is_the_change_of_its_factor():
     by_sink = rows["ffn"][paired.BY_SINK].value
     assert by_sink == pytest.approx(8 * without.mean() / 100) == rows["ffn"]["DP-after"].value
     assert rows["attention"][paired.BY_SINK].value == 0 < rows["attention"]["DP-after"].value
+    every |= measured("d", 0, ["all"], told(first - 8, without + 3), [1.0, 2.0, 3.0, 4.0])
+    both = paired.changes(MODEL, Records.of_names(every), SEEDS)["all"]
+    other = (3 * (100 - first + 4) / 100).mean()  # the other factor, at the middle of the first
+    assert both[paired.BY_SINK].value + other == pytest.approx(both["DP-after"].value)
 
 
 def test_the_interval_is_that_of_the_mean_over_seeds():
@@ -99,15 +103,15 @@ def test_a_row_is_held_against_its_causal_twin_seed_by_seed():
     every = measured("a", 0, ["ffn"], shares(5.0), one)
     every |= measured("a", 1, ["ffn"], shares(4.0), two)
     every |= measured("a", 2, ["ffn"], shares(90.0), two)  # no twin
-    every |= causal(measured("b", 0, ["ffn"], shares(2.0), [1.5, 2.5, 3.5, 3.5]), 45.0)
-    every |= causal(measured("b", 1, ["ffn"], shares(3.0), [1.0, 2.0, 3.0, 5.0]), 47.0)
+    every |= causal(measured("z", 0, ["ffn"], shares(2.0), [1.5, 2.5, 3.5, 3.5]), 45.0)
+    every |= causal(measured("b", 1, ["ffn"], shares(3.0), [1.0, 2.0, 3.0, 6.0]), 47.0)
     every |= causal(measured("d", 0, ["attention"], shares(), one), 45.0)
     [(row, twins)] = paired.twins(MODEL, Records.of_names(every), [0, 1, 2]).items()
     assert row == "ffn"
     assert [[each.seed for each in own] for own in (twins.both, twins.causal)] == [[0, 1]] * 2
     assert twins.cells["DP-after"] == paired.Difference(2.0, (2.0, 2.0), (3.0, 1.0))
-    assert twins.cells["perplexity"].value == pytest.approx(math.exp((1 + 3) / 2 / 10))
-    assert twins.cells["perplexity"].seeds == pytest.approx([math.exp(0.1), math.exp(0.3)])
+    assert twins.cells["perplexity"].value == pytest.approx(math.exp((1 + 2) / 2 / 10))
+    assert twins.cells["perplexity"].seeds == pytest.approx([math.exp(0.1), math.exp(0.2)])
 
 
 def rows_of(*more):

@@ -88,6 +88,14 @@ def test_layers_are_told_apart_by_what_the_sink_explains():
     assert found[4] == "| ffn causal | 1 | 1 of 2 | 0 of 2 | -5.50 |"
 
 
+def test_layers_want_a_base_on_the_same_texts():
+    rows = sink.measured("small", records(), SEEDS)
+    assert sink.layers({row: own for row, own in rows.items() if row != "base"}) == {}
+    other = copy.deepcopy(records())
+    other.by_name["r1.dependence.seed1"].section["by_text"] = {"tokens": [3]}
+    assert set(sink.layers(sink.measured("small", other, SEEDS))) == {"ffn causal"}
+
+
 def test_the_last_panel_has_a_point_a_layer():
     *_, last = sink.figure("small", sink.measured("small", records(), SEEDS)).axes
     points = [line for line in last.lines if line.get_marker() == "o"]

@@ -5,6 +5,7 @@ the configuration. A hub's data sets and tasks are told by their names.
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -92,7 +93,7 @@ def _of_value(value: Any, data: str) -> str | None:
         return _of_files([Path(language.__file__)])
     path = Path(value).expanduser()
     if _is(Path.is_dir, path):
-        return _of_files(sorted(filter(Path.is_file, path.rglob("*"))), path)
+        return _of_files(sorted(_below(path)), path)
     if not _is(Path.is_file, path):
         local = path.is_absolute() or value.startswith((".", "~"))
         return None if local else _of_text(value)
@@ -107,6 +108,13 @@ def _of_value(value: Any, data: str) -> str | None:
         )
         return _of_files([path, *named])
     return _of_files([path])
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """The files in it, whatever is linked; what is hidden is nobody's data."""
+    for where, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [each for each in folders if not each.startswith(".")]
+        yield from (Path(where, each) for each in names if not each.startswith("."))
 
 
 def _is(kind: Callable[[Path], bool], path: Path) -> bool:

@@ -88,11 +88,11 @@ def common_tasks(every: Sequence[Entry]) -> list[str]:
 
 
 def by_row(kind: str, model: str, records: Records, seeds: Sequence[int]) -> dict[str, list[Entry]]:
-    """The entries of a kind, a list for each row."""
+    """The entries of a kind, a list for each row, in the order of their seeds."""
     found: dict[str, list[Entry]] = {}
     for each in entries(kind, model, records, seeds):
         found.setdefault(each.row, []).append(each)
-    return found
+    return {row: sorted(own, key=lambda each: each.seed or 0) for row, own in found.items()}
 
 
 def _encoders(model: str, records: Records) -> Iterator[Entry]:
@@ -104,29 +104,36 @@ def _encoders(model: str, records: Records) -> Iterator[Entry]:
     for record in records.of("sts", model):
         row, section = trained(record.data), record.section
         cells: Cells = section["tasks"] | {"average": section["average"]}
-        measured = measured_of(record, "dependence", records)
-        if measured is None and row.startswith("base"):
-            measured = _of_base(record, "dependence", records)
-        if measured is not None and _flow(measured) == "causal":
+        each = {kind: measured_of(record, kind, records) for kind in CAUSALLY}
+        own = {kind: one for kind, one in each.items() if one is not None and _tells(one)}
+        beside = (_of_base(record, records) if row.startswith("base") else {}) | own
+        if measured := beside.get("dependence"):
             cells |= {"DP-after": measured.section["overall"]["after"]} | _sink(measured)
-        else:
-            measured = None
-        evaluated = measured_of(record, "evaluation", records)
-        if evaluated is None and row.startswith("base"):
-            evaluated = _of_base(record, "evaluation", records)
-        if evaluated is not None and (again := evaluated.data.get("generation")):
+        if evaluated := beside.get("evaluation"):
+            again = evaluated.data["generation"]
             cells |= {"perplexity": again["perplexity"], "generation": again["average"]}
-        else:
-            evaluated = None
-        beside = [each for each in (measured, evaluated) if each is not None]
-        found.append(Entry(row, record, cells, (record,), tuple(beside)))
-    yield from sorted(found, key=lambda each: -len(each.beside))
+        entry = Entry(row, record, cells, (record,), tuple(beside.values()))
+        found.append((len(own), entry))
+    yield from (entry for _, entry in sorted(found, key=lambda each: -each[0]))
 
 
-def _of_base(made: Record, kind: str, records: Records) -> Record | None:
-    """What was measured of the model in another folder: however it embeds, it reads causally."""
-    found = records.of(kind, made.model)
-    return next((each for each in found if not _unlike(each, made)), None)
+CAUSALLY = ("dependence", "evaluation")  # what is measured of a model read causally
+
+
+def _tells(measured: Record) -> bool:
+    if measured.kind == "dependence":
+        return _flow(measured) == "causal"
+    return bool(measured.data.get("generation"))
+
+
+def _of_base(made: Record, records: Records) -> dict[str, Record]:
+    """What was measured of the model in other folders: however it embeds, it reads causally."""
+    every = {kind: records.of(kind, made.model) for kind in CAUSALLY}
+    return {
+        kind: usable[0]
+        for kind, found in every.items()
+        if (usable := [each for each in found if _tells(each) and not _unlike(each, made)])
+    }
 
 
 def _unlike(one: Record, other: Record) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ubmoe.config import Config, UserError
+from ubmoe.config import Config, UserError, leaves
 from ubmoe.files import replace_all, write_text
 from ubmoe.report.tables import (
     ROUTES,
@@ -161,8 +161,9 @@ def _twins_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     body = []
     columns = {"perplexity": "perplexity over its", "by answer": "each answer once"}
     columns |= _shares("minus its")
-    for row, own in sorted(paired.twins(name, records, seeds).items()):
-        common = common_tasks([*own.both, *own.causal])
+    found = paired.twins(name, records, seeds)
+    common = common_tasks([each for own in found.values() for each in (*own.both, *own.causal)])
+    for row, own in sorted(found.items()):
         sts = [_average(each, common) if common else "" for each in (own.both, own.causal)]
         cells = [str(own.cells[column] or "") for column in columns]
         body.append([row, str(len(own.both)), *sts, *cells])
@@ -367,8 +368,14 @@ def _probed(model: str, records: Records, seeds: Sequence[int]) -> list[Record]:
         [measured_of(each.record, "probing", records) for each in rows[row]] for row in ordered
     ]
     found = [first for own in every for first in [each for each in own if each][:1]]
-    asked = [each.config["probing"] | {"models": None, "data": None} for each in found]
-    return [each for each, own in zip(found, asked, strict=True) if own == asked[0]]
+    return [each for each in found if _asked(each) == _asked(found[0])]
+
+
+def _asked(probing: Record) -> dict[str, Any]:
+    """What decides the numbers of a probing, but for the models: its settings, and its words."""
+    asked = leaves(probing.config, ["probing"])
+    data = probing.data.get("inputs", {}).get("probing.data")
+    return {key: value for key, value in asked.items() if ".models" not in key} | {"words": data}
 
 
 def _probing_table(models: list[dict[str, Any]], tiny: bool) -> str:

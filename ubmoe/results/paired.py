@@ -1,4 +1,4 @@
-"""Rows compared text by text: with the base, and with rows of the other mask that embed as well.
+"""Rows compared text by text: with the base, with their causal twins, and at equal STS.
 
 Texts differ far more than models do, so that a difference of two means over the same texts is
 known far better than either mean.
@@ -120,9 +120,7 @@ def _gain(own: Sequence[Entry], theirs: Sequence[Entry], task: str) -> Differenc
     )
     if not mine or len({len(each) for each in (*mine, *other)}) > 1:
         return None
-    each = np.array(mine) - np.mean(other, axis=0)
-    moved = each.mean(0)
-    return Difference.of(float(moved.mean()), means(moved), each.mean(1))
+    return _mean(np.array(mine) - np.mean(other, axis=0))
 
 
 @dataclass(frozen=True)
@@ -201,8 +199,9 @@ def _told(entries: Sequence[Entry], kind: str) -> list[dict[str, Any]]:
     if len(records) != len(entries) or not all(found):
         return []
     return [
-        each | {"of": (record.data.get("inputs", {}).get(dataset), each["tokens"])}
-        for each, record in zip(found, records, strict=True)
+        each
+        | {"of": (record.data.get("inputs", {}).get(dataset), each["tokens"]), "seed": entry.seed}
+        for each, record, entry in zip(found, records, entries, strict=True)
     ]
 
 
@@ -211,14 +210,15 @@ def _section(record: Record) -> dict[str, Any]:
 
 
 def _moved(own: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]], name: str) -> Any:
-    """(seeds, texts) of what differs, seed by seed where both have as many, or from the mean.
+    """(seeds, texts) of what differs, seed by seed where both have the same, or from the mean.
 
     None where one has none, or they are of other texts.
     """
     if not own or not theirs or any(each["of"] != own[0]["of"] for each in (*own, *theirs)):
         return None
     mine, other = (np.array([each[name] for each in some]) for some in (own, theirs))
-    return mine - (other if len(mine) == len(other) else other.mean(0))
+    same = [each["seed"] for each in own] == [each["seed"] for each in theirs]
+    return mine - (other if same else other.mean(0))
 
 
 def _shares(
@@ -239,14 +239,19 @@ def _by_sink(own: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) ->
     """What a text's DP-after changes by for the change of `first` alone, in percentage points.
 
     A row's DP-after is (1 - first) times its DP-after without that key. So is, but for how the two
-    go together over rows and heads, that of a text; the rest of the change is the other factor's.
+    go together over rows and heads, that of a text; the rest of the change is the other factor's,
+    and of how they go together.
     """
     first, without = SINK["first"], SINK["after without first"]
     moved, change = _moved(own, theirs, first), _moved(own, theirs, without)
     if moved is None or change is None:
         return None
-    between = np.array([each[without] for each in own]) - change / 2
-    return _mean(-moved * between / 100)
+    return _mean(by_sink(moved, np.array([each[without] for each in own]), change))
+
+
+def by_sink(first: np.ndarray, without: np.ndarray, change: np.ndarray) -> np.ndarray:
+    """What the change of `first` moves: at the middle of `without`, before and after its change."""
+    return -first * (without - change / 2) / 100
 
 
 def _perplexities(

@@ -1,5 +1,6 @@
 """What the first token's key has to do with DP-after, by length and by layer; and a picture."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
@@ -11,6 +12,7 @@ from matplotlib.figure import Figure
 from ubmoe.report.figures import PALETTE, blank, styled
 from ubmoe.report.tables import CAUSAL
 from ubmoe.results.entries import KINDS
+from ubmoe.results.paired import by_sink
 from ubmoe.results.records import Record, Records
 
 
@@ -36,8 +38,7 @@ def _base_first(row: str) -> tuple[bool, str]:
 class Layers:
     """What tuning changes in each layer, in percentage points, of the mean over seeds: (layers,).
 
-    by_sink: what DP-after changes by because the first token's share does (paired.BY_SINK says
-    how), so that the rest is what DP-after without that key changes by.
+    by_sink: what DP-after changes by because the first token's share does, as in paired.by_sink.
     """
 
     after: np.ndarray
@@ -47,20 +48,34 @@ class Layers:
 
     @property
     def explained(self) -> float:
-        """Share of the variance of `after` over layers that `by_sink` explains, 1 at most."""
+        """1 minus the squared error of `by_sink`, as it is, over the variance of `after`.
+
+        nan where no layer changes otherwise than another.
+        """
         rest = ((self.after - self.by_sink) ** 2).sum()
-        return float(1 - rest / ((self.after - self.after.mean()) ** 2).sum())
+        whole = ((self.after - self.after.mean()) ** 2).sum()
+        return float(1 - rest / whole) if whole else math.nan
 
 
 def layers(rows: dict[str, list[Record]]) -> dict[str, Layers]:
-    """Of what `measured` found, every row but the base, against it."""
-    shares = {row: _layers(own) for row, own in rows.items()}
-    base = shares.pop("base")
+    """Of what `measured` found, every row against the base; {} without one.
+
+    Rows that were measured on other texts than the base are left out.
+    """
+    [base, *_] = rows.get("base", [None])
     found = {}
-    for row, own in shares.items():
-        after, first, without = own - base
-        found[row] = Layers(after, first, without, -first * (own[2] + base[2]) / 200)
+    for row, records in rows.items():
+        if base is None or row == "base" or any(_texts(each) != _texts(base) for each in records):
+            continue
+        own = _layers(records)
+        after, first, without = own - _layers([base])
+        found[row] = Layers(after, first, without, by_sink(first, own[2], without))
     return found
+
+
+def _texts(record: Record) -> tuple[Any, Any]:
+    digest = record.data.get("inputs", {}).get("dependence.dataset")
+    return digest, record.section.get("by_text", {}).get("tokens")
 
 
 def _layers(own: Sequence[Record]) -> np.ndarray:

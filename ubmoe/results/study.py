@@ -60,8 +60,9 @@ PROGRAMS = {
 }
 # Results that are of another model than the one that their step is after.
 BESIDE = ("generation", "swap")
-# Keys that say where a model or data lie, whose digests are compared elsewhere.
-ELSEWHERE = ("ubmoe.bi", "evaluation.data", "probing.models.N.name")
+# Keys that say where an encoder or data lie, whose digests are compared elsewhere.
+ELSEWHERE = ("ubmoe.bi", "evaluation.data")
+LEFT_NAMES = ("probing.models.N.name",)  # of what the step before has left
 # What a later step reads of an earlier one.
 LEFT = {"sts": "bi", "generation": "ubmoe"}
 
@@ -124,7 +125,7 @@ class Step:
     def _keys(self, config: dict[str, Any]) -> dict[str, str]:
         """The settings that decide its numbers, but for those that say where something lies."""
         read = ("seed", *SCORED[self.result], *MADE.get(self.result, ()))
-        places = (*READ[self.result], *MODEL, *ELSEWHERE)
+        places = {*READ[self.result], *MODEL, *ELSEWHERE, *(LEFT_NAMES if self.after else ())}
         found = leaves(config, read)
         return {name: value for name, value in found.items() if numbered(name) not in places}
 
