@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ubmoe.dependence import SHARES
-from ubmoe.report.tables import ROUTES, mixed, trained, variant
+from ubmoe.report.tables import CAUSAL, ROUTES, family, mixed, trained, variant
 from ubmoe.results.records import Record, Records
 
 Cells = dict[str, float | None]
@@ -43,6 +43,11 @@ class Entry:
     @property
     def is_base(self) -> bool:
         return self.row.startswith("base")
+
+    @property
+    def is_control(self) -> bool:
+        """An encoder that reads causally, whatever its row is called."""
+        return family(self.record.data).endswith(CAUSAL)
 
     @property
     def seed(self) -> int | None:
@@ -104,8 +109,11 @@ def _encoders(model: str, records: Records) -> Iterator[Entry]:
     for record in records.of("sts", model):
         row, section = trained(record.data), record.section
         cells: Cells = section["tasks"] | {"average": section["average"]}
-        each = {kind: measured_of(record, kind, records) for kind in CAUSALLY}
-        own = {kind: one for kind, one in each.items() if one is not None and _tells(one)}
+        own = {
+            kind: one
+            for kind in CAUSALLY
+            if (one := measured_of(record, kind, records)) is not None and _tells(one)
+        }
         beside = (_of_base(record, records) if row.startswith("base") else {}) | own
         if measured := beside.get("dependence"):
             cells |= {"DP-after": measured.section["overall"]["after"]} | _sink(measured)
@@ -169,6 +177,12 @@ def measured_of(made: Record, kind: str, records: Records) -> Record | None:
     if measured is None or measured.model != left:
         return None
     return None if _unlike(made, measured) else measured
+
+
+def first_measured(own: Sequence[Entry], kind: str, records: Records) -> Record | None:
+    """What another program recorded of the first of these runs of which it did."""
+    every = (measured_of(each.record, kind, records) for each in own)
+    return next((each for each in every if each is not None), None)
 
 
 def _measured(model: str, records: Records) -> Iterator[tuple[str, Record | None, Record]]:

@@ -21,7 +21,7 @@ from ubmoe.report.tables import (
     spread,
 )
 from ubmoe.results import paired, paper
-from ubmoe.results.entries import NO_TASKS, SINK, Entry, by_row, common_tasks, measured_of
+from ubmoe.results.entries import NO_TASKS, SINK, Entry, by_row, common_tasks, first_measured
 from ubmoe.results.published import published
 from ubmoe.results.records import Record, Records, read_benchmarks, recorded
 
@@ -140,8 +140,7 @@ def _change_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     """
     rows, found = by_row("encoders", name, records, seeds), paired.changes(name, records, seeds)
     tasks = common_tasks([each for row in found for each in rows[row]])
-    columns = {"perplexity": "perplexity over the base's", "by answer": "each answer once"}
-    columns |= _shares("minus the base's")
+    columns = _differences("the base's")
     body = [
         [row, str(len(rows[row])), *(_column(rows[row], task) for task in tasks), *cells]
         for row, own in sorted(found.items())
@@ -150,17 +149,16 @@ def _change_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     return _noted([["trained", "seeds", *tasks, *columns.values()], *body], [])
 
 
-def _shares(against: str) -> dict[str, str]:
-    """Columns of DP-after, of its change by that of the first token's share, and of the rest."""
-    columns = {column: f"{column} {against}" for column in SINK}
-    return {"DP-after": "", paired.BY_SINK: "of it by the sink's fall"} | columns
+def _differences(whose: str) -> dict[str, str]:
+    """The columns of paired differences, as the tables call them."""
+    after, *rest = ((column, f"{column} minus {whose}") for column in SINK)
+    ratios = {"perplexity": f"perplexity over {whose}", "by answer": "each answer once"}
+    return dict([*ratios.items(), after, (paired.BY_SINK, "of it by the sink's fall"), *rest])
 
 
 def _twins_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     """A row tuned both ways, against the same tuned causally: STS of each, and differences."""
-    body = []
-    columns = {"perplexity": "perplexity over its", "by answer": "each answer once"}
-    columns |= _shares("minus its")
+    body, columns = [], _differences("its")
     found = paired.twins(name, records, seeds)
     common = common_tasks([each for own in found.values() for each in (*own.both, *own.causal)])
     for row, own in sorted(found.items()):
@@ -175,22 +173,12 @@ def _layers_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     """In how many layers tuning raises what, and what of it over layers is the sink's."""
     from ubmoe.results import sink  # imports matplotlib, which other blocks do not
 
-    rows = sink.measured(name, records, seeds)
-    body = [
-        [row, str(len(rows[row])), *rises, f"{moved.explained:.2f}"]
-        for row, moved in (sink.layers(rows) if rows else {}).items()
-        for rises in [
-            [f"{(each > 0).sum()} of {len(each)}" for each in (moved.after, moved.without)]
-        ]
-    ]
-    raised = ("DP-after", "after without first")
-    header = [
-        "trained",
-        "seeds",
-        *(f"layers with more {each}" for each in raised),
-        "R2 of the sink",
-    ]
-    return _noted([header, *body], [])
+    rows, body = sink.measured(name, records, seeds), []
+    for row, moved in sink.layers(rows).items():
+        rises = [f"{(each > 0).sum()} of {len(each)}" for each in (moved.after, moved.without)]
+        body.append([row, str(len(rows[row])), *rises, f"{moved.explained:.2f}"])
+    raised = [f"layers with more {each}" for each in ("DP-after", "after without first")]
+    return _noted([["trained", "seeds", *raised, "R2 of the sink"], *body], [])
 
 
 def _questions_block(name: str, records: Records, seeds: Sequence[int]) -> str:
@@ -252,8 +240,7 @@ def _poolings_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     """The first seed of every row that was scanned, under both masks with either pooling."""
     body = []
     for row, own in by_row("encoders", name, records, seeds).items():
-        scans = (measured_of(each.record, "scan", records) for each in own)
-        if (scan := next(filter(None, scans), None)) is not None:
+        if (scan := first_measured(own, "scan", records)) is not None:
             none, every = scan.section["patterns"][:2]
             scores = [pattern[pool]["score"] for pattern in (every, none) for pool in POOLINGS]
             body.append([row, *(f"{score:.2f}" for score in scores)])
@@ -364,10 +351,8 @@ def _probed(model: str, records: Records, seeds: Sequence[int]) -> list[Record]:
     """The base's probing, and that of the first seed of every row; all of the same probes."""
     rows = by_row("encoders", model, records, seeds)
     ordered = sorted(rows, key=lambda row: (not row.startswith("base"), *_long(row)))
-    every = [
-        [measured_of(each.record, "probing", records) for each in rows[row]] for row in ordered
-    ]
-    found = [first for own in every for first in [each for each in own if each][:1]]
+    every = (first_measured(rows[row], "probing", records) for row in ordered)
+    found = [each for each in every if each is not None]
     return [each for each in found if _asked(each) == _asked(found[0])]
 
 

@@ -71,19 +71,15 @@ def twins(model: str, records: Records, seeds: Sequence[int]) -> dict[str, Twins
     """{row: its seeds and their causal twins}: tuned under that mask, and all else equal."""
     rows = by_row("encoders", model, records, seeds)
     tuned = {row: own for row, own in rows.items() if not own[0].is_base}
-    causal = {_but_mask(own[0]): own for own in tuned.values() if _is_control(own[0])}
+    causal = {_but_mask(own[0]): own for own in tuned.values() if own[0].is_control}
     found = {}
     for row, own in tuned.items():
         other = causal.get(_but_mask(own[0]), [])
         shared = {each.seed for each in own} & {each.seed for each in other}
-        if shared and not _is_control(own[0]):
+        if shared and not own[0].is_control:
             both, twin = ([each for each in some if each.seed in shared] for some in (own, other))
             found[row] = Twins(both, twin, _changed(both, twin))
     return {row: each for row, each in found.items() if any(each.cells.values())}
-
-
-def _is_control(entry: Entry) -> bool:
-    return family(entry.record.data).endswith(CAUSAL)
 
 
 def _but_mask(entry: Entry) -> str:
@@ -176,7 +172,7 @@ def _other_mask(entry: Entry) -> str:
 
 def _changed(own: Sequence[Entry], theirs: Sequence[Entry]) -> dict[str, Difference | None]:
     mine, other = (_told(each, "dependence") for each in (own, theirs))
-    cells = {column: _shares(mine, other, name) for column, name in SINK.items()}
+    cells = {column: _mean(_moved(mine, other, name)) for column, name in SINK.items()}
     cells[BY_SINK] = _by_sink(mine, other)
     mine, other = (_told(each, "evaluation") for each in (own, theirs))
     cells["perplexity"] = _perplexities(mine, other)
@@ -193,16 +189,22 @@ TOLD = {
 
 def _told(entries: Sequence[Entry], kind: str) -> list[dict[str, Any]]:
     """What every seed's record tells of each text, and `of` which texts; [] where one does not."""
-    name, dataset = TOLD[kind]
+    name, _ = TOLD[kind]
     records = [record for each in entries for record in each.beside if record.kind == kind]
     found: list[Any] = [_section(record).get(name) for record in records]
     if len(records) != len(entries) or not all(found):
         return []
     return [
-        each
-        | {"of": (record.data.get("inputs", {}).get(dataset), each["tokens"]), "seed": entry.seed}
+        each | {"of": texts(record), "seed": entry.seed}
         for each, record, entry in zip(found, records, entries, strict=True)
     ]
+
+
+def texts(record: Record) -> tuple[Any, Any]:
+    """Of which texts it is, as far as it says: the digest of their file, and their lengths."""
+    name, dataset = TOLD[record.kind]
+    digest = record.data.get("inputs", {}).get(dataset)
+    return digest, _section(record).get(name, {}).get("tokens")
 
 
 def _section(record: Record) -> dict[str, Any]:
@@ -219,12 +221,6 @@ def _moved(own: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]], name
     mine, other = (np.array([each[name] for each in some]) for some in (own, theirs))
     same = [each["seed"] for each in own] == [each["seed"] for each in theirs]
     return mine - (other if same else other.mean(0))
-
-
-def _shares(
-    own: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]], name: str
-) -> Difference | None:
-    return _mean(_moved(own, theirs, name))
 
 
 def _mean(each: np.ndarray | None) -> Difference | None:

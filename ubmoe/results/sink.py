@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from ubmoe.report.figures import PALETTE, blank, styled
 from ubmoe.report.tables import CAUSAL
 from ubmoe.results.entries import KINDS
-from ubmoe.results.paired import by_sink
+from ubmoe.results.paired import by_sink, texts
 from ubmoe.results.records import Record, Records
 
 
@@ -62,20 +62,16 @@ def layers(rows: dict[str, list[Record]]) -> dict[str, Layers]:
 
     Rows that were measured on other texts than the base are left out.
     """
-    [base, *_] = rows.get("base", [None])
-    found = {}
+    if "base" not in rows:
+        return {}
+    base, found = rows["base"][0], {}
+    before = _layers([base])
     for row, records in rows.items():
-        if base is None or row == "base" or any(_texts(each) != _texts(base) for each in records):
-            continue
-        own = _layers(records)
-        after, first, without = own - _layers([base])
-        found[row] = Layers(after, first, without, by_sink(first, own[2], without))
+        if row != "base" and all(texts(each) == texts(base) for each in records):
+            own = _layers(records)
+            after, first, without = own - before
+            found[row] = Layers(after, first, without, by_sink(first, own[2], without))
     return found
-
-
-def _texts(record: Record) -> tuple[Any, Any]:
-    digest = record.data.get("inputs", {}).get("dependence.dataset")
-    return digest, record.section.get("by_text", {}).get("tokens")
 
 
 def _layers(own: Sequence[Record]) -> np.ndarray:

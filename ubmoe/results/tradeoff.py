@@ -18,7 +18,7 @@ from matplotlib.ticker import ScalarFormatter
 from ubmoe.config import Config, UserError
 from ubmoe.files import replace_all, save_figure
 from ubmoe.report.figures import blank, styled
-from ubmoe.report.tables import CAUSAL, ROUTES, family, model_of
+from ubmoe.report.tables import ROUTES, model_of
 from ubmoe.results import claim, sink
 from ubmoe.results.entries import common_tasks, entries
 from ubmoe.results.records import Records
@@ -31,7 +31,7 @@ NO_MIXTURES = (ROUTES["uni"], ROUTES["bi"])  # the two models themselves, forced
 class Point:
     """A model of the study, a value for each seed: STS average, tasks' average, perplexity.
 
-    is_control: tuned under the causal mask.
+    is_control: as of the encoder's entry; never of a mixture.
     """
 
     kind: str
@@ -53,8 +53,8 @@ def points(model: str, records: Records, seeds: Sequence[int]) -> dict[str, Poin
     encoders = [each for each in encoders if each.tasks and "perplexity" in each.cells]
     common = common_tasks(encoders)
     for each in encoders if common else ():
-        kind, control = "base" if each.is_base else "encoder", family(each.record.data)
-        point = found.setdefault(each.row, Point(kind, control.endswith(CAUSAL)))
+        kind = "base" if each.is_base else "encoder"
+        point = found.setdefault(each.row, Point(kind, each.is_control))
         point.add(each.mean(common), each.cells["generation"], each.cells["perplexity"])
     for each in entries("routes", model, records, seeds):
         cells, sts = each.cells, each.cells.get("STS bidirectional")
@@ -107,6 +107,7 @@ def draw(config: Config, records: Records) -> str:
     return "\n".join(str(folder / name) for name in figures)
 
 
+PANELS = {"tasks": "generation, average of tasks (%)", "perplexity": "perplexity (better: up)"}
 COLOURS = {"base": "black", "encoder": "C0", "mixture": "C1"}
 
 
@@ -117,12 +118,8 @@ def plane_figure(model: str, placed: dict[str, Point]) -> Any:
     Those that any model has. Hollow: tuned under the causal mask.
     """
     panels = {
-        "tasks": "generation, average of tasks (%)",
-        "perplexity": "perplexity (better: up)",
-    }
-    panels = {
         what: label
-        for what, label in panels.items()
+        for what, label in PANELS.items()
         if any(getattr(each, what) for each in placed.values())
     }
     figure = blank(2.2 + 4.4 * len(panels), 4.6)
