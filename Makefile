@@ -4,9 +4,10 @@ BIN := .venv/bin
 
 .PHONY: demo real real-study test study figures lock clean
 
+# Bytecode is left to the first import: compiling every file takes half of the installation.
 .venv/installed: requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-compile -r requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 

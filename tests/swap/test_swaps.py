@@ -76,6 +76,11 @@ def test_the_summary_is_in_nats_a_token():
         (pytest.approx(8 / 3 - 2), pytest.approx(3 - 4)),
         (pytest.approx(3 - 2), pytest.approx(3 - 4)),
     ]
+    assert found["whole"]["change"] == pytest.approx(2)
+    answers = [found["whole"], *(row[word] for row in found["layers"] for word in ("in", "back"))]
+    assert [each["by_answer"]["change"] for each in answers] == [
+        pytest.approx(each / 2) for each in (2 + 2, 1 + 0, -1.5 + 0, 0 + 3, 0 - 3)
+    ]
     assert (found["chats"], found["tokens"]) == (2, 3)
 
 
@@ -91,7 +96,7 @@ def test_the_interval_is_a_bootstrap_over_chats():
 
 
 def test_an_interrupted_run_goes_on(models, config, tmp_path, monkeypatch):
-    config = with_keys(config, ["scan.batch_tokens=6", "resume=auto"])
+    config = with_keys(config, ["swap.batch_tokens=6", "resume=auto"])
     whole = swaps.swap(*models, CHATS, config, tmp_path)
     real, seen = swaps.losses, []
 
@@ -120,7 +125,7 @@ def test_models_that_are_not_alike_are_refused(config, tmp_path, tiny_path):
 @pytest.mark.slow
 def test_the_program_writes_a_record_a_table_and_a_picture(tmp_path, tiny_path):
     keys = [f"output_dir={tmp_path}/some", f"ubmoe.bi={tiny_path}", "ubmoe.max_rows=60"]
-    keys += ["ubmoe.held_out=8"]
+    keys += ["ubmoe.held_out=16", "swap.max_chats=8"]
     status, said, errors = run("configs/tiny.yaml", *keys, script="-m ubmoe.swap")
     assert status == 0 and said.strip().endswith("swap.json"), errors
     result = json.loads((tmp_path / "some" / "swap.json").read_text())["swap"]

@@ -22,7 +22,7 @@ SCORED = {
     "sts": ("model", *FORM, "evaluation.sts", "evaluation.bf16"),
     "dependence": ("model", "dependence"),
     "bitune": ("model", "bitune", *ASKED),
-    "swap": ("model", "ubmoe.bi", *CHATS, "evaluation.bf16"),
+    "swap": ("model", "ubmoe.bi", *CHATS, "swap", "evaluation.bf16"),
     "scan": ("model", *SCANNED, "scan", "evaluation.bf16"),
     "probing": ("model", "probing"),
 }

@@ -550,6 +550,15 @@ class ScanSection(Section):
     batch_tokens: Positive = running_key(4096, "padded tokens of one forward", "tokens")
 
 
+class SwapSection(Section):
+    """Which layers' tuning costs the language model (python -m ubmoe.swap)."""
+
+    max_chats: Positive | None = score_key(
+        50, "use at most this many of ubmoe.held_out, evenly spaced; null: all", "chats"
+    )
+    batch_tokens: Positive = running_key(4096, "padded tokens of one forward", "tokens")
+
+
 # BIOSSES ... STSBenchmark: the ten of the paper's Table 2, in mteb's first versions.
 TABLE2 = [
     *("BIOSSES", "SICK-R", "STS12", "STS13", "STS14", "STS15", "STS16", "STS17", "STS22"),
@@ -671,6 +680,7 @@ class Config(Section):
     bitune: BituneSection = key(BituneSection(), "")
     probing: ProbingSection = key(ProbingSection(), "")
     scan: ScanSection = key(ScanSection(), "")
+    swap: SwapSection = key(SwapSection(), "")
     evaluation: EvaluationSection = key(EvaluationSection(), "")
     results: ResultsSection = key(ResultsSection(), "")
 

@@ -20,6 +20,7 @@ def main(config: Config) -> Path | None:
 
     cli.in_one_process("swap")
     with recording("swap", "swap", config) as run:
+        from ubmoe.data.rows import spaced
         from ubmoe.evaluate.generation import held_out_chats
         from ubmoe.models.digests import fingerprint
         from ubmoe.models.loading import load_tokenizer, within_context
@@ -27,7 +28,8 @@ def main(config: Config) -> Path | None:
         from ubmoe.swap.swaps import both_models, swap
 
         config = within_context(config, "ubmoe")
-        chats = held_out_chats(config, load_tokenizer(config.model))
+        every = held_out_chats(config, load_tokenizer(config.model))
+        chats = spaced(every, config.swap.max_chats)
         run.model, encoder = both_models(config)
         run.section = swap(run.model, encoder, chats, config, run.directory)
         run.section["bi_weights"] = fingerprint(encoder)
@@ -35,7 +37,7 @@ def main(config: Config) -> Path | None:
     return run.path
 
 
-LOWER = "scan.batch_tokens"
+LOWER = "swap.batch_tokens"
 
 if __name__ == "__main__":
     cli.run("python -m ubmoe.swap", __doc__ or "", main, lower=LOWER)

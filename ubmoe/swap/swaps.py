@@ -3,7 +3,6 @@
 Embeddings, last norm and head are the model's throughout, so that what differs are layers alone.
 """
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -68,7 +67,7 @@ def swap(
     rows, lengths = kept.missing(), [len(chat.ids) for chat in chats]
     ids = [chats[row].ids for row in rows]
     with kept.filling(lengths, "swap") as filling, autocast(config.evaluation.bf16, base.device):
-        for batch in batches_by_length(ids, config.scan.batch_tokens) if rows else ():
+        for batch in batches_by_length(ids, config.swap.batch_tokens) if rows else ():
             own = [rows[place] for place in batch]
             filling.put(own, losses(base, encoder, [chats[row] for row in own], asked))
     counts = np.array([sum(chat.answer[1:]) for chat in chats])  # nothing predicts a first token
@@ -101,17 +100,27 @@ def summary(lost: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
     """Perplexities, and by layer what a swap changes, in nats a token with a 95 % interval.
 
     lost: (choices, chats). `in`: the encoder's layer in the model, over the model; `back`: the
-    model's layer in the encoder, over the encoder. The bootstrap draws chats.
+    model's layer in the encoder, over the encoder; `whole`: the encoder over the model. `by_answer`
+    counts every chat's mean once, whatever its tokens. The bootstrap draws chats.
     """
     depth = (len(lost) - 2) // 2
-    drawn = means(lost, counts)  # (draws, choices)
-    exact = lost.sum(1) / counts.sum()
-    layers = []
-    for number in range(depth):
-        row: dict[str, Any] = {"layer": number}
-        for word, place, whole in (("in", 2 + number, 0), ("back", 2 + depth + number, 1)):
-            change = float(exact[place] - exact[whole])
-            row[word] = {"change": change, "interval": interval(drawn[:, place] - drawn[:, whole])}
-        layers.append(row)
-    ends = {"base": math.exp(exact[0]), "encoder": math.exp(exact[1])}
-    return {"chats": len(counts), "tokens": int(counts.sum()), "perplexity": ends, "layers": layers}
+    by_token, by_answer = (lost, counts), (lost / counts, np.ones_like(counts))
+    drawn = [(means(*each), each[0].sum(1) / each[1].sum()) for each in (by_token, by_answer)]
+
+    def moved(place: int, whole: int) -> dict[str, Any]:
+        told, answers = (
+            {
+                "change": float(exact[place] - exact[whole]),
+                "interval": interval(draws[:, place] - draws[:, whole]),
+            }
+            for draws, exact in drawn
+        )
+        return told | {"by_answer": answers}
+
+    layers = [
+        {"layer": each, "in": moved(2 + each, 0), "back": moved(2 + depth + each, 1)}
+        for each in range(depth)
+    ]
+    ends = dict(zip(("base", "encoder"), np.exp(drawn[0][1][:2]).tolist(), strict=True))
+    made = {"chats": len(counts), "tokens": int(counts.sum()), "perplexity": ends}
+    return made | {"whole": moved(1, 0), "layers": layers}
