@@ -343,12 +343,23 @@ def swap(section: dict[str, Any]) -> dict[str, Figure]:
     """What one layer of the encoder costs in the model, and one of the model's saves in it."""
     figure = blank(7.0, 3.4)
     axes: Any = figure.subplots()
-    places = np.arange(len(section["layers"]))
-    named = {"in": "the encoder's, put into the model", "back": "the model's, put into the encoder"}
-    for (word, label), colour, shift in zip(
-        named.items(), ("#d55e00", "#0072b2"), (-0.2, 0.2), strict=True
-    ):
-        own = [row[word] for row in section["layers"]]
+    swap_bars(axes, section["layers"])
+    axes.set(xlabel="layer that is swapped", ylabel="change of the loss, nats a token")
+    axes.legend()
+    return {"swap.png": figure}
+
+
+SWAPPED = {
+    "in": ("the encoder's, put into the model", PALETTE[1]),
+    "back": ("the model's, put into the encoder", PALETTE[0]),
+}
+
+
+def swap_bars(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """Two bars a layer with their intervals. rows: {word of SWAPPED: change and interval}."""
+    places = np.arange(len(rows))
+    for (word, (label, colour)), shift in zip(SWAPPED.items(), (-0.2, 0.2), strict=True):
+        own = [row[word] for row in rows]
         heights = np.array([each["change"] for each in own])
         ends = np.array([each["interval"] for each in own])
         reach = np.stack([heights - ends[:, 0], ends[:, 1] - heights]).clip(0)
@@ -357,10 +368,7 @@ def swap(section: dict[str, Any]) -> dict[str, Figure]:
             error_kw={"lw": 0.6},
         )  # fmt: skip
     axes.axhline(0, color="black", lw=0.8)
-    axes.set(xlabel="layer that is swapped", ylabel="change of the loss, nats a token")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend()
-    return {"swap.png": figure}
 
 
 @styled

@@ -168,9 +168,12 @@ def measured_of(made: Record, kind: str, records: Records) -> Record | None:
     """What another program recorded of the model that a run left.
 
     In the same folder there may be a record of the base, or of an earlier encoder: the measured
-    model's name and weights tell.
+    model's name and weights tell. A swap is of the base, and of the encoder that it says.
     """
     measured = records.beside(made, kind)
+    if kind == "swap":
+        same = measured is not None and measured.section.get("bi_weights") == made.weights
+        return measured if same else None
     left = {"sts": "bi", "generation": "ubmoe"}[made.kind]
     if made.kind == "sts" and trained(made.data).startswith("base"):
         left = made.model

@@ -181,6 +181,27 @@ def _layers_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     return _noted([["trained", "seeds", *raised, "R2 of the sink"], *body], [])
 
 
+def _swap_block(name: str, records: Records, seeds: Sequence[int]) -> str:
+    """Of every row that was swapped: what its layers cost together and alone, each answer once."""
+    from ubmoe.results import swapped  # imports matplotlib, which other blocks do not
+
+    body = []
+    for row, own in swapped.swapped(name, records, seeds).items():
+        whole, put, back = own.whole, own.changes("in"), own.changes("back")
+        cells = [f"{each:+.2f}" for each in (whole, put.sum(), back.sum())]
+        rank = "" if own.with_after is None else f"{own.with_after:.2f}"
+        body.append([row, str(own.section["chats"]), *cells, _largest(put), _largest(-back), rank])
+    header = ["tuned", "chats", "nats a token over the model's", "sum of each layer put in"]
+    header += ["sum of each put back", "dearest put in", "best put back", "rank with DP-after"]
+    return _noted([header, *body], [])
+
+
+def _largest(values: Any, count: int = 3) -> str:
+    """The layers of the largest values, and these."""
+    order = sorted(range(len(values)), key=lambda each: -values[each])[:count]
+    return ", ".join(f"{each} ({values[each]:.2f})" for each in order)
+
+
 def _questions_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     """What each row changes of the base's tasks, and Bitune of its second causal set's."""
     tables = []
@@ -422,6 +443,7 @@ BLOCKS = {
     "change": _change_block,
     "twins": _twins_block,
     "layers": _layers_block,
+    "swap": _swap_block,
     "equal": _equal_block,
     "questions": _questions_block,
     "claim": _claim_block,

@@ -19,7 +19,7 @@ from ubmoe.config import Config, UserError
 from ubmoe.files import replace_all, save_figure
 from ubmoe.report.figures import blank, styled
 from ubmoe.report.tables import ROUTES, model_of
-from ubmoe.results import claim, sink
+from ubmoe.results import claim, sink, swapped
 from ubmoe.results.entries import common_tasks, entries
 from ubmoe.results.records import Records
 
@@ -79,7 +79,7 @@ def front(pairs: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def draw(config: Config, records: Records) -> str:
-    """Write tradeoff.png, claim.png and sink.png to output_dir, those that the records give.
+    """Write tradeoff.png, claim.png, sink.png and swaps.png to output_dir, as the records give.
 
     Returns their paths. Raises UserError.
     """
@@ -94,11 +94,13 @@ def draw(config: Config, records: Records) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     figures = {"tradeoff.png": plane_figure(model, placed)}
     rows, twins = {each.settings for each in encoded}, sink.measured(model, records, seeds)
-    for name, count, drawn in (
-        ("claim.png", len(rows), partial(claim.figure, model, encoded)),
-        ("sink.png", len(twins), partial(sink.figure, model, twins)),
+    swaps = swapped.swapped(model, records, seeds)
+    for name, least, count, drawn in (
+        ("claim.png", 3, len(rows), partial(claim.figure, model, encoded)),
+        ("sink.png", 3, len(twins), partial(sink.figure, model, twins)),
+        ("swaps.png", 1, len(swaps), partial(swapped.figure, model, swaps)),
     ):
-        if count > 2:
+        if count >= least:
             figures[name] = drawn()
         else:
             (folder / name).unlink(missing_ok=True)  # of other records
