@@ -22,3 +22,22 @@ def test_a_folder_of_data_is_told_by_its_files(tmp_path):
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "task").symlink_to(tmp_path / "one" / "task")
     assert read(tmp_path / "linked") == before
+
+
+def test_a_task_is_told_by_the_data_that_it_names(tmp_path):
+    data, task = tmp_path / "data", tmp_path / "task.yaml"
+    (data / "exams").mkdir(parents=True)
+    (data / "exams" / "law.csv").write_text("a question\n")
+    (data / "other.csv").write_text("of another task\n")
+    task.write_text("dataset_path: exams\n")
+    keys = [f"evaluation.generation=[{task}]", f"evaluation.data={data}"]
+
+    def read():
+        return inputs(load_config(None, keys), "evaluation")["evaluation.generation"]
+
+    before = read()
+    for unread in ("other.csv", "exams/.backup"):
+        (data / unread).write_text("changed\n")
+        assert read() == before
+    (data / "exams" / "law.csv").write_text("another\n")
+    assert read() != before

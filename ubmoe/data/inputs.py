@@ -103,8 +103,7 @@ def _of_value(value: Any, data: str) -> str | None:
             file
             for each in (Path(data).iterdir() if data and Path(data).is_dir() else ())
             if each.name in text or each.stem in text
-            for file in ([each] if each.is_file() else each.rglob("*"))
-            if file.is_file()
+            for file in ([each] if each.is_file() else _below(each))
         )
         return _of_files([path, *named])
     return _of_files([path])
