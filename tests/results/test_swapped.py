@@ -65,7 +65,7 @@ def test_the_table_says_what_layers_cost_together_and_alone():
     cells = [cell.strip() for cell in lines[3].strip("|").split("|")]
     assert cells == [
         *("ffn", "5", "+0.90", "+0.70", "-0.90"),
-        *("1 (0.40), 2 (0.20), 0 (0.10)", "2 (0.50), 0 (0.30), 1 (0.10)", "1.00"),
+        *("1 (0.40), 2 (0.20), 0 (0.10)", "2 (0.50), 0 (0.30), 1 (0.10)", "1.00", "-0.50"),
     ]
 
 
@@ -73,7 +73,7 @@ def test_without_dependence_there_is_no_rank():
     without = {name: each.data for name, each in records().by_name.items()}
     del without["base.dependence.seed0"]
     [found] = swapped.swapped("small", Records.of_names(without), SEEDS).values()
-    assert found.with_after is None
+    assert found.with_after("in") is None
 
 
 def test_the_picture_has_a_bar_a_layer_and_a_point_a_layer():
@@ -83,5 +83,6 @@ def test_the_picture_has_a_bar_a_layer_and_a_point_a_layer():
     assert [text.get_text() for text in bars.get_legend().get_texts()] == [
         label for label, _ in SWAPPED.values()
     ]
-    cost = points.lines[0]
+    cost, saving = points.lines[:2]
     assert list(cost.get_xdata()) == RISEN and list(cost.get_ydata()) == pytest.approx(PUT)
+    assert list(saving.get_ydata()) == pytest.approx([-each for each in BACK])

@@ -189,10 +189,13 @@ def _swap_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     for row, own in swapped.swapped(name, records, seeds).items():
         whole, put, back = own.whole, own.changes("in"), own.changes("back")
         cells = [f"{each:+.2f}" for each in (whole, put.sum(), back.sum())]
-        rank = "" if own.with_after is None else f"{own.with_after:.2f}"
-        body.append([row, str(own.section["chats"]), *cells, _largest(put), _largest(-back), rank])
+        cells += [_largest(put), _largest(-back)]
+        ranks = [own.with_after(word) for word in ("in", "back")]
+        cells += ["" if rank is None else f"{rank:.2f}" for rank in ranks]
+        body.append([row, str(own.section["chats"]), *cells])
     header = ["tuned", "chats", "nats a token over the model's", "sum of each layer put in"]
-    header += ["sum of each put back", "dearest put in", "best put back", "rank with DP-after"]
+    header += ["sum of each put back", "dearest put in", "best put back"]
+    header += [f"rank of DP-after with {each}" for each in ("cost put in", "saving put back")]
     return _noted([header, *body], [])
 
 

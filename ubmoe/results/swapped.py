@@ -40,12 +40,14 @@ class Swapped:
         """(layers,) nats a token. word: `in` or `back`."""
         return np.array([row[word]["change"] for row in self.rows])
 
-    @property
-    def with_after(self) -> float | None:
-        """Rank correlation over layers: what one costs, put in, and the rise of its DP-after."""
+    def with_after(self, word: str) -> float | None:
+        """Rank correlation over layers: the rise of DP-after, and what a swap costs or saves."""
         if self.after is None:
             return None
-        return float(spearmanr(self.changes("in"), self.after).statistic)
+        return float(spearmanr(SIGNS[word] * self.changes(word), self.after).statistic)
+
+
+SIGNS = {"in": 1, "back": -1}  # what it costs to put a layer in is saved by putting it back
 
 
 def swapped(model: str, records: Records, seeds: Sequence[int]) -> dict[str, Swapped]:
@@ -83,8 +85,11 @@ def figure(model: str, rows: dict[str, Swapped]) -> Figure:
         swap_bars(bars, own.rows)
         bars.set_ylabel(f"{row}\nchange of the loss, nats a token", fontsize=9)
         if own.after is not None:
-            points.plot(own.after, own.changes("in"), "o", ms=4, color=SWAPPED["in"][1])
-            points.set_title(f"rank correlation {own.with_after:.2f}", fontsize=9)
+            for word, sign in SIGNS.items():
+                style = {"marker": "o", "ls": "", "ms": 4, "color": SWAPPED[word][1]}
+                points.plot(own.after, sign * own.changes(word), **style)
+            ranks = " and ".join(f"{own.with_after(word):.2f}" for word in SIGNS)
+            points.set_title(f"cost, and saving: rank correlation {ranks}", fontsize=9)
         for line in (points.axhline, points.axvline):
             line(0, color="grey", lw=0.6)
     bars.set_xlabel("layer that is swapped")
