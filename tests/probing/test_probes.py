@@ -27,7 +27,7 @@ def planted():
     return features, (numbers[:, 0] > 0).astype(float), numbers + 0.1 * rng.normal(size=(900, 2))
 
 
-@pytest.mark.parametrize("kind", ["linear", "mlp"])
+@pytest.mark.parametrize("kind", ["linear", "ridge", "mlp"])
 @pytest.mark.slow
 def test_a_planted_feature_is_found_and_shuffled_labels_are_not(planted, kind):
     features, labels, numbers = planted
@@ -40,6 +40,35 @@ def test_a_planted_feature_is_found_and_shuffled_labels_are_not(planted, kind):
         assert probes.scores(kind, task(target), features, "random", 1)["r2"] > 0.95
     shuffled = probes.scores(kind, task(numbers), features, "random", 1, shuffled=True)
     assert abs(shuffled["spearman"]) < 3 * shuffled["spearman_stderr"]
+
+
+def test_a_ridge_predicts_where_there_are_as_many_features_as_items():
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(125, 100))  # 100 of them to fit
+    target = features[:, :5].sum(1, keepdims=True) + 0.5 * rng.normal(size=(125, 1))
+    found = {
+        kind: probes.scores(kind, task(target), features, "random", 1)["r2"]
+        for kind in ("linear", "ridge")
+    }
+    assert found["linear"] < 0 < 0.4 < found["ridge"]
+    # the penalty by hand: the one whose fit misses least what it has not seen
+    test = probes.split(task(target), "random", 1)
+    own, said = features[~test], target[~test, 0]
+    own = (own - own.mean(0)) / own.std(0)
+    missed = []
+    for penalty in probes.PENALTIES:
+        errors = []
+        for left in range(len(said)):
+            seen = np.arange(len(said)) != left
+            centre, level = own[seen].mean(0), said[seen].mean()
+            inner = own[seen] - centre
+            weights = np.linalg.solve(
+                inner.T @ inner + penalty * np.eye(100), inner.T @ (said[seen] - level)
+            )
+            errors.append((own[left] - centre) @ weights + level - said[left])
+        missed.append(np.mean(np.square(errors)))
+    ridge = probes.fitted("ridge", task(target), features[~test], said, 1)[-1]
+    assert ridge.alpha_ == probes.PENALTIES[int(np.argmin(missed))]
 
 
 def test_metrics_are_those_of_paper_and_pencil():

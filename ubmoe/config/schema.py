@@ -517,7 +517,9 @@ class ProbingSection(Section):
     layers: list[int] | None = score_key(
         [-1], "layers that are probed, -1: the last; null: all; tables show the first one"
     )
-    probes: list[Literal["linear", "mlp"]] = score_key(["linear", "mlp"], "kinds of probes")
+    probes: list[Literal["linear", "ridge", "mlp"]] = score_key(
+        ["linear", "mlp"], "kinds; ridge where features are about as many as items, or more"
+    )
     seeds: list[int] = score_key([0, 1, 2], "of the splits and of the MLPs")
     jobs: Positive | None = running_key(None, "tasks that are probed at once; null: one a core")
     controls: bool = score_key(True, "also probe random labels, and words without their sentence")

@@ -92,7 +92,7 @@ def probed(
         for kind in settings.probes:
             for split in probes.splits(task):
                 # without anything drawn, one seed is as good as many
-                fixed = kind == "linear" and split == "shipped" and control != "random labels"
+                fixed = kind != "mlp" and split == "shipped" and control != "random labels"
                 found = [
                     probes.scores(kind, kept, features, split, seed, control == "random labels")
                     for seed in settings.seeds[: 1 if fixed else None]

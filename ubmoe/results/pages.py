@@ -404,6 +404,8 @@ def _published_probe(task: str, probe: str, label: str) -> float | None:
     feature, at, word = task.partition("@")
     if at and probe != "mlp":
         return None  # the context tasks are published for MLPs alone
+    if probe == "ridge":
+        return None  # nor is any ridge
     name, column = ("context", f"word {word}") if at else PUBLISHED_PROBES[task]
     found = published("feng")[name if at else f"{name}_{probe}"]
     for row in found["rows"]:
