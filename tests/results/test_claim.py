@@ -12,7 +12,7 @@ from ubmoe.results.records import Records
 
 def test_lost_generation_is_the_log_of_the_perplexity_over_the_base():
     found = claim.tuned(MODEL, Records.of_names(study(ROWS)), SEEDS)
-    assert [(each.family, each.causes["DP-after"]) for each in found] == [
+    assert [(each.row, each.causes["DP-after"]) for each in found] == [
         ("ffn", 1.0),
         ("attention", 3.0),
         ("all", 6.0),
@@ -24,11 +24,25 @@ def test_lost_generation_is_the_log_of_the_perplexity_over_the_base():
     assert str(correlation) == "0.50, n = 3"
 
 
+def test_an_answer_counts_once_and_gain_is_over_what_reads_alike():
+    records = study(ROWS)
+    for number, losses in enumerate(([1.0, 8.0], [4.0, 8.0], [1.0, 16.0], [3.0, 10.0])):
+        generation = records[f"r{number}.evaluation.seed0"]["generation"]
+        generation["answers"] = {"losses": losses, "tokens": [1, 4]}
+    found = claim.tuned(MODEL, Records.of_names(records), SEEDS)
+    assert [each.by_answer for each in found] == [1.5, 1.0, 1.25]  # (4 - 1 + 0) / 2, and so on
+    assert claim.correlation(found, by_answer=True).value == pytest.approx(-0.5)
+    assert [each.causes[claim.GAIN] for each in found] == [1.0, 2.0, 3.0]  # a row a point more
+    records["r0.sts.seed0"]["config"]["bi"] |= {"pooling": "last"}
+    found = claim.tuned(MODEL, Records.of_names(records), SEEDS)
+    assert [claim.GAIN in each.causes for each in found] == [False] * 3
+
+
 def test_seeds_of_one_row_are_no_new_evidence():
     rng = np.random.default_rng(0)
     rows = [
         claim.Tuned(str(number), "f", lost, {"DP-after": after})
-        for number, (lost, after) in enumerate(rng.normal(size=(6, 2)))
+        for number, (lost, after) in enumerate(rng.normal(size=(10, 2)))
     ]
     once, again = claim.correlation(rows), claim.correlation([*rows, rows[0], rows[0]])
     assert again == once
@@ -55,7 +69,7 @@ def test_perplexity_of_other_chats_is_not_compared():
         asked = {"dataset": "d", "max_rows": None, "held_out": 9 if number < 2 else 8}
         records[f"r{number}.evaluation.seed0"]["config"]["ubmoe"] = asked
     found = claim.tuned(MODEL, Records.of_names(records), SEEDS)
-    assert [each.family for each in found] == ["ffn"]
+    assert [each.row for each in found] == ["ffn"]
 
 
 def test_the_causal_control_is_drawn_and_told_apart(tmp_path):
@@ -65,7 +79,7 @@ def test_the_causal_control_is_drawn_and_told_apart(tmp_path):
     config = sts["config"] | {"bi": sts["config"]["bi"] | {"attention": "causal"}}
     records |= control | {"r9.sts.seed0": sts | {"config": config}}
     found = claim.tuned(MODEL, Records.of_names(records), SEEDS)
-    assert [each.family for each in found if each.is_control] == ["ffn causal"]
+    assert [each.row for each in found if each.is_control] == ["ffn causal"]
     sts, axes = claim.figure(MODEL, found).axes
     assert sts.get_xlabel() == "STS under its own mask"
     [hollow] = [line for line in sts.lines if line.get_fillstyle() == "none"]

@@ -10,43 +10,44 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from scipy.stats import spearmanr
 
 from ubmoe.bootstrap import correlations, interval
 from ubmoe.report.figures import PALETTE, blank, styled
-from ubmoe.report.tables import CAUSAL, family
+from ubmoe.report.tables import CAUSAL
 from ubmoe.results.entries import SINK, Entry, common_tasks, entries
 from ubmoe.results.records import Records
 
-FEWEST = 6  # rows of an interval: of fewer, most draws are of two or three
+FEWEST = 10  # rows of an interval: of fewer, many draws are of three or four
 MARKS = "osD^vPX"  # one more than there are colours, so that no two kinds look alike
 PANELS = {"STS": "STS under its own mask"} | {
     cause: f"{cause}, minus the base's (percentage points)" for cause in SINK
 }
+GAIN = "STS gained"
+CAUSES = PANELS | {GAIN: "STS gained over the untrained model that reads alike"}
+READS = ("attention", "layers", "pooling")  # how an encoder reads
 
 
 @dataclass(frozen=True)
 class Tuned:
     """An encoder of one seed: how its dependence and its generation differ from the base's.
 
-    settings: how it was tuned, the same for all of its seeds, whatever its row is called. family:
-    what was tuned, and under which mask. lost: log of the perplexity over the base's. causes:
-    those of PANELS that were measured; STS is the mean of the tasks that all encoders have, under
-    each one's own mask, the others are in percentage points.
+    settings: how it was tuned, the same for all of its seeds, whatever its row is called. lost: log
+    of the perplexity over the base's. causes: those of CAUSES that were measured; STS is the mean
+    of the tasks that all encoders have, under each one's own mask, the others are in percentage
+    points. is_control: tuned under the causal mask, which the paper did not. by_answer: as `lost`,
+    where each answer counts once; None where it was not recorded.
     """
 
     settings: str
-    family: str
+    row: str
     lost: float
     causes: dict[str, float]
-
-    @property
-    def is_control(self) -> bool:
-        """Tuned under the causal mask, which the paper did not."""
-        return self.family.endswith(CAUSAL)
+    is_control: bool = False
+    by_answer: float | None = None
 
 
 def tuned(model: str, records: Records, seeds: Sequence[int]) -> list[Tuned]:
@@ -58,19 +59,40 @@ def tuned(model: str, records: Records, seeds: Sequence[int]) -> list[Tuned]:
         return []
     own = [each for each in known if not each.is_base and each.chats == base.chats]
     common = common_tasks(own)
-    return [_tuned(each, base.cells, common) for each in own]
+    untrained = [each for each in every if each.is_base and each.tasks >= set(common)]
+    alike = {_reads(each): each.mean(common) for each in untrained if common}
+    return [_tuned(each, base, common, alike.get(_reads(each))) for each in own]
 
 
-def _tuned(entry: Entry, base: Any, common: Sequence[str]) -> Tuned:
-    cells: Any = entry.cells
-    there = [cause for cause in SINK if cause in cells and cause in base]
+def _reads(entry: Entry) -> str:
+    return json.dumps([entry.record.config["bi"].get(name) for name in READS])
+
+
+def _tuned(entry: Entry, base: Entry, common: Sequence[str], before: float | None) -> Tuned:
+    cells, theirs = (cast(dict[str, float], each.cells) for each in (entry, base))
+    there = [cause for cause in SINK if cause in cells and cause in theirs]
+    causes = {cause: cells[cause] - theirs[cause] for cause in there}
+    if common:
+        causes["STS"] = entry.mean(common)
+        causes |= {} if before is None else {GAIN: causes["STS"] - before}
+    mine, other = (_nats(each) for each in (entry, base))
     return Tuned(
         settings=json.dumps(entry.record.config["bi"], sort_keys=True),
-        family=family(entry.record.data),
-        lost=math.log(cells["perplexity"] / base["perplexity"]),
-        causes={cause: cells[cause] - base[cause] for cause in there}
-        | ({"STS": entry.mean(common)} if common else {}),
+        row=entry.row,
+        lost=math.log(cells["perplexity"] / theirs["perplexity"]),
+        causes=causes,
+        is_control=entry.is_control,
+        by_answer=None if mine is None or other is None else mine - other,
     )
+
+
+def _nats(entry: Entry) -> float | None:
+    """A token, the mean over answers, of which each counts once; None of an older record."""
+    [evaluated] = [each for each in entry.beside if each.kind == "evaluation"]
+    answers = evaluated.data["generation"].get("answers")
+    if answers is None:
+        return None
+    return float(np.mean(np.divide(answers["losses"], answers["tokens"])))
 
 
 @dataclass(frozen=True)
@@ -89,11 +111,14 @@ class Correlation:
         return f"{self.value:.2f}{ends}, n = {self.rows}"
 
 
-def correlation(found: Sequence[Tuned], cause: str = "DP-after") -> Correlation:
+def correlation(
+    found: Sequence[Tuned], cause: str = "DP-after", by_answer: bool = False
+) -> Correlation:
     """Of a cause and lost generation; seeds of one row are one point, their mean."""
-    rows: dict[str, list[tuple[float, float]]] = {}
+    rows: dict[str, list[tuple[float, Any]]] = {}
     for each in found:
-        rows.setdefault(each.settings, []).append((each.causes[cause], each.lost))
+        lost = each.by_answer if by_answer else each.lost
+        rows.setdefault(each.settings, []).append((each.causes[cause], lost))
     moved, lost = np.array([np.mean(own, axis=0) for own in rows.values()]).T
     if np.ptp(moved) == 0 or np.ptp(lost) == 0:
         return Correlation(math.nan, None, len(rows))
@@ -123,11 +148,11 @@ def figure(model: str, encoded: list[Tuned]) -> Any:
 
 
 def _panel(axes: Any, encoded: list[Tuned], cause: str) -> None:
-    families = dict.fromkeys(each.family for each in encoded)
-    kinds = list(dict.fromkeys(each.removesuffix(CAUSAL) for each in families))
-    for each in families:
-        own = [one for one in encoded if one.family == each]
-        number = kinds.index(each.removesuffix(CAUSAL))
+    rows = dict.fromkeys(each.row for each in encoded)
+    kinds = list(dict.fromkeys(each.replace(CAUSAL, "") for each in rows))
+    for each in rows:
+        own = [one for one in encoded if one.row == each]
+        number = kinds.index(each.replace(CAUSAL, ""))
         axes.plot(
             *([one.causes[cause] for one in own], [one.lost for one in own]),
             marker=MARKS[number % len(MARKS)], ls="", ms=5, label=each,

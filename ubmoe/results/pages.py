@@ -244,19 +244,21 @@ def _claim_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     """Rank correlations of lost generation, over all rows and over those of one mask."""
     from ubmoe.results import claim  # imports matplotlib, which other blocks do not
 
-    def cell(own: list[claim.Tuned], cause: str) -> str:
+    def cell(own: list[claim.Tuned], cause: str, by_answer: bool = False) -> str:
         if len({each.settings for each in own}) < 3:
             return ""
-        return str(claim.correlation(own, cause))
+        return str(claim.correlation(own, cause, by_answer))
 
     found = claim.tuned(name, records, seeds)
     body = []
-    for cause, label in claim.PANELS.items():
+    for cause, label in claim.CAUSES.items():
         known = [each for each in found if cause in each.causes]
+        told = [each for each in known if each.by_answer is not None]
         masks = [[each for each in known if each.is_control is causal] for causal in (False, True)]
-        cells = [cell(own, cause) for own in (known, *masks)]
+        cells = [*(cell(own, cause) for own in (known, *masks)), cell(told, cause, by_answer=True)]
         body += [[label, *cells]] if known else []
     header = ["lost generation goes along with", "all rows", "tuned both ways", "tuned causally"]
+    header.append("all rows, each answer once")
     return _noted([header, *body], [])
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
 from ubmoe.config import Config, UserError
 from ubmoe.files import replace_all, save_figure
@@ -130,9 +130,10 @@ def plane_figure(model: str, placed: dict[str, Point]) -> Any:
         if what == "perplexity":
             axes.set_yscale("log")
             axes.invert_yaxis()
-            for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-                axis(ScalarFormatter())
-        axes.set(xlabel="STS average (mixtures: bidirectional)", ylabel=label)
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+            axes.yaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.set(xlabel="STS (mixtures: bidirectional)", ylabel=label)
         _plane(axes, placed, what)
     figure.legend(*every[-1].get_legend_handles_labels(), loc="outside right center", fontsize=7)
     figure.suptitle(f"{model}: embedding against generation; dashed: Pareto front", fontsize=10)
