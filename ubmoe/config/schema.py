@@ -587,6 +587,9 @@ class EvaluationSection(Section):
     language_model: bool = score_key(
         False, "python -m ubmoe.evaluate: also score the model as a causal language model"
     )
+    perplexity: list[str] = score_key(
+        [], "with it, further chats whose answers' perplexity is told; as many as ubmoe.held_out"
+    )
     num_fewshot: Annotated[int, Field(ge=0)] | None = score_key(
         None, "shots of every generation task; null: the task's own", "examples"
     )

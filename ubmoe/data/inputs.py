@@ -21,7 +21,9 @@ READ: dict[str, tuple[str, ...]] = {
     "dependence": ("dependence.dataset", "dependence.chat_template"),
     "sts": ("bi.stages.N.dataset", "bi.stages.N.lm_dataset", "evaluation.sts"),
     "generation": ("ubmoe.dataset", "ubmoe.sentences", "evaluation.sts", "evaluation.generation"),
-    "evaluation": ("ubmoe.dataset", "evaluation.sts", "evaluation.generation"),
+    "evaluation": (
+        *("ubmoe.dataset", "evaluation.sts", "evaluation.generation", "evaluation.perplexity"),
+    ),
     "scan": ("scan.pairs",),
     "swap": ("ubmoe.dataset",),
     "probing": ("probing.data",),
@@ -59,6 +61,7 @@ def _values(config: Config, key: str) -> Iterator[tuple[str, Any]]:
     unused = {
         "ubmoe.sentences": config.ubmoe.objective != "both",
         "dependence.chat_template": config.dependence.chat_template is None,
+        "evaluation.perplexity": not config.evaluation.perplexity,
     }
     if not unused.get(key):
         yield key, getattr(getattr(config, section), last)

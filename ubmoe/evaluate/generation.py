@@ -29,7 +29,7 @@ from ubmoe.bootstrap import interval, means
 from ubmoe.config import TABLE4, TASKS_OF_BITUNE, Config, EvaluationSection, UserError
 from ubmoe.data.chats import Chat, collate, read_chats
 from ubmoe.data.padding import batches_by_length
-from ubmoe.data.rows import held_out
+from ubmoe.data.rows import held_out, spaced
 from ubmoe.models.loading import load_model, load_tokenizer, within_context
 from ubmoe.models.precision import Setting, autocast
 from ubmoe.tiny import tasks as tiny_tasks
@@ -315,7 +315,7 @@ def _main_metric(task: Any, scores: dict[str, float]) -> str:
 
 def perplexity(
     model: PreTrainedModel,
-    chats: list[Chat],
+    chats: Sequence[Chat],
     bf16: Setting = False,
     batch_tokens: int = BATCH_TOKENS,
 ) -> dict[str, Any]:
@@ -367,13 +367,34 @@ def held_out_chats(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[C
 
 
 def language_model_scores(config: Config) -> dict[str, Any]:
-    """Generation tasks and perplexity of held-out chats, read causally whatever its own mask."""
+    """Generation tasks and perplexity of held-out chats, read causally whatever its own mask.
+
+    `further`: {file or id: what `told` says} of those of `evaluation.perplexity`.
+    """
     check_tasks(config.evaluation.generation, config.evaluation.data)
     config = within_context(config, "ubmoe")
     settings, tokenizer = config.ubmoe, load_tokenizer(config.model)
-    kept = held_out_chats(config, tokenizer)
+    kept, further = held_out_chats(config, tokenizer), _further_chats(config, tokenizer)
     model = load_model(config.model)
     scores = generation_scores(model, tokenizer, config.evaluation)
     counts = {"held_out": len(kept), "max_tokens": settings.max_tokens}
     counts["truncated"] = sum(chat.cut for chat in kept)
-    return scores | perplexity(model, kept, config.evaluation.bf16) | {"counts": counts}
+    own, *others = (
+        perplexity(model, chats, config.evaluation.bf16) for chats in (kept, *further.values())
+    )
+    more = dict(zip(further, others, strict=True))
+    return scores | own | ({"further": more} if more else {}) | {"counts": counts}
+
+
+def _further_chats(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, Sequence[Chat]]:
+    """Those of `evaluation.perplexity`, evenly spaced, by their names."""
+    settings, found = config.ubmoe, {}
+    for dataset in config.evaluation.perplexity:
+        name = Path(dataset).stem
+        if name in found:
+            raise UserError(
+                f"evaluation.perplexity: two are called {name}; expected names that differ"
+            )
+        chats = read_chats(dataset, tokenizer, settings.max_tokens).chats
+        found[name] = spaced(chats, settings.held_out)
+    return found

@@ -140,30 +140,33 @@ def _change_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     """
     rows, found = by_row("encoders", name, records, seeds), paired.changes(name, records, seeds)
     tasks = common_tasks([each for row in found for each in rows[row]])
-    columns = _differences("the base's")
+    columns = _differences("the base's", found.values())
     body = [
         [row, str(len(rows[row])), *(_column(rows[row], task) for task in tasks), *cells]
         for row, own in sorted(found.items())
-        for cells in [[str(own[column] or "") for column in columns]]
+        for cells in [[str(own.get(column) or "") for column in columns]]
     ]
     return _noted([["trained", "seeds", *tasks, *columns.values()], *body], [])
 
 
-def _differences(whose: str) -> dict[str, str]:
-    """The columns of paired differences, as the tables call them."""
+def _differences(whose: str, found: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """The columns of paired differences, as the tables call them; further perplexities if any."""
     after, *rest = ((column, f"{column} minus {whose}") for column in SINK)
     ratios = {"perplexity": f"perplexity over {whose}", "by answer": "each answer once"}
+    told = {name for cells in found for name, cell in cells.items() if cell is not None}
+    further = sorted(each for each in told if each.startswith(paired.FURTHER))
+    ratios |= {each: f"{each}, over {whose}" for each in further}
     return dict([*ratios.items(), after, (paired.BY_SINK, "of it by the sink's fall"), *rest])
 
 
 def _twins_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     """A row tuned both ways, against the same tuned causally: STS of each, and differences."""
-    body, columns = [], _differences("its")
-    found = paired.twins(name, records, seeds)
+    body, found = [], paired.twins(name, records, seeds)
+    columns = _differences("its", [each.cells for each in found.values()])
     common = common_tasks([each for own in found.values() for each in (*own.both, *own.causal)])
     for row, own in sorted(found.items()):
         sts = [_average(each, common) if common else "" for each in (own.both, own.causal)]
-        cells = [str(own.cells[column] or "") for column in columns]
+        cells = [str(own.cells.get(column) or "") for column in columns]
         body.append([row, str(len(own.both)), *sts, *cells])
     header = ["tuned both ways", "seeds", "STS", "STS of its causal twin", *columns.values()]
     return _noted([header, *body], [])

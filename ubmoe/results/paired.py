@@ -177,7 +177,18 @@ def _changed(own: Sequence[Entry], theirs: Sequence[Entry]) -> dict[str, Differe
     mine, other = (_told(each, "evaluation") for each in (own, theirs))
     cells["perplexity"] = _perplexities(mine, other)
     cells["by answer"] = _perplexities(mine, other, by_answer=True)
+    for name in _further(own):
+        mine, other = (_told(each, "evaluation", name) for each in (own, theirs))
+        cells[f"{FURTHER}{name}"] = _perplexities(mine, other)
     return cells
+
+
+FURTHER = "perplexity of "  # and the name of one of evaluation.perplexity
+
+
+def _further(entries: Sequence[Entry]) -> list[str]:
+    told = [each for entry in entries for each in entry.beside if each.kind == "evaluation"]
+    return sorted({name for each in told for name in _section(each).get("further", {})})
 
 
 # What a record tells of each text, and the data set that they are of.
@@ -187,28 +198,32 @@ TOLD = {
 }
 
 
-def _told(entries: Sequence[Entry], kind: str) -> list[dict[str, Any]]:
-    """What every seed's record tells of each text, and `of` which texts; [] where one does not."""
+def _told(entries: Sequence[Entry], kind: str, further: str = "") -> list[dict[str, Any]]:
+    """What every seed's record tells of each text, and `of` which texts; [] where one does not.
+
+    further: of which of evaluation.perplexity, in place of the held-out chats.
+    """
     name, _ = TOLD[kind]
     records = [record for each in entries for record in each.beside if record.kind == kind]
-    found: list[Any] = [_section(record).get(name) for record in records]
+    found: list[Any] = [_section(record, further).get(name) for record in records]
     if len(records) != len(entries) or not all(found):
         return []
     return [
-        each | {"of": texts(record), "seed": entry.seed}
+        each | {"of": texts(record, further), "seed": entry.seed}
         for each, record, entry in zip(found, records, entries, strict=True)
     ]
 
 
-def texts(record: Record) -> tuple[Any, Any]:
+def texts(record: Record, further: str = "") -> tuple[Any, Any]:
     """Of which texts it is, as far as it says: the digest of their file, and their lengths."""
     name, dataset = TOLD[record.kind]
-    digest = record.data.get("inputs", {}).get(dataset)
-    return digest, _section(record).get(name, {}).get("tokens")
+    digest = record.data.get("inputs", {}).get("evaluation.perplexity" if further else dataset)
+    return digest, _section(record, further).get(name, {}).get("tokens")
 
 
-def _section(record: Record) -> dict[str, Any]:
-    return record.data["generation"] if record.kind == "evaluation" else record.section
+def _section(record: Record, further: str = "") -> dict[str, Any]:
+    section = record.data["generation"] if record.kind == "evaluation" else record.section
+    return section.get("further", {}).get(further, {}) if further else section
 
 
 def _moved(own: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]], name: str) -> Any:

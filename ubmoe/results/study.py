@@ -105,8 +105,7 @@ class Step:
         kept = self.kept()
         if kept is None:
             return "missing"
-        same = self._keys(kept["config"]) == self._keys(self.config.model_dump())
-        same = same and self._has_read_the_same(kept)
+        same = self._has_the_same_settings(kept) and self._has_read_the_same(kept)
         known = "weights" in kept.get("environment", {})  # an older version did not say them
         return "there" if same and known and self._is_of_what_it_reads(kept) else "other"
 
@@ -128,6 +127,12 @@ class Step:
         places = {*READ[self.result], *MODEL, *ELSEWHERE, *(LEFT_NAMES if self.after else ())}
         found = leaves(config, read)
         return {name: value for name, value in found.items() if numbered(name) not in places}
+
+    def _has_the_same_settings(self, kept: dict[str, Any]) -> bool:
+        """Keys that an older version did not have count as their defaults."""
+        before, now = (self._keys(each) for each in (kept["config"], self.config.model_dump()))
+        defaults = self._keys(Config().model_dump())
+        return before | {name: defaults.get(name) for name in now.keys() - before.keys()} == now
 
     def _has_read_the_same(self, kept: dict[str, Any]) -> bool:
         """Whether the digests of data and model are those of what the keys name now."""
