@@ -46,11 +46,11 @@ def records():
 
 
 def test_only_rows_with_a_twin_stand_beside_the_base():
-    rows = sink.measured("small", records(), SEEDS)
+    every = sink.measured("small", records(), SEEDS)
+    rows = sink.with_twins(every)
     assert {row: len(own) for row, own in rows.items()} == {"base": 1, "ffn": 2, "ffn causal": 1}
-    assert {row: len(own) for row, own in sink.measured("small", records(), [1]).items()} == {
-        "base": 1
-    }
+    assert every.keys() - rows.keys() == {"all"}
+    assert set(sink.with_twins(sink.measured("small", records(), [1]))) == {"base"}
 
 
 def test_records_without_the_sink_are_left_out():
@@ -61,7 +61,7 @@ def test_records_without_the_sink_are_left_out():
 
 
 def test_lines_are_means_over_seeds():
-    panels = sink.figure("small", sink.measured("small", records(), SEEDS)).axes
+    panels = sink.figure("small", sink.with_twins(sink.measured("small", records(), SEEDS))).axes
     lines = {axes.get_title(): {} for axes in panels}
     for axes in panels:
         for line in axes.lines:
@@ -85,7 +85,7 @@ def test_layers_are_told_apart_by_what_the_sink_explains():
     assert moved.explained == 1 - (3.0**2 + 2.0**2) / (1.0**2 + 1.0**2)
     text = "<!-- layers: small -->\n<!-- end -->"
     found = re.sub(" +", " ", renewed(text, records(), SEEDS)).splitlines()
-    assert found[4] == "| ffn causal | 1 | 1 of 2 | 0 of 2 | -5.50 |"
+    assert "| ffn causal | 1 | 1 of 2 | 0 of 2 | -5.50 |" in found
 
 
 def test_layers_want_a_base_on_the_same_texts():
@@ -93,11 +93,11 @@ def test_layers_want_a_base_on_the_same_texts():
     assert sink.layers({row: own for row, own in rows.items() if row != "base"}) == {}
     other = copy.deepcopy(records())
     other.by_name["r1.dependence.seed1"].section["by_text"] = {"tokens": [3]}
-    assert set(sink.layers(sink.measured("small", other, SEEDS))) == {"ffn causal"}
+    assert set(sink.layers(sink.measured("small", other, SEEDS))) == {"all", "ffn causal"}
 
 
 def test_the_last_panel_has_a_point_a_layer():
-    *_, last = sink.figure("small", sink.measured("small", records(), SEEDS)).axes
+    *_, last = sink.figure("small", sink.with_twins(sink.measured("small", records(), SEEDS))).axes
     points = [line for line in last.lines if line.get_marker() == "o"]
     assert [list(line.get_ydata()) for line in points] == [[1.5, 0.5], [2.0, 0.0]]
     assert [line.get_markerfacecolor() for line in points] == [PALETTE[0], "white"]

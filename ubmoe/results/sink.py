@@ -17,7 +17,7 @@ from ubmoe.results.records import Record, Records
 
 
 def measured(model: str, records: Records, seeds: Sequence[int]) -> dict[str, list[Record]]:
-    """The base, and every row of which a causal twin was measured too, with the sink, by seeds."""
+    """The base, and every row of which the sink was measured, a record a seed."""
     found: dict[str, list[Record]] = {}
     for entry in KINDS["dependence"](model, records):
         row, _, share = entry.row.rpartition(", ")
@@ -25,9 +25,14 @@ def measured(model: str, records: Records, seeds: Sequence[int]) -> dict[str, li
         again = row == "base" and row in found  # measured in another folder, too
         if known and not again and (entry.seed is None or entry.seed in seeds):
             found.setdefault(row, []).append(entry.record)
-    twins = {row for row in found if row + CAUSAL in found}
+    return {row: found[row] for row in sorted(found, key=_base_first)}
+
+
+def with_twins(rows: dict[str, list[Record]]) -> dict[str, list[Record]]:
+    """Of what `measured` found, the base, and the rows of which a causal twin was measured, too."""
+    twins = {row for row in rows if row + CAUSAL in rows}
     wanted = {"base", *twins, *(row + CAUSAL for row in twins)}
-    return {row: found[row] for row in sorted(wanted & found.keys(), key=_base_first)}
+    return {row: own for row, own in rows.items() if row in wanted}
 
 
 def _base_first(row: str) -> tuple[bool, str]:

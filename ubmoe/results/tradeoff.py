@@ -93,7 +93,8 @@ def draw(config: Config, records: Records) -> str:
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     figures = {"tradeoff.png": plane_figure(model, placed)}
-    rows, twins = {each.settings for each in encoded}, sink.measured(model, records, seeds)
+    rows = {each.settings for each in encoded}
+    twins = sink.with_twins(sink.measured(model, records, seeds))
     swaps = swapped.swapped(model, records, seeds)
     for name, least, count, drawn in (
         ("claim.png", 3, len(rows), partial(claim.figure, model, encoded)),
