@@ -1,5 +1,6 @@
 """lm-eval scores what a hand computation gives, and never a model that reads the future."""
 
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from builders import drawn, join, random_model
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ubmoe.config import EvaluationSection, UserError
+from ubmoe.config import EvaluationSection, UserError, load_config
 from ubmoe.data.chats import read_chats
 from ubmoe.evaluate import generation
 from ubmoe.tiny import tasks as tiny_tasks
@@ -240,6 +241,33 @@ def test_the_interval_of_a_perplexity_is_a_slow_bootstraps(model, tokenizer):
         slow.append(math.exp(lost[drawn].sum() / tokens[drawn].sum()))
     expected = np.percentile(slow, [2.5, 97.5])
     assert found["perplexity_interval"] == pytest.approx(expected, rel=0.02)
+
+
+def test_further_chats_are_told_each_by_its_name(tiny_path, tmp_path, model, tokenizer):
+    rows = [
+        [
+            {"role": "user", "content": "Where does Anna live?"},
+            {"role": "assistant", "content": said},
+        ]
+        for said in ("in the town", "far away", "here", "there")
+    ]
+    lines = [json.dumps({"messages": row}) for row in rows]
+    (tmp_path / "long.jsonl").write_text("\n".join(lines))
+    (tmp_path / "last.jsonl").write_text(lines[3])
+    named = f"[{tmp_path}/long.jsonl, {tmp_path}/last.jsonl]"
+    keys = [f"model.name={tiny_path}", "ubmoe.max_rows=40", "ubmoe.held_out=2"]
+    config = load_config(
+        None, [*keys, "evaluation.generation=[]", f"evaluation.perplexity={named}"]
+    )
+    found = generation.language_model_scores(config)["further"]
+    chats = read_chats(f"{tmp_path}/long.jsonl", tokenizer, 512).chats
+    assert list(found) == ["long", "last"]
+    for name, own in (("long", chats[::2]), ("last", chats[3:])):  # evenly spaced: 0 and 2
+        expected = generation.perplexity(model, own)
+        assert found[name]["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-5)
+    twice = f"evaluation.perplexity=[{tmp_path}/long.jsonl, other/long.jsonl]"
+    with pytest.raises(UserError, match="evaluation.perplexity: two are called long"):
+        generation.language_model_scores(load_config(None, [*keys, twice]))
 
 
 def test_each_question_is_told_and_its_error_is_theirs(model, tokenizer):

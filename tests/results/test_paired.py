@@ -57,6 +57,22 @@ def test_what_all_texts_share_is_certain_however_far_apart_they_are():
     assert rows["ffn"]["by answer"].value == pytest.approx(math.exp(by_answer))
 
 
+def test_further_chats_have_a_column_of_their_own():
+    def told(name, train, losses):
+        every = measured(name, 0, train, shares(), [1.0, 2.0, 3.0, 4.0])
+        further = {"essays": {"answers": {"losses": losses, "tokens": [4, 6]}}}
+        every[f"{name}.evaluation.seed0"]["generation"]["further"] = further
+        return every
+
+    [row] = paired.changes(
+        MODEL, Records.of_names(told("c", [], [4.0, 6.0]) | told("a", ["ffn"], [8.0, 7.0])), SEEDS
+    ).values()
+    assert row["perplexity of essays"].value == pytest.approx(math.exp((4 + 1) / 10))
+    assert row["perplexity"].value == 1
+    [alone] = found(told("a", ["ffn"], [8.0, 7.0])).values()  # the base's are not told
+    assert alone["perplexity of essays"] is None
+
+
 def test_what_the_sink_moves_is_the_change_of_its_factor():
     """Of one row a text, so that DP-after is the product: (1 - first) x without."""
     first, without = np.array([20.0, 30.0, 10.0, 40.0]), np.array([50.0, 60.0, 55.0, 70.0])

@@ -244,6 +244,19 @@ def test_a_result_of_a_version_without_weights_runs_again_once(tmp_path, monkeyp
     assert step.state() == "there"
 
 
+def test_a_setting_that_an_older_version_lacked_counts_as_its_default(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "execute", finish)
+    keys = ["results.table=2", "results.seeds=[1]", "results.rows=[ffn]"]
+    plan.run(config(tmp_path, *keys))
+    [step] = study.steps(config(tmp_path, *keys))
+    record = json.loads(step.path.read_text())
+    del record["config"]["bi"]["stages"][0]["lm_weight"]  # as if it had been added since
+    step.path.write_text(json.dumps(record))
+    assert step.state() == "there"
+    [other] = study.steps(config(tmp_path, *keys, "bi.stages.0.lm_weight=1"))
+    assert other.state() == "other"
+
+
 def test_two_studies_in_one_folder_are_refused(tmp_path, monkeypatch):
     keys = ["results.table=2", "results.seeds=[1]", "results.rows=[base]"]
     given = config(tmp_path, *keys)

@@ -4,7 +4,7 @@ Nothing heavy is imported here, so that --help and every complaint about a key c
 loaded.
 """
 
-from ubmoe.config.effects import MADE, SCORED, deciding_weights, leaves, unlike
+from ubmoe.config.effects import MADE, SCORED, deciding_weights, default, leaves, unlike
 from ubmoe.config.errors import UserError, listed
 from ubmoe.config.help import help_text
 from ubmoe.config.reading import DEFAULT_CONFIG, dump_config, load_config, with_keys
@@ -70,6 +70,7 @@ __all__ = [
     "dump_config",
     "help_text",
     "keys",
+    "default",
     "leaves",
     "listed",
     "load_config",

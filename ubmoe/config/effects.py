@@ -75,10 +75,19 @@ def _leaves(value: Any, name: str) -> dict[str, str]:
     return {name: json.dumps(int(value) if whole else value)}
 
 
+def default(name: str) -> str | None:
+    """A key's, as `leaves` says it; None where it has none."""
+    field = FIELDS.get(numbered(name))  # none: of a part of a value
+    if field is None or field.is_required():
+        return None
+    return _leaves(field.get_default(call_default_factory=True), name).get(name)
+
+
 def unlike(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """The dotted keys in which two dumped configurations, or marks of runs, differ."""
     old, new = leaves(before, before), leaves(now, now)
     return sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
 
 
-WITHOUT_EFFECT = {name for name, field in keys() if affects(field) == "nothing"}
+FIELDS = dict(keys())
+WITHOUT_EFFECT = {name for name, field in FIELDS.items() if affects(field) == "nothing"}

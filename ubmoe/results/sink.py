@@ -143,7 +143,7 @@ def _by_length(
     errors = [mean(_at(each["stderr"], path) or 0 for each in several) for several in buckets]
     axes.errorbar(range(len(buckets)), heights, errors, marker=".", elinewidth=0.6, lw=1.3, **style)
     ticks = ["{}-{}".format(*several[0]["range"]) for several in buckets]
-    axes.set_xticks(range(len(ticks)), ticks)
+    axes.set_xticks(range(len(ticks)), ticks, fontsize=8)
 
 
 def _at(row: dict[str, Any], path: tuple[str, ...]) -> Any:

@@ -21,6 +21,7 @@ from ubmoe.config import (
     ResultsSection,
     RowSection,
     UserError,
+    default,
     dump_config,
     leaves,
     load_config,
@@ -131,8 +132,7 @@ class Step:
     def _has_the_same_settings(self, kept: dict[str, Any]) -> bool:
         """Keys that an older version did not have count as their defaults."""
         before, now = (self._keys(each) for each in (kept["config"], self.config.model_dump()))
-        defaults = self._keys(Config().model_dump())
-        return before | {name: defaults.get(name) for name in now.keys() - before.keys()} == now
+        return before | {name: default(name) for name in now.keys() - before.keys()} == now
 
     def _has_read_the_same(self, kept: dict[str, Any]) -> bool:
         """Whether the digests of data and model are those of what the keys name now."""
