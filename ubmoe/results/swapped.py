@@ -89,7 +89,7 @@ def figure(model: str, rows: dict[str, Swapped]) -> Figure:
                 style = {"marker": "o", "ls": "", "ms": 4, "color": SWAPPED[word][1]}
                 points.plot(own.after, sign * own.changes(word), **style)
             ranks = " and ".join(f"{own.with_after(word):.2f}" for word in SIGNS)
-            points.set_title(f"cost, and saving: rank correlation {ranks}", fontsize=9)
+            points.set_title(f"cost, saving: rank {ranks}", fontsize=9)
         for line in (points.axhline, points.axvline):
             line(0, color="grey", lw=0.6)
     bars.set_xlabel("layer that is swapped")
