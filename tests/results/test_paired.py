@@ -69,6 +69,11 @@ def test_further_chats_have_a_column_of_their_own():
     ).values()
     assert row["perplexity of essays"].value == pytest.approx(math.exp((4 + 1) / 10))
     assert row["perplexity"].value == 1
+    both = told("c", [], [4.0, 6.0]) | told("a", ["ffn"], [8.0, 7.0])
+    both |= measured("b", 1, ["ffn"], shares(), [1.0, 2.0, 3.0, 9.0])  # a seed that does not tell
+    [row] = paired.changes(MODEL, Records.of_names(both), SEEDS).values()
+    assert row["perplexity of essays"].value == pytest.approx(math.exp((4 + 1) / 10))
+    assert row["perplexity"].value == pytest.approx(math.exp(2.5 / 10))
     [alone] = found(told("a", ["ffn"], [8.0, 7.0])).values()  # the base's are not told
     assert alone["perplexity of essays"] is None
 

@@ -177,18 +177,21 @@ def _changed(own: Sequence[Entry], theirs: Sequence[Entry]) -> dict[str, Differe
     mine, other = (_told(each, "evaluation") for each in (own, theirs))
     cells["perplexity"] = _perplexities(mine, other)
     cells["by answer"] = _perplexities(mine, other, by_answer=True)
-    for name in _further(own):
-        mine, other = (_told(each, "evaluation", name) for each in (own, theirs))
+    for name in sorted({name for each in own for name in _further(each)}):
+        telling = ([each for each in some if name in _further(each)] for some in (own, theirs))
+        mine, other = (_told(each, "evaluation", name) for each in telling)
         cells[f"{FURTHER}{name}"] = _perplexities(mine, other)
     return cells
 
 
-FURTHER = "perplexity of "  # and the name of one of evaluation.perplexity
+FURTHER = (
+    "perplexity of "  # and the name of one of evaluation.perplexity; of the seeds that tell it
+)
 
 
-def _further(entries: Sequence[Entry]) -> list[str]:
-    told = [each for entry in entries for each in entry.beside if each.kind == "evaluation"]
-    return sorted({name for each in told for name in _section(each).get("further", {})})
+def _further(entry: Entry) -> dict[str, Any]:
+    evaluated = [each for each in entry.beside if each.kind == "evaluation"]
+    return _section(evaluated[0]).get("further", {}) if evaluated else {}
 
 
 # What a record tells of each text, and the data set that they are of.
