@@ -307,7 +307,7 @@ def test_the_tables_of_the_pages_are_not_stale(page):
     assert renewed(text, read_records(config), SEEDS, read_benchmarks(config)) == text
 
 
-WAITING = {"questions"}  # for records
+WAITING = {"questions"}  # for records of the study, which has begun
 
 
 def test_the_pages_hold_a_table_of_every_kind():

@@ -88,9 +88,9 @@ def _tuned(entry: Entry, base: Entry, common: Sequence[str], before: float | Non
 
 def _nats(entry: Entry) -> float | None:
     """A token, the mean over answers, of which each counts once; None of an older record."""
-    [evaluated] = [each for each in entry.beside if each.kind == "evaluation"]
-    answers = evaluated.data["generation"].get("answers")
-    if answers is None:
+    evaluated = entry.measured("evaluation")
+    answers = evaluated and evaluated.data["generation"].get("answers")
+    if not answers:
         return None
     return float(np.mean(np.divide(answers["losses"], answers["tokens"])))
 

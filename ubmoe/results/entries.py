@@ -57,12 +57,15 @@ class Entry:
     @property
     def chats(self) -> tuple[Any, ...]:
         """Those that its perplexity is of, as far as its record says."""
-        for each in self.beside:
-            if each.kind == "evaluation":
-                asked = each.config.get("ubmoe", {})
-                digest = each.data.get("inputs", {}).get("ubmoe.dataset")
-                return (digest, *(asked.get(name) for name in CHATS))
-        return ()
+        if (evaluated := self.measured("evaluation")) is None:
+            return ()
+        asked = evaluated.config.get("ubmoe", {})
+        digest = evaluated.data.get("inputs", {}).get("ubmoe.dataset")
+        return (digest, *(asked.get(name) for name in CHATS))
+
+    def measured(self, kind: str) -> Record | None:
+        """The further record of this kind."""
+        return next((each for each in self.beside if each.kind == kind), None)
 
     @property
     def tasks(self) -> frozenset[str]:

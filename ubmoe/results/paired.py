@@ -190,8 +190,8 @@ FURTHER = (
 
 
 def _further(entry: Entry) -> dict[str, Any]:
-    evaluated = [each for each in entry.beside if each.kind == "evaluation"]
-    return _section(evaluated[0]).get("further", {}) if evaluated else {}
+    evaluated = entry.measured("evaluation")
+    return {} if evaluated is None else _section(evaluated).get("further", {})
 
 
 # What a record tells of each text, and the data set that they are of.

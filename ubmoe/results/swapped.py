@@ -66,14 +66,12 @@ def swapped(model: str, records: Records, seeds: Sequence[int]) -> dict[str, Swa
 def _risen(entry: Entry, base: Entry | None) -> np.ndarray | None:
     """By layer, what tuning adds to DP-after."""
     mine, theirs = (_with_sink(each) for each in (entry, base))
-    moved = layers({"base": theirs, "own": mine}) if mine and theirs else {}
+    moved = layers({"base": [theirs], "own": [mine]}) if mine and theirs else {}
     return moved["own"].after if moved else None
 
 
-def _with_sink(entry: Entry | None) -> list[Record]:
-    if entry is None or "first" not in entry.cells:
-        return []
-    return [each for each in entry.beside if each.kind == "dependence"]
+def _with_sink(entry: Entry | None) -> Record | None:
+    return entry.measured("dependence") if entry and "first" in entry.cells else None
 
 
 @styled
