@@ -19,8 +19,8 @@ from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.common import medians, qwen_layers, write
 from ubmoe.bitune import model as prefill
-from ubmoe.bitune.examples import Example, batch
 from ubmoe.config import BituneSection
+from ubmoe.data.prompts import Example, batch
 from ubmoe.training.losses import mean_loss
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -30,9 +30,9 @@ from benchmarks.contrastive import SEED, batches
 from benchmarks.contrastive import build as encoder
 from benchmarks.probing import sentences
 from ubmoe.bitune import model as prefill
-from ubmoe.bitune.examples import batch
 from ubmoe.config import BituneSection
 from ubmoe.data.chats import Chat, collate
+from ubmoe.data.prompts import batch
 from ubmoe.dependence import recorder
 from ubmoe.encoder.contrastive_loss import ContrastiveLoss
 from ubmoe.files import write_json

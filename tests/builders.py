@@ -32,9 +32,9 @@ from transformers import (
 
 from ubmoe import cli
 from ubmoe.bitune import model as prefill
-from ubmoe.bitune.examples import Example
 from ubmoe.bitune.model import attach
 from ubmoe.config import BituneSection, ModelSection
+from ubmoe.data.prompts import Example
 from ubmoe.models.streams import of_model
 from ubmoe.moe import joining
 from ubmoe.moe.routers import router_weights

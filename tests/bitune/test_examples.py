@@ -5,10 +5,11 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
-from ubmoe.bitune.examples import Example, batch, read_examples
+from ubmoe.bitune.examples import read_examples
 from ubmoe.config import QUESTION, UserError
 from ubmoe.data.chats import read_chats
 from ubmoe.data.padding import IGNORE_INDEX
+from ubmoe.data.prompts import Example, batch
 
 TALK = [
     {"role": "user", "content": "Where does Anna live?"},

@@ -8,11 +8,10 @@ from builders import random_model, tuned
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer
 
-from ubmoe.bitune.examples import Example
 from ubmoe.bitune.likelihoods import Likelihoods
 from ubmoe.bitune.model import attach
-from ubmoe.bitune.training import batch
 from ubmoe.config import BituneSection
+from ubmoe.data.prompts import Example, batch
 from ubmoe.tiny import tasks as tiny_tasks
 
 

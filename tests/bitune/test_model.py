@@ -14,9 +14,9 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from ubmoe.bitune import model as prefill
 from ubmoe.bitune import saving
-from ubmoe.bitune.examples import Example, batch
 from ubmoe.bitune.model import BIDIRECTIONAL, CAUSAL, VARIANTS, attach, mix
 from ubmoe.config import BituneSection, UserError
+from ubmoe.data.prompts import Example, batch
 from ubmoe.training.losses import mean_loss
 
 STEP = 1e-3  # of the finite differences

@@ -8,9 +8,10 @@ from builders import EXAMPLES, KilledError, random_model, tuned
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ubmoe.bitune import training as instruct
-from ubmoe.bitune.examples import Example, read_examples
+from ubmoe.bitune.examples import read_examples
 from ubmoe.bitune.model import attach
 from ubmoe.config import BituneSection, UserError, load_config
+from ubmoe.data.prompts import Example
 from ubmoe.training.checkpoints import Work
 
 

@@ -5,11 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 from builders import marked, random_model, tuned
+from lm_eval.models.huggingface import HFLM
 
-from ubmoe.bitune.examples import Example
 from ubmoe.bitune.likelihoods import Likelihoods
 from ubmoe.config import UserError
 from ubmoe.data import tokens
+from ubmoe.data.prompts import Example
 from ubmoe.evaluate.generation import said_once
 from ubmoe.evaluate.harness import Asked
 
@@ -26,6 +27,43 @@ def instances(*pairs):
 def asked(last=(), **keys):
     model = random_model("llama", vocab_size=len(marked()), **keys)
     return Asked(pretrained=model, tokenizer=marked(last=last), batch_size=2)
+
+
+QUESTIONS = [
+    (context, answer)
+    for context in ("a b? a", "gab a b c d? cab", "a", "")
+    for answer in (" cab", " bad a gab", " d")
+]
+
+
+@pytest.mark.parametrize("size", [1, 5, 64])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2"])  # gemma2: layers of two masks
+@pytest.mark.parametrize("most", [64, 12])  # tokens of the context: 12 cuts prompts
+def test_answers_score_as_the_library_reads_them_one_by_one(kind, size, most):
+    keys = {"vocab_size": len(marked()), "max_position_embeddings": most}
+    model = random_model(kind, **keys)
+    requests = instances(*QUESTIONS, ("a b c d " * 4, " bad"))
+    expected, found = (
+        lm(pretrained=model, tokenizer=marked(), batch_size=size).loglikelihood(
+            requests, disable_tqdm=True
+        )
+        for lm in (HFLM, Asked)
+    )
+    for (own, greedy), (score, said) in zip(found, expected, strict=True):
+        assert own == pytest.approx(score, abs=1e-4) and greedy == said
+
+
+def test_a_prompt_is_read_once_for_all_its_answers():
+    lm, read = asked(), []
+    lm.model.get_input_embeddings().register_forward_pre_hook(
+        lambda module, given: read.append(given[0].numel())
+    )
+    lm.batch_size_per_gpu = len(QUESTIONS)
+    [context] = [lm.tok_encode("gab a b c d? cab")]
+    answers = [lm.tok_encode(answer) for answer in ("cab", "bad", "gab")]
+    assert len({len(answer) for answer in answers}) == 1
+    lm._loglikelihood_tokens([(None, context, answer) for answer in answers], disable_tqdm=True)
+    assert read == [len(context) - 1, 3 * (1 + len(answers[0]))]
 
 
 def test_a_tokenizer_that_ends_texts_scores_and_generates_as_if_it_did_not():

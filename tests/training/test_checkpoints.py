@@ -6,10 +6,10 @@ from builders import join, pair, random_model
 from transformers import AutoTokenizer
 
 from ubmoe.bitune import training as instruct
-from ubmoe.bitune.examples import Example
 from ubmoe.bitune.model import attach
 from ubmoe.config import BiSection, BituneSection, MoeSection, StageSection
 from ubmoe.data.chats import Chat
+from ubmoe.data.prompts import Example
 from ubmoe.encoder import contrastive, mntp
 from ubmoe.encoder.sentence_encoder import as_encoder
 from ubmoe.moe import router_training

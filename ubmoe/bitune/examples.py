@@ -4,27 +4,15 @@ import sys
 from dataclasses import dataclass
 from itertools import groupby
 
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ubmoe.config import UserError
 from ubmoe.data.bad_rows import RowError, usable
 from ubmoe.data.chats import Chat, read_chats, turns
 from ubmoe.data.messages import calls
-from ubmoe.data.padding import IGNORE_INDEX, padded
+from ubmoe.data.prompts import Example
 from ubmoe.data.rows import Text, left, read_texts
 from ubmoe.data.tokens import check_ids, split_ids
-
-
-@dataclass(frozen=True)
-class Example:
-    """A prompt of P >= 1 tokens and its answer, end token included."""
-
-    prompt: list[int]
-    answer: list[int]
-
-    def __len__(self) -> int:
-        return len(self.prompt) + len(self.answer)
 
 
 @dataclass(frozen=True)
@@ -103,19 +91,3 @@ def _templated(text: Text, tokenizer: PreTrainedTokenizerBase, template: str) ->
         found.append(Example(ids, [*answer, tokenizer.eos_token_id]))
         before, asked = f"{prompt} {content}\n\n", ""
     return found
-
-
-def batch(examples: list[Example]) -> dict[str, Tensor]:
-    """The inputs of `prefill.Bitune`: prompts without their last tokens, padded left; then these
-    and the answers, padded right, with the answers' tokens as labels.
-    """
-    prompts = [each.prompt[:-1] for each in examples]
-    answers = [[each.prompt[-1], *each.answer] for each in examples]
-    labels = [[IGNORE_INDEX, *each.answer] for each in examples]
-    return {
-        "prompt_ids": padded(prompts, left=True),
-        "prompt_mask": padded([[1] * len(row) for row in prompts], left=True),
-        "answer_ids": padded(answers),
-        "answer_mask": padded([[1] * len(row) for row in answers]),
-        "labels": padded(labels, IGNORE_INDEX),
-    }

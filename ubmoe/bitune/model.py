@@ -28,6 +28,7 @@ from transformers import Cache, PreTrainedModel, set_seed
 
 from ubmoe.bidirectional import attending, prove_attention, set_layers
 from ubmoe.config import BituneSection, UserError
+from ubmoe.data.prompts import answer_inputs, prompt_inputs
 from ubmoe.training.losses import predictions
 
 CAUSAL, BIDIRECTIONAL = "causal", "bidirectional"  # the adapters' names
@@ -122,9 +123,7 @@ class Bitune(nn.Module):
             owner = self.reader
         decoder = _without_wrapper(owner)
         with _active(owner, kind), attending(decoder, attention == "bidirectional"):
-            output = decoder.base_model(
-                input_ids=ids, attention_mask=seen, position_ids=_positions(mask), use_cache=True
-            )
+            output = decoder.base_model(**prompt_inputs(ids, mask) | {"attention_mask": seen})
         return output.past_key_values
 
     def _mixed(self, first: Any, second: Any) -> Any:
@@ -150,21 +149,9 @@ class Bitune(nn.Module):
         prompt token first; labels (B, A).
         """
         cache = self.prefill(prompt_ids, prompt_mask)
-        inputs = self.answer_inputs(cache, prompt_mask, answer_ids, answer_mask)
+        inputs = answer_inputs(cache, prompt_mask, answer_ids, answer_mask)
         with self.answering() as decoder:
             return predictions(decoder, decoder.get_output_embeddings(), inputs, labels)
-
-    def answer_inputs(
-        self, cache: Cache | None, prompt_mask: Tensor, answer_ids: Tensor, answer_mask: Tensor
-    ) -> dict[str, Any]:
-        """What the decoder is called with for answers over the prompts' cache."""
-        mask = torch.cat((prompt_mask, answer_mask), 1)
-        return {
-            "input_ids": answer_ids,
-            "attention_mask": mask,
-            "position_ids": _positions(mask)[:, -answer_ids.shape[1] :],
-            "past_key_values": cache,
-        }
 
     @contextmanager
     def answering(self) -> Iterator[Any]:
@@ -222,11 +209,6 @@ def mix(causal: Tensor, other: Tensor, alpha: Tensor) -> Tensor:
     kind = torch.promote_types(causal.dtype, torch.float32)
     share = alpha.to(kind)
     return ((1 - share) * causal.to(kind) + share * other.to(kind)).to(causal.dtype)
-
-
-def _positions(mask: Tensor) -> Tensor:
-    """Of the real tokens, counted from 0 whatever the padding."""
-    return (mask.cumsum(1) - 1).clamp_min(0)
 
 
 def _anticausal(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from ubmoe.bitune.examples import Example, batch
 from ubmoe.bitune.model import Bitune
 from ubmoe.config import BituneSection
 from ubmoe.data.padding import batches_by_length
+from ubmoe.data.prompts import Example, batch
 from ubmoe.evaluate.generation import told
 from ubmoe.models.digests import digest_of_frozen, digest_of_rows, mark_of
 from ubmoe.models.precision import Setting, autocast

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from ubmoe.bitune.examples import Example, read_examples
+from ubmoe.bitune.examples import read_examples
 from ubmoe.bitune.model import VARIANTS
 from ubmoe.config import BituneSection, Config, StageSection, TrainingSection, UserError, with_keys
 from ubmoe.data.bad_rows import dropping
 from ubmoe.data.chats import read_chats
+from ubmoe.data.prompts import Example
 from ubmoe.data.rows import held_out, read_texts
 from ubmoe.data.tokens import sentences_of
 from ubmoe.dependence.texts import tokenize

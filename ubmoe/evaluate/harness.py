@@ -1,23 +1,31 @@
-"""A causal language model for lm-eval, which counts what it cuts, and reads no text as ended."""
+"""A causal language model for lm-eval: a prompt is read once for all its answers.
+
+It counts what it cuts, and reads no text as ended.
+"""
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+from tqdm import tqdm
 
 from ubmoe.config import UserError
-from ubmoe.data.padding import padded
+from ubmoe.data.padding import IGNORE_INDEX, padded
+from ubmoe.data.prompts import Example, answer_inputs, batch, prompt_inputs
 from ubmoe.data.tokens import check_ids, own_ends
 
 Request = tuple[Any, list[int], list[int]]  # (texts, context's tokens, continuation's tokens)
 
 
 class Asked(HFLM):
-    """lm-eval's own model, with three things seen to.
+    """lm-eval's own model, with four things seen to.
 
-    A tokenizer's last tokens are left off what goes on (lm-eval would put answers after an end
+    A question with several answers is read once, where lm-eval reads it with each of them. A
+    tokenizer's last tokens are left off what goes on (lm-eval would put answers after an end
     token). Prompts that are longer than the context, of which it cuts the beginning, are counted in
     `truncated`, by task. A token that the model lacks is said: UserError.
     """
@@ -54,9 +62,65 @@ class Asked(HFLM):
         finally:
             self.instances = ()
 
-    def _loglikelihood_tokens(self, requests: list[Request], *rest: Any, **keys: Any) -> Any:
+    def _loglikelihood_tokens(
+        self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
         self.look(requests)
-        return super()._loglikelihood_tokens(requests, *rest, **keys)
+        examples = [self._example(context, answer) for _, context, answer in requests]
+        # equal prompts side by side, the longest first
+        order = sorted(
+            range(len(examples)),
+            key=lambda each: (-len(examples[each].prompt), examples[each].prompt),
+        )
+        found: list[tuple[float, bool]] = [(0.0, False)] * len(examples)
+        size = override_bs or int(self.batch_size)
+        with tqdm(total=len(order), desc="likelihoods", disable=disable_tqdm or None) as bar:
+            for start in range(0, len(order), size):
+                chosen = order[start : start + size]
+                scores = self._scores([examples[each] for each in chosen])
+                for place, score in zip(chosen, scores, strict=True):
+                    found[place] = score
+                bar.update(len(chosen))
+        return found
+
+    def _example(self, context: list[int], answer: list[int]) -> Example:
+        room = self.max_length + 1 - len(answer)
+        return Example(context[-max(1, room) :], answer)
+
+    @torch.no_grad()
+    def _scores(self, examples: list[Example]) -> list[tuple[float, bool]]:
+        """(log-likelihood of the answer, whether it is what greedy decoding would say)."""
+        rows = {tuple(each.prompt): each for each in examples}  # a prompt once
+        place = {prompt: number for number, prompt in enumerate(rows)}
+        index = torch.tensor([place[tuple(each.prompt)] for each in examples], device=self.device)
+        once = self._on_device(batch(list(rows.values())))
+        inputs = self._on_device(batch(examples))
+        cache = self.prefill(once["prompt_ids"], once["prompt_mask"])
+        if cache is not None:
+            cache.batch_select_indices(index)
+        given = answer_inputs(
+            cache, inputs["prompt_mask"], inputs["answer_ids"], inputs["answer_mask"]
+        )
+        with self.answering() as decoder:
+            logs = decoder(**given).logits[:, :-1].float().log_softmax(-1)
+        labels = inputs["labels"][:, 1:]
+        real = labels != IGNORE_INDEX
+        scores = logs.gather(-1, labels.clamp_min(0)[..., None])[..., 0] * real
+        greedy = ((logs.argmax(-1) == labels) | ~real).all(1)
+        return list(zip(scores.sum(1).tolist(), greedy.tolist(), strict=True))
+
+    def prefill(self, ids: Tensor, mask: Tensor) -> Any:
+        """(B, P) prompts without their last tokens, padded left -> their cache; None for P = 0."""
+        if not ids.shape[1]:
+            return None
+        return self.model.base_model(**prompt_inputs(ids, mask)).past_key_values
+
+    def answering(self) -> AbstractContextManager[Any]:
+        """The model that reads the answers over the cache."""
+        return nullcontext(self.model)
+
+    def _on_device(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value.to(self.device) for name, value in inputs.items()}
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
         for each in requests:
