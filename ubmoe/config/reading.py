@@ -1,6 +1,8 @@
 """A YAML file and `key=value` overrides, read into one strict, frozen configuration."""
 
+from copy import deepcopy
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +68,7 @@ def dump_config(config: Config) -> str:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+        tree = deepcopy(_parsed(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}); expected a YAML file such as "
@@ -89,6 +91,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         name: {} if value is None and name in sections else value
         for name, value in (tree or {}).items()
     }
+
+
+@cache  # a study reads one file for each of its runs
+def _parsed(text: str) -> Any:
+    return yaml.load(text, Loader=_StrictLoader)
 
 
 def _override(tree: dict[str, Any], text: str) -> str | None:
@@ -121,10 +128,11 @@ def _override(tree: dict[str, Any], text: str) -> str | None:
     return None
 
 
-def _names() -> set[str]:
+@cache
+def _names() -> frozenset[str]:
     """Every dotted name: of sections, of keys, and of the keys of a list's items."""
     names = [dotted.split(".") for dotted, _ in keys()]
-    return {".".join(parts[:end]) for parts in names for end in range(1, len(parts) + 1)}
+    return frozenset(".".join(parts[:end]) for parts in names for end in range(1, len(parts) + 1))
 
 
 def _slot(node: Any, part: str) -> str | int | None:
