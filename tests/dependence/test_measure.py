@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from builders import ROOT, random_model
+from builders import ROOT, random_model, run
 from transformers import AutoTokenizer
 
 from ubmoe.config import DependenceSection, UserError
@@ -279,16 +279,18 @@ def test_sums_of_another_run_are_not_taken_up(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(tiny_path, tmp_path):
     common = ["dependence.max_texts=24", "dependence.batch_tokens=600", "model.device=cpu"]
-    script = str(ROOT / "calculate_dp.py")
+    script = ROOT / "calculate_dp.py"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    launch += [str(script), *common, f"output_dir={tmp_path}/2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    code, _, errors = run(*common, f"output_dir={tmp_path}/1", script=script.name)
+    assert code == 0, errors
     sections = []
     for processes in (1, 2):
-        output = tmp_path / str(processes)
-        launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-        launch += ["--standalone", script, *common, f"output_dir={output}"]
-        done = subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        section = json.loads((output / "dependence.json").read_text())["dependence"]
+        path = tmp_path / str(processes) / "dependence.json"
+        section = json.loads(path.read_text())["dependence"]
         assert section.pop("seconds") > 0
         sections.append(section)
     one, two = (json.dumps(section, sort_keys=True) for section in sections)

@@ -135,21 +135,24 @@ def gone_on(tiny_path, folder):
     return found
 
 
-def main(tiny_path, folder, what):
+def main(tiny_path, folder):
     best_device("cpu" if torch.accelerator.is_available() else None)  # as the scripts begin
     folder, state = Path(folder), PartialState()
-    found = {"cases": every_case, "gone on": gone_on}[what](tiny_path, folder)
+    found = every_case(tiny_path, folder), gone_on(tiny_path, folder)
     if state.is_main_process:
         torch.save(found, folder / "found.pt")
     state.destroy_process_group()
 
 
-def of_two_processes(what, tiny_path, folder):
+@pytest.fixture(scope="module")
+def of_two_processes(tiny_path, tmp_path_factory):
+    """What `every_case` and `gone_on` have found."""
+    folder = tmp_path_factory.mktemp("two")
     pairs(folder / "pairs.csv")
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
     done = subprocess.run(
-        [*launch, __file__, str(tiny_path), str(folder), what],
+        [*launch, __file__, str(tiny_path), str(folder)],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -173,12 +176,15 @@ def assert_same(found, expected, **tolerance):
 
 
 @pytest.mark.slow
-def test_two_processes_in_parts_end_as_one_with_the_whole_batch(tiny_path, tmp_path):
+def test_two_processes_in_parts_end_as_one_with_the_whole_batch(
+    tiny_path, tmp_path, of_two_processes
+):
     """Each sees half of every batch, against the negatives of both, and holds half of what trains.
 
     In bfloat16 sums are rounded elsewhere: there it is compared with two whole processes.
     """
-    found = of_two_processes("cases", tiny_path, tmp_path)
+    found, _ = of_two_processes
+    pairs(tmp_path / "pairs.csv")
     for case in CASES:
         expected = trained(case, tiny_path, tmp_path / f"{case}, one", "fsdp2", BATCH)
         assert found[case][2] == expected[2] / 2
@@ -188,8 +194,8 @@ def test_two_processes_in_parts_end_as_one_with_the_whole_batch(tiny_path, tmp_p
 
 
 @pytest.mark.slow
-def test_a_killed_run_in_parts_goes_on_in_parts_or_whole(tiny_path, tmp_path):
-    found = of_two_processes("gone on", tiny_path, tmp_path)
+def test_a_killed_run_in_parts_goes_on_in_parts_or_whole(of_two_processes):
+    _, found = of_two_processes
     assert found["ddp"][2] == 2 * found["fsdp2"][2]
     for case in ("fsdp2", "ddp", "fsdp2, again", "ddp, again"):
         assert_same(found[case], found[""], rtol=1e-5, atol=1e-6)
