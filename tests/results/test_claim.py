@@ -63,6 +63,35 @@ def test_seeds_are_one_point_at_their_mean_however_their_rows_are_called():
     assert correlation.value == pytest.approx(-0.5)
 
 
+def test_over_seeds_a_common_slope_within_rows_is_what_correlates():
+    """Against the regression with a mean for each row, whose slope explains this much."""
+    rng = np.random.default_rng(3)
+    rows = [str(row) for row in (0, 0, 0, 1, 1, 2, 2, 2, 2, 3)]
+    moved, lost = rng.normal(size=(2, len(rows)))
+    lost += 0.8 * moved + 5 * np.array(list(map(int, rows)))  # rows far apart
+    found = [
+        claim.Tuned(row, "f", own, {"DP-after": after})
+        for row, own, after in zip(rows, lost, moved, strict=True)
+    ]
+    own_means = np.array([[row == each for each in "0123"] for row in rows], float)
+    both = np.column_stack([moved, own_means])
+    left = [
+        lost - design @ np.linalg.lstsq(design, lost, rcond=None)[0] for design in (own_means, both)
+    ]
+    slope = np.linalg.lstsq(both, lost, rcond=None)[0][0]
+    explained = 1 - (left[1] @ left[1]) / (left[0] @ left[0])
+    correlation = claim.over_seeds(found)
+    assert correlation.value == pytest.approx(np.sign(slope) * math.sqrt(explained))
+    assert correlation.rows == 9  # the last row has one seed
+    half = 1.959964 / math.sqrt(9 - 3 - 1 - 1)
+    z = math.atanh(correlation.value)
+    assert correlation.interval == pytest.approx((math.tanh(z - half), math.tanh(z + half)))
+    assert claim.over_seeds(found[:4]) is None  # three seeds of one row: one degree of freedom
+    assert claim.over_seeds([]) is None
+    line = [claim.Tuned("a", "f", 2.0 * n, {"DP-after": float(n)}) for n in range(4)]
+    assert str(claim.over_seeds(line)) == "1.00 (1.00 to 1.00), n = 4"
+
+
 def test_perplexity_of_other_chats_is_not_compared():
     records = study(ROWS)
     for number in (0, 1, 2):

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any, cast
 
 import numpy as np
@@ -97,9 +98,9 @@ def _nats(entry: Entry) -> float | None:
 
 @dataclass(frozen=True)
 class Correlation:
-    """Spearman's rank correlation of a cause and `lost`, and its 95 % interval.
+    """Of a cause and lost generation, with its 95 % interval; rows: how many points it is of.
 
-    The interval is None where there are too few rows.
+    The interval is None where they are too few.
     """
 
     value: float
@@ -114,7 +115,7 @@ class Correlation:
 def correlation(
     found: Sequence[Tuned], cause: str = "DP-after", by_answer: bool = False
 ) -> Correlation:
-    """Of a cause and lost generation; seeds of one row are one point, their mean."""
+    """Spearman's, over rows; seeds of one row are one point, their mean."""
     rows: dict[str, list[tuple[float, Any]]] = {}
     for each in found:
         lost = each.by_answer if by_answer else each.lost
@@ -127,6 +128,29 @@ def correlation(
         return Correlation(value, None, len(rows))
     low, high = interval(correlations(moved, lost))
     return Correlation(value, (low, high), len(rows))
+
+
+def over_seeds(found: Sequence[Tuned], cause: str = "DP-after") -> Correlation | None:
+    """Of what the seeds of a row differ in, all rows as one: their own means are taken off first.
+
+    Pearson's, with n - rows - 1 degrees of freedom, and Fisher's interval: the repeated-measures
+    correlation of Bakdash and Marusich (2017), of the common slope within rows. None where they
+    leave less than two.
+    """
+    rows: dict[str, list[tuple[float, float]]] = {}
+    for each in found:
+        rows.setdefault(each.settings, []).append((each.causes[cause], each.lost))
+    several = [np.array(own) for own in rows.values() if len(own) > 1]
+    runs = sum(map(len, several))
+    freedom = runs - len(several) - 1
+    if freedom < 2:
+        return None
+    moved, lost = np.concatenate([own - own.mean(0) for own in several]).T
+    value = float(np.corrcoef(moved, lost)[0, 1])
+    half = NormalDist().inv_cdf(0.975) / math.sqrt(freedom - 1)
+    with np.errstate(divide="ignore"):  # of 1 exactly
+        low, high = np.tanh(np.arctanh(value) + [-half, half]).tolist()
+    return Correlation(value, (low, high), runs)
 
 
 @styled

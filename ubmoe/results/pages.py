@@ -244,7 +244,7 @@ def _equal_block(name: str, records: Records, seeds: Sequence[int]) -> str:
 
 
 def _claim_block(name: str, records: Records, seeds: Sequence[int]) -> str:
-    """Rank correlations of lost generation, over all rows and over those of one mask."""
+    """Correlations of lost generation, over all rows, over those of one mask, and over seeds."""
     from ubmoe.results import claim  # imports matplotlib, which other blocks do not
 
     def cell(own: list[claim.Tuned], cause: str, by_answer: bool = False) -> str:
@@ -259,9 +259,10 @@ def _claim_block(name: str, records: Records, seeds: Sequence[int]) -> str:
         told = [each for each in known if each.by_answer is not None]
         masks = [[each for each in known if each.is_control is causal] for causal in (False, True)]
         cells = [*(cell(own, cause) for own in (known, *masks)), cell(told, cause, by_answer=True)]
+        cells.append(str(claim.over_seeds(known, cause) or ""))
         body += [[label, *cells]] if known else []
     header = ["lost generation goes along with", "all rows", "tuned both ways", "tuned causally"]
-    header.append("all rows, each answer once")
+    header += ["all rows, each answer once", "over the seeds of a row, all rows as one"]
     return _noted([header, *body], [])
 
 
