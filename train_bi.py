@@ -30,7 +30,7 @@ def main(config: Config) -> Path:
         from ubmoe.encoder.stages import read_data, train_stages
         from ubmoe.evaluate.sts import sts_scores, sts_tasks
         from ubmoe.models.loading import load_model, load_tokenizer, within_context
-        from ubmoe.report import figures
+        from ubmoe.report import figures, tables
 
         config = within_context(config, "bi")
         tokenizer = load_tokenizer(config.model)
@@ -49,6 +49,10 @@ def main(config: Config) -> Path:
                 encoder, tasks, config.evaluation.batch_size, config.evaluation.bf16
             )
             run.section = scores | {"stages": reports}
+            if tables.has_collapsed({"sts": run.section}):
+                run.log(
+                    "collapsed: all texts are alike to this encoder; try bi.stages.N.warmup_steps"
+                )
             run.figures = figures.training(reports)
     return run.path
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from builders import MODEL, SEEDS, dependence, encoder, scores
 
-from ubmoe.results import paired
+from ubmoe.results import claim, paired, tradeoff
 from ubmoe.results.entries import SINK
 from ubmoe.results.records import Records
 
@@ -149,6 +149,25 @@ def causal(records, sts):
             record["config"]["bi"]["attention"] = "causal"
             record["sts"] |= {"tasks": dict.fromkeys(record["sts"]["tasks"], sts)}
     return records
+
+
+def test_a_run_that_has_collapsed_is_a_row_apart_and_held_against_the_base_alone():
+    def tuned(name, seed, closer, attention="bidirectional"):
+        every = measured(name, seed, ["ffn"], shares(2.0), [2.0, 3.0, 4.0, 5.0])
+        sts = every[f"{name}.sts.seed{seed}"]
+        sts["config"]["bi"]["attention"] = attention
+        cosines = {"positive_cosine": 0.9 + closer, "negative_cosine": 0.9}
+        sts["sts"]["stages"] = [{"log": [{"loss": 1.0, **cosines}, {"train_runtime": 9.0}]}]
+        return every
+
+    every = BASE | tuned("a", 0, 0.1) | tuned("b", 1, 0.001) | tuned("d", 1, 0.1, "causal")
+    records = Records.of_names(every)
+    rows = paired.changes(MODEL, records, SEEDS)
+    assert list(rows) == ["ffn", "ffn, collapsed", "ffn causal"]
+    assert paired.twins(MODEL, records, SEEDS) == {}  # its own seed has none
+    assert {each.row for each in paired.matches(MODEL, records, SEEDS)} == {"ffn", "ffn causal"}
+    assert {each.row for each in claim.tuned(MODEL, records, SEEDS)} == {"ffn", "ffn causal"}
+    assert set(tradeoff.points(MODEL, records, SEEDS)) == {"base", "ffn", "ffn causal"}
 
 
 def test_a_row_is_held_against_the_least_loss_that_embeds_as_well():

@@ -58,7 +58,8 @@ def tuned(model: str, records: Records, seeds: Sequence[int]) -> list[Tuned]:
     base = next((each for each in known if each.row == "base"), None)
     if base is None:
         return []
-    own = [each for each in known if not each.is_base and each.chats == base.chats]
+    usable = [each for each in known if not (each.is_base or each.has_collapsed)]
+    own = [each for each in usable if each.chats == base.chats]
     common = common_tasks(own)
     untrained = [each for each in every if each.is_base and each.tasks >= set(common)]
     alike = {_reads(each): each.mean(common) for each in untrained if common}

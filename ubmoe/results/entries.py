@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ubmoe.dependence import SHARES
-from ubmoe.report.tables import CAUSAL, ROUTES, family, mixed, trained, variant
+from ubmoe.report.tables import CAUSAL, COLLAPSED, ROUTES, family, mixed, trained, variant
 from ubmoe.results.records import Record, Records
 
 Cells = dict[str, float | None]
@@ -48,6 +48,11 @@ class Entry:
     def is_control(self) -> bool:
         """An encoder that reads causally, whatever its row is called."""
         return family(self.record.data).endswith(CAUSAL)
+
+    @property
+    def has_collapsed(self) -> bool:
+        """An encoder for which all texts are alike: a row apart, held against the base alone."""
+        return self.row.endswith(COLLAPSED)
 
     @property
     def seed(self) -> int | None:

@@ -51,6 +51,7 @@ def points(model: str, records: Records, seeds: Sequence[int]) -> dict[str, Poin
     found: dict[str, Point] = {}
     encoders = entries("encoders", model, records, seeds)
     encoders = [each for each in encoders if each.tasks and "perplexity" in each.cells]
+    encoders = [each for each in encoders if not each.has_collapsed]
     common = common_tasks(encoders)
     for each in encoders if common else ():
         kind = "base" if each.is_base else "encoder"
