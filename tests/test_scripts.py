@@ -13,6 +13,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer
 
 from ubmoe.config import load_config
+from ubmoe.report import tables
 from ubmoe.results.__main__ import table
 
 FAST = ["dependence.max_texts=12", "model.device=cpu"]
@@ -151,6 +152,7 @@ def test_an_encoder_is_trained_saved_and_scored(tiny_path, tmp_path):
     assert "stage simcse (full): 12 tensors train, ffn 589,824 parameters, float32" in errors
     assert "negatives per anchor: 63" in errors and "wrapped in SentenceTransformer" in errors
     assert "one text, as the model reads it: A small example." in errors
+    assert "collapsed" not in errors
     shown = table(load_config(None, [f"output_dir={tmp_path}/run"]))
     assert f"{result['sts']['average']:.2f}" in shown
     code, output, errors = run(
@@ -159,6 +161,15 @@ def test_an_encoder_is_trained_saved_and_scored(tiny_path, tmp_path):
     assert code == 0, errors
     again = json.loads((tmp_path / "again" / "evaluation.json").read_text())
     assert again["evaluation"]["average"] == pytest.approx(result["sts"]["average"], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_an_encoder_that_has_collapsed_is_said(tiny_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "ALIKE", 1.0)  # then any has
+    keys = ["model.device=cpu", "evaluation.sts=[]", "bi.stages.0.max_steps=2"]
+    code, _, errors = run(*keys, f"output_dir={tmp_path}/run", script="train_bi.py")
+    assert code == 0
+    assert "collapsed: all texts are alike to this encoder" in errors, errors
 
 
 def test_the_context_bounds_training_saving_and_scoring_alike(tiny_path, tmp_path):
