@@ -14,9 +14,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ubmoe.config import UserError
-from ubmoe.data.padding import IGNORE_INDEX, padded
+from ubmoe.data.padding import padded
 from ubmoe.data.prompts import Example, answer_inputs, batch, prompt_inputs
 from ubmoe.data.tokens import check_ids, own_ends
+from ubmoe.training.losses import predictions
 
 Request = tuple[Any, list[int], list[int]]  # (texts, context's tokens, continuation's tokens)
 
@@ -102,12 +103,16 @@ class Asked(HFLM):
             cache, inputs["prompt_mask"], inputs["answer_ids"], inputs["answer_mask"]
         )
         with self.answering() as decoder:
-            logs = decoder(**given).logits[:, :-1].float().log_softmax(-1)
-        labels = inputs["labels"][:, 1:]
-        real = labels != IGNORE_INDEX
-        scores = logs.gather(-1, labels.clamp_min(0)[..., None])[..., 0] * real
-        greedy = ((logs.argmax(-1) == labels) | ~real).all(1)
-        return list(zip(scores.sum(1).tolist(), greedy.tolist(), strict=True))
+            logits, tokens = predictions(
+                decoder, decoder.get_output_embeddings(), given, inputs["labels"]
+            )
+        logs, lengths = logits.log_softmax(-1), [len(each.answer) for each in examples]
+        scores = logs.gather(-1, tokens[:, None])[:, 0].split(lengths)
+        greedy = (logs.argmax(-1) == tokens).split(lengths)
+        return [
+            (score.sum().item(), bool(said.all()))
+            for score, said in zip(scores, greedy, strict=True)
+        ]
 
     def prefill(self, ids: Tensor, mask: Tensor) -> Any:
         """(B, P) prompts without their last tokens, padded left -> their cache; None for P = 0."""
