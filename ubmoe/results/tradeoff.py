@@ -119,12 +119,11 @@ COLOURS = {"base": "black", "encoder": "C0", "mixture": "C1"}
 def plane_figure(model: str, placed: dict[str, Point]) -> Any:
     """A panel for the average of the tasks, and one for the perplexity (downwards is worse).
 
-    Those that any model has. Hollow: tuned under the causal mask.
+    Those that any model besides the base has. Hollow: tuned under the causal mask.
     """
+    others = [each for each in placed.values() if each.kind != "base"] or [*placed.values()]
     panels = {
-        what: label
-        for what, label in PANELS.items()
-        if any(getattr(each, what) for each in placed.values())
+        what: label for what, label in PANELS.items() if any(getattr(each, what) for each in others)
     }
     figure = blank(2.2 + 4.4 * len(panels), 4.6)
     every = figure.subplots(1, len(panels), squeeze=False)[0]
