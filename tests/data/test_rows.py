@@ -74,6 +74,7 @@ def test_the_embedded_chats_are_the_same_every_time():
             '{"text": "a"}\n{"txt": "b"}',
             ":2: has no messages and no text (its fields: txt)",
         ),
+        ("a.jsonl", '{"\\n": null}', r":1: has no messages and no text (its fields: '\n')"),
         ("a.jsonl", '{"messages": []}', ":1: messages must be a list"),
         ("a.jsonl", '{"messages": [{"role": "user"}]}', ":1: turn 1: its content is null"),
         ("a.jsonl", '{"messages": ["Hi"]}', ':1: turn 1 must be {"role": "user"'),

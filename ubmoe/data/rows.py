@@ -118,7 +118,7 @@ def cell(row: Row, names: Iterable[str], blank: bool = False) -> str:
     found = given(row, names)
     there = [name for name in names if name in row.fields]
     if not there:
-        has = ", ".join(row.fields) or "none"
+        has = _listed(row.fields)
         raise RowError(row.where, f"lacks a column {' or '.join(names)} (it has {has})")
     if isinstance(found, list) and found:
         raise RowError(
@@ -299,6 +299,11 @@ def _hub_table(dataset: str) -> Any:
         ) from error
 
 
+def _listed(fields: Iterable[str]) -> str:
+    """Names of fields, in one line whatever is in them."""
+    return ", ".join(name if name.isprintable() else repr(name) for name in fields) or "none"
+
+
 def _text(row: Row) -> Text:
     fields = row.fields
     name = next((name for name in CHATS if fields.get(name) is not None), None)
@@ -310,7 +315,7 @@ def _text(row: Row) -> Text:
     if not isinstance(text, str):
         raise RowError(
             row.where,
-            f"has no messages and no text (its fields: {', '.join(fields) or 'none'})",
+            f"has no messages and no text (its fields: {_listed(fields)})",
         )
     if not text.strip():
         raise RowError(row.where, "empty text; remove the row")
