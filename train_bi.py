@@ -49,7 +49,7 @@ def main(config: Config) -> Path:
                 encoder, tasks, config.evaluation.batch_size, config.evaluation.bf16
             )
             run.section = scores | {"stages": reports}
-            if tables.has_collapsed({"sts": run.section}):
+            if tables.has_collapsed(reports):
                 run.log(
                     "collapsed: all texts are alike to this encoder; try bi.stages.N.warmup_steps"
                 )

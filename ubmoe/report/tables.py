@@ -1,7 +1,7 @@
 """Tables of results as text for a terminal, and what their rows and cells are called."""
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -13,7 +13,6 @@ from ubmoe.dependence import SHARES
 
 NO_TEXTS = "no texts"
 CAUSAL = " causal"  # after a row's modules: tuned under the causal mask, a control
-COLLAPSED = ", collapsed"
 ALIKE = 0.02  # in cosine; of runs that learn it is 0.4 at least
 
 
@@ -75,12 +74,13 @@ def sts_rows(section: dict[str, Any], what: str, label: str) -> list[list[str]]:
 def trained(result: dict[str, Any]) -> str:
     """What train_bi.py trained; of a study's own row: its name. A collapsed run is a row apart."""
     name = str(result["config"].get("results", {}).get("row") or family(result))
-    return name + (COLLAPSED if has_collapsed(result) else "")
+    stages = result.get("sts", {}).get("stages", [])
+    return name + (", collapsed" if has_collapsed(stages) else "")
 
 
-def has_collapsed(result: dict[str, Any]) -> bool:
+def has_collapsed(stages: Sequence[dict[str, Any]]) -> bool:
     """Whether a contrastive stage ended with all texts alike: positives no nearer than others."""
-    for stage in result.get("sts", {}).get("stages", []):
+    for stage in stages:
         told = [row for row in stage.get("log", []) if "negative_cosine" in row]
         if told and told[-1]["positive_cosine"] - told[-1]["negative_cosine"] < ALIKE:
             return True

@@ -58,8 +58,7 @@ def tuned(model: str, records: Records, seeds: Sequence[int]) -> list[Tuned]:
     base = next((each for each in known if each.row == "base"), None)
     if base is None:
         return []
-    usable = [each for each in known if not (each.is_base or each.has_collapsed)]
-    own = [each for each in usable if each.chats == base.chats]
+    own = [each for each in known if each.has_learnt and each.chats == base.chats]
     common = common_tasks(own)
     untrained = [each for each in every if each.is_base and each.tasks >= set(common)]
     alike = {_reads(each): each.mean(common) for each in untrained if common}
@@ -117,11 +116,8 @@ def correlation(
     found: Sequence[Tuned], cause: str = "DP-after", by_answer: bool = False
 ) -> Correlation:
     """Spearman's, over rows; seeds of one row are one point, their mean."""
-    rows: dict[str, list[tuple[float, Any]]] = {}
-    for each in found:
-        lost = each.by_answer if by_answer else each.lost
-        rows.setdefault(each.settings, []).append((each.causes[cause], lost))
-    moved, lost = np.array([np.mean(own, axis=0) for own in rows.values()]).T
+    rows = _by_settings(found, cause, by_answer)
+    moved, lost = np.array([own.mean(0) for own in rows]).T
     if np.ptp(moved) == 0 or np.ptp(lost) == 0:
         return Correlation(math.nan, None, len(rows))
     value = float(spearmanr(moved, lost).statistic)
@@ -131,6 +127,15 @@ def correlation(
     return Correlation(value, (low, high), len(rows))
 
 
+def _by_settings(found: Sequence[Tuned], cause: str, by_answer: bool = False) -> list[np.ndarray]:
+    """(seeds, 2) of a cause and lost generation, of each row."""
+    rows: dict[str, list[tuple[float, Any]]] = {}
+    for each in found:
+        lost = each.by_answer if by_answer else each.lost
+        rows.setdefault(each.settings, []).append((each.causes[cause], lost))
+    return [np.array(own) for own in rows.values()]
+
+
 def over_seeds(found: Sequence[Tuned], cause: str = "DP-after") -> Correlation | None:
     """Of what the seeds of a row differ in, all rows as one: their own means are taken off first.
 
@@ -138,10 +143,7 @@ def over_seeds(found: Sequence[Tuned], cause: str = "DP-after") -> Correlation |
     correlation of Bakdash and Marusich (2017), of the common slope within rows. None where they
     leave less than two.
     """
-    rows: dict[str, list[tuple[float, float]]] = {}
-    for each in found:
-        rows.setdefault(each.settings, []).append((each.causes[cause], each.lost))
-    several = [np.array(own) for own in rows.values() if len(own) > 1]
+    several = [own for own in _by_settings(found, cause) if len(own) > 1]
     runs = sum(map(len, several))
     freedom = runs - len(several) - 1
     if freedom < 2:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ubmoe.dependence import SHARES
-from ubmoe.report.tables import CAUSAL, COLLAPSED, ROUTES, family, mixed, trained, variant
+from ubmoe.report.tables import CAUSAL, ROUTES, family, has_collapsed, mixed, trained, variant
 from ubmoe.results.records import Record, Records
 
 Cells = dict[str, float | None]
@@ -52,7 +52,12 @@ class Entry:
     @property
     def has_collapsed(self) -> bool:
         """An encoder for which all texts are alike: a row apart, held against the base alone."""
-        return self.row.endswith(COLLAPSED)
+        return has_collapsed(self.record.section.get("stages", []))
+
+    @property
+    def has_learnt(self) -> bool:
+        """Whether it was tuned, and into an encoder."""
+        return not (self.is_base or self.has_collapsed)
 
     @property
     def seed(self) -> int | None:

@@ -70,7 +70,7 @@ class Twins:
 def twins(model: str, records: Records, seeds: Sequence[int]) -> dict[str, Twins]:
     """{row: its seeds and their causal twins}: tuned under that mask, and all else equal."""
     rows = by_row("encoders", model, records, seeds)
-    tuned = {row: own for row, own in rows.items() if _learnt(own)}
+    tuned = {row: own for row, own in rows.items() if own[0].has_learnt}
     causal = {_but_mask(own[0]): own for own in tuned.values() if own[0].is_control}
     found = {}
     for row, own in tuned.items():
@@ -80,11 +80,6 @@ def twins(model: str, records: Records, seeds: Sequence[int]) -> dict[str, Twins
             both, twin = ([each for each in some if each.seed in shared] for some in (own, other))
             found[row] = Twins(both, twin, _changed(both, twin))
     return {row: each for row, each in found.items() if any(each.cells.values())}
-
-
-def _learnt(own: Sequence[Entry]) -> bool:
-    """Whether a row was tuned, and into an encoder."""
-    return not (own[0].is_base or own[0].has_collapsed)
 
 
 def _but_mask(entry: Entry) -> str:
@@ -143,7 +138,7 @@ class Match:
 def matches(model: str, records: Records, seeds: Sequence[int]) -> list[Match]:
     """Every row of which rows under the other mask were measured, on the same chats."""
     rows = by_row("encoders", model, records, seeds)
-    told = {row: own for row, own in rows.items() if _learnt(own) and _told(own, "evaluation")}
+    told = {row: own for row, own in rows.items() if own[0].has_learnt and _told(own, "evaluation")}
     found = [_match(row, told) for row in told]
     return [each for each in found if each is not None]
 

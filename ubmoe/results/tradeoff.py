@@ -49,9 +49,11 @@ class Point:
 def points(model: str, records: Records, seeds: Sequence[int]) -> dict[str, Point]:
     """Every model of the study that both uses were scored of, by its row's name."""
     found: dict[str, Point] = {}
-    encoders = entries("encoders", model, records, seeds)
-    encoders = [each for each in encoders if each.tasks and "perplexity" in each.cells]
-    encoders = [each for each in encoders if not each.has_collapsed]
+    encoders = [
+        each
+        for each in entries("encoders", model, records, seeds)
+        if each.tasks and "perplexity" in each.cells and not each.has_collapsed
+    ]
     common = common_tasks(encoders)
     for each in encoders if common else ():
         kind = "base" if each.is_base else "encoder"
