@@ -53,17 +53,34 @@ def test_answers_score_as_the_library_reads_them_one_by_one(kind, size, most):
         assert own == pytest.approx(score, abs=1e-4) and greedy == said
 
 
-def test_a_prompt_is_read_once_for_all_its_answers():
-    lm, read = asked(), []
+def counted(lm, read):
+    """The tokens of each forward of `lm`, in batches of four answers, go into `read`."""
+    lm.batch_size_per_gpu = 4
     lm.model.get_input_embeddings().register_forward_pre_hook(
         lambda module, given: read.append(given[0].numel())
     )
-    lm.batch_size_per_gpu = len(QUESTIONS)
+
+
+def test_a_prompt_is_read_once_for_all_its_answers():
+    lm, read = asked(), []
+    counted(lm, read)
     [context] = [lm.tok_encode("gab a b c d? cab")]
     answers = [lm.tok_encode(answer) for answer in ("cab", "bad", "gab")]
     assert len({len(answer) for answer in answers}) == 1
     lm._loglikelihood_tokens([(None, context, answer) for answer in answers], disable_tqdm=True)
     assert read == [len(context) - 1, 3 * (1 + len(answers[0]))]
+
+
+def test_answers_of_like_length_are_read_together_and_both_answers_of_a_prompt():
+    lm, read = asked(), []
+    counted(lm, read)
+    lengths = {(1, 2, 3): (1, 1), (4, 5): (9, 1), (6, 7, 8): (1, 1), (9, 10): (9, 9)}
+    requests = [
+        (None, list(context), [3] * each) for context, both in lengths.items() for each in both
+    ]
+    lm._loglikelihood_tokens(requests[::2] + requests[1::2], disable_tqdm=True)
+    # prompts but for their last tokens, then answers after these: the long, and then the short
+    assert read == [2 * 1, 4 * 10, 2 * 2, 4 * 2]
 
 
 def test_a_tokenizer_that_ends_texts_scores_and_generates_as_if_it_did_not():

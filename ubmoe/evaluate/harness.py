@@ -68,11 +68,7 @@ class Asked(HFLM):
     ) -> list[tuple[float, bool]]:
         self.look(requests)
         examples = [self._example(context, answer) for _, context, answer in requests]
-        # equal prompts side by side, the longest first
-        order = sorted(
-            range(len(examples)),
-            key=lambda each: (-len(examples[each].prompt), examples[each].prompt),
-        )
+        order = _order(examples)
         found: list[tuple[float, bool]] = [(0.0, False)] * len(examples)
         size = override_bs or int(self.batch_size)
         with tqdm(total=len(order), desc="likelihoods", disable=disable_tqdm or None) as bar:
@@ -94,17 +90,19 @@ class Asked(HFLM):
         rows = {tuple(each.prompt): each for each in examples}  # a prompt once
         place = {prompt: number for number, prompt in enumerate(rows)}
         index = torch.tensor([place[tuple(each.prompt)] for each in examples], device=self.device)
-        once = self._on_device(batch(list(rows.values())))
-        inputs = self._on_device(batch(examples))
-        cache = self.prefill(once["prompt_ids"], once["prompt_mask"])
+        prompts = self._on_device(batch(list(rows.values())))
+        answers = self._on_device(
+            batch([Example(each.prompt[-1:], each.answer) for each in examples])
+        )
+        cache = self.prefill(prompts["prompt_ids"], prompts["prompt_mask"])
         if cache is not None:
             cache.batch_select_indices(index)
         given = answer_inputs(
-            cache, inputs["prompt_mask"], inputs["answer_ids"], inputs["answer_mask"]
+            cache, prompts["prompt_mask"][index], answers["answer_ids"], answers["answer_mask"]
         )
         with self.answering() as decoder:
             logits, tokens = predictions(
-                decoder, decoder.get_output_embeddings(), given, inputs["labels"]
+                decoder, decoder.get_output_embeddings(), given, answers["labels"]
             )
         logs, lengths = logits.log_softmax(-1), [len(each.answer) for each in examples]
         scores = logs.gather(-1, tokens[:, None])[:, 0].split(lengths)
@@ -149,6 +147,22 @@ class Asked(HFLM):
             )
         check_ids(self.tokenizer, context, named(instance))
         self.truncated[getattr(instance, "task_name", None) or "all"] += len(context) > room
+
+
+def _order(examples: list[Example]) -> list[int]:
+    """Places by the length of the longest answer to a prompt, in powers of two, then of the prompt.
+
+    Equal prompts stand side by side, and little is padded of either; the longest come first.
+    """
+    longest: Counter[tuple[int, ...]] = Counter()
+    for each in examples:
+        longest[tuple(each.prompt)] = max(longest[tuple(each.prompt)], len(each.answer))
+
+    def key(place: int) -> tuple[int, int, list[int]]:
+        prompt = examples[place].prompt
+        return -longest[tuple(prompt)].bit_length(), -len(prompt), prompt
+
+    return sorted(range(len(examples)), key=key)
 
 
 def named(instance: Any) -> str:
