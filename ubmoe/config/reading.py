@@ -113,11 +113,11 @@ def _override(tree: dict[str, Any], text: str) -> str | None:
     *parents, last = name.split(".")
     known = _names()
     node: Any = tree
-    default: Any = Config().model_dump()
+    default: Any = _defaults()
     for part in parents:
         default = default.get(part) if isinstance(default, dict) else None
         if isinstance(node, dict) and node.get(part) is None:
-            node[part] = default if isinstance(default, list) else {}
+            node[part] = deepcopy(default) if isinstance(default, list) else {}
         slot = _slot(node, part)
         inner = None if slot is None else node[slot]
         node = inner if isinstance(inner, dict | list) else None  # a word has no keys
@@ -126,6 +126,11 @@ def _override(tree: dict[str, Any], text: str) -> str | None:
         return f"{name}: unknown key; {_nearest(name)}"
     node[slot] = value
     return None
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    return Config().model_dump()
 
 
 @cache
