@@ -53,6 +53,15 @@ def test_draws_do_not_depend_on_how_many_stand_in_memory(monkeypatch, at_once):
     assert (np.concatenate(list(bootstrap.draws(40, 3))) == expected[:3]).all()
 
 
+def test_draws_are_kept_where_they_are_few_and_cannot_be_changed(monkeypatch):
+    first, again = (next(bootstrap.draws(40, 9)) for _ in range(2))
+    assert first is again and not first.flags.writeable
+    monkeypatch.setattr(bootstrap, "KEPT", 40 * 9 - 1)
+    assert (
+        next(bootstrap.draws(40, 9)) is not first and (next(bootstrap.draws(40, 9)) == first).all()
+    )
+
+
 def test_means_are_those_of_the_drawn_items(monkeypatch):
     monkeypatch.setattr(bootstrap, "RESAMPLES", 5)
     weights = RNG.integers(1, 9, 40)

@@ -5,11 +5,13 @@ of the items, so that nothing is sorted again: Spearman's of 500 pairs takes 0.0
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import numpy as np
 
 RESAMPLES = 10_000
 AT_ONCE = 500_000  # counts: a few arrays as large as these stand in memory together
+KEPT = 2_500_000  # counts of 20 MB: of fewer, as of 200 texts, the draws are kept
 
 
 def interval(values: np.ndarray) -> list[float]:
@@ -53,6 +55,19 @@ def gains(mine: np.ndarray, theirs: np.ndarray, gold: np.ndarray) -> np.ndarray:
 def draws(items: int, resamples: int | None = None) -> Iterator[np.ndarray]:
     """Counts (draws, items), together `resamples` or RESAMPLES: the same for the same items."""
     total, size = resamples or RESAMPLES, max(1, AT_ONCE // items)
+    return iter(_kept(items, total, size)) if items * total <= KEPT else _drawn(items, total, size)
+
+
+@lru_cache(maxsize=4)
+def _kept(items: int, total: int, size: int) -> tuple[np.ndarray, ...]:
+    """Drawing takes five times as long as what is done with a draw."""
+    found = tuple(_drawn(items, total, size))
+    for counts in found:
+        counts.flags.writeable = False
+    return found
+
+
+def _drawn(items: int, total: int, size: int) -> Iterator[np.ndarray]:
     rng = np.random.default_rng(0)
     for begin in range(0, total, size):
         yield rng.multinomial(items, np.full(items, 1 / items), min(size, total - begin))
