@@ -14,7 +14,7 @@ from statistics import NormalDist
 from typing import Any, cast
 
 import numpy as np
-from scipy.stats import spearmanr
+from scipy.stats import spearmanr, t
 
 from ubmoe.bootstrap import correlations, interval
 from ubmoe.report.figures import PALETTE, blank, styled
@@ -30,6 +30,7 @@ PANELS = {"STS": "STS under its own mask"} | {
 GAIN = "STS gained"
 CAUSES = PANELS | {GAIN: "STS gained over the untrained model that reads alike"}
 READS = ("attention", "layers", "pooling")  # how an encoder reads
+FAR = ("learning_rate", "max_steps", "warmup_steps")  # of a stage: how far tuning goes
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,57 @@ def over_seeds(found: Sequence[Tuned], cause: str = "DP-after") -> Correlation |
     with np.errstate(divide="ignore"):  # of 1 exactly
         low, high = np.tanh(np.arctanh(value) + [-half, half]).tolist()
     return Correlation(value, (low, high), runs)
+
+
+@dataclass(frozen=True)
+class AtEqual:
+    """What the masks cost at equal STS, with 95 % intervals; runs: of how many.
+
+    causal: perplexity where tuned causally, over that where tuned both ways. ten: what ten points
+    of STS multiply it by.
+    """
+
+    causal: tuple[float, float, float]
+    ten: tuple[float, float, float]
+    runs: int
+
+
+def at_equal_sts(found: Sequence[Tuned]) -> dict[str, AtEqual]:
+    """Of runs that differ in the mask and in how far they went alone, by their shortest row's name.
+
+    The analysis of covariance: log perplexity as a line over STS, of one slope, and a step for the
+    mask; every run is a point, with n - 3 degrees of freedom. It takes STS as free of error.
+    """
+    alike: dict[str, list[Tuned]] = {}
+    for each in found:
+        if "STS" in each.causes:
+            alike.setdefault(_but_for_how_far(each.settings), []).append(each)
+    names = {min((len(each.row), each.row) for each in own)[1]: own for own in alike.values()}
+    return {name: known for name, own in names.items() if (known := _covariance(own)) is not None}
+
+
+def _but_for_how_far(settings: str) -> str:
+    kept = json.loads(settings) | {"attention": None}
+    stages = [
+        {name: value for name, value in stage.items() if name not in FAR}
+        for stage in kept.get("stages", [])
+    ]
+    return json.dumps(kept | {"stages": stages}, sort_keys=True)
+
+
+def _covariance(own: Sequence[Tuned]) -> AtEqual | None:
+    """None where the runs do not tell the mask, the slope and an error."""
+    design = np.array([[1, each.causes["STS"] / 10, each.is_control] for each in own], float)
+    lost = np.array([each.lost for each in own])
+    freedom = len(own) - 3
+    if freedom < 2 or np.linalg.matrix_rank(design) < 3:
+        return None
+    inverse = np.linalg.inv(design.T @ design)
+    found = inverse @ design.T @ lost
+    error = np.sqrt(np.diag(inverse) * np.sum((lost - design @ found) ** 2) / freedom)
+    half = t.ppf(0.975, freedom) * error
+    ten, causal = np.exp([found - half, found, found + half]).T[1:, [1, 0, 2]].tolist()
+    return AtEqual(tuple(causal), tuple(ten), len(own))
 
 
 @styled

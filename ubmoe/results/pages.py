@@ -227,7 +227,9 @@ def _questions_block(name: str, records: Records, seeds: Sequence[int]) -> str:
 
 
 def _equal_block(name: str, records: Records, seeds: Sequence[int]) -> str:
-    """Each row against the rows of the other mask that embed at least as well."""
+    """Each row against the rows of the other mask that embed at least as well; and a line each."""
+    from ubmoe.results import claim  # imports matplotlib, which other blocks do not
+
     body = [
         [each.row, f"{each.sts:.2f}", each.other or "none", sts, str(each.ratio or "")]
         for each in sorted(paired.matches(name, records, seeds), key=lambda each: each.row)
@@ -240,7 +242,22 @@ def _equal_block(name: str, records: Records, seeds: Sequence[int]) -> str:
         "its STS",
         "perplexity over its",
     ]
-    return _noted([header, *body], [])
+    lines = [
+        [
+            row,
+            str(each.runs),
+            *("{:.2f} ({:.2f} to {:.2f})".format(*of) for of in (each.causal, each.ten)),
+        ]
+        for row, each in claim.at_equal_sts(claim.tuned(name, records, seeds)).items()
+    ]
+    masks = [
+        "tuned alike but for how far",
+        "runs",
+        "perplexity causally over both ways, at equal STS",
+    ]
+    masks += ["times, for ten points of STS"]
+    tables = (_noted([header, *body], []), _noted([masks, *lines], []))
+    return "\n\n".join(filter(None, tables))
 
 
 def _claim_block(name: str, records: Records, seeds: Sequence[int]) -> str:
