@@ -411,6 +411,40 @@ ROWS = {"ffn": (31.0, 5.0), "attention": (33.0, 8.0), "all": (36.0, 7.0)}
 SEEDS = [0, 1, 2]
 
 
+TOKENS = [5, 9, 12, 30]
+
+
+def shares(shift=0.0):
+    """A difference of `shift` in each text, whose own values are far apart."""
+    texts = {"tokens": TOKENS}
+    for name in ("after", "first", "without_first.after"):
+        texts[name] = [10 + shift, 90 + shift, 30 + shift, 50 + shift]
+    return texts
+
+
+def answers(losses):
+    return {"losses": losses, "tokens": [2, 3, 4, 1]}
+
+
+def measured(name, seed, train, by_text, losses):
+    """Records of an encoder, or of the base."""
+    model = "bi" if train else f"Qwen/{MODEL}"
+    found = encoder(name, seed, 50.0, train) | dependence(name, seed, model, 40.0)
+    found[f"{name}.dependence.seed{seed}"]["dependence"]["by_text"] = by_text
+    generation = scores(40.0, 2.0) | {"metrics": {"mmlu": "acc"}, "answers": answers(losses)}
+    config = {"model": {"name": model}, "seed": seed}
+    return found | {f"{name}.evaluation.seed{seed}": {"config": config, "generation": generation}}
+
+
+def causal(records, sts):
+    """The same, tuned under the causal mask, and with another STS."""
+    for record in records.values():
+        if "sts" in record:
+            record["config"]["bi"]["attention"] = "causal"
+            record["sts"] |= {"tasks": dict.fromkeys(record["sts"]["tasks"], sts)}
+    return records
+
+
 SECTION = {
     "overall": {"main": 10.0, "before": 60.0, "after": 30.0},
     "stderr": {"main": 1.0, "before": 2.0, "after": 3.0},

@@ -27,6 +27,18 @@ def test_correlations_are_those_of_the_drawn_pairs():
         assert own == pytest.approx(spearmanr(THEIRS[drawn], GOLD[drawn]).statistic)
 
 
+def test_families_are_drawn_whole(monkeypatch):
+    monkeypatch.setattr(bootstrap, "RESAMPLES", 6)
+    families = [str(number % 7) for number in range(40)]
+    found = bootstrap.correlations(THEIRS, GOLD, families=families)
+    places = np.arange(40)
+    for counts, own in zip(np.concatenate(list(bootstrap.draws(7))), found, strict=True):
+        drawn = np.concatenate(
+            [np.tile(places[places % 7 == each], counts[each]) for each in range(7)]
+        )
+        assert own == pytest.approx(spearmanr(THEIRS[drawn], GOLD[drawn]).statistic)
+
+
 def test_gains_spread_as_a_slow_bootstrap_says():
     found = bootstrap.gains(MINE, THEIRS, GOLD)
     assert found.shape == (bootstrap.RESAMPLES,)

@@ -6,9 +6,8 @@ import math
 import numpy as np
 import pytest
 from builders import MODEL, ROWS, SEEDS, study
-from scipy.stats import linregress
-from scipy.stats import t as student
 
+from ubmoe.bootstrap import correlations, interval
 from ubmoe.results import claim
 from ubmoe.results.records import Records
 
@@ -44,12 +43,27 @@ def test_an_answer_counts_once_and_gain_is_over_what_reads_alike():
 def test_seeds_of_one_row_are_no_new_evidence():
     rng = np.random.default_rng(0)
     rows = [
-        claim.Tuned(str(number), "f", lost, {"DP-after": after})
+        claim.Tuned(json.dumps({"row": number}), "f", lost, {"DP-after": after})
         for number, (lost, after) in enumerate(rng.normal(size=(10, 2)))
     ]
     once, again = claim.correlation(rows), claim.correlation([*rows, rows[0], rows[0]])
     assert again == once
     assert once.interval[0] < once.value < once.interval[1]
+
+
+def test_a_row_and_its_twin_are_drawn_together():
+    moved, lost = np.random.default_rng(1).normal(size=(2, 12))
+    rows = [
+        claim.Tuned(
+            json.dumps({"row": number // 2, "attention": number % 2}), "f", own, {"DP-after": after}
+        )
+        for number, (after, own) in enumerate(zip(moved, lost, strict=True))
+    ]
+    pairs = [str(number // 2) for number in range(12)]
+    expected = interval(correlations(moved, lost, families=pairs))
+    found = claim.correlation(rows)
+    assert found.rows == 12 and found.interval == tuple(expected)
+    assert tuple(interval(correlations(moved, lost))) != found.interval
 
 
 def test_seeds_are_one_point_at_their_mean_however_their_rows_are_called():
@@ -93,43 +107,6 @@ def test_over_seeds_a_common_slope_within_rows_is_what_correlates():
     assert claim.over_seeds([]) is None
     line = [claim.Tuned("a", "f", 2.0 * n, {"DP-after": float(n)}) for n in range(4)]
     assert str(claim.over_seeds(line)) == "1.00 (1.00 to 1.00), n = 4"
-
-
-def test_at_equal_sts_a_mask_costs_what_is_left_of_the_line():
-    """Against the regression of what the other regressor leaves of both (Frisch and Waugh)."""
-    rng = np.random.default_rng(5)
-    sts, causal = rng.normal(50, 8, size=12), np.arange(12) % 2
-    lost = 0.04 * sts + 0.3 * causal + rng.normal(size=12) / 5
-    bi = {"pooling": "mean", "stages": [{"train": ["ffn"], "max_steps": 60}]}
-    found = [
-        claim.Tuned(
-            settings=json.dumps(
-                bi
-                | {"attention": ["bidirectional", "causal"][mask]}
-                | {"stages": [bi["stages"][0] | {"max_steps": 20 * (1 + number % 3)}]}
-            ),
-            row=["ffn", "ffn causal", "ffn 20 steps"][number % 3],
-            lost=own,
-            causes={"STS": score},
-            is_control=bool(mask),
-        )
-        for number, (own, score, mask) in enumerate(zip(lost, sts, causal, strict=True))
-    ]
-    other = claim.Tuned(found[0].settings.replace("mean", "last"), "other", 9.0, {"STS": 50.0})
-    untold = claim.Tuned(found[0].settings, "ffn", 9.0, {})
-    assert claim.at_equal_sts(found[:4]) == claim.at_equal_sts(found[::2]) == {}
-    [(name, masks)] = claim.at_equal_sts([*found, other, untold]).items()
-    assert (name, masks.runs) == ("ffn", 12)
-    for value, regressor, fixed in ((masks.causal, causal, sts), (masks.ten, sts / 10, causal)):
-        line = linregress(fixed, regressor), linregress(fixed, lost)
-        left = [
-            own - each.intercept - each.slope * fixed
-            for own, each in zip((regressor, lost), line, strict=True)
-        ]
-        slope = linregress(*left)
-        half = student.ppf(0.975, 9) * slope.stderr * math.sqrt(10 / 9)  # of n - 3, not n - 2
-        expected = np.exp([slope.slope, slope.slope - half, slope.slope + half])
-        assert value == pytest.approx(expected)
 
 
 def test_perplexity_of_other_chats_is_not_compared():

@@ -1,13 +1,15 @@
 """The generated tables of the pages."""
 
 import json
+import math
 import re
 
 import pytest
 from builders import MODEL, RECORDS, ROOT, ROWS, SEEDS, encoder, recorded, study
+from scipy.stats import t as student
 
 from ubmoe.config import UserError, load_config
-from ubmoe.results import paired
+from ubmoe.results import paired, runs
 from ubmoe.results.entries import SINK, entries
 from ubmoe.results.pages import BLOCKS, renewed
 from ubmoe.results.records import Records, read_benchmarks
@@ -115,6 +117,33 @@ def test_twins_stand_beside_each_other(monkeypatch):
     line = renewed_squeezed(text, Records.of_names({}), SEEDS).splitlines()[3]
     moved = "2.00 (1.50 to 2.25; seeds 1.00 to 3.00)"
     assert line == f"| ffn | 2 | 51.50 ±0.71 | 41.00 ±0.00 | | | {moved} | | | |"
+
+
+def test_masks_are_compared_over_pairs_of_runs_and_at_equal_sts(monkeypatch):
+    def pairs(kind, *values):
+        cells = [{"STS": gap, "DP-after": after} for gap, after in values]
+        return {kind: [runs.Pair(kind, each) for each in cells]}
+
+    every = pairs("ffn", (-1.0, 1.0), (1.0, 3.0), (3.0, 5.0), (5.0, 7.0)) | pairs("all", (1.0, 2.0))
+    every["ffn"][0].cells["perplexity, 9 answers of over 20 tokens"] = 0.5
+    monkeypatch.setattr(runs, "pairs", lambda *_: every)
+    text = "<!-- masks: small -->\n<!-- end -->"
+    lines = renewed_squeezed(text, Records.of_names({}), SEEDS).splitlines()
+    whose = "| tuned both ways against its causal twin"
+    assert lines[1] == f"{whose} | ffn, 4 pairs of runs | at equal STS |"
+    spread = student.ppf(0.975, 3) * math.sqrt(20 / 3 / 4)
+    found = dict(line.strip("| ").split(" | ", 1) for line in lines[3:-1])
+    assert found["STS minus its"].rstrip(" |") == f"2.00 ({2 - spread:.2f} to {2 + spread:.2f})"
+    after = f"4.00 ({4 - spread:.2f} to {4 + spread:.2f}) | 2.00 (2.00 to 2.00)"
+    assert found["DP-after minus its"] == after  # on the line 2 + gap
+    assert set(found) == {"STS minus its", "DP-after minus its"}  # one pair alone tells the other
+    every |= pairs("attention", (1.0, 1.0), (2.0, 2.0), (4.0, 2.0))
+    header = renewed_squeezed(text, Records.of_names({}), SEEDS).splitlines()[1]
+    kinds = ("ffn, 4", "attention, 3", "all of these, 7")
+    assert (
+        header
+        == f"{whose} | " + "".join(f"{n} pairs of runs | at equal STS | " for n in kinds)[:-1]
+    )
 
 
 def named(records):

@@ -4,36 +4,13 @@ import math
 
 import numpy as np
 import pytest
-from builders import MODEL, SEEDS, dependence, encoder, scores
+from builders import MODEL, SEEDS, TOKENS, causal, encoder, measured, scores, shares
 
 from ubmoe.results import claim, paired, tradeoff
 from ubmoe.results.entries import SINK
 from ubmoe.results.records import Records
 
-TOKENS = [5, 9, 12, 30]
 RNG = np.random.default_rng(0)
-
-
-def shares(shift=0.0):
-    """A difference of `shift` in each text, whose own values are far apart."""
-    texts = {"tokens": TOKENS}
-    for name in ("after", "first", "without_first.after"):
-        texts[name] = [10 + shift, 90 + shift, 30 + shift, 50 + shift]
-    return texts
-
-
-def answers(losses):
-    return {"losses": losses, "tokens": [2, 3, 4, 1]}
-
-
-def measured(name, seed, train, by_text, losses):
-    """Records of an encoder, or of the base."""
-    model = "bi" if train else f"Qwen/{MODEL}"
-    found = encoder(name, seed, 50.0, train) | dependence(name, seed, model, 40.0)
-    found[f"{name}.dependence.seed{seed}"]["dependence"]["by_text"] = by_text
-    generation = scores(40.0, 2.0) | {"metrics": {"mmlu": "acc"}, "answers": answers(losses)}
-    config = {"model": {"name": model}, "seed": seed}
-    return found | {f"{name}.evaluation.seed{seed}": {"config": config, "generation": generation}}
 
 
 BASE = measured("c", 0, [], shares(), [1.0, 2.0, 3.0, 4.0])
@@ -140,15 +117,6 @@ def rows_of(*more):
     for each in more:
         every |= each
     return {each.row: each for each in paired.matches(MODEL, Records.of_names(every), SEEDS)}
-
-
-def causal(records, sts):
-    """The same, tuned under the causal mask, and with another STS."""
-    for record in records.values():
-        if "sts" in record:
-            record["config"]["bi"]["attention"] = "causal"
-            record["sts"] |= {"tasks": dict.fromkeys(record["sts"]["tasks"], sts)}
-    return records
 
 
 def test_a_run_that_has_collapsed_is_a_row_apart_and_held_against_the_base_alone():

@@ -8,8 +8,8 @@ from ubmoe.results import swapped
 from ubmoe.results.pages import renewed
 from ubmoe.results.records import Records
 
-PUT, BACK = [0.1, 0.4, 0.2], [-0.3, -0.1, -0.5]
-RISEN = [1.0, 3.0, 2.0]  # ranked as PUT
+PUT, BACK = [0.1, 0.4, 0.2, 0.05], [-0.3, -0.1, -0.5, -0.6]
+RISEN = [1.0, 3.0, 2.0, 4.0]
 
 
 def told(change):
@@ -32,7 +32,7 @@ def records(seeds=(0, 1), weights="new"):
     sts = {"tasks": {}, "average": 1.0}
     found["base.sts.seed0"] = {"config": small | {"seed": 0, "bi": {"stages": []}}, "sts": sts}
     found["base.dependence.seed0"] = {"config": small | {"seed": 0}} | {
-        "dependence": dependence([0.0] * 3)
+        "dependence": dependence([0.0] * 4)
     }
     for seed in seeds:
         made = {"config": small | {"seed": seed, "bi": bi}, "sts": sts}
@@ -64,9 +64,13 @@ def test_the_table_says_what_layers_cost_together_and_alone():
     lines = renewed("<!-- swap: small -->\n<!-- end -->", records(), SEEDS).splitlines()
     cells = [cell.strip() for cell in lines[3].strip("|").split("|")]
     assert cells == [
-        *("ffn", "5", "+0.90", "+0.70", "-0.90"),
-        *("1 (0.40), 2 (0.20), 0 (0.10)", "2 (0.50), 0 (0.30), 1 (0.10)", "1.00", "-0.50"),
+        *("ffn", "5", "+0.90", "+0.75", "-1.50"),
+        *("1 (0.40), 2 (0.20), 0 (0.10)", "3 (0.60), 2 (0.50), 0 (0.30)", "0.22", "-0.67"),
     ]
+    # ranks with the rise -0.2 and 0.4, with depth -0.4 and 0.8, the rise with depth 0.8
+    expected = [(-0.2 + 0.4 * 0.8) / (0.84 * 0.36) ** 0.5, (0.4 - 0.8 * 0.8) / 0.36]
+    [found] = swapped.swapped("small", records(), SEEDS).values()
+    assert [found.with_after(word) for word in ("in", "back")] == pytest.approx(expected)
 
 
 def test_without_dependence_there_is_no_rank():

@@ -14,7 +14,7 @@ from statistics import NormalDist
 from typing import Any, cast
 
 import numpy as np
-from scipy.stats import spearmanr, t
+from scipy.stats import spearmanr
 
 from ubmoe.bootstrap import correlations, interval
 from ubmoe.report.figures import PALETTE, blank, styled
@@ -30,7 +30,6 @@ PANELS = {"STS": "STS under its own mask"} | {
 GAIN = "STS gained"
 CAUSES = PANELS | {GAIN: "STS gained over the untrained model that reads alike"}
 READS = ("attention", "layers", "pooling")  # how an encoder reads
-FAR = ("learning_rate", "max_steps", "warmup_steps")  # of a stage: how far tuning goes
 
 
 @dataclass(frozen=True)
@@ -116,25 +115,31 @@ class Correlation:
 def correlation(
     found: Sequence[Tuned], cause: str = "DP-after", by_answer: bool = False
 ) -> Correlation:
-    """Spearman's, over rows; seeds of one row are one point, their mean."""
+    """Spearman's, over rows; seeds of one row are one point, their mean.
+
+    The interval draws a row and its twin together: they share seeds, and all but the mask.
+    """
     rows = _by_settings(found, cause, by_answer)
-    moved, lost = np.array([own.mean(0) for own in rows]).T
+    moved, lost = np.array([own.mean(0) for own in rows.values()]).T
     if np.ptp(moved) == 0 or np.ptp(lost) == 0:
         return Correlation(math.nan, None, len(rows))
     value = float(spearmanr(moved, lost).statistic)
     if len(rows) < FEWEST:
         return Correlation(value, None, len(rows))
-    low, high = interval(correlations(moved, lost))
+    twins = [json.dumps(json.loads(each) | {"attention": None}) for each in rows]
+    low, high = interval(correlations(moved, lost, families=twins))
     return Correlation(value, (low, high), len(rows))
 
 
-def _by_settings(found: Sequence[Tuned], cause: str, by_answer: bool = False) -> list[np.ndarray]:
-    """(seeds, 2) of a cause and lost generation, of each row."""
+def _by_settings(
+    found: Sequence[Tuned], cause: str, by_answer: bool = False
+) -> dict[str, np.ndarray]:
+    """(seeds, 2) of a cause and lost generation, of each row, by its settings."""
     rows: dict[str, list[tuple[float, Any]]] = {}
     for each in found:
         lost = each.by_answer if by_answer else each.lost
         rows.setdefault(each.settings, []).append((each.causes[cause], lost))
-    return [np.array(own) for own in rows.values()]
+    return {settings: np.array(own) for settings, own in rows.items()}
 
 
 def over_seeds(found: Sequence[Tuned], cause: str = "DP-after") -> Correlation | None:
@@ -144,7 +149,7 @@ def over_seeds(found: Sequence[Tuned], cause: str = "DP-after") -> Correlation |
     correlation of Bakdash and Marusich (2017), of the common slope within rows. None where they
     leave less than two.
     """
-    several = [own for own in _by_settings(found, cause) if len(own) > 1]
+    several = [own for own in _by_settings(found, cause).values() if len(own) > 1]
     runs = sum(map(len, several))
     freedom = runs - len(several) - 1
     if freedom < 2:
@@ -155,57 +160,6 @@ def over_seeds(found: Sequence[Tuned], cause: str = "DP-after") -> Correlation |
     with np.errstate(divide="ignore"):  # of 1 exactly
         low, high = np.tanh(np.arctanh(value) + [-half, half]).tolist()
     return Correlation(value, (low, high), runs)
-
-
-@dataclass(frozen=True)
-class AtEqual:
-    """What the masks cost at equal STS, with 95 % intervals; runs: of how many.
-
-    causal: perplexity where tuned causally, over that where tuned both ways. ten: what ten points
-    of STS multiply it by.
-    """
-
-    causal: tuple[float, float, float]
-    ten: tuple[float, float, float]
-    runs: int
-
-
-def at_equal_sts(found: Sequence[Tuned]) -> dict[str, AtEqual]:
-    """Of runs that differ in the mask and in how far they went alone, by their shortest row's name.
-
-    The analysis of covariance: log perplexity as a line over STS, of one slope, and a step for the
-    mask; every run is a point, with n - 3 degrees of freedom. It takes STS as free of error.
-    """
-    alike: dict[str, list[Tuned]] = {}
-    for each in found:
-        if "STS" in each.causes:
-            alike.setdefault(_but_for_how_far(each.settings), []).append(each)
-    names = {min((len(each.row), each.row) for each in own)[1]: own for own in alike.values()}
-    return {name: known for name, own in names.items() if (known := _covariance(own)) is not None}
-
-
-def _but_for_how_far(settings: str) -> str:
-    kept = json.loads(settings) | {"attention": None}
-    stages = [
-        {name: value for name, value in stage.items() if name not in FAR}
-        for stage in kept.get("stages", [])
-    ]
-    return json.dumps(kept | {"stages": stages}, sort_keys=True)
-
-
-def _covariance(own: Sequence[Tuned]) -> AtEqual | None:
-    """None where the runs do not tell the mask, the slope and an error."""
-    design = np.array([[1, each.causes["STS"] / 10, each.is_control] for each in own], float)
-    lost = np.array([each.lost for each in own])
-    freedom = len(own) - 3
-    if freedom < 2 or np.linalg.matrix_rank(design) < 3:
-        return None
-    inverse = np.linalg.inv(design.T @ design)
-    found = inverse @ design.T @ lost
-    error = np.sqrt(np.diag(inverse) * np.sum((lost - design @ found) ** 2) / freedom)
-    half = t.ppf(0.975, freedom) * error
-    ten, causal = np.exp([found - half, found, found + half]).T[1:, [1, 0, 2]].tolist()
-    return AtEqual(tuple(causal), tuple(ten), len(own))
 
 
 @styled

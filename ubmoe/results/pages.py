@@ -20,7 +20,7 @@ from ubmoe.report.tables import (
     scan_rows,
     spread,
 )
-from ubmoe.results import paired, paper
+from ubmoe.results import paired, paper, runs
 from ubmoe.results.entries import NO_TASKS, SINK, Entry, by_row, common_tasks, first_measured
 from ubmoe.results.published import published
 from ubmoe.results.records import Record, Records, read_benchmarks, recorded
@@ -198,7 +198,9 @@ def _swap_block(name: str, records: Records, seeds: Sequence[int]) -> str:
         body.append([row, str(own.section["chats"]), *cells])
     header = ["tuned", "chats", "nats a token over the model's", "sum of each layer put in"]
     header += ["sum of each put back", "dearest put in", "best put back"]
-    header += [f"rank of DP-after with {each}" for each in ("cost put in", "saving put back")]
+    header += [
+        f"rank of DP-after with {each}, at equal depth" for each in ("cost put in", "saving")
+    ]
     return _noted([header, *body], [])
 
 
@@ -227,9 +229,7 @@ def _questions_block(name: str, records: Records, seeds: Sequence[int]) -> str:
 
 
 def _equal_block(name: str, records: Records, seeds: Sequence[int]) -> str:
-    """Each row against the rows of the other mask that embed at least as well; and a line each."""
-    from ubmoe.results import claim  # imports matplotlib, which other blocks do not
-
+    """Each row against the rows of the other mask that embed at least as well."""
     body = [
         [each.row, f"{each.sts:.2f}", each.other or "none", sts, str(each.ratio or "")]
         for each in sorted(paired.matches(name, records, seeds), key=lambda each: each.row)
@@ -242,22 +242,36 @@ def _equal_block(name: str, records: Records, seeds: Sequence[int]) -> str:
         "its STS",
         "perplexity over its",
     ]
-    lines = [
-        [
-            row,
-            str(each.runs),
-            *("{:.2f} ({:.2f} to {:.2f})".format(*of) for of in (each.causal, each.ten)),
-        ]
-        for row, each in claim.at_equal_sts(claim.tuned(name, records, seeds)).items()
+    return _noted([header, *body], [])
+
+
+def _masks_block(name: str, records: Records, seeds: Sequence[int]) -> str:
+    """Tuned both ways against causally, over pairs of runs: their mean, and at equal STS."""
+    kinds = {kind: own for kind, own in runs.pairs(name, records, seeds).items() if len(own) > 2}
+    if len(kinds) > 1:
+        kinds["all of these"] = [each for own in kinds.values() for each in own]
+    found = [each.cells for own in kinds.values() for each in own]
+    columns = {runs.GAP: "STS minus its"} | _differences("its", found)
+    columns |= {
+        name: f"{name}, over its" for cells in found for name in cells if paired.BY_LENGTH in name
+    }
+    body = [
+        [said, *(_over(runs.masks(own, column, equal), len(own)) for own, equal in across)]
+        for across in [[(own, equal) for own in kinds.values() for equal in (False, True)]]
+        for column, said in columns.items()
     ]
-    masks = [
-        "tuned alike but for how far",
-        "runs",
-        "perplexity causally over both ways, at equal STS",
-    ]
-    masks += ["times, for ten points of STS"]
-    tables = (_noted([header, *body], []), _noted([masks, *lines], []))
-    return "\n\n".join(filter(None, tables))
+    body = [row for row in body if any(row[1:])]
+    header = ["tuned both ways against its causal twin"]
+    for kind, own in kinds.items():
+        header += [f"{kind}, {len(own)} pairs of runs", "at equal STS"]
+    return _noted([header, *body], [])
+
+
+def _over(found: runs.OverRuns | None, pairs: int) -> str:
+    """How many they are of, where not all of the pairs tell it."""
+    if found is None:
+        return ""
+    return f"{found}, n = {found.runs}" if found.runs < pairs else str(found)
 
 
 def _claim_block(name: str, records: Records, seeds: Sequence[int]) -> str:
@@ -473,6 +487,7 @@ BLOCKS = {
     "layers": _layers_block,
     "swap": _swap_block,
     "equal": _equal_block,
+    "masks": _masks_block,
     "questions": _questions_block,
     "claim": _claim_block,
     "poolings": _poolings_block,

@@ -51,7 +51,7 @@ def changes(
     """
     rows = by_row("encoders", model, records, seeds)
     base = rows.get("base", [])[:1]
-    found = {row: _changed(own, base) for row, own in rows.items() if not own[0].is_base}
+    found = {row: changed(own, base) for row, own in rows.items() if not own[0].is_base}
     return {row: cells for row, cells in found.items() if any(cells.values())}
 
 
@@ -78,7 +78,7 @@ def twins(model: str, records: Records, seeds: Sequence[int]) -> dict[str, Twins
         shared = {each.seed for each in own} & {each.seed for each in other}
         if shared and not own[0].is_control:
             both, twin = ([each for each in some if each.seed in shared] for some in (own, other))
-            found[row] = Twins(both, twin, _changed(both, twin))
+            found[row] = Twins(both, twin, changed(both, twin))
     return {row: each for row, each in found.items() if any(each.cells.values())}
 
 
@@ -168,7 +168,8 @@ def _other_mask(entry: Entry) -> str:
     return own.removesuffix(CAUSAL) if own.endswith(CAUSAL) else own + CAUSAL
 
 
-def _changed(own: Sequence[Entry], theirs: Sequence[Entry]) -> dict[str, Difference | None]:
+def changed(own: Sequence[Entry], theirs: Sequence[Entry]) -> dict[str, Difference | None]:
+    """{column: difference of a row's seeds to another's}, columns as of `changes`."""
     mine, other = (_told(each, "dependence") for each in (own, theirs))
     cells = {column: _mean(_moved(mine, other, name)) for column, name in SINK.items()}
     cells[BY_SINK] = _by_sink(mine, other)
@@ -182,6 +183,22 @@ def _changed(own: Sequence[Entry], theirs: Sequence[Entry]) -> dict[str, Differe
     return cells
 
 
+def by_length(own: Sequence[Entry], theirs: Sequence[Entry]) -> dict[str, Difference | None]:
+    """{column: perplexity over theirs of the answers of these lengths}; None where not measured."""
+    mine, other = (_told(each, "evaluation") for each in (own, theirs))
+    tokens = np.array(mine[0]["tokens"]) if mine else np.array([])
+    found = {}
+    for low, high in zip((0, *LENGTHS), (*LENGTHS, math.inf), strict=True):
+        chosen = (tokens > low) & (tokens <= high)
+        if chosen.any():
+            said = f"{low + 1} to {high} tokens" if high < math.inf else f"over {low} tokens"
+            column = f"perplexity, {chosen.sum()}{BY_LENGTH}{said}"
+            found[column] = _perplexities(mine, other, chosen=chosen)
+    return found
+
+
+LENGTHS = (3, 20)  # tokens, end token included: a word or a number; a sentence; and what is longer
+BY_LENGTH = " answers of "  # in the name of such a column
 FURTHER = (
     "perplexity of "  # and the name of one of evaluation.perplexity; of the seeds that tell it
 )
@@ -267,16 +284,22 @@ def by_sink(first: np.ndarray, without: np.ndarray, change: np.ndarray) -> np.nd
 
 
 def _perplexities(
-    own: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]], by_answer: bool = False
+    own: Sequence[dict[str, Any]],
+    theirs: Sequence[dict[str, Any]],
+    by_answer: bool = False,
+    chosen: np.ndarray | None = None,
 ) -> Difference | None:
     """Of the geometric mean over seeds, times theirs.
 
-    by_answer: every answer counts once, whatever its length; else every token does.
+    by_answer: every answer counts once, whatever its length; else every token does. chosen: which
+    answers alone.
     """
     each = _moved(own, theirs, "losses")
     if each is None:
         return None
     tokens = np.array(own[0]["tokens"])
+    if chosen is not None:
+        each, tokens = each[:, chosen], tokens[chosen]
     if by_answer:
         each, tokens = each / tokens, np.ones_like(tokens)
     lost, seeds = each.mean(0), np.exp(each.sum(1) / tokens.sum())

@@ -41,10 +41,18 @@ class Swapped:
         return np.array([row[word]["change"] for row in self.rows])
 
     def with_after(self, word: str) -> float | None:
-        """Rank correlation over layers: the rise of DP-after, and what a swap costs or saves."""
+        """Rank correlation over layers of the rise of DP-after with what a swap costs or saves.
+
+        At equal depth, a partial one: either goes with the layer's number, so that their ranks
+        would go together whatever one has to do with the other.
+        """
         if self.after is None:
             return None
-        return float(spearmanr(SIGNS[word] * self.changes(word), self.after).statistic)
+        cost = SIGNS[word] * self.changes(word)
+        both, deep, own = spearmanr([cost, self.after, np.arange(len(cost))], axis=1).statistic[
+            [0, 0, 1], [1, 2, 2]
+        ]
+        return float((both - deep * own) / np.sqrt((1 - deep**2) * (1 - own**2)))
 
 
 SIGNS = {"in": 1, "back": -1}  # what it costs to put a layer in is saved by putting it back
@@ -87,7 +95,7 @@ def figure(model: str, rows: dict[str, Swapped]) -> Figure:
                 style = {"marker": "o", "ls": "", "ms": 4, "color": SWAPPED[word][1]}
                 points.plot(own.after, sign * own.changes(word), **style)
             ranks = " and ".join(f"{own.with_after(word):.2f}" for word in SIGNS)
-            points.set_title(f"cost, saving: rank {ranks}", fontsize=9)
+            points.set_title(f"cost, saving: rank at equal depth {ranks}", fontsize=9)
         for line in (points.axhline, points.axvline):
             line(0, color="grey", lw=0.6)
     bars.set_xlabel("layer that is swapped")

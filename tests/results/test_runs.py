@@ -1,0 +1,93 @@
+"""Pairs of runs that differ in the mask alone, against scipy's own t test and regression."""
+
+import math
+
+import numpy as np
+import pytest
+from builders import MODEL, SEEDS, causal, measured, shares
+from scipy.stats import linregress, ttest_1samp
+from scipy.stats import t as student
+
+from ubmoe.results import runs
+from ubmoe.results.records import Records
+
+RNG = np.random.default_rng(4)
+
+
+def test_a_mean_over_runs_has_the_interval_of_a_t_test():
+    values = RNG.normal(2.0, size=6)
+    found = runs.OverRuns.of(values)
+    expected = ttest_1samp(values, 0).confidence_interval()
+    assert (found.value, found.runs) == (pytest.approx(values.mean()), 6)
+    assert found.interval == pytest.approx((expected.low, expected.high))
+    assert runs.OverRuns.of(values[:2]) is None
+
+
+def test_at_equal_sts_is_where_the_line_crosses_zero():
+    gaps = RNG.normal(3.0, 5.0, size=7)
+    values = 0.4 + 0.1 * gaps + RNG.normal(size=7) / 3
+    line = linregress(gaps, values)
+    half = student.ppf(0.975, 5) * line.intercept_stderr
+    found = runs.OverRuns.of(values, gaps)
+    assert found.value == pytest.approx(line.intercept)
+    assert found.interval == pytest.approx((line.intercept - half, line.intercept + half))
+    assert str(found.exp).startswith(f"{math.exp(line.intercept):.2f} (")
+    assert runs.OverRuns.of(values[:3], gaps[:3]) is None  # one degree of freedom
+    assert runs.OverRuns.of(values, np.full(7, 2.0)) is None  # no line
+
+
+def tuned(name, seed, after, losses, sts=None, **stage):
+    """An encoder with another DP-after and other losses; tuned causally, where its STS is given."""
+    found = measured(name, seed, ["ffn"], shares(after), losses)
+    if sts is not None:
+        causal(found, sts)
+    found[f"{name}.sts.seed{seed}"]["config"]["bi"]["stages"][0] |= stage
+    return found
+
+
+def test_pairs_are_of_one_seed_and_of_equal_settings_but_for_the_mask():
+    records = measured("c", 0, [], shares(), [1.0, 2.0, 3.0, 4.0])
+    records |= tuned("a", 0, 5.0, [1.5, 2.5, 3.5, 4.5]) | tuned("a", 1, 4.0, [1.0, 2.0, 3.0, 8.0])
+    records |= tuned("z", 0, 2.0, [1.5, 2.5, 3.5, 3.5], 45.0)
+    records |= tuned("z", 1, 3.0, [1.0, 2.0, 3.0, 6.0], 47.0)
+    far = {"max_steps": 9, "learning_rate": 2.0}  # as long and as fast, both of them
+    records |= tuned("d", 1, 9.0, [2.0, 2.0, 3.0, 4.0], **far)
+    records |= tuned("e", 1, 3.0, [1.0, 2.0, 3.0, 4.0], 51.0, **far)
+    records |= tuned("f", 1, 9.0, [1.0, 1.0, 1.0, 1.0], temperature=0.1)  # another way, no twin
+    for name, moved in (("a", 1), ("z", 0)):  # one seed of two tells of other chats
+        essays = {"answers": {"losses": [8.0, 7.0 + moved], "tokens": [4, 6]}}
+        records[f"{name}.evaluation.seed1"]["generation"]["further"] = {"essays": essays}
+    for name, row in (("d", "ffn far"), ("e", "ffn far causal")):
+        records[f"{name}.sts.seed1"]["config"]["results"] = {"row": row}
+    [(kind, own)] = runs.pairs(MODEL, Records.of_names(records), SEEDS).items()
+    assert kind == "ffn" and [each.row for each in own] == ["ffn", "ffn", "ffn far"]
+    assert [each.cells["DP-after"] for each in own] == [3.0, 1.0, 6.0]
+    assert [each.cells[runs.GAP] for each in own] == [6.0, 4.0, 0.0]  # STS of 51 each, but causally
+    ratios = [each.cells["perplexity"] for each in own]
+    assert ratios == pytest.approx([math.exp(each / 10) for each in (1, 2, 1)])
+    essays = [each.cells.get("perplexity of essays") for each in own]
+    assert essays == [None, pytest.approx(math.exp(1 / 10)), None]
+    short = [each.cells["perplexity, 3 answers of 1 to 3 tokens"] for each in own]
+    assert short == pytest.approx([math.exp(each / 6) for each in (1, 2, 1)])  # 2, 3 and 1
+    long = [each.cells["perplexity, 1 answers of 4 to 20 tokens"] for each in own]
+    assert long == pytest.approx([1.0, 1.0, 1.0])
+
+
+def test_perplexities_are_ratios_and_what_few_pairs_tell_has_no_interval():
+    own = [
+        runs.Pair("ffn", {"perplexity": ratio, "DP-after": after, "STS": gap})
+        for ratio, after, gap in (
+            (0.5, 1.0, -2.0),
+            (0.25, 3.0, 1.0),
+            (1.0, 2.0, 2.0),
+            (0.7, 4.0, 5),
+        )
+    ]
+    found = runs.masks(own, "perplexity")
+    logs = ttest_1samp(np.log([0.5, 0.25, 1.0, 0.7]), 0).confidence_interval()
+    assert found.value == pytest.approx((0.5 * 0.25 * 0.7) ** 0.25)
+    assert found.interval == pytest.approx((math.exp(logs.low), math.exp(logs.high)))
+    assert runs.masks(own, "DP-after").value == 2.5
+    equal = runs.masks(own, "DP-after", at_equal_sts=True)
+    assert equal.value == pytest.approx(linregress([-2, 1, 2, 5], [1, 3, 2, 4]).intercept)
+    assert runs.masks(own, "by answer") is None

@@ -1,0 +1,114 @@
+"""The masks compared with the run as the unit: pairs that differ in the mask alone.
+
+Intervals over texts say how surely two models differ. Another seed makes other models, and theirs
+differ otherwise: what a mask does is known as surely as runs of it agree.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import t
+
+from ubmoe.results.entries import common_tasks
+from ubmoe.results.paired import Twins, by_length, changed, twins
+from ubmoe.results.records import Records
+
+GAP = "STS"
+RATIOS = ("perplexity", "by answer")  # columns begin so that are ratios
+FAR = ("learning_rate", "max_steps", "warmup_steps")  # of a stage: how far tuning goes
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two runs of one seed, tuned both ways and causally, and all else equal.
+
+    cells: {column: the first against the second}, columns as of `paired.changes` and
+    `paired.by_length`, and GAP: STS of the first minus that of the second, each under its own mask.
+    """
+
+    row: str
+    cells: dict[str, float]
+
+
+@dataclass(frozen=True)
+class OverRuns:
+    """A mean over runs, and its 95 % interval by Student's t."""
+
+    value: float
+    interval: tuple[float, float]
+    runs: int
+
+    @classmethod
+    def of(cls, values: Sequence[float], gaps: Sequence[float] | None = None) -> "OverRuns | None":
+        """The mean; with gaps: where the line over them crosses zero. None of too few runs."""
+        design = np.ones((len(values), 1))
+        if gaps is not None:
+            design = np.column_stack([design, gaps])
+        freedom = len(values) - design.shape[1]
+        if freedom < 2 or np.linalg.matrix_rank(design) < design.shape[1]:
+            return None
+        inverse = np.linalg.inv(design.T @ design)
+        found = inverse @ design.T @ np.array(values)
+        error = math.sqrt(inverse[0, 0] * np.sum((values - design @ found) ** 2) / freedom)
+        half = float(t.ppf(0.975, freedom)) * error
+        value = float(found[0])
+        return cls(value, (value - half, value + half), len(values))
+
+    @property
+    def exp(self) -> "OverRuns":
+        """Of a mean of logs, the ratio."""
+        low, high = map(math.exp, self.interval)
+        return OverRuns(math.exp(self.value), (low, high), self.runs)
+
+    def __str__(self) -> str:
+        return "{:.2f} ({:.2f} to {:.2f})".format(self.value, *self.interval)
+
+
+def pairs(model: str, records: Records, seeds: Sequence[int]) -> dict[str, list[Pair]]:
+    """The pairs that differ in their seed and in how far they went alone, by the shortest row."""
+    found = twins(model, records, seeds)
+    every = [each for own in found.values() for each in (*own.both, *own.causal)]
+    if not (common := common_tasks(every)):
+        return {}
+    kinds: dict[str, list[Pair]] = {}
+    for row, own in found.items():
+        kinds.setdefault(_but_for_how_far(own), []).extend(_pairs(row, own, common))
+    names = {min((len(each.row), each.row) for each in own)[1]: own for own in kinds.values()}
+    return {name: names[name] for name in sorted(names, key=lambda each: (len(each), each))}
+
+
+def _pairs(row: str, own: Twins, common: Sequence[str]) -> list[Pair]:
+    found = []
+    for both, causal in zip(own.both, own.causal, strict=True):
+        every = changed([both], [causal]) | by_length([both], [causal])
+        cells = {column: cell.value for column, cell in every.items() if cell is not None}
+        cells[GAP] = both.mean(common) - causal.mean(common)
+        found.append(Pair(row, cells))
+    return found
+
+
+def _but_for_how_far(own: Twins) -> str:
+    settings: dict[str, Any] = own.both[0].record.config["bi"]
+    stages = [
+        {name: value for name, value in stage.items() if name not in FAR}
+        for stage in settings.get("stages", [])
+    ]
+    return json.dumps(settings | {"attention": None, "stages": stages}, sort_keys=True)
+
+
+def masks(own: Sequence[Pair], column: str, at_equal_sts: bool = False) -> OverRuns | None:
+    """What the pairs differ in, over those of which it was measured; perplexities as a ratio.
+
+    at_equal_sts: where the line over the pairs' gaps in STS crosses zero.
+    """
+    if at_equal_sts and column == GAP:
+        return None
+    told = [each for each in own if column in each.cells]
+    is_ratio = column.startswith(RATIOS)
+    values = [math.log(each.cells[column]) if is_ratio else each.cells[column] for each in told]
+    found = OverRuns.of(values, [each.cells[GAP] for each in told] if at_equal_sts else None)
+    return found.exp if found is not None and is_ratio else found
