@@ -91,3 +91,31 @@ def test_perplexities_are_ratios_and_what_few_pairs_tell_has_no_interval():
     equal = runs.masks(own, "DP-after", at_equal_sts=True)
     assert equal.value == pytest.approx(linregress([-2, 1, 2, 5], [1, 3, 2, 4]).intercept)
     assert runs.masks(own, "by answer") is None
+
+
+def test_the_picture_has_a_point_a_pair_and_the_mean_over_all_kinds():
+    kinds = {
+        kind: [
+            runs.Pair(kind, {"perplexity": ratio, "DP-after": ratio + more, "STS": 2.0})
+            for ratio in (0.5, 0.25, 1.0)
+        ]
+        for kind, more in (("ffn", 0.0), ("attention", 1.0))
+    }
+    kinds["ffn"][0].cells["perplexity of essays"] = 2.0
+    kinds["ffn"][1].cells["perplexity, 9 answers of over 20 tokens"] = 3.0
+    ratios, points = runs.figure("small", kinds).axes
+    called = [[text.get_text() for text in axes.get_yticklabels()] for axes in (ratios, points)]
+    assert called[0] == [
+        "perplexity, by the token",
+        "9 answers of over 20 tokens",
+        "perplexity of essays",
+    ]
+    assert called[1] == ["STS", "DP-after"]
+    first, second, interval, mean = ratios.lines[:4]
+    assert list(first.get_xdata()) == list(second.get_xdata()) == [0.5, 0.25, 1.0]
+    every = [each for own in kinds.values() for each in own]
+    expected = runs.masks(every, "perplexity")
+    assert tuple(interval.get_xdata()) == expected.interval
+    assert mean.get_xdata() == [expected.value]
+    labels = [text.get_text() for text in points.get_legend().get_texts()]
+    assert labels == ["ffn", "attention"]

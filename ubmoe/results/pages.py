@@ -20,7 +20,7 @@ from ubmoe.report.tables import (
     scan_rows,
     spread,
 )
-from ubmoe.results import paired, paper, runs
+from ubmoe.results import paired, paper
 from ubmoe.results.entries import NO_TASKS, SINK, Entry, by_row, common_tasks, first_measured
 from ubmoe.results.published import published
 from ubmoe.results.records import Record, Records, read_benchmarks, recorded
@@ -247,7 +247,9 @@ def _equal_block(name: str, records: Records, seeds: Sequence[int]) -> str:
 
 def _masks_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     """Tuned both ways against causally, over pairs of runs: their mean, and at equal STS."""
-    kinds = {kind: own for kind, own in runs.pairs(name, records, seeds).items() if len(own) > 2}
+    from ubmoe.results import runs  # imports matplotlib, which other blocks do not
+
+    kinds = runs.several(name, records, seeds)
     if len(kinds) > 1:
         kinds["all of these"] = [each for own in kinds.values() for each in own]
     found = [each.cells for own in kinds.values() for each in own]
@@ -267,8 +269,8 @@ def _masks_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     return _noted([header, *body], [])
 
 
-def _over(found: runs.OverRuns | None, pairs: int) -> str:
-    """How many they are of, where not all of the pairs tell it."""
+def _over(found: Any, pairs: int) -> str:
+    """A mean over runs, and of how many where not all of the pairs tell it."""
     if found is None:
         return ""
     return f"{found}, n = {found.runs}" if found.runs < pairs else str(found)

@@ -11,14 +11,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from scipy.stats import t
 
+from ubmoe.report.figures import PALETTE, blank, styled
 from ubmoe.results.entries import common_tasks
-from ubmoe.results.paired import Twins, by_length, changed, twins
+from ubmoe.results.paired import BY_LENGTH, BY_SINK, FURTHER, Twins, by_length, changed, twins
 from ubmoe.results.records import Records
 
 GAP = "STS"
 RATIOS = ("perplexity", "by answer")  # columns begin so that are ratios
+FEWEST = 3  # pairs of a kind that is told
 FAR = ("learning_rate", "max_steps", "warmup_steps")  # of a stage: how far tuning goes
 
 
@@ -81,6 +85,12 @@ def pairs(model: str, records: Records, seeds: Sequence[int]) -> dict[str, list[
     return {name: names[name] for name in sorted(names, key=lambda each: (len(each), each))}
 
 
+def several(model: str, records: Records, seeds: Sequence[int]) -> dict[str, list[Pair]]:
+    """The kinds of which there are FEWEST pairs."""
+    found = pairs(model, records, seeds)
+    return {kind: own for kind, own in found.items() if len(own) >= FEWEST}
+
+
 def _pairs(row: str, own: Twins, common: Sequence[str]) -> list[Pair]:
     found = []
     for both, causal in zip(own.both, own.causal, strict=True):
@@ -112,3 +122,63 @@ def masks(own: Sequence[Pair], column: str, at_equal_sts: bool = False) -> OverR
     values = [math.log(each.cells[column]) if is_ratio else each.cells[column] for each in told]
     found = OverRuns.of(values, [each.cells[GAP] for each in told] if at_equal_sts else None)
     return found.exp if found is not None and is_ratio else found
+
+
+@styled
+def figure(model: str, kinds: dict[str, list[Pair]]) -> Figure:
+    """What the pairs differ in: a point a pair, and their means over all kinds, with intervals."""
+    every = [each for own in kinds.values() for each in own]
+    told = list(dict.fromkeys(column for each in every for column in each.cells))
+    ratios = [each for each in told if each.startswith(RATIOS)]
+    ratios.sort(key=lambda each: each.startswith(FURTHER))
+    points = [each for each in POINTS if each in told]
+    found = blank(10.4, 1.4 + 0.42 * max(len(ratios), len(points)))
+    panels = found.subplots(1, 2, width_ratios=(1.3, 1))
+    for axes, columns in zip(panels, (ratios, points), strict=True):
+        for place, column in enumerate(columns):
+            _row(axes, place, column, kinds, every)
+        axes.set_yticks(range(len(columns)), [_called(each) for each in columns])
+        axes.set_ylim(len(columns) - 0.5, -0.5)
+        axes.tick_params(axis="y", length=0)
+    panels[0].set_xscale("log")
+    panels[0].xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    panels[0].xaxis.set_major_formatter("{x:g}")
+    panels[0].xaxis.set_minor_locator(NullLocator())
+    panels[0].axvline(1, color="grey", lw=0.6)
+    panels[1].axvline(0, color="grey", lw=0.6)
+    panels[0].set_xlabel("tuned both ways over causally\n(left: tuning causally loses more)")
+    panels[1].set_xlabel("both ways minus causally (points)")
+    panels[1].legend(*panels[0].get_legend_handles_labels(), loc="best")
+    found.suptitle(
+        f"{model}: {len(every)} pairs of runs that differ in the mask alone", fontsize=10
+    )
+    return found
+
+
+POINTS = (GAP, "DP-after", BY_SINK, "after without first")
+CALLED = {
+    "perplexity": "perplexity, by the token",
+    "by answer": "perplexity, each answer once",
+    BY_SINK: "DP-after by the sink's fall",
+    "after without first": "DP-after without the first key",
+}
+
+
+def _called(column: str) -> str:
+    if BY_LENGTH in column:
+        return column.partition(", ")[2]
+    return column if column.startswith(FURTHER) else CALLED.get(column, column)
+
+
+def _row(
+    axes: Any, place: int, column: str, kinds: dict[str, list[Pair]], every: list[Pair]
+) -> None:
+    for number, (kind, own) in enumerate(kinds.items()):
+        values = [each.cells[column] for each in own if column in each.cells]
+        style = {"marker": "os^D"[number % 4], "color": PALETTE[number % len(PALETTE)]}
+        label = kind if place == 0 else None
+        height = place + 0.22 * (number - (len(kinds) - 1) / 2)
+        axes.plot(values, [height] * len(values), ls="", ms=4, alpha=0.7, label=label, **style)
+    if (mean := masks(every, column)) is not None:
+        axes.plot(mean.interval, [place, place], color="black", lw=1.4)
+        axes.plot(mean.value, place, marker="|", ms=9, mew=1.8, color="black")

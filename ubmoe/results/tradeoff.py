@@ -19,7 +19,7 @@ from ubmoe.config import Config, UserError
 from ubmoe.files import replace_all, save_figure
 from ubmoe.report.figures import blank, styled
 from ubmoe.report.tables import ROUTES, model_of
-from ubmoe.results import claim, sink, swapped
+from ubmoe.results import claim, runs, sink, swapped
 from ubmoe.results.entries import common_tasks, entries
 from ubmoe.results.records import Records
 
@@ -82,7 +82,7 @@ def front(pairs: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def draw(config: Config, records: Records) -> str:
-    """Write tradeoff.png, claim.png, sink.png and swaps.png to output_dir, as the records give.
+    """Write tradeoff, claim, masks, sink and swaps.png to output_dir, as the records give.
 
     Returns their paths. Raises UserError.
     """
@@ -99,8 +99,10 @@ def draw(config: Config, records: Records) -> str:
     rows = {each.settings for each in encoded}
     twins = sink.with_twins(sink.measured(model, records, seeds))
     swaps = swapped.swapped(model, records, seeds)
+    pairs = runs.several(model, records, seeds)
     for name, least, count, drawn in (
         ("claim.png", 3, len(rows), partial(claim.figure, model, encoded)),
+        ("masks.png", 1, len(pairs), partial(runs.figure, model, pairs)),
         ("sink.png", 3, len(twins), partial(sink.figure, model, twins)),
         ("swaps.png", 1, len(swaps), partial(swapped.figure, model, swaps)),
     ):
