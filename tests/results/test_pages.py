@@ -124,7 +124,7 @@ def test_masks_are_compared_over_pairs_of_runs_and_at_equal_sts(monkeypatch):
         cells = [{"STS": gap, "DP-after": after} for gap, after in values]
         return {kind: [runs.Pair(kind, each) for each in cells]}
 
-    every = pairs("ffn", (-1.0, 1.0), (1.0, 3.0), (3.0, 5.0), (5.0, 7.0)) | pairs("all", (1.0, 2.0))
+    every = pairs("ffn", (-1.0, 1.0), (1.0, 3.0), (3.0, 5.0), (5.0, 7.0))
     every["ffn"][0].cells["perplexity, 9 answers of over 20 tokens"] = 0.5
     monkeypatch.setattr(runs, "pairs", lambda *_: every)
     text = "<!-- masks: small -->\n<!-- end -->"

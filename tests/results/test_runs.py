@@ -59,7 +59,8 @@ def test_pairs_are_of_one_seed_and_of_equal_settings_but_for_the_mask():
         records[f"{name}.evaluation.seed1"]["generation"]["further"] = {"essays": essays}
     for name, row in (("d", "ffn far"), ("e", "ffn far causal")):
         records[f"{name}.sts.seed1"]["config"]["results"] = {"row": row}
-    [(kind, own)] = runs.pairs(MODEL, Records.of_names(records), SEEDS).items()
+    records = Records.of_names(records)
+    [(kind, own)] = runs.pairs(MODEL, records, SEEDS).items()
     assert kind == "ffn" and [each.row for each in own] == ["ffn", "ffn", "ffn far"]
     assert [each.cells["DP-after"] for each in own] == [3.0, 1.0, 6.0]
     assert [each.cells[runs.GAP] for each in own] == [6.0, 4.0, 0.0]  # STS of 51 each, but causally
@@ -71,6 +72,10 @@ def test_pairs_are_of_one_seed_and_of_equal_settings_but_for_the_mask():
     assert short == pytest.approx([math.exp(each / 6) for each in (1, 2, 1)])  # 2, 3 and 1
     long = [each.cells["perplexity, 1 answers of 4 to 20 tokens"] for each in own]
     assert long == pytest.approx([1.0, 1.0, 1.0])
+    changes = runs.changes(MODEL, records, SEEDS)
+    told = {kind: {each.cells["DP-after"] for each in own} for kind, own in changes.items()}
+    assert told == {"ffn": {5.0, 4.0, 9.0}, "ffn causal": {2.0, 3.0}}
+    assert [each.cells[runs.GAP] for each in changes["ffn"]] == [0.0, 0.0, 0.0]  # 51 the base, too
 
 
 def test_perplexities_are_ratios_and_what_few_pairs_tell_has_no_interval():

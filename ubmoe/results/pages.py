@@ -249,7 +249,7 @@ def _masks_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     """Tuned both ways against causally, over pairs of runs: their mean, and at equal STS."""
     from ubmoe.results import runs  # imports matplotlib, which other blocks do not
 
-    kinds = runs.several(name, records, seeds)
+    kinds = runs.pairs(name, records, seeds)
     if len(kinds) > 1:
         kinds["all of these"] = [each for own in kinds.values() for each in own]
     found = [each.cells for own in kinds.values() for each in own]
@@ -267,6 +267,20 @@ def _masks_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     for kind, own in kinds.items():
         header += [f"{kind}, {len(own)} pairs of runs", "at equal STS"]
     return _noted([header, *body], [])
+
+
+def _runs_block(name: str, records: Records, seeds: Sequence[int]) -> str:
+    """Of every kind of run, by its mask: what tuning changes of the base, over runs."""
+    from ubmoe.results import runs  # imports matplotlib, which other blocks do not
+
+    kinds = runs.changes(name, records, seeds)
+    found = [each.cells for own in kinds.values() for each in own]
+    columns = _differences("the base's", found)
+    body = [
+        [kind, str(len(own)), *(_over(runs.masks(own, column), len(own)) for column in columns)]
+        for kind, own in kinds.items()
+    ]
+    return _noted([["tuned", "runs", *columns.values()], *body], [])
 
 
 def _over(found: Any, pairs: int) -> str:
@@ -490,6 +504,7 @@ BLOCKS = {
     "swap": _swap_block,
     "equal": _equal_block,
     "masks": _masks_block,
+    "runs": _runs_block,
     "questions": _questions_block,
     "claim": _claim_block,
     "poolings": _poolings_block,

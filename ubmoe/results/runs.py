@@ -1,4 +1,4 @@
-"""The masks compared with the run as the unit: pairs that differ in the mask alone.
+"""With the run as the unit: against the base, and in pairs that differ in the mask alone.
 
 Intervals over texts say how surely two models differ. Another seed makes other models, and theirs
 differ otherwise: what a mask does is known as surely as runs of it agree.
@@ -6,8 +6,9 @@ differ otherwise: what a mask does is known as surely as runs of it agree.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,8 @@ from matplotlib.ticker import LogLocator, NullLocator
 from scipy.stats import t
 
 from ubmoe.report.figures import PALETTE, blank, styled
-from ubmoe.results.entries import common_tasks
-from ubmoe.results.paired import BY_LENGTH, BY_SINK, FURTHER, Twins, by_length, changed, twins
+from ubmoe.results.entries import Entry, by_row, common_tasks
+from ubmoe.results.paired import BY_LENGTH, BY_SINK, FURTHER, by_length, changed, twins
 from ubmoe.results.records import Records
 
 GAP = "STS"
@@ -28,7 +29,7 @@ FAR = ("learning_rate", "max_steps", "warmup_steps")  # of a stage: how far tuni
 
 @dataclass(frozen=True)
 class Pair:
-    """Two runs of one seed, tuned both ways and causally, and all else equal.
+    """Two runs of one seed that differ in the mask alone, both ways first; or a run and the base.
 
     cells: {column: the first against the second}, columns as of `paired.changes` and
     `paired.by_length`, and GAP: STS of the first minus that of the second, each under its own mask.
@@ -78,36 +79,50 @@ def pairs(model: str, records: Records, seeds: Sequence[int]) -> dict[str, list[
     every = [each for own in found.values() for each in (*own.both, *own.causal)]
     if not (common := common_tasks(every)):
         return {}
+    return _kinds(
+        (_but_for_how_far(both, {"attention": None}), _pair(row, both, causal, common))
+        for row, own in found.items()
+        for both, causal in zip(own.both, own.causal, strict=True)
+    )
+
+
+def changes(model: str, records: Records, seeds: Sequence[int]) -> dict[str, list[Pair]]:
+    """Every run against the base, of the kinds of `pairs` and of either mask."""
+    rows = by_row("encoders", model, records, seeds)
+    base = rows.get("base", [])[:1]
+    tuned = [(row, each) for row, own in rows.items() for each in own if each.has_learnt]
+    common = common_tasks([each for _, each in tuned] + base)
+    return _kinds(
+        (_but_for_how_far(each), _pair(row, each, base[0], common))
+        for row, each in tuned
+        if base and common
+    )
+
+
+def _kinds(found: Iterable[tuple[str, Pair]]) -> dict[str, list[Pair]]:
+    """{name of the shortest row: those of one kind}, of which there are FEWEST."""
     kinds: dict[str, list[Pair]] = {}
-    for row, own in found.items():
-        kinds.setdefault(_but_for_how_far(own), []).extend(_pairs(row, own, common))
-    names = {min((len(each.row), each.row) for each in own)[1]: own for own in kinds.values()}
+    for kind, each in found:
+        kinds.setdefault(kind, []).append(each)
+    several = [own for own in kinds.values() if len(own) >= FEWEST]
+    names = {min((len(each.row), each.row) for each in own)[1]: own for own in several}
     return {name: names[name] for name in sorted(names, key=lambda each: (len(each), each))}
 
 
-def several(model: str, records: Records, seeds: Sequence[int]) -> dict[str, list[Pair]]:
-    """The kinds of which there are FEWEST pairs."""
-    found = pairs(model, records, seeds)
-    return {kind: own for kind, own in found.items() if len(own) >= FEWEST}
+def _pair(row: str, one: Entry, other: Entry, tasks: Sequence[str]) -> Pair:
+    every = changed([one], [other]) | by_length([one], [other])
+    cells = {column: cell.value for column, cell in every.items() if cell is not None}
+    return Pair(row, cells | {GAP: one.mean(tasks) - other.mean(tasks)})
 
 
-def _pairs(row: str, own: Twins, common: Sequence[str]) -> list[Pair]:
-    found = []
-    for both, causal in zip(own.both, own.causal, strict=True):
-        every = changed([both], [causal]) | by_length([both], [causal])
-        cells = {column: cell.value for column, cell in every.items() if cell is not None}
-        cells[GAP] = both.mean(common) - causal.mean(common)
-        found.append(Pair(row, cells))
-    return found
-
-
-def _but_for_how_far(own: Twins) -> str:
-    settings: dict[str, Any] = own.both[0].record.config["bi"]
+def _but_for_how_far(entry: Entry, others: Mapping[str, Any] = MappingProxyType({})) -> str:
+    """How a run was tuned, without how far that went; others: keys that do not matter, either."""
+    settings: dict[str, Any] = entry.record.config["bi"]
     stages = [
         {name: value for name, value in stage.items() if name not in FAR}
         for stage in settings.get("stages", [])
     ]
-    return json.dumps(settings | {"attention": None, "stages": stages}, sort_keys=True)
+    return json.dumps(settings | dict(others) | {"stages": stages}, sort_keys=True)
 
 
 def masks(own: Sequence[Pair], column: str, at_equal_sts: bool = False) -> OverRuns | None:

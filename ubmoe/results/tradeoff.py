@@ -99,7 +99,7 @@ def draw(config: Config, records: Records) -> str:
     rows = {each.settings for each in encoded}
     twins = sink.with_twins(sink.measured(model, records, seeds))
     swaps = swapped.swapped(model, records, seeds)
-    pairs = runs.several(model, records, seeds)
+    pairs = runs.pairs(model, records, seeds)
     for name, least, count, drawn in (
         ("claim.png", 3, len(rows), partial(claim.figure, model, encoded)),
         ("masks.png", 1, len(pairs), partial(runs.figure, model, pairs)),
