@@ -136,24 +136,32 @@ def test_pickled_weights_are_not_unpickled(model, marker, tmp_path, zipped):
     assert not marker.exists()
 
 
+@pytest.fixture(
+    scope="module", params=[("train_bi.py", "bi.stages.0"), ("-m ubmoe.bitune", "bitune")]
+)
+def interrupted(request, tiny_path, tmp_path_factory):
+    """(a program, its keys, the folder) of a run that has a checkpoint to go on from."""
+    (script, section), folder = request.param, tmp_path_factory.mktemp("interrupted") / "run"
+    arguments = ["model.device=cpu", f"{section}.max_steps=3", f"{section}.save_steps=2"]
+    arguments += ["evaluation.sts=[]", "evaluation.generation=[]", "bitune.generation=[]"]
+    assert run(*arguments, f"output_dir={folder}", script=script)[0] == 0
+    for last in folder.rglob("checkpoint-3"):
+        shutil.rmtree(last)
+    return script, arguments, folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", ["code", "cut"])
-@pytest.mark.parametrize(
-    ("script", "section"), [("train_bi.py", "bi.stages.0"), ("-m ubmoe.bitune", "bitune")]
-)
 def test_a_checkpoint_that_was_damaged_is_named_and_runs_no_code(
-    tiny_path, marker, tmp_path, script, section, damage
+    interrupted, marker, tmp_path, damage
 ):
     import torch
 
-    arguments = ["model.device=cpu", f"{section}.max_steps=3", f"{section}.save_steps=2"]
-    arguments += ["evaluation.sts=[]", "evaluation.generation=[]", "bitune.generation=[]"]
-    arguments += [f"output_dir={tmp_path}/run", "resume=auto"]
-    assert run(*arguments, script=script)[0] == 0
+    script, arguments, whole = interrupted
+    arguments = [*arguments, f"output_dir={tmp_path}/run", "resume=auto"]
+    shutil.copytree(whole, tmp_path / "run")
     checkpoints = list((tmp_path / "run").rglob("checkpoint-2"))
     assert checkpoints
-    for last in (tmp_path / "run").rglob("checkpoint-3"):
-        shutil.rmtree(last)
     for path in checkpoints[0].iterdir():
         if damage == "code" and path.suffix in (".pt", ".pth", ".bin"):
             torch.save(Bomb(marker), path)
