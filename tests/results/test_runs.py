@@ -124,3 +124,13 @@ def test_the_picture_has_a_point_a_pair_and_the_mean_over_all_kinds():
     assert mean.get_xdata() == [expected.value]
     labels = [text.get_text() for text in points.get_legend().get_texts()]
     assert labels == ["ffn", "attention"]
+
+
+def test_kinds_of_one_name_stay_apart():
+    records = measured("c", 0, [], shares(), [1.0, 2.0, 3.0, 4.0])
+    for seed in range(3):
+        records |= tuned("a", seed, 5.0, [1.5, 2.5, 3.5, 4.5])
+        records |= tuned("b", seed + 3, 7.0, [1.5, 2.5, 3.5, 4.5], temperature=0.1)
+    changes = runs.changes(MODEL, Records.of_names(records), range(6))
+    told = {kind: {each.cells["DP-after"] for each in own} for kind, own in changes.items()}
+    assert told == {"ffn": {5.0}, "ffn, other settings": {7.0}}

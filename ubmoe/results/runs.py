@@ -104,8 +104,11 @@ def _kinds(found: Iterable[tuple[str, Pair]]) -> dict[str, list[Pair]]:
     kinds: dict[str, list[Pair]] = {}
     for kind, each in found:
         kinds.setdefault(kind, []).append(each)
-    several = [own for own in kinds.values() if len(own) >= FEWEST]
-    names = {min((len(each.row), each.row) for each in own)[1]: own for own in several}
+    names: dict[str, list[Pair]] = {}
+    for own in kinds.values():
+        _, name = min((len(each.row), each.row) for each in own)
+        if len(own) >= FEWEST:
+            names[f"{name}, other settings" if name in names else name] = own
     return {name: names[name] for name in sorted(names, key=lambda each: (len(each), each))}
 
 
