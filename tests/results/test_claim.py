@@ -52,18 +52,19 @@ def test_seeds_of_one_row_are_no_new_evidence():
 
 
 def test_a_row_and_its_twin_are_drawn_together():
-    moved, lost = np.random.default_rng(1).normal(size=(2, 12))
+    moved, lost = np.random.default_rng(1).normal(size=(2, 16))
     rows = [
         claim.Tuned(
             json.dumps({"row": number // 2, "attention": number % 2}), "f", own, {"DP-after": after}
         )
         for number, (after, own) in enumerate(zip(moved, lost, strict=True))
     ]
-    pairs = [str(number // 2) for number in range(12)]
+    pairs = [str(number // 2) for number in range(16)]
     expected = interval(correlations(moved, lost, families=pairs))
     found = claim.correlation(rows)
-    assert found.rows == 12 and found.interval == tuple(expected)
+    assert found.rows == 16 and found.interval == tuple(expected)
     assert tuple(interval(correlations(moved, lost))) != found.interval
+    assert claim.correlation(rows[:-2]).interval is None  # of seven, none
 
 
 def test_seeds_are_one_point_at_their_mean_however_their_rows_are_called():
@@ -159,7 +160,10 @@ def test_every_cause_that_was_measured_has_a_panel(tmp_path):
 
 
 def test_no_two_kinds_look_alike():
-    kinds = [claim.Tuned(str(n), f"kind {n}", 0.1 * n, {"STS": float(n)}) for n in range(9)]
+    kinds = [
+        claim.Tuned(json.dumps({"row": n}), f"kind {n}", 0.1 * n, {"STS": float(n)})
+        for n in range(9)
+    ]
     [axes] = claim.figure(MODEL, kinds).axes
     looks = {(line.get_marker(), line.get_color()) for line in axes.lines[:9]}
     assert len(looks) == 9

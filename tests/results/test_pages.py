@@ -125,7 +125,9 @@ def test_masks_are_compared_over_pairs_of_runs_and_at_equal_sts(monkeypatch):
         return {kind: [runs.Pair(kind, each) for each in cells]}
 
     every = pairs("ffn", (-1.0, 1.0), (1.0, 3.0), (3.0, 5.0), (5.0, 7.0))
-    every["ffn"][0].cells["perplexity, 9 answers of over 20 tokens"] = 0.5
+    every["ffn"][0].cells["by answer"] = 0.5  # one alone
+    for place in (1, 2, 3):
+        every["ffn"][place].cells["perplexity, 9 answers of over 20 tokens"] = 0.5
     monkeypatch.setattr(runs, "pairs", lambda *_: every)
     text = "<!-- masks: small -->\n<!-- end -->"
     lines = renewed_squeezed(text, Records.of_names({}), SEEDS).splitlines()
@@ -136,7 +138,9 @@ def test_masks_are_compared_over_pairs_of_runs_and_at_equal_sts(monkeypatch):
     assert found["STS minus its"].rstrip(" |") == f"2.00 ({2 - spread:.2f} to {2 + spread:.2f})"
     after = f"4.00 ({4 - spread:.2f} to {4 + spread:.2f}) | 2.00 (2.00 to 2.00)"
     assert found["DP-after minus its"] == after  # on the line 2 + gap
-    assert set(found) == {"STS minus its", "DP-after minus its"}  # one pair alone tells the other
+    told = found["perplexity, 9 answers of over 20 tokens, over its"]
+    assert told == "0.50 (0.50 to 0.50), n = 3"
+    assert len(found) == 3
     every |= pairs("attention", (1.0, 1.0), (2.0, 2.0), (4.0, 2.0))
     header = renewed_squeezed(text, Records.of_names({}), SEEDS).splitlines()[1]
     kinds = ("ffn, 4", "attention, 3", "all of these, 7")
@@ -144,6 +148,17 @@ def test_masks_are_compared_over_pairs_of_runs_and_at_equal_sts(monkeypatch):
         header
         == f"{whose} | " + "".join(f"{n} pairs of runs | at equal STS | " for n in kinds)[:-1]
     )
+
+
+def test_what_tuning_changes_stands_over_runs(monkeypatch):
+    own = [runs.Pair("ffn", {"perplexity": 2.0, "STS": 1.0}) for _ in range(3)]
+    own[0].cells["DP-after"] = own[1].cells["DP-after"] = 1.0  # two alone
+    none = [runs.Pair("attention", {"STS": 1.0}) for _ in range(3)]
+    monkeypatch.setattr(runs, "changes", lambda *_: {"ffn": own, "attention": none})
+    text = "<!-- runs: small -->\n<!-- end -->"
+    lines = renewed_squeezed(text, Records.of_names({}), SEEDS).splitlines()
+    assert lines[1].startswith("| tuned | runs | perplexity over the base's |")
+    assert lines[3].startswith("| ffn | 3 | 2.00 (2.00 to 2.00) | | |") and len(lines) == 5
 
 
 def named(records):

@@ -33,7 +33,7 @@ def test_at_equal_sts_is_where_the_line_crosses_zero():
     assert found.interval == pytest.approx((line.intercept - half, line.intercept + half))
     assert str(found.exp).startswith(f"{math.exp(line.intercept):.2f} (")
     assert runs.OverRuns.of(values[:3], gaps[:3]) is None  # one degree of freedom
-    assert runs.OverRuns.of(values, np.full(7, 2.0)) is None  # no line
+    assert runs.OverRuns.of(values, np.abs(gaps)) is None  # beyond what was seen
 
 
 def tuned(name, seed, after, losses, sts=None, **stage):
@@ -54,11 +54,14 @@ def test_pairs_are_of_one_seed_and_of_equal_settings_but_for_the_mask():
     records |= tuned("d", 1, 9.0, [2.0, 2.0, 3.0, 4.0], **far)
     records |= tuned("e", 1, 3.0, [1.0, 2.0, 3.0, 4.0], 51.0, **far)
     records |= tuned("f", 1, 9.0, [1.0, 1.0, 1.0, 1.0], temperature=0.1)  # another way, no twin
-    for name, moved in (("a", 1), ("z", 0)):  # one seed of two tells of other chats
+    for name, moved in (("a.evaluation.seed1", 1), ("z.evaluation.seed1", 0)):  # one seed of two
         essays = {"answers": {"losses": [8.0, 7.0 + moved], "tokens": [4, 6]}}
-        records[f"{name}.evaluation.seed1"]["generation"]["further"] = {"essays": essays}
+        for each in (name, "c.evaluation.seed0"):  # and the base
+            records[each]["generation"]["further"] = {"essays": essays}
     for name, row in (("d", "ffn far"), ("e", "ffn far causal")):
         records[f"{name}.sts.seed1"]["config"]["results"] = {"row": row}
+    for key in ("a.sts.seed0", "z.sts.seed0"):  # a task of these alone
+        records[key]["sts"]["tasks"] |= {"another": 90.0 * (key < "b")}
     records = Records.of_names(records)
     [(kind, own)] = runs.pairs(MODEL, records, SEEDS).items()
     assert kind == "ffn" and [each.row for each in own] == ["ffn", "ffn", "ffn far"]
@@ -75,7 +78,7 @@ def test_pairs_are_of_one_seed_and_of_equal_settings_but_for_the_mask():
     changes = runs.changes(MODEL, records, SEEDS)
     told = {kind: {each.cells["DP-after"] for each in own} for kind, own in changes.items()}
     assert told == {"ffn": {5.0, 4.0, 9.0}, "ffn causal": {2.0, 3.0}}
-    assert [each.cells[runs.GAP] for each in changes["ffn"]] == [0.0, 0.0, 0.0]  # 51 the base, too
+    assert not any(runs.GAP in each.cells for each in changes["ffn"])  # the base reads both ways
 
 
 def test_perplexities_are_ratios_and_what_few_pairs_tell_has_no_interval():
@@ -88,14 +91,18 @@ def test_perplexities_are_ratios_and_what_few_pairs_tell_has_no_interval():
             (0.7, 4.0, 5),
         )
     ]
-    found = runs.masks(own, "perplexity")
+    found = runs.over_runs(own, "perplexity")
     logs = ttest_1samp(np.log([0.5, 0.25, 1.0, 0.7]), 0).confidence_interval()
     assert found.value == pytest.approx((0.5 * 0.25 * 0.7) ** 0.25)
     assert found.interval == pytest.approx((math.exp(logs.low), math.exp(logs.high)))
-    assert runs.masks(own, "DP-after").value == 2.5
-    equal = runs.masks(own, "DP-after", at_equal_sts=True)
+    assert runs.over_runs(own, "DP-after").value == 2.5
+    equal = runs.over_runs(own, "DP-after", at_equal_sts=True)
     assert equal.value == pytest.approx(linregress([-2, 1, 2, 5], [1, 3, 2, 4]).intercept)
-    assert runs.masks(own, "by answer") is None
+    assert runs.over_runs(own, "by answer") is None
+    assert runs.over_runs(own[:2], "DP-after") is None
+    without = [runs.Pair("ffn", {"DP-after": 9.0}), *own]  # no task that both have
+    assert runs.over_runs(without, "DP-after").runs == 5
+    assert runs.over_runs(without, "DP-after", at_equal_sts=True) == equal
 
 
 def test_the_picture_has_a_point_a_pair_and_the_mean_over_all_kinds():
@@ -119,7 +126,7 @@ def test_the_picture_has_a_point_a_pair_and_the_mean_over_all_kinds():
     first, second, interval, mean = ratios.lines[:4]
     assert list(first.get_xdata()) == list(second.get_xdata()) == [0.5, 0.25, 1.0]
     every = [each for own in kinds.values() for each in own]
-    expected = runs.masks(every, "perplexity")
+    expected = runs.over_runs(every, "perplexity")
     assert tuple(interval.get_xdata()) == expected.interval
     assert mean.get_xdata() == [expected.value]
     labels = [text.get_text() for text in points.get_legend().get_texts()]
@@ -128,9 +135,37 @@ def test_the_picture_has_a_point_a_pair_and_the_mean_over_all_kinds():
 
 def test_kinds_of_one_name_stay_apart():
     records = measured("c", 0, [], shares(), [1.0, 2.0, 3.0, 4.0])
+    for number, (name, temperature) in enumerate((("a", 0.1), ("b", 0.2), ("d", 0.3))):
+        for seed in range(3 * number, 3 * number + 3):
+            losses = [1.5, 2.5, 3.5, 4.5]
+            records |= tuned(name, seed, float(number), losses, temperature=temperature)
+    for seed in range(3, 6):  # another temperature than the twin's of this seed and name
+        records |= tuned("z", seed, 2.0, [1.5, 2.5, 3.5, 3.5], 45.0, temperature=0.3)
+    records = Records.of_names(records)
+    changes = runs.changes(MODEL, records, range(9))
+    told = {kind: {each.cells["DP-after"] for each in own} for kind, own in changes.items()}
+    assert told == {
+        **{"ffn": {0.0}, "ffn, other settings 1": {1.0}, "ffn, other settings 2": {2.0}},
+        "ffn causal": {2.0},
+    }
+    assert runs.pairs(MODEL, records, range(9)) == {}
+
+
+def test_what_is_of_other_texts_than_the_bases_is_not_averaged():
+    records = measured("c", 0, [], shares(), [1.0, 2.0, 3.0, 4.0])
     for seed in range(3):
         records |= tuned("a", seed, 5.0, [1.5, 2.5, 3.5, 4.5])
-        records |= tuned("b", seed + 3, 7.0, [1.5, 2.5, 3.5, 4.5], temperature=0.1)
-    changes = runs.changes(MODEL, Records.of_names(records), range(6))
-    told = {kind: {each.cells["DP-after"] for each in own} for kind, own in changes.items()}
-    assert told == {"ffn": {5.0}, "ffn, other settings": {7.0}}
+        records |= tuned("z", seed, 2.0, [1.5, 2.5, 3.5, 3.5], 45.0)
+    for name in "az":  # other answers, of the same length
+        records[f"{name}.evaluation.seed2"]["inputs"] = {"ubmoe.dataset": "other"}
+    [own] = runs.pairs(MODEL, Records.of_names(records), SEEDS).values()
+    assert ["perplexity" in each.cells for each in own] == [True, True, False]
+    lengths = ["perplexity, 3 answers of 1 to 3 tokens" in each.cells for each in own]
+    assert lengths == [True, True, False] and all("DP-after" in each.cells for each in own)
+
+
+def test_a_picture_of_dependence_alone_has_one_panel():
+    own = [runs.Pair("ffn", {"DP-after": each, "STS": each}) for each in (1.0, 2.0, 4.0)]
+    [points] = runs.figure("small", {"ffn": own}).axes
+    assert points.get_xlabel() == "both ways minus causally (points)"
+    assert [text.get_text() for text in points.get_legend().get_texts()] == ["ffn"]

@@ -1,5 +1,6 @@
 """Rows whose layers were swapped, told in a table and drawn."""
 
+import numpy as np
 import pytest
 from builders import SEEDS
 
@@ -90,3 +91,19 @@ def test_the_picture_has_a_bar_a_layer_and_a_point_a_layer():
     cost, saving = points.lines[:2]
     assert list(cost.get_xdata()) == RISEN and list(cost.get_ydata()) == pytest.approx(PUT)
     assert list(saving.get_ydata()) == pytest.approx([-each for each in BACK])
+
+
+@pytest.mark.parametrize(
+    ("changes", "after"),
+    [
+        ([0.1, 0.4, 0.2, 0.05], [0.0, 0.0, 0.0, 0.0]),
+        ([0.1, 0.2, 0.3, 0.4], [1.0, 3.0, 2.0, 4.0]),  # depth says it all
+        ([0.1, 0.2], [2.0, 1.0]),
+    ],
+)
+def test_where_depth_leaves_nothing_there_is_no_rank(changes, after):
+    layers = [{"in": told(each), "back": told(each)} for each in changes]
+    section = {"chats": 5, "whole": told(0.9), "layers": layers}
+    found = swapped.Swapped(section, np.array(after))
+    assert found.with_after("in") is None
+    assert "none and none" in swapped.figure("small", {"ffn": found}).axes[1].get_title()

@@ -22,7 +22,7 @@ from ubmoe.report.tables import CAUSAL
 from ubmoe.results.entries import SINK, Entry, common_tasks, entries
 from ubmoe.results.records import Records
 
-FEWEST = 10  # rows of an interval: of fewer, many draws are of three or four
+FEWEST = 8  # pairs of twins of an interval: of fewer, many draws are of three or four
 MARKS = "osD^vPX"  # one more than there are colours, so that no two kinds look alike
 PANELS = {"STS": "STS under its own mask"} | {
     cause: f"{cause}, minus the base's (percentage points)" for cause in SINK
@@ -124,9 +124,9 @@ def correlation(
     if np.ptp(moved) == 0 or np.ptp(lost) == 0:
         return Correlation(math.nan, None, len(rows))
     value = float(spearmanr(moved, lost).statistic)
-    if len(rows) < FEWEST:
+    twins = [json.dumps(json.loads(each) | {"attention": None}, sort_keys=True) for each in rows]
+    if len(set(twins)) < FEWEST:
         return Correlation(value, None, len(rows))
-    twins = [json.dumps(json.loads(each) | {"attention": None}) for each in rows]
     low, high = interval(correlations(moved, lost, families=twins))
     return Correlation(value, (low, high), len(rows))
 

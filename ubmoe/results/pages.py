@@ -254,12 +254,11 @@ def _masks_block(name: str, records: Records, seeds: Sequence[int]) -> str:
         kinds["all of these"] = [each for own in kinds.values() for each in own]
     found = [each.cells for own in kinds.values() for each in own]
     columns = {runs.GAP: "STS minus its"} | _differences("its", found)
-    columns |= {
-        name: f"{name}, over its" for cells in found for name in cells if paired.BY_LENGTH in name
-    }
+    lengths = [each for cells in found for each in cells if paired.BY_LENGTH in each]
+    columns |= {each: f"{each}, over its" for each in lengths}
+    across = [(own, equal) for own in kinds.values() for equal in (False, True)]
     body = [
-        [said, *(_over(runs.masks(own, column, equal), len(own)) for own, equal in across)]
-        for across in [[(own, equal) for own in kinds.values() for equal in (False, True)]]
+        [said, *(_over(runs.over_runs(own, column, equal), len(own)) for own, equal in across)]
         for column, said in columns.items()
     ]
     body = [row for row in body if any(row[1:])]
@@ -277,17 +276,18 @@ def _runs_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     found = [each.cells for own in kinds.values() for each in own]
     columns = _differences("the base's", found)
     body = [
-        [kind, str(len(own)), *(_over(runs.masks(own, column), len(own)) for column in columns)]
+        [kind, str(len(own)), *(_over(runs.over_runs(own, column), len(own)) for column in columns)]
         for kind, own in kinds.items()
     ]
+    body = [row for row in body if any(row[2:])]
     return _noted([["tuned", "runs", *columns.values()], *body], [])
 
 
-def _over(found: Any, pairs: int) -> str:
-    """A mean over runs, and of how many where not all of the pairs tell it."""
+def _over(found: Any, every: int) -> str:
+    """A mean over runs, and of how many where not all of them tell it."""
     if found is None:
         return ""
-    return f"{found}, n = {found.runs}" if found.runs < pairs else str(found)
+    return f"{found}, n = {found.runs}" if found.runs < every else str(found)
 
 
 def _claim_block(name: str, records: Records, seeds: Sequence[int]) -> str:

@@ -29,8 +29,10 @@ class Difference:
     seeds: tuple[float, ...] = ()
 
     @classmethod
-    def of(cls, value: float, drawn: np.ndarray, seeds: Sequence[float] = ()) -> "Difference":
-        low, high = interval(drawn)
+    def of(
+        cls, value: float, drawn: np.ndarray | None, seeds: Sequence[float] = ()
+    ) -> "Difference":
+        low, high = (math.nan, math.nan) if drawn is None else interval(drawn)
         return cls(value, (low, high), tuple(map(float, seeds)))
 
     def __str__(self) -> str:
@@ -71,10 +73,10 @@ def twins(model: str, records: Records, seeds: Sequence[int]) -> dict[str, Twins
     """{row: its seeds and their causal twins}: tuned under that mask, and all else equal."""
     rows = by_row("encoders", model, records, seeds)
     tuned = {row: own for row, own in rows.items() if own[0].has_learnt}
-    causal = {_but_mask(own[0]): own for own in tuned.values() if own[0].is_control}
+    causal = {but_mask(own[0]): own for own in tuned.values() if own[0].is_control}
     found = {}
     for row, own in tuned.items():
-        other = causal.get(_but_mask(own[0]), [])
+        other = causal.get(but_mask(own[0]), [])
         shared = {each.seed for each in own} & {each.seed for each in other}
         if shared and not own[0].is_control:
             both, twin = ([each for each in some if each.seed in shared] for some in (own, other))
@@ -82,7 +84,7 @@ def twins(model: str, records: Records, seeds: Sequence[int]) -> dict[str, Twins
     return {row: each for row, each in found.items() if any(each.cells.values())}
 
 
-def _but_mask(entry: Entry) -> str:
+def but_mask(entry: Entry) -> str:
     """How it was tuned, the mask left out."""
     return json.dumps(entry.record.config["bi"] | {"attention": None}, sort_keys=True)
 
@@ -168,22 +170,29 @@ def _other_mask(entry: Entry) -> str:
     return own.removesuffix(CAUSAL) if own.endswith(CAUSAL) else own + CAUSAL
 
 
-def changed(own: Sequence[Entry], theirs: Sequence[Entry]) -> dict[str, Difference | None]:
-    """{column: difference of a row's seeds to another's}, columns as of `changes`."""
+def changed(
+    own: Sequence[Entry], theirs: Sequence[Entry], drawn: bool = True
+) -> dict[str, Difference | None]:
+    """{column: difference of a row's seeds to another's}, columns as of `changes`.
+
+    drawn: with intervals, which take nearly all of the time.
+    """
     mine, other = (_told(each, "dependence") for each in (own, theirs))
-    cells = {column: _mean(_moved(mine, other, name)) for column, name in SINK.items()}
-    cells[BY_SINK] = _by_sink(mine, other)
+    cells = {column: _mean(_moved(mine, other, name), drawn) for column, name in SINK.items()}
+    cells[BY_SINK] = _by_sink(mine, other, drawn)
     mine, other = (_told(each, "evaluation") for each in (own, theirs))
-    cells["perplexity"] = _perplexities(mine, other)
-    cells["by answer"] = _perplexities(mine, other, by_answer=True)
+    cells["perplexity"] = _perplexities(mine, other, drawn=drawn)
+    cells["by answer"] = _perplexities(mine, other, by_answer=True, drawn=drawn)
     for name in sorted({name for each in own for name in _further(each)}):
         telling = ([each for each in some if name in _further(each)] for some in (own, theirs))
         mine, other = (_told(each, "evaluation", name) for each in telling)
-        cells[f"{FURTHER}{name}"] = _perplexities(mine, other)
+        cells[f"{FURTHER}{name}"] = _perplexities(mine, other, drawn=drawn)
     return cells
 
 
-def by_length(own: Sequence[Entry], theirs: Sequence[Entry]) -> dict[str, Difference | None]:
+def by_length(
+    own: Sequence[Entry], theirs: Sequence[Entry], drawn: bool = True
+) -> dict[str, Difference | None]:
     """{column: perplexity over theirs of the answers of these lengths}; None where not measured."""
     mine, other = (_told(each, "evaluation") for each in (own, theirs))
     tokens = np.array(mine[0]["tokens"]) if mine else np.array([])
@@ -193,7 +202,7 @@ def by_length(own: Sequence[Entry], theirs: Sequence[Entry]) -> dict[str, Differ
         if chosen.any():
             said = f"{low + 1} to {high} tokens" if high < math.inf else f"over {low} tokens"
             column = f"perplexity, {chosen.sum()}{BY_LENGTH}{said}"
-            found[column] = _perplexities(mine, other, chosen=chosen)
+            found[column] = _perplexities(mine, other, chosen=chosen, drawn=drawn)
     return found
 
 
@@ -256,15 +265,17 @@ def _moved(own: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]], name
     return mine - (other if same else other.mean(0))
 
 
-def _mean(each: np.ndarray | None) -> Difference | None:
+def _mean(each: np.ndarray | None, drawn: bool = True) -> Difference | None:
     """each: (seeds, texts)."""
     if each is None:
         return None
     moved = each.mean(0)
-    return Difference.of(float(moved.mean()), means(moved), each.mean(1))
+    return Difference.of(float(moved.mean()), means(moved) if drawn else None, each.mean(1))
 
 
-def _by_sink(own: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> Difference | None:
+def _by_sink(
+    own: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]], drawn: bool
+) -> Difference | None:
     """What a text's DP-after changes by for the change of `first` alone, in percentage points.
 
     A row's DP-after is (1 - first) times its DP-after without that key. So is, but for how the two
@@ -275,7 +286,7 @@ def _by_sink(own: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) ->
     moved, change = _moved(own, theirs, first), _moved(own, theirs, without)
     if moved is None or change is None:
         return None
-    return _mean(by_sink(moved, np.array([each[without] for each in own]), change))
+    return _mean(by_sink(moved, np.array([each[without] for each in own]), change), drawn)
 
 
 def by_sink(first: np.ndarray, without: np.ndarray, change: np.ndarray) -> np.ndarray:
@@ -288,6 +299,7 @@ def _perplexities(
     theirs: Sequence[dict[str, Any]],
     by_answer: bool = False,
     chosen: np.ndarray | None = None,
+    drawn: bool = True,
 ) -> Difference | None:
     """Of the geometric mean over seeds, times theirs.
 
@@ -303,4 +315,5 @@ def _perplexities(
     if by_answer:
         each, tokens = each / tokens, np.ones_like(tokens)
     lost, seeds = each.mean(0), np.exp(each.sum(1) / tokens.sum())
-    return Difference.of(math.exp(lost.sum() / tokens.sum()), np.exp(means(lost, tokens)), seeds)
+    draws = np.exp(means(lost, tokens)) if drawn else None
+    return Difference.of(math.exp(lost.sum() / tokens.sum()), draws, seeds)

@@ -6,9 +6,8 @@ differ otherwise: what a mask does is known as surely as runs of it agree.
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,11 +16,12 @@ from matplotlib.ticker import LogLocator, NullLocator
 from scipy.stats import t
 
 from ubmoe.report.figures import PALETTE, blank, styled
-from ubmoe.results.entries import Entry, by_row, common_tasks
-from ubmoe.results.paired import BY_LENGTH, BY_SINK, FURTHER, by_length, changed, twins
+from ubmoe.results.entries import Entry, common_tasks, entries
+from ubmoe.results.paired import BY_LENGTH, BY_SINK, FURTHER, but_mask, by_length, changed
 from ubmoe.results.records import Records
 
 GAP = "STS"
+OTHERS = ", other settings "  # and a number, in the name of a further kind
 RATIOS = ("perplexity", "by answer")  # columns begin so that are ratios
 FEWEST = 3  # pairs of a kind that is told
 FAR = ("learning_rate", "max_steps", "warmup_steps")  # of a stage: how far tuning goes
@@ -32,7 +32,8 @@ class Pair:
     """Two runs of one seed that differ in the mask alone, both ways first; or a run and the base.
 
     cells: {column: the first against the second}, columns as of `paired.changes` and
-    `paired.by_length`, and GAP: STS of the first minus that of the second, each under its own mask.
+    `paired.by_length`, of texts that the base was measured on, too; and GAP, of two runs: STS of
+    the first minus that of the second, each under its own mask.
     """
 
     row: str
@@ -41,7 +42,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class OverRuns:
-    """A mean over runs, and its 95 % interval by Student's t."""
+    """A mean over runs, and its 95 % interval by Student's t, which takes them as independent."""
 
     value: float
     interval: tuple[float, float]
@@ -49,12 +50,15 @@ class OverRuns:
 
     @classmethod
     def of(cls, values: Sequence[float], gaps: Sequence[float] | None = None) -> "OverRuns | None":
-        """The mean; with gaps: where the line over them crosses zero. None of too few runs."""
+        """The mean; with gaps: where the line over them crosses zero, if they lie on both sides.
+
+        None of too few runs. The line takes the gaps as free of error.
+        """
         design = np.ones((len(values), 1))
         if gaps is not None:
             design = np.column_stack([design, gaps])
         freedom = len(values) - design.shape[1]
-        if freedom < 2 or np.linalg.matrix_rank(design) < design.shape[1]:
+        if freedom < 2 or (gaps is not None and not min(gaps) < 0 < max(gaps)):
             return None
         inverse = np.linalg.inv(design.T @ design)
         found = inverse @ design.T @ np.array(values)
@@ -74,29 +78,33 @@ class OverRuns:
 
 
 def pairs(model: str, records: Records, seeds: Sequence[int]) -> dict[str, list[Pair]]:
-    """The pairs that differ in their seed and in how far they went alone, by the shortest row."""
-    found = twins(model, records, seeds)
-    every = [each for own in found.values() for each in (*own.both, *own.causal)]
-    if not (common := common_tasks(every)):
-        return {}
+    """The pairs that differ in their seed and in how far they went alone, by the shortest row.
+
+    Of runs that have learnt: where one of two has collapsed, there is no pair.
+    """
+    base, tuned = _measured(model, records, seeds)
+    tasks = common_tasks(tuned)
+    causal = {(but_mask(each), each.seed): each for each in tuned if each.is_control}
     return _kinds(
-        (_but_for_how_far(both, {"attention": None}), _pair(row, both, causal, common))
-        for row, own in found.items()
-        for both, causal in zip(own.both, own.causal, strict=True)
+        (_kind(both, attention=None), _pair(both, twin, base, tasks))
+        for both in tuned
+        if not both.is_control and (twin := causal.get((but_mask(both), both.seed)))
     )
 
 
 def changes(model: str, records: Records, seeds: Sequence[int]) -> dict[str, list[Pair]]:
-    """Every run against the base, of the kinds of `pairs` and of either mask."""
-    rows = by_row("encoders", model, records, seeds)
-    base = rows.get("base", [])[:1]
-    tuned = [(row, each) for row, own in rows.items() for each in own if each.has_learnt]
-    common = common_tasks([each for _, each in tuned] + base)
-    return _kinds(
-        (_but_for_how_far(each), _pair(row, each, base[0], common))
-        for row, each in tuned
-        if base and common
-    )
+    """Every run that has learnt, against the base: of the kinds of `pairs`, and of either mask."""
+    base, tuned = _measured(model, records, seeds)
+    return _kinds((_kind(each), _pair(each, base, base, [])) for each in tuned if base is not None)
+
+
+def _measured(
+    model: str, records: Records, seeds: Sequence[int]
+) -> tuple[Entry | None, list[Entry]]:
+    """The base, and every run that has learnt."""
+    every = entries("encoders", model, records, seeds)
+    base = next((each for each in every if each.row == "base"), None)
+    return base, [each for each in every if each.has_learnt]
 
 
 def _kinds(found: Iterable[tuple[str, Pair]]) -> dict[str, list[Pair]]:
@@ -107,38 +115,48 @@ def _kinds(found: Iterable[tuple[str, Pair]]) -> dict[str, list[Pair]]:
     names: dict[str, list[Pair]] = {}
     for own in kinds.values():
         _, name = min((len(each.row), each.row) for each in own)
+        same = sum(name == each.partition(OTHERS)[0] for each in names)
         if len(own) >= FEWEST:
-            names[f"{name}, other settings" if name in names else name] = own
+            names[f"{name}{OTHERS}{same}" if same else name] = own
     return {name: names[name] for name in sorted(names, key=lambda each: (len(each), each))}
 
 
-def _pair(row: str, one: Entry, other: Entry, tasks: Sequence[str]) -> Pair:
-    every = changed([one], [other]) | by_length([one], [other])
-    cells = {column: cell.value for column, cell in every.items() if cell is not None}
-    return Pair(row, cells | {GAP: one.mean(tasks) - other.mean(tasks)})
+def _pair(one: Entry, other: Entry, base: Entry | None, tasks: Sequence[str]) -> Pair:
+    """tasks: of STS, that all have; of none there is no GAP."""
+    against = changed([one], [other], drawn=False) | by_length([one], [other], drawn=False)
+    usable = against if base is None or other is base else changed([one], [base], drawn=False)
+    lengths = usable.get("perplexity")  # whose answers they are of
+    cells = {
+        column: cell.value
+        for column, cell in against.items()
+        if cell is not None and (lengths if BY_LENGTH in column else usable.get(column))
+    }
+    gap = {GAP: one.mean(tasks) - other.mean(tasks)} if tasks else {}
+    return Pair(one.row, cells | gap)
 
 
-def _but_for_how_far(entry: Entry, others: Mapping[str, Any] = MappingProxyType({})) -> str:
-    """How a run was tuned, without how far that went; others: keys that do not matter, either."""
+def _kind(entry: Entry, **others: None) -> str:
+    """How a run was tuned, but for how far that went, and for other keys."""
     settings: dict[str, Any] = entry.record.config["bi"]
     stages = [
         {name: value for name, value in stage.items() if name not in FAR}
         for stage in settings.get("stages", [])
     ]
-    return json.dumps(settings | dict(others) | {"stages": stages}, sort_keys=True)
+    return json.dumps(settings | others | {"stages": stages}, sort_keys=True)
 
 
-def masks(own: Sequence[Pair], column: str, at_equal_sts: bool = False) -> OverRuns | None:
-    """What the pairs differ in, over those of which it was measured; perplexities as a ratio.
+def over_runs(own: Sequence[Pair], column: str, at_equal_sts: bool = False) -> OverRuns | None:
+    """The mean of a column over those that tell it; of perplexities the geometric one, a ratio.
 
     at_equal_sts: where the line over the pairs' gaps in STS crosses zero.
     """
     if at_equal_sts and column == GAP:
         return None
-    told = [each for each in own if column in each.cells]
+    needed = {column, GAP} if at_equal_sts else {column}
+    told = [each.cells for each in own if needed <= each.cells.keys()]
     is_ratio = column.startswith(RATIOS)
-    values = [math.log(each.cells[column]) if is_ratio else each.cells[column] for each in told]
-    found = OverRuns.of(values, [each.cells[GAP] for each in told] if at_equal_sts else None)
+    values = [math.log(each[column]) if is_ratio else each[column] for each in told]
+    found = OverRuns.of(values, [each[GAP] for each in told] if at_equal_sts else None)
     return found.exp if found is not None and is_ratio else found
 
 
@@ -150,29 +168,32 @@ def figure(model: str, kinds: dict[str, list[Pair]]) -> Figure:
     ratios = [each for each in told if each.startswith(RATIOS)]
     ratios.sort(key=lambda each: each.startswith(FURTHER))
     points = [each for each in POINTS if each in told]
-    found = blank(10.4, 1.4 + 0.42 * max(len(ratios), len(points)))
-    panels = found.subplots(1, 2, width_ratios=(1.3, 1))
-    for axes, columns in zip(panels, (ratios, points), strict=True):
+    sides = [(ratios, *RATIO), (points, *MINUS)]
+    sides = [each for each in sides if each[0]]
+    found = blank(5.2 * len(sides), 1.4 + 0.42 * max(len(ratios), len(points)))
+    panels = found.subplots(1, len(sides), squeeze=False)[0]
+    for axes, (columns, label, neutral) in zip(panels, sides, strict=True):
         for place, column in enumerate(columns):
             _row(axes, place, column, kinds, every)
         axes.set_yticks(range(len(columns)), [_called(each) for each in columns])
         axes.set_ylim(len(columns) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)
-    panels[0].set_xscale("log")
-    panels[0].xaxis.set_major_locator(LogLocator(subs=(1, 3)))
-    panels[0].xaxis.set_major_formatter("{x:g}")
-    panels[0].xaxis.set_minor_locator(NullLocator())
-    panels[0].axvline(1, color="grey", lw=0.6)
-    panels[1].axvline(0, color="grey", lw=0.6)
-    panels[0].set_xlabel("tuned both ways over causally\n(left: tuning causally loses more)")
-    panels[1].set_xlabel("both ways minus causally (points)")
-    panels[1].legend(*panels[0].get_legend_handles_labels(), loc="best")
+        axes.axvline(neutral, color="grey", lw=0.6)
+        axes.set_xlabel(label)
+        if columns is ratios:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_locator(NullLocator())
+    panels[-1].legend(loc="best")
     found.suptitle(
         f"{model}: {len(every)} pairs of runs that differ in the mask alone", fontsize=10
     )
     return found
 
 
+RATIO = ("tuned both ways over causally\n(left: tuning causally loses more)", 1)
+MINUS = ("both ways minus causally (points)", 0)
 POINTS = (GAP, "DP-after", BY_SINK, "after without first")
 CALLED = {
     "perplexity": "perplexity, by the token",
@@ -197,6 +218,6 @@ def _row(
         label = kind if place == 0 else None
         height = place + 0.22 * (number - (len(kinds) - 1) / 2)
         axes.plot(values, [height] * len(values), ls="", ms=4, alpha=0.7, label=label, **style)
-    if (mean := masks(every, column)) is not None:
+    if (mean := over_runs(every, column)) is not None:
         axes.plot(mean.interval, [place, place], color="black", lw=1.4)
         axes.plot(mean.value, place, marker="|", ms=9, mew=1.8, color="black")

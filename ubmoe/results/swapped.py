@@ -1,12 +1,13 @@
 """Which layers' tuning costs the language model, of every row that was swapped; and a picture."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 
 from ubmoe.report.figures import SWAPPED, blank, styled, swap_bars
 from ubmoe.results.entries import Entry, by_row, measured_of
@@ -43,16 +44,18 @@ class Swapped:
     def with_after(self, word: str) -> float | None:
         """Rank correlation over layers of the rise of DP-after with what a swap costs or saves.
 
-        At equal depth, a partial one: either goes with the layer's number, so that their ranks
-        would go together whatever one has to do with the other.
+        At equal depth, a partial one: where both go with the layer's number, their ranks go
+        together whatever one has to do with the other. None where depth leaves nothing of either.
         """
-        if self.after is None:
+        if self.after is None or len(self.after) < 4:
             return None
         cost = SIGNS[word] * self.changes(word)
-        both, deep, own = spearmanr([cost, self.after, np.arange(len(cost))], axis=1).statistic[
-            [0, 0, 1], [1, 2, 2]
-        ]
-        return float((both - deep * own) / np.sqrt((1 - deep**2) * (1 - own**2)))
+        ranks = [rankdata(each) for each in (cost, self.after, np.arange(len(cost)))]
+        if not np.ptp(ranks[0]) or not np.ptp(ranks[1]):
+            return None
+        both, deep, own = np.corrcoef(ranks)[[0, 0, 1], [1, 2, 2]]
+        left = (1 - deep**2) * (1 - own**2)
+        return float((both - deep * own) / math.sqrt(left)) if left > 1e-9 else None
 
 
 SIGNS = {"in": 1, "back": -1}  # what it costs to put a layer in is saved by putting it back
@@ -94,8 +97,9 @@ def figure(model: str, rows: dict[str, Swapped]) -> Figure:
             for word, sign in SIGNS.items():
                 style = {"marker": "o", "ls": "", "ms": 4, "color": SWAPPED[word][1]}
                 points.plot(own.after, sign * own.changes(word), **style)
-            ranks = " and ".join(f"{own.with_after(word):.2f}" for word in SIGNS)
-            points.set_title(f"cost, saving: rank at equal depth {ranks}", fontsize=9)
+            ranks = [own.with_after(word) for word in SIGNS]
+            said = " and ".join("none" if each is None else f"{each:.2f}" for each in ranks)
+            points.set_title(f"cost, saving: rank at equal depth {said}", fontsize=9)
         for line in (points.axhline, points.axvline):
             line(0, color="grey", lw=0.6)
     bars.set_xlabel("layer that is swapped")
