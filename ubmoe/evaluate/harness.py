@@ -152,7 +152,8 @@ class Asked(HFLM):
 def _order(examples: list[Example]) -> list[int]:
     """Places by the length of the longest answer to a prompt, in powers of two, then of the prompt.
 
-    Equal prompts stand side by side, and little is padded of either; the longest answers come first.
+    Equal prompts stand side by side, and little is padded of either. The longest answers come
+    first.
     """
     longest: Counter[tuple[int, ...]] = Counter()
     for each in examples:
