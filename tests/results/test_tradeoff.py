@@ -1,5 +1,7 @@
 """The Pareto front by brute force, and points by hand."""
 
+import math
+
 import pytest
 from builders import MODEL, RECORDS, ROWS, SEEDS, encoder, study
 from hypothesis import given
@@ -70,6 +72,25 @@ def test_points_and_pictures_come_from_the_records(tmp_path):
     said = tradeoff.draw(load_config(None, keys), Records.of_names(records))
     assert said.splitlines() == [f"{tmp_path}/tradeoff.png", f"{tmp_path}/claim.png"]
     assert all((tmp_path / name).stat().st_size > 9000 for name in ("tradeoff.png", "claim.png"))
+
+
+def test_averages_are_of_the_tasks_that_all_have_and_perplexities_middle_as_their_axis():
+    records = study({"ffn": (31.0, 5.0)})
+    generation = records["r0.evaluation.seed0"]["generation"]  # the base was asked more
+    generation["tasks"] |= {"piqa": {"acc": 90.0}}
+    generation |= {"metrics": {"mmlu": "acc", "piqa": "acc"}, "average": 65.0}
+    again = study({"ffn": (31.0, 20.0)})
+    for kind in ("sts", "dependence", "evaluation"):
+        records[f"r1.{kind}.seed1"] = again[f"r1.{kind}.seed0"]
+        records[f"r1.{kind}.seed1"]["config"] = {**again[f"r1.{kind}.seed0"]["config"], "seed": 1}
+    found = tradeoff.points(MODEL, Records.of_names(records), SEEDS)
+    assert (found["base"].tasks, found["ffn"].tasks) == ([40.0], [39.0, 39.0])
+    axes = tradeoff.plane_figure(MODEL, found).axes[1]
+    bars = axes.containers[1]
+    assert bars.lines[0].get_ydata()[0] == pytest.approx(10.0)  # of 5 and 20
+    ends = bars.lines[2][1].get_segments()[0][:, 1]
+    factor = math.exp(math.log(4) / math.sqrt(2))  # two logs that are log 4 apart
+    assert sorted(ends) == pytest.approx([10 / factor, 10 * factor])
 
 
 def test_a_base_under_another_mask_generates_as_the_base_does():

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import geometric_mean, mean, stdev
 from typing import Any
 
 from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
@@ -20,7 +20,7 @@ from ubmoe.files import replace_all, save_figure
 from ubmoe.report.figures import blank, styled
 from ubmoe.report.tables import ROUTES, model_of
 from ubmoe.results import claim, runs, sink, swapped
-from ubmoe.results.entries import common_tasks, entries
+from ubmoe.results.entries import Cells, Entry, common_tasks, entries, main_metrics
 from ubmoe.results.records import Records
 
 log = logging.getLogger(__name__)
@@ -30,6 +30,8 @@ NO_MIXTURES = (ROUTES["uni"], ROUTES["bi"])  # the two models themselves, forced
 @dataclass
 class Point:
     """A model of the study, a value for each seed: STS average, tasks' average, perplexity.
+
+    Averages are of the tasks that all models have which have any.
 
     is_control: as of the encoder's entry; never of a mixture.
     """
@@ -54,17 +56,37 @@ def points(model: str, records: Records, seeds: Sequence[int]) -> dict[str, Poin
         for each in entries("encoders", model, records, seeds)
         if each.tasks and "perplexity" in each.cells and not each.has_collapsed
     ]
+    mixtures = [
+        each
+        for each in entries("routes", model, records, seeds)
+        if "STS bidirectional" in each.cells and not each.row.startswith(NO_MIXTURES)
+    ]
     common = common_tasks(encoders)
+    asked = [own for each in (*encoders, *mixtures) if (own := _asked(each))]
+    tasks = set.intersection(*(set(each) for each in asked)) if asked else set()
     for each in encoders if common else ():
         kind = "base" if each.is_base else "encoder"
         point = found.setdefault(each.row, Point(kind, each.is_control))
-        point.add(each.mean(common), each.cells["generation"], each.cells["perplexity"])
-    for each in entries("routes", model, records, seeds):
-        cells, sts = each.cells, each.cells.get("STS bidirectional")
-        if sts is not None and not each.row.startswith(NO_MIXTURES):
-            point = found.setdefault(each.row, Point("mixture"))
-            point.add(sts, cells["average"], cells["perplexity"])
+        point.add(each.mean(common), _average(each, tasks), each.cells["perplexity"])
+    for each in mixtures:
+        point = found.setdefault(each.row, Point("mixture"))
+        sts = each.cells["STS bidirectional"]
+        point.add(sts, _average(each, tasks), each.cells["perplexity"])
     return found
+
+
+def _asked(entry: Entry) -> Cells:
+    """{generation task: score} of an encoder read causally, or of a mixture."""
+    if (evaluated := entry.measured("evaluation")) is not None:
+        again = evaluated.data["generation"]
+        return main_metrics(again, again["metrics"])
+    is_mixture = entry.record.kind == "generation"
+    return {name: entry.cells[name] for name in entry.tasks} if is_mixture else {}
+
+
+def _average(entry: Entry, tasks: set[str]) -> float | None:
+    scores = [value for name, value in _asked(entry).items() if name in tasks and value is not None]
+    return mean(scores) if scores else None
 
 
 def front(pairs: Sequence[tuple[float, float]]) -> list[int]:
@@ -115,7 +137,10 @@ def draw(config: Config, records: Records) -> str:
     return "\n".join(str(folder / name) for name in figures)
 
 
-PANELS = {"tasks": "generation, average of tasks (%)", "perplexity": "perplexity (better: up)"}
+PANELS = {
+    "tasks": "generation, average of the tasks that all have (%)",
+    "perplexity": "perplexity (better: up)",
+}
 COLOURS = {"base": "black", "encoder": "C0", "mixture": "C1"}
 
 
@@ -152,13 +177,13 @@ def _plane(axes: Any, placed: dict[str, Point], what: str) -> None:
         for number, (name, point) in enumerate(placed.items(), 1)
         if getattr(point, what)
     ]
-    pairs = [(mean(point.sts), mean(getattr(point, what))) for _, _, point in shown]
+    pairs = [(mean(point.sts), _middle(getattr(point, what), what)) for _, _, point in shown]
     sign = 1 if what == "tasks" else -1
     edge = [pairs[each] for each in front([(x, sign * y) for x, y in pairs])]
     axes.plot(*zip(*edge, strict=True), color="grey", lw=1, ls="--", zorder=0)
     for (number, name, point), (x, y) in zip(shown, pairs, strict=True):
         axes.errorbar(
-            *(x, y, _error(getattr(point, what)), _error(point.sts)),
+            *(x, y, _error(getattr(point, what), what), _error(point.sts)),
             fmt="o", ms=4, lw=0.8, color=COLOURS[point.kind], label=f"{number} {name}",
             mfc="white" if point.is_control else None,
         )  # fmt: skip
@@ -190,5 +215,16 @@ def close(points: Sequence[tuple[float, float]], near: float) -> list[list[int]]
     return groups
 
 
-def _error(values: list[float]) -> float | None:
-    return stdev(values) if len(values) > 1 else None
+def _middle(values: list[float], what: str) -> float:
+    """The mean; of perplexities the geometric one, as their axis is."""
+    return geometric_mean(values) if what == "perplexity" else mean(values)
+
+
+def _error(values: list[float], what: str = "") -> Any:
+    """The standard deviation over seeds; of perplexities that of their logs, down and up."""
+    if len(values) < 2:
+        return None
+    if what != "perplexity":
+        return stdev(values)
+    middle, factor = geometric_mean(values), math.exp(stdev(map(math.log, values)))
+    return [[middle - middle / factor], [middle * factor - middle]]
