@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from builders import MODEL, RECORDS, ROWS, SEEDS, encoder, study
+from builders import MODEL, RECORDS, ROWS, SEEDS, causal, encoder, measured, shares, study
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -47,6 +47,20 @@ def test_a_claim_of_too_few_rows_leaves_no_old_picture(tmp_path):
     (tmp_path / "sink.png").write_text("of other records")
     said = tradeoff.draw(load_config(None, keys), Records.of_names(study({"ffn": (31.0, 5.0)})))
     assert said == f"{tmp_path}/tradeoff.png" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_pairs_that_tell_of_sts_alone_are_no_picture(tmp_path):
+    keys = [f"model.name=Qwen/{MODEL}", f"output_dir={tmp_path}"]
+    records = study(ROWS)
+    for seed in range(3):
+        records |= encoder("a", seed, 50.0, ["ffn"]) | encoder("b", seed, 40.0, ["ffn"], "causal")
+    assert "masks.png" not in tradeoff.draw(load_config(None, keys), Records.of_names(records))
+    for seed in range(3):
+        for name in "ab":
+            records |= measured(name, seed, ["ffn"], shares(), [1.0, 2.0, 3.0, 4.0])
+        causal({key: each for key, each in records.items() if key == f"b.sts.seed{seed}"}, 40.0)
+    records |= measured("r0", 0, [], shares(), [1.0, 2.0, 3.0, 4.0])
+    assert "masks.png" in tradeoff.draw(load_config(None, keys), Records.of_names(records))
 
 
 def test_points_and_pictures_come_from_the_records(tmp_path):

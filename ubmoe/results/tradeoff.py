@@ -122,9 +122,10 @@ def draw(config: Config, records: Records) -> str:
     twins = sink.with_twins(sink.measured(model, records, seeds))
     swaps = swapped.swapped(model, records, seeds)
     pairs = runs.pairs(model, records, seeds)
+    told = [each for own in pairs.values() for each in own if each.cells.keys() > {runs.GAP}]
     for name, least, count, drawn in (
         ("claim.png", 3, len(rows), partial(claim.figure, model, encoded)),
-        ("masks.png", 1, len(pairs), partial(runs.figure, model, pairs)),
+        ("masks.png", runs.FEWEST, len(told), partial(runs.figure, model, pairs)),
         ("sink.png", 3, len(twins), partial(sink.figure, model, twins)),
         ("swaps.png", 1, len(swaps), partial(swapped.figure, model, swaps)),
     ):
