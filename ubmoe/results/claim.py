@@ -20,9 +20,10 @@ from ubmoe.bootstrap import correlations, interval
 from ubmoe.report.figures import PALETTE, blank, styled
 from ubmoe.report.tables import CAUSAL
 from ubmoe.results.entries import SINK, Entry, common_tasks, entries
+from ubmoe.results.paired import but_mask
 from ubmoe.results.records import Records
 
-FEWEST = 8  # pairs of twins of an interval: of fewer, many draws are of three or four
+FEWEST = 8  # rows of an interval, twins as one: of fewer, many draws are of three or four
 MARKS = "osD^vPX"  # one more than there are colours, so that no two kinds look alike
 PANELS = {"STS": "STS under its own mask"} | {
     cause: f"{cause}, minus the base's (percentage points)" for cause in SINK
@@ -124,7 +125,7 @@ def correlation(
     if np.ptp(moved) == 0 or np.ptp(lost) == 0:
         return Correlation(math.nan, None, len(rows))
     value = float(spearmanr(moved, lost).statistic)
-    twins = [json.dumps(json.loads(each) | {"attention": None}, sort_keys=True) for each in rows]
+    twins = [but_mask(json.loads(each)) for each in rows]
     if len(set(twins)) < FEWEST:
         return Correlation(value, None, len(rows))
     low, high = interval(correlations(moved, lost, families=twins))

@@ -73,10 +73,12 @@ def twins(model: str, records: Records, seeds: Sequence[int]) -> dict[str, Twins
     """{row: its seeds and their causal twins}: tuned under that mask, and all else equal."""
     rows = by_row("encoders", model, records, seeds)
     tuned = {row: own for row, own in rows.items() if own[0].has_learnt}
-    causal = {but_mask(own[0]): own for own in tuned.values() if own[0].is_control}
+    causal = {
+        but_mask(own[0].record.config["bi"]): own for own in tuned.values() if own[0].is_control
+    }
     found = {}
     for row, own in tuned.items():
-        other = causal.get(but_mask(own[0]), [])
+        other = causal.get(but_mask(own[0].record.config["bi"]), [])
         shared = {each.seed for each in own} & {each.seed for each in other}
         if shared and not own[0].is_control:
             both, twin = ([each for each in some if each.seed in shared] for some in (own, other))
@@ -84,9 +86,9 @@ def twins(model: str, records: Records, seeds: Sequence[int]) -> dict[str, Twins
     return {row: each for row, each in found.items() if any(each.cells.values())}
 
 
-def but_mask(entry: Entry) -> str:
-    """How it was tuned, the mask left out."""
-    return json.dumps(entry.record.config["bi"] | {"attention": None}, sort_keys=True)
+def but_mask(settings: dict[str, Any]) -> str:
+    """How a run was tuned, by its section `bi`, the mask left out."""
+    return json.dumps(settings | {"attention": None}, sort_keys=True)
 
 
 def questions(

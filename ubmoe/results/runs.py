@@ -84,11 +84,11 @@ def pairs(model: str, records: Records, seeds: Sequence[int]) -> dict[str, list[
     """
     base, tuned = _measured(model, records, seeds)
     tasks = common_tasks(tuned)
-    causal = {(but_mask(each), each.seed): each for each in tuned if each.is_control}
+    causal = {_twinned(each): each for each in tuned if each.is_control}
     return _kinds(
         (_kind(both, attention=None), _pair(both, twin, base, tasks))
         for both in tuned
-        if not both.is_control and (twin := causal.get((but_mask(both), both.seed)))
+        if not both.is_control and (twin := causal.get(_twinned(both)))
     )
 
 
@@ -96,6 +96,11 @@ def changes(model: str, records: Records, seeds: Sequence[int]) -> dict[str, lis
     """Every run that has learnt, against the base: of the kinds of `pairs`, and of either mask."""
     base, tuned = _measured(model, records, seeds)
     return _kinds((_kind(each), _pair(each, base, base, [])) for each in tuned if base is not None)
+
+
+def _twinned(entry: Entry) -> tuple[str, int | None]:
+    """What a run and its twin have in common."""
+    return but_mask(entry.record.config["bi"]), entry.seed
 
 
 def _measured(
