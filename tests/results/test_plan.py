@@ -257,6 +257,25 @@ def test_a_setting_that_an_older_version_lacked_counts_as_its_default(tmp_path, 
     assert other.state() == "other"
 
 
+@pytest.mark.parametrize("had", [False, True])
+def test_what_bf16_auto_was_stands_beside_what_is_asked_now(tmp_path, monkeypatch, had):
+    monkeypatch.setattr(plan, "execute", finish)
+    keys = ["results.table=2", "results.seeds=[1]", "results.rows=[ffn]"]
+
+    def asked(bf16: object):
+        own = [f"{key}={json.dumps(bf16)}" for key in ("bi.stages.0.bf16", "evaluation.bf16")]
+        return config(tmp_path, *keys, *own)
+
+    plan.run(asked("auto"))
+    [step] = study.steps(asked("auto"))
+    record = json.loads(step.path.read_text())
+    record["environment"]["bfloat16"] = had
+    step.path.write_text(json.dumps(record))
+    for bf16, state in (("auto", "there"), (had, "there"), (not had, "other")):
+        [step] = study.steps(asked(bf16))
+        assert step.state() == state
+
+
 def test_two_studies_in_one_folder_are_refused(tmp_path, monkeypatch):
     keys = ["results.table=2", "results.seeds=[1]", "results.rows=[base]"]
     given = config(tmp_path, *keys)

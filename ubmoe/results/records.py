@@ -118,6 +118,7 @@ def read_result(path: Path, needed: str = "config") -> dict[str, Any]:
             raise ValueError(f"no {needed} in it")
         if needed == "config":
             _check_config(found["config"])
+            _say_what_auto_was(found)
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path}: no result ({error}); expected what a run wrote: remove it, and run again"
@@ -132,6 +133,24 @@ def _check_config(config: Any) -> None:
         raise ValueError("no model.name in its config")
     if not isinstance(config.get("seed"), int):
         raise ValueError("no seed in its config")
+
+
+def _say_what_auto_was(result: dict[str, Any]) -> None:
+    """Every `bf16: auto` of its config, as what the device made of it, where the result says it."""
+    was = result.get("environment", {}).get("bfloat16")
+    if was is not None:
+        result["config"] = _resolved(result["config"], was)
+
+
+def _resolved(value: Any, was: bool) -> Any:
+    if isinstance(value, list):
+        return [_resolved(each, was) for each in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        name: was if name == "bf16" and each == "auto" else _resolved(each, was)
+        for name, each in value.items()
+    }
 
 
 def existing(config: Config) -> list[Path]:

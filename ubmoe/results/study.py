@@ -130,9 +130,14 @@ class Step:
         return {name: value for name, value in found.items() if numbered(name) not in places}
 
     def _has_the_same_settings(self, kept: dict[str, Any]) -> bool:
-        """Keys that an older version did not have count as their defaults."""
+        """Keys that an older version did not have count as their defaults.
+
+        Where bf16 is auto now, either will do: what it was stands in the result.
+        """
         before, now = (self._keys(each) for each in (kept["config"], self.config.model_dump()))
-        return before | {name: default(name) for name in now.keys() - before.keys()} == now
+        before |= {name: default(name) for name in now.keys() - before.keys()}
+        either = [name for name in now if name.endswith(".bf16") and now[name] == '"auto"']
+        return before | {name: now[name] for name in either} == now
 
     def _has_read_the_same(self, kept: dict[str, Any]) -> bool:
         """Whether the digests of data and model are those of what the keys name now."""
