@@ -98,13 +98,14 @@ def test_a_row_of_unlike_runs_says_in_what_they_differ():
     said = "Unlike runs in one row, ffn: bi.prompt, bi.stages.0.learning_rate."
     assert notes(2, a__sts__seed1=second) == [said]
     assert notes(2, a__sts__seed1={"model": {"device": "cuda"}}) == []  # where it ran
-    tuned = [said.replace("ffn:", f"ffn, {share}:") for share in SHARES]
-    assert notes(3, a__sts__seed1=second) == tuned  # by what made the measured model
+    tuned = said.replace("ffn:", "; ".join(f"ffn, {share}" for share in SHARES) + ":")
+    assert notes(3, a__sts__seed1=second) == [tuned]  # by what made the measured model
     other = {"dependence": {"max_tokens": 64}}
-    assert len(notes(3, a__dependence__seed1=other)) == 3
+    [alike] = notes(3, a__dependence__seed1=other)
+    assert alike.endswith(": dependence.max_tokens.")
     assert notes(2, c__sts__seed0={"bi": {"prompt": "x"}}) == []  # one base is like itself
     prompt = {"a__sts__seed1": {"bi": {"prompt": "x"}}, "a__sts__seed0": {"bi": {"prompt": "y"}}}
-    assert notes(3, **prompt)[0] == "Unlike runs in one row, ffn, main: bi.prompt."
+    assert notes(3, **prompt)[0] == tuned.replace(", bi.stages.0.learning_rate", "")
 
 
 def test_what_was_measured_of_another_model_stands_beside_none():

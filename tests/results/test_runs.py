@@ -58,6 +58,11 @@ def test_pairs_are_of_one_seed_and_of_equal_settings_but_for_the_mask():
         essays = {"answers": {"losses": [8.0, 7.0 + moved], "tokens": [4, 6]}}
         for each in (name, "c.evaluation.seed0"):  # and the base
             records[each]["generation"]["further"] = {"essays": essays}
+    asked = {"a.evaluation.seed1": [1, 1, 1, 0], "z.evaluation.seed1": [1, 0, 0, 0]}
+    for name, right in {**asked, "a.evaluation.seed0": [1, 0, 1]}.items():
+        told = {"questions": {"quiz": right, "hard": right}, "stderr": {"quiz": {}}}
+        records[name]["generation"] |= told
+    records["z.evaluation.seed0"]["generation"] |= told | {"questions": {"quiz": [1, 0]}}
     for name, row in (("d", "ffn far"), ("e", "ffn far causal")):
         records[f"{name}.sts.seed1"]["config"]["results"] = {"row": row}
     for key in ("a.sts.seed0", "z.sts.seed0"):  # a task of these alone
@@ -75,6 +80,9 @@ def test_pairs_are_of_one_seed_and_of_equal_settings_but_for_the_mask():
     assert short == pytest.approx([math.exp(each / 6) for each in (1, 2, 1)])  # 2, 3 and 1
     long = [each.cells["perplexity, 1 answers of 4 to 20 tokens"] for each in own]
     assert long == pytest.approx([1.0, 1.0, 1.0])
+    quiz = [each.cells.get("quiz, in points") for each in own]
+    assert quiz == [None, 50.0, None]  # two of four; of other questions none
+    assert not any("hard" in column for each in own for column in each.cells)  # no share
     changes = runs.changes(MODEL, records, SEEDS)
     told = {kind: {each.cells["DP-after"] for each in own} for kind, own in changes.items()}
     assert told == {"ffn": {5.0, 4.0, 9.0}, "ffn causal": {2.0, 3.0}}
@@ -105,7 +113,7 @@ def test_perplexities_are_ratios_and_what_few_pairs_tell_has_no_interval():
     assert runs.over_runs(without, "DP-after", at_equal_sts=True) == equal
 
 
-def test_the_picture_has_a_point_a_pair_and_the_mean_over_all_kinds():
+def test_the_picture_has_a_point_a_pair_and_the_mean_of_each_kind():
     kinds = {
         kind: [
             runs.Pair(kind, {"perplexity": ratio, "DP-after": ratio + more, "STS": 2.0})
@@ -115,7 +123,9 @@ def test_the_picture_has_a_point_a_pair_and_the_mean_over_all_kinds():
     }
     kinds["ffn"][0].cells["perplexity of essays"] = 2.0
     kinds["ffn"][1].cells["perplexity, 9 answers of over 20 tokens"] = 3.0
-    ratios, points = runs.figure("small", kinds).axes
+    kinds["attention"][0].cells["perplexity"] = 2.0
+    found = runs.figure("small", kinds)
+    ratios, points = found.axes
     called = [[text.get_text() for text in axes.get_yticklabels()] for axes in (ratios, points)]
     assert called[0] == [
         "perplexity, by the token",
@@ -123,13 +133,13 @@ def test_the_picture_has_a_point_a_pair_and_the_mean_over_all_kinds():
         "perplexity of essays",
     ]
     assert called[1] == ["STS", "DP-after"]
-    first, second, interval, mean = ratios.lines[:4]
-    assert list(first.get_xdata()) == list(second.get_xdata()) == [0.5, 0.25, 1.0]
-    every = [each for own in kinds.values() for each in own]
-    expected = runs.over_runs(every, "perplexity")
-    assert tuple(interval.get_xdata()) == expected.interval
-    assert mean.get_xdata() == [expected.value]
-    labels = [text.get_text() for text in points.get_legend().get_texts()]
+    for own, lines in zip(kinds.values(), (ratios.lines[:3], ratios.lines[3:6]), strict=True):
+        drawn, interval, mean = lines
+        assert list(drawn.get_xdata()) == [each.cells["perplexity"] for each in own]
+        expected = runs.over_runs(own, "perplexity")
+        assert tuple(interval.get_xdata()) == expected.interval
+        assert mean.get_xdata() == [expected.value]
+    labels = [text.get_text() for text in found.legends[0].get_texts()]
     assert labels == ["ffn", "attention"]
 
 
@@ -166,6 +176,7 @@ def test_what_is_of_other_texts_than_the_bases_is_not_averaged():
 
 def test_a_picture_of_dependence_alone_has_one_panel():
     own = [runs.Pair("ffn", {"DP-after": each, "STS": each}) for each in (1.0, 2.0, 4.0)]
-    [points] = runs.figure("small", {"ffn": own}).axes
+    found = runs.figure("small", {"ffn": own})
+    [points] = found.axes
     assert points.get_xlabel() == "both ways minus causally (points)"
-    assert [text.get_text() for text in points.get_legend().get_texts()] == ["ffn"]
+    assert [text.get_text() for text in found.legends[0].get_texts()] == ["ffn"]

@@ -250,22 +250,19 @@ def _masks_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     from ubmoe.results import runs  # imports matplotlib, which other blocks do not
 
     kinds = runs.pairs(name, records, seeds)
-    if len(kinds) > 1:
-        kinds["all of these"] = [each for own in kinds.values() for each in own]
     found = [each.cells for own in kinds.values() for each in own]
     columns = {runs.GAP: "STS minus its"} | _differences("its", found)
     lengths = [each for cells in found for each in cells if paired.BY_LENGTH in each]
     columns |= {each: f"{each}, over its" for each in lengths}
-    across = [(own, equal) for own in kinds.values() for equal in (False, True)]
-    body = [
-        [said, *(_over(runs.over_runs(own, column, equal), len(own)) for own, equal in across)]
-        for column, said in columns.items()
-    ]
-    body = [row for row in body if any(row[1:])]
-    header = ["tuned both ways against its causal twin"]
+    columns |= _tasks("its", found)
+    table = [["tuned both ways against its causal twin", *columns.values()]]
     for kind, own in kinds.items():
-        header += [f"{kind}, {len(own)} pairs of runs", "at equal STS"]
-    return _noted([header, *body], [])
+        for equal in (False, True):
+            means = [_over(runs.over_runs(own, each, equal), len(own)) for each in columns]
+            said = "at equal STS" if equal else f"{kind}, {len(own)} pairs of runs"
+            table += [[said, *means]] if any(means) else []
+    turned = [list(measure) for measure in zip(*table, strict=True) if any(measure[1:])]
+    return _noted(turned, [])
 
 
 def _runs_block(name: str, records: Records, seeds: Sequence[int]) -> str:
@@ -274,13 +271,19 @@ def _runs_block(name: str, records: Records, seeds: Sequence[int]) -> str:
 
     kinds = runs.changes(name, records, seeds)
     found = [each.cells for own in kinds.values() for each in own]
-    columns = _differences("the base's", found)
+    columns = _differences("the base's", found) | _tasks("the base's", found)
     body = [
         [kind, str(len(own)), *(_over(runs.over_runs(own, column), len(own)) for column in columns)]
         for kind, own in kinds.items()
     ]
     body = [row for row in body if any(row[2:])]
     return _noted([["tuned", "runs", *columns.values()], *body], [])
+
+
+def _tasks(whose: str, found: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """The columns of generation tasks, as tables call them."""
+    told = [column for cells in found for column in cells if column.endswith(paired.ASKED)]
+    return {each: f"{each.removesuffix(paired.ASKED)} minus {whose}" for each in told}
 
 
 def _over(found: Any, every: int) -> str:

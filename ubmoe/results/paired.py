@@ -18,6 +18,8 @@ from ubmoe.results.entries import SINK, Entry, by_row, common_tasks
 from ubmoe.results.records import Record, Records
 
 BY_SINK = "DP-after by the sink"
+ASKED = ", in points"  # of a task's column
+Answered = dict[str, list[float]]  # a value a question, by task
 
 
 @dataclass(frozen=True)
@@ -100,27 +102,39 @@ def questions(
     nobody did.
     """
     rows = by_row(kind, model, records, seeds)
-    theirs = rows.pop(against, [])
-    tasks = list(dict.fromkeys(name for each in theirs for name in _answered(each)))
-    found = {row: {name: _gain(own, theirs, name) for name in tasks} for row, own in rows.items()}
+    answered = {row: [_answered(each.record) for each in own] for row, own in rows.items()}
+    theirs = answered.pop(against, [])
+    tasks = list(dict.fromkeys(name for each in theirs for name in each))
+    found = {
+        row: {name: _gain(own, theirs, name) for name in tasks} for row, own in answered.items()
+    }
     return {row: cells for row, cells in found.items() if any(cells.values())}
 
 
-def _answered(entry: Entry) -> dict[str, list[float]]:
+def by_task(one: Entry, other: Entry) -> dict[str, Difference | None]:
+    """{task and ASKED: difference in points over the same questions}, of two encoders or bases."""
+    measured = [each.measured("evaluation") for each in (one, other)]
+    mine, theirs = ({} if each is None else _answered(each) for each in measured)
+    shared = [task for task in mine if task in theirs]
+    return {f"{task}{ASKED}": _gain([mine], [theirs], task, drawn=False) for task in shared}
+
+
+def _answered(record: Record) -> Answered:
     """Its value for each question, of tasks whose values are shares; older records have none."""
-    section = _section(entry.record)
+    section = _section(record)
     told = section.get("stderr", {})
     return {name: each for name, each in section.get("questions", {}).items() if name in told}
 
 
-def _gain(own: Sequence[Entry], theirs: Sequence[Entry], task: str) -> Difference | None:
+def _gain(
+    own: Sequence[Answered], theirs: Sequence[Answered], task: str, drawn: bool = True
+) -> Difference | None:
     mine, other = (
-        [100 * np.array(found[task]) for each in some if task in (found := _answered(each))]
-        for some in (own, theirs)
+        [100 * np.array(each[task]) for each in some if task in each] for some in (own, theirs)
     )
     if not mine or len({len(each) for each in (*mine, *other)}) > 1:
         return None
-    return _mean(np.array(mine) - np.mean(other, axis=0))
+    return _mean(np.array(mine) - np.mean(other, axis=0), drawn)
 
 
 @dataclass(frozen=True)

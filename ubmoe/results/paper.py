@@ -135,11 +135,12 @@ def notes(kind: str, model: str, records: Records, seeds: Sequence[int]) -> list
     for each in every:
         for key, value in _settings(each).items():
             values.setdefault(each.row, {}).setdefault(key, set()).add(value)
-    said = []
+    unlike: dict[str, list[str]] = {}
     for row, keys in values.items():
-        if unlike := sorted(key for key, found in keys.items() if len(found) > 1):
-            said.append(f"Unlike runs in one row, {row}: {', '.join(unlike)}.")
-    return said + _asked(every)
+        if said := ", ".join(sorted(key for key, found in keys.items() if len(found) > 1)):
+            unlike.setdefault(said, []).append(row)
+    notes = [f"Unlike runs in one row, {'; '.join(rows)}: {said}." for said, rows in unlike.items()]
+    return notes + _asked(every)
 
 
 def left_out(kind: str, model: str, records: Records, seeds: Sequence[int]) -> list[str]:

@@ -17,7 +17,16 @@ from scipy.stats import t
 
 from ubmoe.report.figures import PALETTE, blank, styled
 from ubmoe.results.entries import Entry, common_tasks, entries
-from ubmoe.results.paired import BY_LENGTH, BY_SINK, FURTHER, but_mask, by_length, changed
+from ubmoe.results.paired import (
+    ASKED,
+    BY_LENGTH,
+    BY_SINK,
+    FURTHER,
+    but_mask,
+    by_length,
+    by_task,
+    changed,
+)
 from ubmoe.results.records import Records
 
 GAP = "STS"
@@ -31,9 +40,9 @@ FAR = ("learning_rate", "max_steps", "warmup_steps")  # of a stage: how far tuni
 class Pair:
     """Two runs of one seed that differ in the mask alone, both ways first; or a run and the base.
 
-    cells: {column: the first against the second}, columns as of `paired.changes` and
-    `paired.by_length`, of texts that the base was measured on, too; and GAP, of two runs: STS of
-    the first minus that of the second, each under its own mask.
+    cells: {column: the first against the second}, columns as of `paired.changes`,
+    `paired.by_length` and `paired.by_task`, of texts that the base was measured on, too; and GAP,
+    of two runs: STS of the first minus that of the second, each under its own mask.
     """
 
     row: str
@@ -129,12 +138,14 @@ def _kinds(found: Iterable[tuple[str, Pair]]) -> dict[str, list[Pair]]:
 def _pair(one: Entry, other: Entry, base: Entry | None, tasks: Sequence[str]) -> Pair:
     """tasks: of STS, that all have; of none there is no GAP."""
     against = changed([one], [other], drawn=False) | by_length([one], [other], drawn=False)
+    against |= by_task(one, other)
     usable = against if base is None or other is base else changed([one], [base], drawn=False)
     lengths = usable.get("perplexity")  # whose answers they are of
     cells = {
         column: cell.value
         for column, cell in against.items()
-        if cell is not None and (lengths if BY_LENGTH in column else usable.get(column))
+        if cell is not None
+        and (column.endswith(ASKED) or (lengths if BY_LENGTH in column else usable.get(column)))
     }
     gap = {GAP: one.mean(tasks) - other.mean(tasks)} if tasks else {}
     return Pair(one.row, cells | gap)
@@ -167,19 +178,20 @@ def over_runs(own: Sequence[Pair], column: str, at_equal_sts: bool = False) -> O
 
 @styled
 def figure(model: str, kinds: dict[str, list[Pair]]) -> Figure:
-    """What the pairs differ in: a point a pair, and their means over all kinds, with intervals."""
+    """What the pairs differ in: a point a pair, and the mean of each kind with its interval."""
     every = [each for own in kinds.values() for each in own]
     told = list(dict.fromkeys(column for each in every for column in each.cells))
     ratios = [each for each in told if each.startswith(RATIOS)]
     ratios.sort(key=lambda each: each.startswith(FURTHER))
     points = [each for each in POINTS if each in told]
+    points += [each for each in told if each.endswith(ASKED)]
     sides = [(ratios, *RATIO), (points, *MINUS)]
     sides = [each for each in sides if each[0]]
-    found = blank(5.2 * len(sides), 1.4 + 0.42 * max(len(ratios), len(points)))
+    found = blank(5.2 * len(sides), 1.7 + (0.3 + 0.06 * len(kinds)) * max(len(ratios), len(points)))
     panels = found.subplots(1, len(sides), squeeze=False)[0]
     for axes, (columns, label, neutral) in zip(panels, sides, strict=True):
         for place, column in enumerate(columns):
-            _row(axes, place, column, kinds, every)
+            _row(axes, place, column, kinds)
         axes.set_yticks(range(len(columns)), [_called(each) for each in columns])
         axes.set_ylim(len(columns) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)
@@ -190,7 +202,8 @@ def figure(model: str, kinds: dict[str, list[Pair]]) -> Figure:
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
             axes.xaxis.set_major_formatter("{x:g}")
             axes.xaxis.set_minor_locator(NullLocator())
-    panels[-1].legend(loc="best")
+    handles = panels[0].get_legend_handles_labels()
+    found.legend(*handles, loc="outside lower center", ncols=len(kinds))
     found.suptitle(
         f"{model}: {len(every)} pairs of runs that differ in the mask alone", fontsize=10
     )
@@ -211,18 +224,17 @@ CALLED = {
 def _called(column: str) -> str:
     if BY_LENGTH in column:
         return column.partition(", ")[2]
-    return column if column.startswith(FURTHER) else CALLED.get(column, column)
+    return CALLED.get(column, column.removesuffix(ASKED))
 
 
-def _row(
-    axes: Any, place: int, column: str, kinds: dict[str, list[Pair]], every: list[Pair]
-) -> None:
+def _row(axes: Any, place: int, column: str, kinds: dict[str, list[Pair]]) -> None:
     for number, (kind, own) in enumerate(kinds.items()):
         values = [each.cells[column] for each in own if column in each.cells]
-        style = {"marker": "os^D"[number % 4], "color": PALETTE[number % len(PALETTE)]}
+        color = PALETTE[number % len(PALETTE)]
         label = kind if place == 0 else None
-        height = place + 0.22 * (number - (len(kinds) - 1) / 2)
-        axes.plot(values, [height] * len(values), ls="", ms=4, alpha=0.7, label=label, **style)
-    if (mean := over_runs(every, column)) is not None:
-        axes.plot(mean.interval, [place, place], color="black", lw=1.4)
-        axes.plot(mean.value, place, marker="|", ms=9, mew=1.8, color="black")
+        height = place + 0.2 * (number - (len(kinds) - 1) / 2)
+        shape = {"marker": "os^D"[number % 4], "color": color, "label": label}
+        axes.plot(values, [height] * len(values), ls="", ms=3.5, alpha=0.55, **shape)
+        if (mean := over_runs(own, column)) is not None:
+            axes.plot(mean.interval, [height, height], color=color, lw=1.4)
+            axes.plot(mean.value, height, marker="|", ms=8, mew=2, color=color)

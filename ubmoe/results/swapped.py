@@ -99,7 +99,7 @@ def figure(model: str, rows: dict[str, Swapped]) -> Figure:
                 points.plot(own.after, sign * own.changes(word), **style)
             ranks = [own.with_after(word) for word in SIGNS]
             said = " and ".join("none" if each is None else f"{each:.2f}" for each in ranks)
-            points.set_title(f"cost, saving: rank at equal depth {said}", fontsize=9)
+            points.set_title(f"ranks at equal depth of cost, saving:\n{said}", fontsize=8)
         for line in (points.axhline, points.axvline):
             line(0, color="grey", lw=0.6)
     bars.set_xlabel("layer that is swapped")

@@ -155,7 +155,7 @@ def plane_figure(model: str, placed: dict[str, Point]) -> Any:
     panels = {
         what: label for what, label in PANELS.items() if any(getattr(each, what) for each in others)
     }
-    figure = blank(2.2 + 4.4 * len(panels), 4.6)
+    figure = blank(2.2 + 4.4 * len(panels), max(4.6, 0.8 + 0.17 * len(placed)))
     every = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (what, label) in zip(every, panels.items(), strict=True):
         if what == "perplexity":
