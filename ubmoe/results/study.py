@@ -135,9 +135,9 @@ class Step:
         Where bf16 is auto now, either will do: what it was stands in the result.
         """
         before, now = (self._keys(each) for each in (kept["config"], self.config.model_dump()))
-        before |= {name: default(name) for name in now.keys() - before.keys()}
+        had: dict[str, str | None] = {**{name: default(name) for name in now}, **before}
         either = [name for name in now if name.endswith(".bf16") and now[name] == '"auto"']
-        return before | {name: now[name] for name in either} == now
+        return had | {name: now[name] for name in either} == now
 
     def _has_read_the_same(self, kept: dict[str, Any]) -> bool:
         """Whether the digests of data and model are those of what the keys name now."""
