@@ -128,6 +128,7 @@ def test_masks_are_compared_over_pairs_of_runs_and_at_equal_sts(monkeypatch):
     every["ffn"][0].cells["by answer"] = 0.5  # one alone
     for place in (1, 2, 3):
         every["ffn"][place].cells["perplexity, 9 answers of over 20 tokens"] = 0.5
+        every["ffn"][place].cells["quiz, in points"] = 2.0
     monkeypatch.setattr(runs, "pairs", lambda *_: every)
     text = "<!-- masks: small -->\n<!-- end -->"
     lines = renewed_squeezed(text, Records.of_names({}), SEEDS).splitlines()
@@ -140,23 +141,31 @@ def test_masks_are_compared_over_pairs_of_runs_and_at_equal_sts(monkeypatch):
     assert found["DP-after minus its"] == after  # on the line 2 + gap
     told = found["perplexity, 9 answers of over 20 tokens, over its"]
     assert told == "0.50 (0.50 to 0.50), n = 3"
-    assert len(found) == 3
-    every |= pairs("attention", (1.0, 1.0), (2.0, 2.0), (4.0, 2.0))
+    assert found["quiz minus its"].startswith("2.00 (2.00 to 2.00), n = 3") and len(found) == 4
+    every |= pairs("attention", (1.0, 1.0), (2.0, 2.0), (4.0, 2.0), (5.0, 3.0))
     header = renewed_squeezed(text, Records.of_names({}), SEEDS).splitlines()[1]
-    # all three embed better both ways: no line says where they would embed alike
-    kinds = "| ffn, 4 pairs of runs | at equal STS | attention, 3 pairs of runs |"
+    # all four embed better both ways: no line says where they would embed alike
+    kinds = "| ffn, 4 pairs of runs | at equal STS | attention, 4 pairs of runs |"
     assert header == f"{whose} {kinds}"
+    every.clear()
+    with pytest.raises(UserError, match="masks"):
+        renewed_squeezed(text, Records.of_names({}), SEEDS)
 
 
 def test_what_tuning_changes_stands_over_runs(monkeypatch):
     own = [runs.Pair("ffn", {"perplexity": 2.0, "STS": 1.0}) for _ in range(3)]
     own[0].cells["DP-after"] = own[1].cells["DP-after"] = 1.0  # two alone
+    for each in own:
+        each.cells["quiz, in points"] = 4.0
     none = [runs.Pair("attention", {"STS": 1.0}) for _ in range(3)]
     monkeypatch.setattr(runs, "changes", lambda *_: {"ffn": own, "attention": none})
     text = "<!-- runs: small -->\n<!-- end -->"
     lines = renewed_squeezed(text, Records.of_names({}), SEEDS).splitlines()
     assert lines[1].startswith("| tuned | runs | perplexity over the base's |")
     assert lines[3].startswith("| ffn | 3 | 2.00 (2.00 to 2.00) | | |") and len(lines) == 5
+    assert lines[1].endswith("| quiz minus the base's |") and lines[3].endswith(
+        "| 4.00 (4.00 to 4.00) |"
+    )
 
 
 def named(records):

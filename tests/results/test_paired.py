@@ -204,6 +204,9 @@ def test_questions_are_compared_one_by_one():
 def test_tasks_of_another_length_or_of_older_records_are_not_compared():
     base = answered("c", 0, [], mmlu=[1.0, 0.0])
     assert gained(base, answered("a", 0, ["ffn"], mmlu=[1.0, 0.0, 0.0])) == {}
+    prompted = answered("a", 0, ["ffn"], mmlu=[1.0, 0.0])
+    prompted["a.evaluation.seed0"]["generation"]["shots"] = {"mmlu": 5}
+    assert gained(base, prompted) == {}
     older = answered("a", 0, ["ffn"])
     del older["a.evaluation.seed0"]["generation"]["questions"]
     assert gained(base, older) == {}
@@ -216,6 +219,9 @@ def test_other_texts_older_records_and_seeds_not_measured_are_not_compared():
     digests = measured("a", 0, ["ffn"], shares(1.0), [1.5, 2.5, 3.5, 4.5])
     digests["a.evaluation.seed0"]["inputs"] = {"ubmoe.dataset": "other"}
     assert found(digests)["ffn"]["perplexity"] is None  # though as many tokens
+    rounded = measured("a", 0, ["ffn"], shares(1.0), [1.5, 2.5, 3.5, 4.5])
+    rounded["a.evaluation.seed0"]["config"]["evaluation"] = {"bf16": True}
+    assert found(rounded)["ffn"]["perplexity"] is None  # in another precision
     older = measured("a", 0, ["ffn"], shares(1.0), [1.5, 2.5, 3.5, 4.5])
     del older["a.dependence.seed0"]["dependence"]["by_text"]
     del older["a.evaluation.seed0"]["generation"]["answers"]

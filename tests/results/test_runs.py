@@ -59,7 +59,8 @@ def test_pairs_are_of_one_seed_and_of_equal_settings_but_for_the_mask():
         for each in (name, "c.evaluation.seed0"):  # and the base
             records[each]["generation"]["further"] = {"essays": essays}
     asked = {"a.evaluation.seed1": [1, 1, 1, 0], "z.evaluation.seed1": [1, 0, 0, 0]}
-    for name, right in {**asked, "a.evaluation.seed0": [1, 0, 1]}.items():
+    asked |= {"c.evaluation.seed0": [0, 0, 0, 0], "a.evaluation.seed0": [1, 0, 1]}
+    for name, right in asked.items():
         told = {"questions": {"quiz": right, "hard": right}, "stderr": {"quiz": {}}}
         records[name]["generation"] |= told
     records["z.evaluation.seed0"]["generation"] |= told | {"questions": {"quiz": [1, 0]}}
@@ -86,6 +87,8 @@ def test_pairs_are_of_one_seed_and_of_equal_settings_but_for_the_mask():
     changes = runs.changes(MODEL, records, SEEDS)
     told = {kind: {each.cells["DP-after"] for each in own} for kind, own in changes.items()}
     assert told == {"ffn": {5.0, 4.0, 9.0}, "ffn causal": {2.0, 3.0}}
+    quiz = [each.cells.get("quiz, in points") for each in changes["ffn"]]
+    assert quiz == [None, 75.0, None]  # the first was asked others than the base
     assert not any(runs.GAP in each.cells for each in changes["ffn"])  # the base reads both ways
 
 
@@ -123,6 +126,7 @@ def test_the_picture_has_a_point_a_pair_and_the_mean_of_each_kind():
     }
     kinds["ffn"][0].cells["perplexity of essays"] = 2.0
     kinds["ffn"][1].cells["perplexity, 9 answers of over 20 tokens"] = 3.0
+    kinds["ffn"][1].cells["quiz, in points"] = 3.0
     kinds["attention"][0].cells["perplexity"] = 2.0
     found = runs.figure("small", kinds)
     ratios, points = found.axes
@@ -132,7 +136,7 @@ def test_the_picture_has_a_point_a_pair_and_the_mean_of_each_kind():
         "9 answers of over 20 tokens",
         "perplexity of essays",
     ]
-    assert called[1] == ["STS", "DP-after"]
+    assert called[1] == ["STS", "DP-after", "quiz"]
     for own, lines in zip(kinds.values(), (ratios.lines[:3], ratios.lines[3:6]), strict=True):
         drawn, interval, mean = lines
         assert list(drawn.get_xdata()) == [each.cells["perplexity"] for each in own]

@@ -255,6 +255,8 @@ def _masks_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     lengths = [each for cells in found for each in cells if paired.BY_LENGTH in each]
     columns |= {each: f"{each}, over its" for each in lengths}
     columns |= _tasks("its", found)
+    if not kinds:
+        return ""
     table = [["tuned both ways against its causal twin", *columns.values()]]
     for kind, own in kinds.items():
         for equal in (False, True):

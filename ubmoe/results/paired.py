@@ -19,7 +19,7 @@ from ubmoe.results.records import Record, Records
 
 BY_SINK = "DP-after by the sink"
 ASKED = ", in points"  # of a task's column
-Answered = dict[str, list[float]]  # a value a question, by task
+Answered = dict[str, tuple[str, list[float]]]  # by task: how it was asked, a value a question
 
 
 @dataclass(frozen=True)
@@ -122,19 +122,30 @@ def by_task(one: Entry, other: Entry) -> dict[str, Difference | None]:
 def _answered(record: Record) -> Answered:
     """Its value for each question, of tasks whose values are shares; older records have none."""
     section = _section(record)
-    told = section.get("stderr", {})
-    return {name: each for name, each in section.get("questions", {}).items() if name in told}
+    every = [section.get(name) for name in ("limit", "apply_chat_template")]
+    return {
+        task: (repr([*every, *(section.get(name, {}).get(task) for name in HOW)]), values)
+        for task, values in section.get("questions", {}).items()
+        if task in section.get("stderr", {})
+    }
+
+
+HOW = ("metrics", "shots", "versions")  # what a section says of each task
 
 
 def _gain(
     own: Sequence[Answered], theirs: Sequence[Answered], task: str, drawn: bool = True
 ) -> Difference | None:
-    mine, other = (
-        [100 * np.array(each[task]) for each in some if task in each] for some in (own, theirs)
-    )
-    if not mine or len({len(each) for each in (*mine, *other)}) > 1:
+    """None where the task was not answered, or by one of them otherwise: other questions, shots."""
+    if not any(task in each for each in own):
         return None
-    return _mean(np.array(mine) - np.mean(other, axis=0), drawn)
+    told = [each[task] for each in (*own, *theirs) if task in each]
+    if len({(how, len(values)) for how, values in told}) > 1:
+        return None
+    mine, other = (
+        100 * np.array([each[task][1] for each in some if task in each]) for some in (own, theirs)
+    )
+    return _mean(mine - other.mean(0), drawn)
 
 
 @dataclass(frozen=True)
@@ -257,11 +268,15 @@ def _told(entries: Sequence[Entry], kind: str, further: str = "") -> list[dict[s
     ]
 
 
-def texts(record: Record, further: str = "") -> tuple[Any, Any]:
-    """Of which texts it is, as far as it says: the digest of their file, and their lengths."""
+def texts(record: Record, further: str = "") -> tuple[Any, Any, Any]:
+    """Of which texts it is, and in which precision, as far as it says.
+
+    The digest of their file, their lengths, and whether the forward ran under bfloat16 autocast.
+    """
     name, dataset = TOLD[record.kind]
     digest = record.data.get("inputs", {}).get("evaluation.perplexity" if further else dataset)
-    return digest, _section(record, further).get(name, {}).get("tokens")
+    tokens = _section(record, further).get(name, {}).get("tokens")
+    return digest, tokens, record.config.get(record.kind, {}).get("bf16")
 
 
 def _section(record: Record, further: str = "") -> dict[str, Any]:

@@ -95,7 +95,7 @@ def recorded(config: Config) -> Records:
     records = []
     for path in found:
         if not path.name.startswith(BENCHMARK):
-            records.append(Record.named(path.stem, read_result(path)))
+            records.append(Record.named(path.stem, as_it_ran(read_result(path))))
             if not isinstance(records[-1].data.get(records[-1].kind), dict):
                 raise UserError(f"{path}: no {records[-1].kind} in it; remove it, and record again")
     return Records(records)
@@ -118,7 +118,6 @@ def read_result(path: Path, needed: str = "config") -> dict[str, Any]:
             raise ValueError(f"no {needed} in it")
         if needed == "config":
             _check_config(found["config"])
-            _say_what_auto_was(found)
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path}: no result ({error}); expected what a run wrote: remove it, and run again"
@@ -135,11 +134,11 @@ def _check_config(config: Any) -> None:
         raise ValueError("no seed in its config")
 
 
-def _say_what_auto_was(result: dict[str, Any]) -> None:
-    """Every `bf16: auto` of its config, as what the device made of it, where the result says it."""
-    was = result.get("environment", {}).get("bfloat16")
-    if was is not None:
-        result["config"] = _resolved(result["config"], was)
+def as_it_ran(result: dict[str, Any]) -> dict[str, Any]:
+    """Every `bf16: auto` of its config as what the device made of it, where the result says it."""
+    environment = result.get("environment")
+    was = environment.get("bfloat16") if isinstance(environment, dict) else None
+    return result if was is None else result | {"config": _resolved(result["config"], was)}
 
 
 def _resolved(value: Any, was: bool) -> Any:

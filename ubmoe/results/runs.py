@@ -139,13 +139,14 @@ def _pair(one: Entry, other: Entry, base: Entry | None, tasks: Sequence[str]) ->
     """tasks: of STS, that all have; of none there is no GAP."""
     against = changed([one], [other], drawn=False) | by_length([one], [other], drawn=False)
     against |= by_task(one, other)
-    usable = against if base is None or other is base else changed([one], [base], drawn=False)
+    usable = against
+    if base is not None and other is not base:
+        usable = changed([one], [base], drawn=False) | by_task(one, base)
     lengths = usable.get("perplexity")  # whose answers they are of
     cells = {
         column: cell.value
         for column, cell in against.items()
-        if cell is not None
-        and (column.endswith(ASKED) or (lengths if BY_LENGTH in column else usable.get(column)))
+        if cell is not None and (lengths if BY_LENGTH in column else usable.get(column))
     }
     gap = {GAP: one.mean(tasks) - other.mean(tasks)} if tasks else {}
     return Pair(one.row, cells | gap)
@@ -232,7 +233,7 @@ def _row(axes: Any, place: int, column: str, kinds: dict[str, list[Pair]]) -> No
         values = [each.cells[column] for each in own if column in each.cells]
         color = PALETTE[number % len(PALETTE)]
         label = kind if place == 0 else None
-        height = place + 0.2 * (number - (len(kinds) - 1) / 2)
+        height = place + min(0.2, 0.8 / len(kinds)) * (number - (len(kinds) - 1) / 2)
         shape = {"marker": "os^D"[number % 4], "color": color, "label": label}
         axes.plot(values, [height] * len(values), ls="", ms=3.5, alpha=0.55, **shape)
         if (mean := over_runs(own, column)) is not None:

@@ -30,7 +30,7 @@ from ubmoe.config import (
 from ubmoe.data.inputs import MODEL, READ, inputs
 from ubmoe.files import replace, write_text
 from ubmoe.report.tables import CAUSAL
-from ubmoe.results.records import Record, read_result
+from ubmoe.results.records import Record, as_it_ran, read_result
 from ubmoe.staging import complete_moves
 
 # The mixtures of Table 4 and the controls that it lacks: their encoder's row, and their own keys.
@@ -115,12 +115,12 @@ class Step:
         folder = self.path.parent
         complete_moves(folder)
         if self.path.exists():
-            return read_result(self.path)
+            return as_it_ran(read_result(self.path))
         if self.records is None:
             return None
         name = Record(folder.name, self.result, self.config.seed, {}).name
         path = Path(self.records) / f"{name}.json"
-        return read_result(path) if path.exists() else None
+        return as_it_ran(read_result(path)) if path.exists() else None
 
     def _keys(self, config: dict[str, Any]) -> dict[str, str]:
         """The settings that decide its numbers, but for those that say where something lies."""
