@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 STYLE: Any = {
     "axes.spines.top": False,
@@ -215,6 +216,13 @@ def _curve(axes: Any, log: list[dict[str, float]], curve: str) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
     if len(CURVES[curve]) > 1:
         axes.legend()
+
+
+def of_ratios(axis: Any) -> None:
+    """Ticks of a logarithmic axis at 1, 3, 10 and so on, as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1, 3)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
 
 
 def blank(width: float, height: float) -> Figure:

@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
 from scipy.stats import t
 
-from ubmoe.report.figures import PALETTE, blank, styled
+from ubmoe.report.figures import PALETTE, blank, of_ratios, styled
 from ubmoe.results.entries import Entry, common_tasks, entries
 from ubmoe.results.paired import (
     ASKED,
@@ -200,9 +199,7 @@ def figure(model: str, kinds: dict[str, list[Pair]]) -> Figure:
         axes.set_xlabel(label)
         if columns is ratios:
             axes.set_xscale("log")
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
-            axes.xaxis.set_major_formatter("{x:g}")
-            axes.xaxis.set_minor_locator(NullLocator())
+            of_ratios(axes.xaxis)
     handles = panels[0].get_legend_handles_labels()
     found.legend(*handles, loc="outside lower center", ncols=len(kinds))
     found.suptitle(

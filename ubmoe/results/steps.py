@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
 
-from ubmoe.report.figures import PALETTE, blank, styled
+from ubmoe.report.figures import PALETTE, blank, of_ratios, styled
 from ubmoe.report.tables import CAUSAL
 from ubmoe.results.entries import Entry, common_tasks, entries
 from ubmoe.results.paired import changed
@@ -90,9 +89,7 @@ def figure(model: str, rows: dict[str, dict[int, list[Told]]]) -> Figure:
         axes.set_xticks([*places.values()], [str(each) for each in places])
         if what == RATIO:
             axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_locator(NullLocator())
+            of_ratios(axes.yaxis)
     for axes in panels[2:]:
         axes.set_xlabel("steps (0: untrained, reading alike)")
     found.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
