@@ -50,10 +50,12 @@ def test_pairs_are_of_one_seed_and_of_equal_settings_but_for_the_mask():
     records |= tuned("a", 0, 5.0, [1.5, 2.5, 3.5, 4.5]) | tuned("a", 1, 4.0, [1.0, 2.0, 3.0, 8.0])
     records |= tuned("z", 0, 2.0, [1.5, 2.5, 3.5, 3.5], 45.0)
     records |= tuned("z", 1, 3.0, [1.0, 2.0, 3.0, 6.0], 47.0)
-    far = {"max_steps": 9, "learning_rate": 2.0}  # as long and as fast, both of them
+    far = {"warmup_steps": 9, "learning_rate": 2.0}  # as fast, both of them
     records |= tuned("d", 1, 9.0, [2.0, 2.0, 3.0, 4.0], **far)
     records |= tuned("e", 1, 3.0, [1.0, 2.0, 3.0, 4.0], 51.0, **far)
     records |= tuned("f", 1, 9.0, [1.0, 1.0, 1.0, 1.0], temperature=0.1)  # another way, no twin
+    records |= tuned("g", 1, 9.0, [1.0, 1.0, 1.0, 1.0], max_steps=9)  # longer
+    records |= tuned("h", 1, 9.0, [1.0, 1.0, 1.0, 1.0], 50.0, max_steps=9)
     for name, moved in (("a.evaluation.seed1", 1), ("z.evaluation.seed1", 0)):  # one seed of two
         essays = {"answers": {"losses": [8.0, 7.0 + moved], "tokens": [4, 6]}}
         for each in (name, "c.evaluation.seed0"):  # and the base
@@ -64,8 +66,10 @@ def test_pairs_are_of_one_seed_and_of_equal_settings_but_for_the_mask():
         told = {"questions": {"quiz": right, "hard": right}, "stderr": {"quiz": {}}}
         records[name]["generation"] |= told
     records["z.evaluation.seed0"]["generation"] |= told | {"questions": {"quiz": [1, 0]}}
-    for name, row in (("d", "ffn far"), ("e", "ffn far causal")):
+    for name, row in (("d", "ffn far"), ("g", "ffn long")):
         records[f"{name}.sts.seed1"]["config"]["results"] = {"row": row}
+        twin = records[f"{chr(ord(name) + 1)}.sts.seed1"]
+        twin["config"]["results"] = {"row": f"{row} causal"}
     for key in ("a.sts.seed0", "z.sts.seed0"):  # a task of these alone
         records[key]["sts"]["tasks"] |= {"another": 90.0 * (key < "b")}
     records = Records.of_names(records)

@@ -32,7 +32,7 @@ GAP = "STS"
 OTHERS = ", other settings "  # and a number, in the name of a further kind
 RATIOS = ("perplexity", "by answer")  # columns begin so that are ratios
 FEWEST = 3  # pairs of a kind that is told
-FAR = ("learning_rate", "max_steps", "warmup_steps")  # of a stage: how far tuning goes
+FAST = ("learning_rate", "warmup_steps")  # of a stage; its steps are told by steps.py
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class OverRuns:
 
 
 def pairs(model: str, records: Records, seeds: Sequence[int]) -> dict[str, list[Pair]]:
-    """The pairs that differ in their seed and in how far they went alone, by the shortest row.
+    """The pairs that differ in their seed and in how fast they went alone, by the shortest row.
 
     Of runs that have learnt: where one of two has collapsed, there is no pair.
     """
@@ -152,10 +152,10 @@ def _pair(one: Entry, other: Entry, base: Entry | None, tasks: Sequence[str]) ->
 
 
 def _kind(entry: Entry, **others: None) -> str:
-    """How a run was tuned, but for how far that went, and for other keys."""
+    """How a run was tuned, but for how fast, and for other keys."""
     settings: dict[str, Any] = entry.record.config["bi"]
     stages = [
-        {name: value for name, value in stage.items() if name not in FAR}
+        {name: value for name, value in stage.items() if name not in FAST}
         for stage in settings.get("stages", [])
     ]
     return json.dumps(settings | others | {"stages": stages}, sort_keys=True)
