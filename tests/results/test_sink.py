@@ -53,6 +53,15 @@ def test_only_rows_with_a_twin_stand_beside_the_base():
     assert set(sink.with_twins(sink.measured("small", records(), [1]))) == {"base"}
 
 
+def test_no_more_rows_than_colours_are_drawn_and_first_those_of_more_runs(monkeypatch):
+    rows = {"a": [1], "a causal": [1], "b": [1, 2], "b causal": [1], "c": [1], "c causal": [1]}
+    assert sink.with_twins(rows) == rows
+    monkeypatch.setattr(sink, "PALETTE", PALETTE[:2])
+    assert list(sink.with_twins(rows)) == ["a", "a causal", "b", "b causal"]
+    monkeypatch.setattr(sink, "PALETTE", PALETTE[:1])
+    assert list(sink.with_twins(rows)) == ["b", "b causal"]
+
+
 def test_records_without_the_sink_are_left_out():
     older = copy.deepcopy(records())
     for record in older.of("dependence"):

@@ -30,6 +30,7 @@ ROWS = 24
 BATCH = 8  # of all processes
 STEPS = {"max_steps": 3, "logging_steps": 1, "save_steps": 2, "learning_rate": 1e-2}
 STEPS |= {"adam_epsilon": 1e-2}  # the usual one would make a sign of a rounding error
+STEPS |= {"bf16": False}  # which auto is not on every processor
 
 
 def pairs(path):

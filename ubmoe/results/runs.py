@@ -234,5 +234,5 @@ def _row(axes: Any, place: int, column: str, kinds: dict[str, list[Pair]]) -> No
         shape = {"marker": "os^D"[number % 4], "color": color, "label": label}
         axes.plot(values, [height] * len(values), ls="", ms=3.5, alpha=0.55, **shape)
         if (mean := over_runs(own, column)) is not None:
-            axes.plot(mean.interval, [height, height], color=color, lw=1.4)
+            axes.plot(mean.interval, [height, height], scalex=False, color=color, lw=1.4)
             axes.plot(mean.value, height, marker="|", ms=8, mew=2, color=color)

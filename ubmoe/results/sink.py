@@ -29,8 +29,13 @@ def measured(model: str, records: Records, seeds: Sequence[int]) -> dict[str, li
 
 
 def with_twins(rows: dict[str, list[Record]]) -> dict[str, list[Record]]:
-    """Of what `measured` found, the base, and the rows of which a causal twin was measured, too."""
-    twins = {row for row in rows if row + CAUSAL in rows}
+    """Of what `measured` found, the base, and the rows of which a causal twin was measured, too.
+
+    No more of them than there are colours: those with the most runs.
+    """
+    twins = [row for row in rows if row + CAUSAL in rows]
+    twins.sort(key=lambda row: -len(rows[row]) - len(rows[row + CAUSAL]))
+    twins = twins[: len(PALETTE)]
     wanted = {"base", *twins, *(row + CAUSAL for row in twins)}
     return {row: own for row, own in rows.items() if row in wanted}
 

@@ -20,7 +20,7 @@ PANELS = {
     "STS": "STS under its own mask",
     RATIO: "perplexity over the base's",
     "DP-after": "DP-after minus the base's (points)",
-    "first": "`first` minus the base's (points)",
+    "first": "first token's share\nminus the base's (points)",
 }
 
 
