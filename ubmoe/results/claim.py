@@ -20,7 +20,7 @@ from ubmoe.bootstrap import correlations, interval
 from ubmoe.report.figures import PALETTE, blank, styled
 from ubmoe.report.tables import CAUSAL
 from ubmoe.results.entries import SINK, Entry, common_tasks, entries
-from ubmoe.results.paired import but_mask
+from ubmoe.results.paired import MASK, but
 from ubmoe.results.records import Records
 
 FEWEST = 8  # rows of an interval, twins as one: of fewer, many draws are of three or four
@@ -125,7 +125,7 @@ def correlation(
     if np.ptp(moved) == 0 or np.ptp(lost) == 0:
         return Correlation(math.nan, None, len(rows))
     value = float(spearmanr(moved, lost).statistic)
-    twins = [but_mask(json.loads(each)) for each in rows]
+    twins = [but(json.loads(each), MASK) for each in rows]
     if len(set(twins)) < FEWEST:
         return Correlation(value, None, len(rows))
     low, high = interval(correlations(moved, lost, families=twins))

@@ -6,7 +6,7 @@ known far better than either mean.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,11 +76,11 @@ def twins(model: str, records: Records, seeds: Sequence[int]) -> dict[str, Twins
     rows = by_row("encoders", model, records, seeds)
     tuned = {row: own for row, own in rows.items() if own[0].has_learnt}
     causal = {
-        but_mask(own[0].record.config["bi"]): own for own in tuned.values() if own[0].is_control
+        but(own[0].record.config["bi"], MASK): own for own in tuned.values() if own[0].is_control
     }
     found = {}
     for row, own in tuned.items():
-        other = causal.get(but_mask(own[0].record.config["bi"]), [])
+        other = causal.get(but(own[0].record.config["bi"], MASK), [])
         shared = {each.seed for each in own} & {each.seed for each in other}
         if shared and not own[0].is_control:
             both, twin = ([each for each in some if each.seed in shared] for some in (own, other))
@@ -88,9 +88,17 @@ def twins(model: str, records: Records, seeds: Sequence[int]) -> dict[str, Twins
     return {row: each for row, each in found.items() if any(each.cells.values())}
 
 
-def but_mask(settings: dict[str, Any]) -> str:
-    """How a run was tuned, by its section `bi`, the mask left out."""
-    return json.dumps(settings | {"attention": None}, sort_keys=True)
+def but(settings: dict[str, Any], *left_out: str, of_stages: Collection[str] = ()) -> str:
+    """How a run was tuned, by its section `bi`, some of its keys and of its stages' left out."""
+    kept = {name: value for name, value in settings.items() if name not in left_out}
+    stages = [
+        {name: value for name, value in stage.items() if name not in of_stages}
+        for stage in settings.get("stages", [])
+    ]
+    return json.dumps(kept | {"stages": stages}, sort_keys=True)
+
+
+MASK = "attention"  # the key of the section `bi`
 
 
 def questions(

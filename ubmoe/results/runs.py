@@ -4,7 +4,6 @@ Intervals over texts say how surely two models differ. Another seed makes other 
 differ otherwise: what a mask does is known as surely as runs of it agree.
 """
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,8 @@ from ubmoe.results.paired import (
     BY_LENGTH,
     BY_SINK,
     FURTHER,
-    but_mask,
+    MASK,
+    but,
     by_length,
     by_task,
     changed,
@@ -94,7 +94,7 @@ def pairs(model: str, records: Records, seeds: Sequence[int]) -> dict[str, list[
     tasks = common_tasks(tuned)
     causal = {_twinned(each): each for each in tuned if each.is_control}
     return _kinds(
-        (_kind(both, attention=None), _pair(both, twin, base, tasks))
+        (_kind(both, MASK), _pair(both, twin, base, tasks))
         for both in tuned
         if not both.is_control and (twin := causal.get(_twinned(both)))
     )
@@ -108,7 +108,7 @@ def changes(model: str, records: Records, seeds: Sequence[int]) -> dict[str, lis
 
 def _twinned(entry: Entry) -> tuple[str, int | None]:
     """What a run and its twin have in common."""
-    return but_mask(entry.record.config["bi"]), entry.seed
+    return but(entry.record.config["bi"], MASK), entry.seed
 
 
 def _measured(
@@ -151,14 +151,9 @@ def _pair(one: Entry, other: Entry, base: Entry | None, tasks: Sequence[str]) ->
     return Pair(one.row, cells | gap)
 
 
-def _kind(entry: Entry, **others: None) -> str:
+def _kind(entry: Entry, *left_out: str) -> str:
     """How a run was tuned, but for how fast, and for other keys."""
-    settings: dict[str, Any] = entry.record.config["bi"]
-    stages = [
-        {name: value for name, value in stage.items() if name not in FAST}
-        for stage in settings.get("stages", [])
-    ]
-    return json.dumps(settings | others | {"stages": stages}, sort_keys=True)
+    return but(entry.record.config["bi"], *left_out, of_stages=FAST)
 
 
 def over_runs(own: Sequence[Pair], column: str, at_equal_sts: bool = False) -> OverRuns | None:

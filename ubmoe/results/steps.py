@@ -1,6 +1,5 @@
 """What longer tuning does: rows that differ in their number of steps alone, under either mask."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,10 +9,11 @@ from matplotlib.figure import Figure
 from ubmoe.report.figures import PALETTE, blank, of_ratios, styled
 from ubmoe.report.tables import CAUSAL
 from ubmoe.results.entries import Entry, common_tasks, entries
-from ubmoe.results.paired import changed
+from ubmoe.results.paired import but, changed
 from ubmoe.results.records import Records
 
 Told = dict[str, float]
+STEPS = "max_steps"  # of a stage
 # Panels by what is told in them; the ratio's is of logs.
 RATIO = "perplexity"
 PANELS = {
@@ -37,10 +37,10 @@ def along(model: str, records: Records, seeds: Sequence[int]) -> dict[str, dict[
     same: dict[str, list[Entry]] = {}
     for each in every:
         if each.has_learnt and _steps(each):
-            same.setdefault(_but_steps(each), []).append(each)
+            key = but(each.record.config["bi"], of_stages=(STEPS,))
+            same.setdefault(key, []).append(each)
     long = [own for own in same.values() if len({_steps(each) for each in own}) > 1]
-    read = {f"base{CAUSAL}": True, "base": False}
-    untrained = {read[each.row]: each for each in every if each.row in read}
+    untrained = {each.is_control: each for each in every if each.row in ("base", f"base{CAUSAL}")}
     tasks = common_tasks([each for own in (*long, untrained.values()) for each in own])
     found = {}
     for own in long:
@@ -55,14 +55,8 @@ def along(model: str, records: Records, seeds: Sequence[int]) -> dict[str, dict[
 
 def _steps(entry: Entry) -> int:
     """0 where they are not said: of a stage that goes by epochs."""
-    said = [stage.get("max_steps", -1) for stage in entry.record.config["bi"]["stages"]]
+    said = [stage.get(STEPS, -1) for stage in entry.record.config["bi"]["stages"]]
     return sum(said) if min(said) > 0 else 0
-
-
-def _but_steps(entry: Entry) -> str:
-    settings = entry.record.config["bi"]
-    stages = [stage | {"max_steps": None} for stage in settings["stages"]]
-    return json.dumps(settings | {"stages": stages}, sort_keys=True)
 
 
 def _told(entry: Entry, base: Entry, tasks: Sequence[str]) -> Told:

@@ -112,14 +112,11 @@ class Step:
 
     def kept(self) -> dict[str, Any] | None:
         """Its result; its record, where the result is gone; or None."""
-        folder = self.path.parent
+        folder, path = self.path.parent, self.path
         complete_moves(folder)
-        if self.path.exists():
-            return as_it_ran(read_result(self.path))
-        if self.records is None:
-            return None
-        name = Record(folder.name, self.result, self.config.seed, {}).name
-        path = Path(self.records) / f"{name}.json"
+        if not path.exists() and self.records is not None:
+            name = Record(folder.name, self.result, self.config.seed, {}).name
+            path = Path(self.records) / f"{name}.json"
         return as_it_ran(read_result(path)) if path.exists() else None
 
     def _keys(self, config: dict[str, Any]) -> dict[str, str]:
