@@ -37,6 +37,7 @@ def styled(draw: Callable[Arguments, Drawn]) -> Callable[Arguments, Drawn]:
 
 # Told apart by the colour-blind (Okabe and Ito, 2008).
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+MODELS = ("black", *PALETTE)  # the untrained one first
 SHARES = {
     "before": "#4c78a8",
     "main": "#e6a532",
@@ -122,11 +123,12 @@ def probing(section: dict[str, Any]) -> dict[str, Figure]:
     """What each position tells, and anisotropy by layer, a line a model."""
     figures = {"probing_anisotropy.png": anisotropy(section["models"])}
     if any("@" in row["task"] for model in section["models"] for row in model["rows"]):
-        figures["probing_context.png"] = _context(section["models"])
+        figures["probing_context.png"] = context(section["models"])
     return figures
 
 
-def _context(models: list[dict[str, Any]]) -> Figure:
+@styled
+def context(models: list[dict[str, Any]]) -> Figure:
     """Balanced accuracy at each of the five words, a panel a feature; dashed: the token before.
 
     Of the first layer and the last kind of probe, with no word on both sides of the split.
@@ -146,7 +148,7 @@ def _context(models: list[dict[str, Any]]) -> Figure:
                     [row["balanced_accuracy"] for row in line],
                     [row["balanced_accuracy_stderr"] for row in line],
                     fmt=style,
-                    color=f"C{number}",
+                    color=MODELS[number % len(MODELS)],
                     lw=1.3,
                     elinewidth=0.6,
                     label=model["label"] if own == position else None,

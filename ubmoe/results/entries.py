@@ -195,6 +195,11 @@ def measured_of(made: Record, kind: str, records: Records) -> Record | None:
     return None if _unlike(made, measured) else measured
 
 
+def short_first(row: str) -> tuple[int, str]:
+    """To sort rows by: those of fewer words before the others."""
+    return row.count(" "), row
+
+
 def first_measured(own: Sequence[Entry], kind: str, records: Records) -> Record | None:
     """What another program recorded of the first of these runs of which it did."""
     every = (measured_of(each.record, kind, records) for each in own)

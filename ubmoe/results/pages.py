@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ubmoe.config import Config, UserError, leaves
+from ubmoe.config import Config, UserError
 from ubmoe.files import replace_all, write_text
 from ubmoe.report.tables import (
     ROUTES,
@@ -20,10 +20,18 @@ from ubmoe.report.tables import (
     scan_rows,
     spread,
 )
-from ubmoe.results import paired, paper
-from ubmoe.results.entries import NO_TASKS, SINK, Entry, by_row, common_tasks, first_measured
+from ubmoe.results import paired, paper, words
+from ubmoe.results.entries import (
+    NO_TASKS,
+    SINK,
+    Entry,
+    by_row,
+    common_tasks,
+    first_measured,
+    short_first,
+)
 from ubmoe.results.published import published
-from ubmoe.results.records import Record, Records, read_benchmarks, recorded
+from ubmoe.results.records import Records, read_benchmarks, recorded
 
 BLOCK = re.compile(r"(<!-- (\w+): ([\w.-]+)(?: seeds ([\d ]+))? -->)\n.*?<!-- end -->", re.DOTALL)
 BEST = 12  # patterns of layers of a scan
@@ -99,11 +107,6 @@ def _average(every: Iterable[Entry], tasks: Sequence[str]) -> str:
     return spread([each.mean(tasks) for each in every])
 
 
-def _long(row: str) -> tuple[int, str]:
-    """Short names first."""
-    return row.count(" "), row
-
-
 def _names(rows: dict[str, list[Entry]]) -> list[str]:
     """The columns that are tasks."""
     every = (name for row in rows.values() for each in row for name in each.cells)
@@ -127,7 +130,9 @@ def _sts_block(name: str, records: Records, seeds: Sequence[int]) -> str:
             *(_average(own, common) for _ in averages),
             *(_column(own, column) for column in ("DP-after", *more)),
         ]
-        for row, own in sorted(rows.items(), key=lambda row: (row[0] != "base", *_long(row[0])))
+        for row, own in sorted(
+            rows.items(), key=lambda row: (row[0] != "base", *short_first(row[0]))
+        )
     ]
     header = ["trained", "seeds", *tasks, *averages, "DP-after", *more]
     return _noted([header, *body], paper.notes("encoders", name, records, seeds))
@@ -421,28 +426,12 @@ def _probing_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     """
     found = records.of("probing", label=name)
     tables = [(record.section["models"], record) for record in found]
-    if not found and (study := _probed(name, records, seeds)):
+    if not found and (study := words.probed(name, records, seeds)):
         tables = [([model for each in study for model in each.section["models"]], study[0])]
     return "\n\n".join(
         _probing_table(models, record.config["probing"]["data"] == "tiny")
         for models, record in tables
     )
-
-
-def _probed(model: str, records: Records, seeds: Sequence[int]) -> list[Record]:
-    """The base's probing, and that of the first seed of every row; all of the same probes."""
-    rows = by_row("encoders", model, records, seeds)
-    ordered = sorted(rows, key=lambda row: (not row.startswith("base"), *_long(row)))
-    every = (first_measured(rows[row], "probing", records) for row in ordered)
-    found = [each for each in every if each is not None]
-    return [each for each in found if _asked(each) == _asked(found[0])]
-
-
-def _asked(probing: Record) -> dict[str, Any]:
-    """What decides the numbers of a probing, but for the models: its settings, and its words."""
-    asked = leaves(probing.config, ["probing"])
-    data = probing.data.get("inputs", {}).get("probing.data")
-    return {key: value for key, value in asked.items() if ".models" not in key} | {"words": data}
 
 
 def _probing_table(models: list[dict[str, Any]], tiny: bool) -> str:

@@ -19,7 +19,7 @@ from ubmoe.config import Config, UserError
 from ubmoe.files import replace_all, save_figure
 from ubmoe.report.figures import blank, styled
 from ubmoe.report.tables import ROUTES, model_of
-from ubmoe.results import claim, runs, sink, steps, swapped
+from ubmoe.results import claim, runs, sink, steps, swapped, words
 from ubmoe.results.entries import Cells, Entry, common_tasks, entries, main_metrics
 from ubmoe.results.records import Records
 
@@ -104,7 +104,7 @@ def front(pairs: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def draw(config: Config, records: Records) -> str:
-    """Write tradeoff, claim, masks, sink, swaps and steps.png to output_dir, as the records give.
+    """Write the pictures of the study to output_dir, as the records give: tradeoff.png, and more.
 
     Returns their paths. Raises UserError.
     """
@@ -122,6 +122,7 @@ def draw(config: Config, records: Records) -> str:
     twins = sink.with_twins(sink.measured(model, records, seeds))
     swaps = swapped.swapped(model, records, seeds)
     longer = steps.along(model, records, seeds)
+    known = words.of_context(words.probed(model, records, seeds))
     pairs = runs.pairs(model, records, seeds)
     told = [each for own in pairs.values() for each in own if each.cells.keys() > {runs.GAP}]
     for name, least, count, drawn in (
@@ -130,6 +131,7 @@ def draw(config: Config, records: Records) -> str:
         ("sink.png", 3, len(twins), partial(sink.figure, model, twins)),
         ("swaps.png", 1, len(swaps), partial(swapped.figure, model, swaps)),
         ("steps.png", 1, len(longer), partial(steps.figure, model, longer)),
+        ("words.png", 2, len(known), partial(words.figure, model, known)),
     ):
         if count >= least:
             figures[name] = drawn()
