@@ -20,6 +20,7 @@ from ubmoe.bootstrap import correlations, interval
 from ubmoe.report.figures import PALETTE, blank, styled
 from ubmoe.report.tables import CAUSAL
 from ubmoe.results.entries import SINK, Entry, common_tasks, entries
+from ubmoe.results.heads import HEADS, turned
 from ubmoe.results.paired import MASK, but
 from ubmoe.results.records import Records
 
@@ -29,7 +30,7 @@ PANELS = {"STS": "STS under its own mask"} | {
     cause: f"{cause}, minus the base's (percentage points)" for cause in SINK
 }
 GAIN = "STS gained"
-CAUSES = PANELS | {GAIN: "STS gained over the untrained model that reads alike"}
+CAUSES = PANELS | {GAIN: "STS gained over the untrained model that reads alike"} | HEADS
 READS = ("attention", "layers", "pooling")  # how an encoder reads
 
 
@@ -74,6 +75,7 @@ def _tuned(entry: Entry, base: Entry, common: Sequence[str], before: float | Non
     cells, theirs = (cast(dict[str, float], each.cells) for each in (entry, base))
     there = [cause for cause in SINK if cause in cells and cause in theirs]
     causes = {cause: cells[cause] - theirs[cause] for cause in there}
+    causes |= turned(*(each.measured("dependence") for each in (entry, base)))
     if common:
         causes["STS"] = entry.mean(common)
         causes |= {} if before is None else {GAIN: causes["STS"] - before}

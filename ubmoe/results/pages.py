@@ -30,6 +30,7 @@ from ubmoe.results.entries import (
     first_measured,
     short_first,
 )
+from ubmoe.results.heads import HEADS
 from ubmoe.results.published import published
 from ubmoe.results.records import Records, read_benchmarks, recorded
 
@@ -259,7 +260,7 @@ def _masks_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     columns = {runs.GAP: "STS minus its"} | _differences("its", found)
     lengths = [each for cells in found for each in cells if paired.BY_LENGTH in each]
     columns |= {each: f"{each}, over its" for each in lengths}
-    columns |= _tasks("its", found)
+    columns |= _heads("its", found) | _tasks("its", found)
     if not kinds:
         return ""
     table = [["tuned both ways against its causal twin", *columns.values()]]
@@ -278,13 +279,20 @@ def _runs_block(name: str, records: Records, seeds: Sequence[int]) -> str:
 
     kinds = runs.changes(name, records, seeds)
     found = [each.cells for own in kinds.values() for each in own]
-    columns = _differences("the base's", found) | _tasks("the base's", found)
+    columns = _differences("the base's", found)
+    columns |= _heads("the base's", found) | _tasks("the base's", found)
     body = [
         [kind, str(len(own)), *(_over(runs.over_runs(own, column), len(own)) for column in columns)]
         for kind, own in kinds.items()
     ]
     body = [row for row in body if any(row[2:])]
     return _noted([["tuned", "runs", *columns.values()], *body], [])
+
+
+def _heads(whose: str, found: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """The columns of what single heads do, as tables call them."""
+    told = {column for cells in found for column in cells}
+    return {each: f"{said}, minus {whose}" for each, said in HEADS.items() if each in told}
 
 
 def _tasks(whose: str, found: Iterable[Mapping[str, Any]]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from scipy.stats import t
 
 from ubmoe.report.figures import PALETTE, blank, of_ratios, styled
 from ubmoe.results.entries import Entry, common_tasks, entries
+from ubmoe.results.heads import AHEAD, turned
 from ubmoe.results.paired import (
     ASKED,
     BY_LENGTH,
@@ -40,8 +41,8 @@ class Pair:
     """Two runs of one seed that differ in the mask alone, both ways first; or a run and the base.
 
     cells: {column: the first against the second}, columns as of `paired.changes`,
-    `paired.by_length` and `paired.by_task`, of texts that the base was measured on, too; and GAP,
-    of two runs: STS of the first minus that of the second, each under its own mask.
+    `paired.by_length`, `paired.by_task` and `heads.turned`, of texts that the base was measured on,
+    too; and GAP, of two runs: STS of the first minus that of the second, each under its own mask.
     """
 
     row: str
@@ -147,6 +148,10 @@ def _pair(one: Entry, other: Entry, base: Entry | None, tasks: Sequence[str]) ->
         for column, cell in against.items()
         if cell is not None and (lengths if BY_LENGTH in column else usable.get(column))
     }
+    if base is not None:
+        start = base.measured("dependence")
+        mine, theirs = (turned(each.measured("dependence"), start) for each in (one, other))
+        cells |= {name: mine[name] - theirs[name] for name in mine if name in theirs}
     gap = {GAP: one.mean(tasks) - other.mean(tasks)} if tasks else {}
     return Pair(one.row, cells | gap)
 
@@ -205,12 +210,13 @@ def figure(model: str, kinds: dict[str, list[Pair]]) -> Figure:
 
 RATIO = ("tuned both ways over causally\n(left: tuning causally loses more)", 1)
 MINUS = ("both ways minus causally (points)", 0)
-POINTS = (GAP, "DP-after", BY_SINK, "after without first")
+POINTS = (GAP, "DP-after", BY_SINK, "after without first", AHEAD)
 CALLED = {
     "perplexity": "perplexity, by the token",
     "by answer": "perplexity, each answer once",
     BY_SINK: "DP-after by the sink's fall",
     "after without first": "DP-after without the first key",
+    AHEAD: "the same, where a head's rises",
 }
 
 
