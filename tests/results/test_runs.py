@@ -133,14 +133,16 @@ def test_the_picture_has_a_point_a_pair_and_the_mean_of_each_kind():
     kinds["ffn"][1].cells["quiz, in points"] = 3.0
     kinds["attention"][0].cells["perplexity"] = 2.0
     found = runs.figure("small", kinds)
-    ratios, points = found.axes
-    called = [[text.get_text() for text in axes.get_yticklabels()] for axes in (ratios, points)]
+    ratios, scores, points = found.axes
+    called = [[text.get_text() for text in axes.get_yticklabels()] for axes in found.axes]
     assert called[0] == [
         "perplexity, by the token",
         "9 answers of over 20 tokens",
         "perplexity of essays",
     ]
-    assert called[1] == ["STS", "DP-after", "quiz"]
+    assert called[1:] == [["STS", "quiz"], ["DP-after"]]
+    assert scores.get_xlabel() == "both ways minus causally (points)"
+    assert points.get_xlabel().endswith("(percentage points of attention)")
     for own, lines in zip(kinds.values(), (ratios.lines[:3], ratios.lines[3:6]), strict=True):
         drawn, interval, mean = lines
         assert list(drawn.get_xdata()) == [each.cells["perplexity"] for each in own]
@@ -182,9 +184,11 @@ def test_what_is_of_other_texts_than_the_bases_is_not_averaged():
     assert lengths == [True, True, False] and all("DP-after" in each.cells for each in own)
 
 
-def test_a_picture_of_dependence_alone_has_one_panel():
+def test_a_picture_without_perplexities_has_no_panel_of_ratios():
     own = [runs.Pair("ffn", {"DP-after": each, "STS": each}) for each in (1.0, 2.0, 4.0)]
     found = runs.figure("small", {"ffn": own})
-    [points] = found.axes
-    assert points.get_xlabel() == "both ways minus causally (points)"
+    assert [axes.get_xlabel() for axes in found.axes] == [
+        "both ways minus causally (points)",
+        "both ways minus causally\n(percentage points of attention)",
+    ]
     assert [text.get_text() for text in found.legends[0].get_texts()] == ["ffn"]

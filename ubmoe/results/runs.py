@@ -178,29 +178,30 @@ def over_runs(own: Sequence[Pair], column: str, at_equal_sts: bool = False) -> O
 
 @styled
 def figure(model: str, kinds: dict[str, list[Pair]]) -> Figure:
-    """What the pairs differ in: a point a pair, and the mean of each kind with its interval."""
+    """What the pairs differ in: a point a pair, and the mean of each kind with its interval.
+
+    Ratios stand to the left; to the right scores, and below them shares of attention, each with an
+    axis of its own.
+    """
     every = [each for own in kinds.values() for each in own]
     told = list(dict.fromkeys(column for each in every for column in each.cells))
     ratios = [each for each in told if each.startswith(RATIOS)]
     ratios.sort(key=lambda each: each.startswith(FURTHER))
-    points = [each for each in POINTS if each in told]
-    points += [each for each in told if each.endswith(ASKED)]
-    sides = [(ratios, *RATIO), (points, *MINUS)]
-    sides = [each for each in sides if each[0]]
-    found = blank(5.2 * len(sides), 1.7 + (0.3 + 0.06 * len(kinds)) * max(len(ratios), len(points)))
-    panels = found.subplots(1, len(sides), squeeze=False)[0]
-    for axes, (columns, label, neutral) in zip(panels, sides, strict=True):
-        for place, column in enumerate(columns):
-            _row(axes, place, column, kinds)
-        axes.set_yticks(range(len(columns)), [_called(each) for each in columns])
-        axes.set_ylim(len(columns) - 0.5, -0.5)
-        axes.tick_params(axis="y", length=0)
-        axes.axvline(neutral, color="grey", lw=0.6)
-        axes.set_xlabel(label)
-        if columns is ratios:
-            axes.set_xscale("log")
-            of_ratios(axes.xaxis)
-    handles = panels[0].get_legend_handles_labels()
+    scores = [each for each in told if each == GAP or each.endswith(ASKED)]
+    scores.sort(key=lambda each: each != GAP)
+    shares = [each for each in SHARES if each in told]
+    left, right = [(ratios, *RATIO)], [(scores, *SCORES), (shares, *POINTS)]
+    sides = [[each for each in half if each[0]] for half in (left, right)]
+    halves = [half for half in sides if half]
+    rows = max(sum(len(columns) for columns, *_ in half) for half in halves)
+    found = blank(5.2 * len(halves), 1.7 + (0.3 + 0.06 * len(kinds)) * rows)
+    grid = found.add_gridspec(1, len(halves))
+    for place, half in enumerate(halves):
+        heights = [len(columns) for columns, *_ in half]
+        parts = grid[place].subgridspec(len(half), 1, height_ratios=heights)
+        for line, (columns, label, neutral) in enumerate(half):
+            _panel(found.add_subplot(parts[line]), columns, label, neutral, kinds)
+    handles = found.axes[0].get_legend_handles_labels()
     found.legend(*handles, loc="outside lower center", ncols=len(kinds))
     found.suptitle(
         f"{model}: {len(every)} pairs of runs that differ in the mask alone", fontsize=10
@@ -208,9 +209,25 @@ def figure(model: str, kinds: dict[str, list[Pair]]) -> Figure:
     return found
 
 
+def _panel(
+    axes: Any, columns: Sequence[str], label: str, neutral: int, kinds: dict[str, list[Pair]]
+) -> None:
+    for place, column in enumerate(columns):
+        _row(axes, place, column, kinds)
+    axes.set_yticks(range(len(columns)), [_called(each) for each in columns])
+    axes.set_ylim(len(columns) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+    axes.axvline(neutral, color="grey", lw=0.6)
+    axes.set_xlabel(label)
+    if columns[0].startswith(RATIOS):
+        axes.set_xscale("log")
+        of_ratios(axes.xaxis)
+
+
 RATIO = ("tuned both ways over causally\n(left: tuning causally loses more)", 1)
-MINUS = ("both ways minus causally (points)", 0)
-POINTS = (GAP, "DP-after", BY_SINK, "after without first", AHEAD)
+SCORES = ("both ways minus causally (points)", 0)
+POINTS = ("both ways minus causally\n(percentage points of attention)", 0)
+SHARES = ("DP-after", BY_SINK, "after without first", AHEAD)
 CALLED = {
     "perplexity": "perplexity, by the token",
     "by answer": "perplexity, each answer once",
