@@ -3,7 +3,7 @@
 From the records alone. The first panel has lost generation against STS, hollow under the causal
 mask. The others test the paper's central claim: the more a tuned model attends to later tokens
 (DP-after), the more of its generation is lost. Beside it, where they were measured, what goes to
-the first token, and DP-after without that key.
+the first token, DP-after without that key, and what single heads do.
 """
 
 import json
@@ -29,8 +29,9 @@ MARKS = "osD^vPX"  # one more than there are colours, so that no two kinds look 
 PANELS = {"STS": "STS under its own mask"} | {
     cause: f"{cause}, minus the base's (percentage points)" for cause in SINK
 }
+PANELS |= {cause: f"{said} (points)" for cause, said in HEADS.items()}
 GAIN = "STS gained"
-CAUSES = PANELS | {GAIN: "STS gained over the untrained model that reads alike"} | HEADS
+CAUSES = PANELS | {GAIN: "STS gained over the untrained model that reads alike"}
 READS = ("attention", "layers", "pooling")  # how an encoder reads
 
 

@@ -8,7 +8,7 @@ from ubmoe.results.records import Record
 AHEAD = "heads turned ahead"
 MOVED = "heads moved"
 HEADS = {
-    AHEAD: "a head's rise of after without first (falls as 0)",
+    AHEAD: "a head's rise without the first key, or 0",
     MOVED: "a head's change of DP-after, up or down",
 }
 
