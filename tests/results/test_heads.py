@@ -4,7 +4,7 @@ import pytest
 from builders import MODEL, SEEDS, causal, measured, shares
 
 from ubmoe.results import claim, runs
-from ubmoe.results.heads import AHEAD, MOVED, turned
+from ubmoe.results.heads import AHEAD, HEADS, MOVED, turned
 from ubmoe.results.pages import renewed
 from ubmoe.results.records import Records
 
@@ -43,14 +43,27 @@ def test_heads_that_turn_both_ways_do_not_hide_in_their_mean():
 
 
 def test_heads_of_other_texts_or_of_an_older_record_tell_nothing():
+    def told(change):
+        records = study()
+        change(records["a.dependence.seed0"])
+        return turned(dependence(records, "a"), dependence(records, "base"))
+
+    assert told(lambda record: None) != {}
+    assert told(lambda record: record.update(inputs={"dependence.dataset": "other"})) == {}
+    assert told(lambda record: record["dependence"].pop("layers")) == {}
+    head = "layers", 0, "heads", 0
+    assert told(lambda record: reached(record["dependence"], *head).pop("without_first")) == {}
+    assert turned(None, dependence(study(), "base")) == {}
     records = study()
-    records["a.dependence.seed0"]["inputs"] = {"dependence.dataset": "other"}
+    for name in ("a", "base"):  # of texts that neither says
+        records[f"{name}.dependence.seed0"]["dependence"].pop("by_text")
     assert turned(dependence(records, "a"), dependence(records, "base")) == {}
-    records = study()
-    del records["a.dependence.seed0"]["dependence"]["layers"][0]["heads"]
-    del records["a.dependence.seed0"]["dependence"]["layers"][1]["heads"]
-    assert turned(dependence(records, "a"), dependence(records, "base")) == {}
-    assert turned(None, dependence(records, "base")) == {}
+
+
+def reached(tree, *path):
+    for each in path:
+        tree = tree[each]
+    return tree
 
 
 def test_they_are_told_over_runs_over_pairs_and_beside_lost_generation():
@@ -58,12 +71,22 @@ def test_they_are_told_over_runs_over_pairs_and_beside_lost_generation():
     [pairs] = runs.pairs(MODEL, records, SEEDS).values()
     assert [(each.cells[AHEAD], each.cells[MOVED]) for each in pairs] == [(2 - 1 / 4, 3.0)] * 3
     changes = runs.changes(MODEL, records, SEEDS)
-    assert {tuple(each.cells[MOVED] for each in own) for own in changes.values()} == {
-        (3.0,) * 3,
-        (0.0,) * 3,
+    told = {
+        kind: [(each.cells[AHEAD], each.cells[MOVED]) for each in own]
+        for kind, own in changes.items()
     }
+    assert told == {"ffn": [(2.0, 3.0)] * 3, "ffn causal": [(1 / 4, 0.0)] * 3}
     own = [each for each in claim.tuned(MODEL, records, SEEDS) if not each.is_control]
-    assert [each.causes[MOVED] for each in own] == [3.0] * 3
-    page = renewed(f"<!-- masks: {MODEL} -->\n<!-- end -->", records, SEEDS)
-    [line] = [each for each in page.splitlines() if "up or down, minus its" in each]
-    assert "3.00 (3.00 to 3.00)" in line
+    assert [(each.causes[AHEAD], each.causes[MOVED]) for each in own] == [(2.0, 3.0)] * 3
+    for block, cell in (("masks", "1.75 (1.75 to 1.75)"), ("runs", "2.00 (2.00 to 2.00)")):
+        page = renewed(f"<!-- {block}: {MODEL} -->\n<!-- end -->", records, SEEDS)
+        assert cell in page and HEADS[AHEAD] in page
+        assert (f"{HEADS[AHEAD]}, minus its" in page) == (block == "masks")
+
+
+def test_a_pair_of_which_one_has_no_heads_tells_the_rest():
+    records = study()
+    for seed in range(3):
+        records[f"b.dependence.seed{seed}"]["dependence"].pop("layers")
+    [pairs] = runs.pairs(MODEL, Records.of_names(records), SEEDS).values()
+    assert {"DP-after"} <= pairs[0].cells.keys() and not HEADS.keys() & pairs[0].cells.keys()

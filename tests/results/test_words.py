@@ -1,11 +1,12 @@
 """The picture of what word vectors know, of the models of a study."""
 
 import pytest
-from builders import MODEL, ROWS, SEEDS, encoder, study
+from builders import MODEL, ROWS, SEEDS, dependence, encoder, study
 
 from ubmoe.config import load_config
-from ubmoe.report.figures import MODELS
-from ubmoe.results import tradeoff, words
+from ubmoe.report.figures import PALETTE, context
+from ubmoe.results import tradeoff
+from ubmoe.results.probed import of_context, probings
 from ubmoe.results.records import Records
 
 CHANCE, KNOWN = [0.5, 0.5, 0.5, 0.5, 0.9], [0.7, 0.7, 0.8, 0.8, 0.95]  # at the five words
@@ -28,30 +29,47 @@ def probed(name, label, values):
 
 @pytest.fixture
 def records():
+    """An encoder, whose row comes before the base's by its name, and the base in two folders."""
+    base = encoder("z", 0, 50.0, []) | dependence("z", 0, f"Qwen/{MODEL}", 40.0)
     return Records.of_names(
         {
-            **encoder("b", 0, 50.0, ["ffn"]),
-            **probed("b", "ffn", KNOWN),
-            **encoder("a", 0, 50.0, []),
-            **probed("a", "Uni", CHANCE),
+            **encoder("a", 0, 50.0, ["attention"]),
+            **probed("a", "attention", KNOWN),
+            **encoder("b", 0, 50.0, []),
+            **probed("b", "Uni", CHANCE),
+            **base,
         }
     )
 
 
+def of_study(records):
+    return [each for models in of_context(probings(MODEL, records, SEEDS)) for each in models]
+
+
 def test_a_line_a_model_says_what_each_word_tells(records):
-    models = words.of_context(words.probed(MODEL, records, SEEDS))
-    [panel] = words.figure(MODEL, models).axes
-    lines = [line for line in panel.get_lines() if len(line.get_xdata()) == 5]
-    assert [each.get_color() for each in lines] == [*MODELS[:2]]  # the base's first, in black
-    assert [list(each.get_ydata()) for each in lines] == [CHANCE, KNOWN]
-    assert {tuple(each.get_xdata()) for each in lines} == {(1, 2, 3, 4, 5)}
+    [panel] = context(of_study(records), "small").axes
+    lines = [line for line in panel.get_lines() if line.get_color() in ("black", PALETTE[0])]
+    lines = [line for line in lines if len(line.get_xdata())]  # no dashed one: no token before
+    assert [list(each.get_ydata()) for each in lines] == [CHANCE, KNOWN]  # the base's first
+    assert [each.get_color() for each in lines] == ["black", PALETTE[0]]
+    assert [list(each.get_xdata()) for each in lines] == [[1, 2, 3, 4, 5]] * 2
+
+
+def test_models_of_one_label_and_more_than_there_are_colours_stay_apart(records):
+    [model] = probed("c", "bi", KNOWN).values()
+    [one] = model["probing"]["models"]
+    [panel] = context([*of_study(records), *[one] * len(PALETTE)]).axes
+    lines = [each for each in panel.get_lines() if len(each.get_ydata()) == 5]
+    looks = [(each.get_color(), each.get_marker()) for each in lines]
+    assert len(lines) == len(set(looks)) == 2 + len(PALETTE)
 
 
 def test_it_is_among_the_pictures_of_a_study_that_probed_two_models(records, tmp_path):
     keys = [f"model.name=Qwen/{MODEL}", f"output_dir={tmp_path}"]
     every = study(ROWS)
     assert "words.png" not in tradeoff.draw(load_config(None, keys), Records.of_names(every))
-    for name, label, values in (("r0", "Uni", CHANCE), ("r1", "ffn", KNOWN)):
-        every |= probed(name, label, values)
+    every |= probed("r0", "Uni", CHANCE)
+    assert "words.png" not in tradeoff.draw(load_config(None, keys), Records.of_names(every))
+    every |= probed("r1", "ffn", KNOWN)
     found = tradeoff.draw(load_config(None, keys), Records.of_names(every))
     assert f"{tmp_path}/words.png" in found.splitlines() and (tmp_path / "words.png").is_file()

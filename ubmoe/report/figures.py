@@ -37,7 +37,6 @@ def styled(draw: Callable[Arguments, Drawn]) -> Callable[Arguments, Drawn]:
 
 # Told apart by the colour-blind (Okabe and Ito, 2008).
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-MODELS = ("black", *PALETTE)  # the untrained one first
 SHARES = {
     "before": "#4c78a8",
     "main": "#e6a532",
@@ -120,7 +119,7 @@ def mixing(section: dict[str, Any]) -> dict[str, Figure]:
 
 @styled
 def probing(section: dict[str, Any]) -> dict[str, Figure]:
-    """What each position tells, and anisotropy by layer, a line a model."""
+    """What each position tells, and anisotropy by layer, a line a model; the first is in black."""
     figures = {"probing_anisotropy.png": anisotropy(section["models"])}
     if any("@" in row["task"] for model in section["models"] for row in model["rows"]):
         figures["probing_context.png"] = context(section["models"])
@@ -128,29 +127,27 @@ def probing(section: dict[str, Any]) -> dict[str, Figure]:
 
 
 @styled
-def context(models: list[dict[str, Any]]) -> Figure:
+def context(models: list[dict[str, Any]], title: str = "") -> Figure:
     """Balanced accuracy at each of the five words, a panel a feature; dashed: the token before.
 
     Of the first layer and the last kind of probe, with no word on both sides of the split.
     """
-    rows = [row for model in models for row in _context_rows(model, models[0]["rows"])]
-    names = list(dict.fromkeys(row["feature"] for row in rows))
+    every = [list(_context_rows(model, models[0]["rows"])) for model in models]
+    names = list(dict.fromkeys(row["feature"] for rows in every for row in rows))
     position, probe = models[0]["rows"][0]["position"], models[0]["rows"][-1]["probe"]
     figure = blank(3.0 * len(names) + 1.6, 3.4)
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for axes, name in zip(panels, names, strict=True):
-        for number, model in enumerate(models):
+        for number, (model, rows) in enumerate(zip(models, every, strict=True)):
             for own, style in (("same", "-"), ("previous", "--")):
-                wanted = (name, model["label"], own)
-                line = [r for r in rows if (r["feature"], r["label"], r["position"]) == wanted]
+                line = [row for row in rows if (row["feature"], row["position"]) == (name, own)]
                 axes.errorbar(
                     [row["word"] for row in line],
                     [row["balanced_accuracy"] for row in line],
                     [row["balanced_accuracy_stderr"] for row in line],
                     fmt=style,
-                    color=MODELS[number % len(MODELS)],
-                    lw=1.3,
                     elinewidth=0.6,
+                    **_of_model(number),
                     label=model["label"] if own == position else None,
                 )
         axes.axhline(0.5, color="grey", lw=0.8, ls=":")
@@ -158,7 +155,19 @@ def context(models: list[dict[str, Any]]) -> Figure:
     panels[0].set(ylabel=f"balanced accuracy ({probe} probe)")
     handles = panels[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside right center")
+    if title:
+        figure.suptitle(title, fontsize=10)
     return figure
+
+
+def _of_model(number: int) -> dict[str, Any]:
+    """A line's look: the first, the untrained one where there is one, is black.
+
+    Where colours come again, another marker tells them apart.
+    """
+    wrapped, color = divmod(number - 1, len(PALETTE))
+    marker = " os^D"[wrapped % 5] if number else " "
+    return {"color": PALETTE[color] if number else "black", "marker": marker, "ms": 3, "lw": 1.3}
 
 
 def _context_rows(model: dict[str, Any], shown: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -168,16 +177,16 @@ def _context_rows(model: dict[str, Any], shown: list[dict[str, Any]]) -> Iterato
         feature, at, word = row["task"].partition("@")
         own = (row["control"], row["layer"], row["probe"])
         if at and row["split"] != "random" and own == kept:
-            yield {**row, "label": model["label"], "feature": feature, "word": int(word)}
+            yield {**row, "feature": feature, "word": int(word)}
 
 
 def anisotropy(models: list[dict[str, Any]]) -> Figure:
     figure = blank(7.6, 3.2)
     titles = {"between": "words of different sentences", "within": "words of one sentence"}
     for axes, (kind, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
-        for model in models:
-            values = model["anisotropy"][kind]
-            axes.plot(range(len(values)), values, marker=".", lw=1.3, label=model["label"])
+        for number, model in enumerate(models):
+            values, look = model["anisotropy"][kind], _of_model(number)
+            axes.plot(range(len(values)), values, label=model["label"], **look)
         axes.set(title=title, xlabel="layer (0: embeddings)", ylabel="mean cosine")
         axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()

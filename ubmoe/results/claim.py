@@ -29,7 +29,7 @@ MARKS = "osD^vPX"  # one more than there are colours, so that no two kinds look 
 PANELS = {"STS": "STS under its own mask"} | {
     cause: f"{cause}, minus the base's (percentage points)" for cause in SINK
 }
-PANELS |= {cause: f"{said} (points)" for cause, said in HEADS.items()}
+PANELS |= {cause: f"{said} (percentage points)" for cause, said in HEADS.items()}
 GAIN = "STS gained"
 CAUSES = PANELS | {GAIN: "STS gained over the untrained model that reads alike"}
 READS = ("attention", "layers", "pooling")  # how an encoder reads

@@ -195,9 +195,9 @@ def measured_of(made: Record, kind: str, records: Records) -> Record | None:
     return None if _unlike(made, measured) else measured
 
 
-def short_first(row: str) -> tuple[int, str]:
-    """To sort rows by: those of fewer words before the others."""
-    return row.count(" "), row
+def base_first(row: str) -> tuple[bool, int, str]:
+    """To sort rows by: the untrained ones, then those of fewer words before the others."""
+    return not row.startswith("base"), row.count(" "), row
 
 
 def first_measured(own: Sequence[Entry], kind: str, records: Records) -> Record | None:

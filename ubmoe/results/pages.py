@@ -20,17 +20,18 @@ from ubmoe.report.tables import (
     scan_rows,
     spread,
 )
-from ubmoe.results import paired, paper, words
+from ubmoe.results import paired, paper
 from ubmoe.results.entries import (
     NO_TASKS,
     SINK,
     Entry,
+    base_first,
     by_row,
     common_tasks,
     first_measured,
-    short_first,
 )
 from ubmoe.results.heads import HEADS
+from ubmoe.results.probed import probings
 from ubmoe.results.published import published
 from ubmoe.results.records import Records, read_benchmarks, recorded
 
@@ -131,9 +132,7 @@ def _sts_block(name: str, records: Records, seeds: Sequence[int]) -> str:
             *(_average(own, common) for _ in averages),
             *(_column(own, column) for column in ("DP-after", *more)),
         ]
-        for row, own in sorted(
-            rows.items(), key=lambda row: (row[0] != "base", *short_first(row[0]))
-        )
+        for row, own in sorted(rows.items(), key=lambda each: base_first(each[0]))
     ]
     header = ["trained", "seeds", *tasks, *averages, "DP-after", *more]
     return _noted([header, *body], paper.notes("encoders", name, records, seeds))
@@ -260,7 +259,7 @@ def _masks_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     columns = {runs.GAP: "STS minus its"} | _differences("its", found)
     lengths = [each for cells in found for each in cells if paired.BY_LENGTH in each]
     columns |= {each: f"{each}, over its" for each in lengths}
-    columns |= _heads("its", found) | _tasks("its", found)
+    columns |= _head_columns(found, ", minus its") | _tasks("its", found)
     if not kinds:
         return ""
     table = [["tuned both ways against its causal twin", *columns.values()]]
@@ -269,8 +268,8 @@ def _masks_block(name: str, records: Records, seeds: Sequence[int]) -> str:
             means = [_over(runs.over_runs(own, each, equal), len(own)) for each in columns]
             said = "at equal STS" if equal else f"{kind}, {len(own)} pairs of runs"
             table += [[said, *means]] if any(means) else []
-    turned = [list(measure) for measure in zip(*table, strict=True) if any(measure[1:])]
-    return _noted(turned, [])
+    transposed = [list(measure) for measure in zip(*table, strict=True) if any(measure[1:])]
+    return _noted(transposed, [])
 
 
 def _runs_block(name: str, records: Records, seeds: Sequence[int]) -> str:
@@ -280,7 +279,7 @@ def _runs_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     kinds = runs.changes(name, records, seeds)
     found = [each.cells for own in kinds.values() for each in own]
     columns = _differences("the base's", found)
-    columns |= _heads("the base's", found) | _tasks("the base's", found)
+    columns |= _head_columns(found) | _tasks("the base's", found)
     body = [
         [kind, str(len(own)), *(_over(runs.over_runs(own, column), len(own)) for column in columns)]
         for kind, own in kinds.items()
@@ -289,10 +288,10 @@ def _runs_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     return _noted([["tuned", "runs", *columns.values()], *body], [])
 
 
-def _heads(whose: str, found: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """The columns of what single heads do, as tables call them."""
+def _head_columns(found: Iterable[Mapping[str, Any]], against: str = "") -> dict[str, str]:
+    """The columns of what single heads do, as tables call them; they are changes of the base."""
     told = {column for cells in found for column in cells}
-    return {each: f"{said}, minus {whose}" for each, said in HEADS.items() if each in told}
+    return {each: f"{said}{against}" for each, said in HEADS.items() if each in told}
 
 
 def _tasks(whose: str, found: Iterable[Mapping[str, Any]]) -> dict[str, str]:
@@ -434,7 +433,7 @@ def _probing_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     """
     found = records.of("probing", label=name)
     tables = [(record.section["models"], record) for record in found]
-    if not found and (study := words.probed(name, records, seeds)):
+    if not found and (study := probings(name, records, seeds)):
         tables = [([model for each in study for model in each.section["models"]], study[0])]
     return "\n\n".join(
         _probing_table(models, record.config["probing"]["data"] == "tiny")

@@ -189,8 +189,8 @@ def figure(model: str, kinds: dict[str, list[Pair]]) -> Figure:
     ratios.sort(key=lambda each: each.startswith(FURTHER))
     scores = [each for each in told if each == GAP or each.endswith(ASKED)]
     scores.sort(key=lambda each: each != GAP)
-    shares = [each for each in SHARES if each in told]
-    left, right = [(ratios, *RATIO)], [(scores, *SCORES), (shares, *POINTS)]
+    shares = [each for each in OF_ATTENTION if each in told]
+    left, right = [(ratios, *RATIO_AXIS)], [(scores, *SCORE_AXIS), (shares, *SHARE_AXIS)]
     sides = [[each for each in half if each[0]] for half in (left, right)]
     halves = [half for half in sides if half]
     rows = max(sum(len(columns) for columns, *_ in half) for half in halves)
@@ -224,16 +224,16 @@ def _panel(
         of_ratios(axes.xaxis)
 
 
-RATIO = ("tuned both ways over causally\n(left: tuning causally loses more)", 1)
-SCORES = ("both ways minus causally (points)", 0)
-POINTS = ("both ways minus causally\n(percentage points of attention)", 0)
-SHARES = ("DP-after", BY_SINK, "after without first", AHEAD)
+RATIO_AXIS = ("tuned both ways over causally\n(left: tuning causally loses more)", 1)
+SCORE_AXIS = ("both ways minus causally (points)", 0)
+SHARE_AXIS = ("both ways minus causally\n(percentage points of attention)", 0)
+OF_ATTENTION = ("DP-after", BY_SINK, "after without first", AHEAD)
 CALLED = {
     "perplexity": "perplexity, by the token",
     "by answer": "perplexity, each answer once",
     BY_SINK: "DP-after by the sink's fall",
     "after without first": "DP-after without the first key",
-    AHEAD: "the same, where a head's rises",
+    AHEAD: "a head's rise of it (falls as 0)",
 }
 
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from statistics import geometric_mean, mean, stdev
 from typing import Any
@@ -17,10 +18,11 @@ from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
 from ubmoe.config import Config, UserError
 from ubmoe.files import replace_all, save_figure
-from ubmoe.report.figures import blank, styled
+from ubmoe.report.figures import blank, context, styled
 from ubmoe.report.tables import ROUTES, model_of
-from ubmoe.results import claim, runs, sink, steps, swapped, words
+from ubmoe.results import claim, runs, sink, steps, swapped
 from ubmoe.results.entries import Cells, Entry, common_tasks, entries, main_metrics
+from ubmoe.results.probed import of_context, probings
 from ubmoe.results.records import Records
 
 log = logging.getLogger(__name__)
@@ -122,7 +124,7 @@ def draw(config: Config, records: Records) -> str:
     twins = sink.with_twins(sink.measured(model, records, seeds))
     swaps = swapped.swapped(model, records, seeds)
     longer = steps.along(model, records, seeds)
-    known = words.of_context(words.probed(model, records, seeds))
+    known = of_context(probings(model, records, seeds))
     pairs = runs.pairs(model, records, seeds)
     told = [each for own in pairs.values() for each in own if each.cells.keys() > {runs.GAP}]
     for name, least, count, drawn in (
@@ -131,7 +133,7 @@ def draw(config: Config, records: Records) -> str:
         ("sink.png", 3, len(twins), partial(sink.figure, model, twins)),
         ("swaps.png", 1, len(swaps), partial(swapped.figure, model, swaps)),
         ("steps.png", 1, len(longer), partial(steps.figure, model, longer)),
-        ("words.png", 2, len(known), partial(words.figure, model, known)),
+        ("words.png", 2, len(known), partial(context, [*chain(*known)], model)),
     ):
         if count >= least:
             figures[name] = drawn()
