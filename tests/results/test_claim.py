@@ -51,6 +51,21 @@ def test_seeds_of_one_row_are_no_new_evidence():
     assert once.interval[0] < once.value < once.interval[1]
 
 
+def test_rows_of_equal_steps_are_those_of_most_rows_without_a_language_model_loss():
+    def row(name, *stages):
+        return claim.Tuned(json.dumps({"name": name, "stages": stages}), name, 1.0, {})
+
+    stage = {"max_steps": 60, "learning_rate": 1e-3}
+    equal = [row("a", stage), row("b", stage | {"lm_weight": 0.0}), row("a", stage)]
+    others = [
+        *(row("c", stage | {"max_steps": 20}) for _ in range(5)),  # one row, however many seeds
+        *(row("d", stage | {"lm_weight": 1.0}), row("e", stage, stage)),
+        *(row("f", stage | {"learning_rate": 3e-4}), row("g")),
+    ]
+    assert claim.of_equal_steps([*others, *equal]) == equal
+    assert claim.of_equal_steps([]) == []
+
+
 def test_a_row_and_its_twin_are_drawn_together():
     moved, lost = np.random.default_rng(1).normal(size=(2, 16))
     rows = [

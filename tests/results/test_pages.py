@@ -184,7 +184,7 @@ def test_rows_stand_against_the_other_mask_and_correlations_by_mask(monkeypatch)
         "| ffn | 51.00 | none | | |",
         "| ffn causal | 45.00 | ffn | 51.00 | 1.50 (1.25 to 2.00) |",
     ]
-    told = "0.50, n = 3 | 0.50, n = 3 | | | |"
+    told = "0.50, n = 3 | 0.50, n = 3 | | | 0.50, n = 3 | |"
     assert lines[-3:-1] == [
         f"| DP-after, minus the base's (percentage points) | {told}",
         f"| STS gained over the untrained model that reads alike | {told}",

@@ -100,6 +100,20 @@ def _nats(entry: Entry) -> float | None:
     return float(np.mean(np.divide(answers["losses"], answers["tokens"])))
 
 
+def of_equal_steps(found: Sequence[Tuned]) -> list[Tuned]:
+    """Those of the steps and learning rate that most rows have, of one stage without a LM loss.
+
+    Rows that were tuned longer move more and lose more, so that over all rows much goes together.
+    """
+    groups: dict[str, list[Tuned]] = {}
+    for each in found:
+        stages = json.loads(each.settings).get("stages", [])
+        if len(stages) == 1 and not stages[0].get("lm_weight"):
+            far = json.dumps([stages[0].get(name) for name in ("max_steps", "learning_rate")])
+            groups.setdefault(far, []).append(each)
+    return max(groups.values(), key=lambda own: len({each.settings for each in own}), default=[])
+
+
 @dataclass(frozen=True)
 class Correlation:
     """Of a cause and lost generation, with its 95 % interval; rows: how many points it is of.

@@ -8,7 +8,7 @@ from ubmoe.results.records import Record
 AHEAD = "heads turned ahead"
 MOVED = "heads moved"
 HEADS = {
-    AHEAD: "a head's rise of DP-after without the first key (falls as 0)",
+    AHEAD: "a head's rise of DP-after without the first key, falls as 0",
     MOVED: "a head's change of DP-after, up or down",
 }
 

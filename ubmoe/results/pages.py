@@ -323,10 +323,12 @@ def _claim_block(name: str, records: Records, seeds: Sequence[int]) -> str:
         told = [each for each in known if each.by_answer is not None]
         masks = [[each for each in known if each.is_control is causal] for causal in (False, True)]
         cells = [*(cell(own, cause) for own in (known, *masks)), cell(told, cause, by_answer=True)]
+        cells += [cell(claim.of_equal_steps(known), cause)]
         cells.append(str(claim.over_seeds(known, cause) or ""))
         body += [[label, *cells]] if known else []
     header = ["lost generation goes along with", "all rows", "tuned both ways", "tuned causally"]
-    header += ["all rows, each answer once", "over the seeds of a row, all rows as one"]
+    header += ["all rows, each answer once", "rows of equal steps"]
+    header += ["over the seeds of a row, all rows as one"]
     return _noted([header, *body], [])
 
 
