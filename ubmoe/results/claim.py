@@ -105,11 +105,11 @@ def of_equal_steps(found: Sequence[Tuned]) -> list[Tuned]:
 
     Rows that were tuned longer move more and lose more, so that over all rows much goes together.
     """
-    groups: dict[str, list[Tuned]] = {}
+    groups: dict[tuple[Any, Any], list[Tuned]] = {}
     for each in found:
         stages = json.loads(each.settings).get("stages", [])
         if len(stages) == 1 and not stages[0].get("lm_weight"):
-            far = json.dumps([stages[0].get(name) for name in ("max_steps", "learning_rate")])
+            far = stages[0].get("max_steps"), stages[0].get("learning_rate")
             groups.setdefault(far, []).append(each)
     return max(groups.values(), key=lambda own: len({each.settings for each in own}), default=[])
 

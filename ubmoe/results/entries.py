@@ -107,8 +107,13 @@ def common_tasks(every: Sequence[Entry]) -> list[str]:
 
 def by_row(kind: str, model: str, records: Records, seeds: Sequence[int]) -> dict[str, list[Entry]]:
     """The entries of a kind, a list for each row, in the order of their seeds."""
+    return grouped(entries(kind, model, records, seeds))
+
+
+def grouped(every: Sequence[Entry]) -> dict[str, list[Entry]]:
+    """A list for each row, in the order of their seeds."""
     found: dict[str, list[Entry]] = {}
-    for each in entries(kind, model, records, seeds):
+    for each in every:
         found.setdefault(each.row, []).append(each)
     return {row: sorted(own, key=lambda each: each.seed or 0) for row, own in found.items()}
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ubmoe.config import leaves
-from ubmoe.results.entries import all_entries, base_first, first_measured
+from ubmoe.results.entries import all_entries, base_first, first_measured, grouped
 from ubmoe.results.records import Record, Records
 
 Model = dict[str, Any]  # as a record has it: a label, and a row a task
@@ -12,11 +12,7 @@ Model = dict[str, Any]  # as a record has it: a label, and a row a task
 
 def probings(model: str, records: Records, seeds: Sequence[int]) -> list[Record]:
     """The base's probing, and that of the first seed of every row; all of the same probes."""
-    rows: dict[str, list[Any]] = {}
-    for each in all_entries("encoders", model, records, seeds):  # the base's of every folder
-        rows.setdefault(each.row, []).append(each)
-    for own in rows.values():
-        own.sort(key=lambda each: each.seed or 0)
+    rows = grouped(all_entries("encoders", model, records, seeds))  # the base's of every folder
     every = (first_measured(rows[row], "probing", records) for row in sorted(rows, key=base_first))
     found = [each for each in every if each is not None]
     return [each for each in found if _asked(each) == _asked(found[0])]
