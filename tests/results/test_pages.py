@@ -90,9 +90,9 @@ def test_encoders_stand_beside_each_other_over_their_seeds():
 
 
 def test_changes_are_told_with_their_intervals(monkeypatch):
-    moved = {name: paired.Difference(2.0, (1.5, 2.25)) for name in SINK}
-    moved[paired.BY_SINK] = paired.Difference(3.0, (2.5, 3.25))
-    ratio = paired.Difference(1.5, (1.25, 2))
+    moved = {name: paired.Difference(2.0, lambda: (1.5, 2.25)) for name in SINK}
+    moved[paired.BY_SINK] = paired.Difference(3.0, lambda: (2.5, 3.25))
+    ratio = paired.Difference(1.5, lambda: (1.25, 2))
     found = {"ffn": moved | {"perplexity": ratio, "by answer": None}}
     found["attention"] = found["ffn"] | {"first": None}
     monkeypatch.setattr(paired, "changes", lambda *_: found)
@@ -110,7 +110,7 @@ def test_twins_stand_beside_each_other(monkeypatch):
     both = [row for seed in (0, 1) for row in named(encoder("a", seed, 50.0 + seed, ["ffn"]))]
     causal = [row for seed in (0, 1) for row in named(encoder("b", seed, 40.0, ["ffn"]))]
     cells = dict.fromkeys(("perplexity", "by answer", paired.BY_SINK, *SINK))
-    cells["DP-after"] = paired.Difference(2.0, (1.5, 2.25), (1.0, 3.0))
+    cells["DP-after"] = paired.Difference(2.0, lambda: (1.5, 2.25), (1.0, 3.0))
     found = {"ffn": paired.Twins(both, causal, cells)}
     monkeypatch.setattr(paired, "twins", lambda *_: found)
     text = "<!-- twins: small -->\n<!-- end -->"
@@ -174,7 +174,7 @@ def named(records):
 
 def test_rows_stand_against_the_other_mask_and_correlations_by_mask(monkeypatch):
     rows = [
-        paired.Match("ffn causal", 45.0, "ffn", 51.0, paired.Difference(1.5, (1.25, 2))),
+        paired.Match("ffn causal", 45.0, "ffn", 51.0, paired.Difference(1.5, lambda: (1.25, 2))),
         paired.Match("ffn", 51.0),
     ]
     monkeypatch.setattr(paired, "matches", lambda *_: rows)

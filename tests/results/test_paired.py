@@ -27,7 +27,8 @@ def test_what_all_texts_share_is_certain_however_far_apart_they_are():
     rows = found(measured("a", 0, ["ffn"], shares(2.5), [1.5, 2.5, 3.5, 4.5]))
     assert list(rows) == ["ffn"]
     for column in SINK:
-        assert rows["ffn"][column] == paired.Difference(2.5, (2.5, 2.5), (2.5,))
+        moved = rows["ffn"][column]
+        assert (moved.value, moved.interval, moved.seeds) == (2.5, (2.5, 2.5), (2.5,))
         assert str(rows["ffn"][column]) == "2.50 (2.50 to 2.50)"
     assert rows["ffn"]["perplexity"].value == pytest.approx(math.exp(2.0 / 10))
     by_answer = 0.5 * (1 / 2 + 1 / 3 + 1 / 4 + 1) / 4  # of 2, 3, 4 and 1 tokens
@@ -107,7 +108,8 @@ def test_a_row_is_held_against_its_causal_twin_seed_by_seed():
     [(row, twins)] = paired.twins(MODEL, Records.of_names(every), [0, 1, 2]).items()
     assert row == "ffn"
     assert [[each.seed for each in own] for own in (twins.both, twins.causal)] == [[0, 1]] * 2
-    assert twins.cells["DP-after"] == paired.Difference(2.0, (2.0, 2.0), (3.0, 1.0))
+    moved = twins.cells["DP-after"]
+    assert (moved.value, moved.interval, moved.seeds) == (2.0, (2.0, 2.0), (3.0, 1.0))
     assert twins.cells["perplexity"].value == pytest.approx(math.exp((1 + 2) / 2 / 10))
     assert twins.cells["perplexity"].seeds == pytest.approx([math.exp(0.1), math.exp(0.2)])
 

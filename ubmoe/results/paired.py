@@ -6,8 +6,9 @@ known far better than either mean.
 
 import json
 import math
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,18 +25,19 @@ Answered = dict[str, tuple[str, list[float]]]  # by task: how it was asked, a va
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean over seeds, its 95 % interval, by the bootstrap over texts, and each seed's own."""
+    """A mean over seeds, its 95 % interval, by the bootstrap over texts, and each seed's own.
+
+    bounds: draws the interval, which takes nearly all of the time; only when it is asked for.
+    """
 
     value: float
-    interval: tuple[float, float]
+    bounds: Callable[[], Sequence[float]] = field(compare=False, repr=False)
     seeds: tuple[float, ...] = ()
 
-    @classmethod
-    def of(
-        cls, value: float, drawn: np.ndarray | None, seeds: Sequence[float] = ()
-    ) -> "Difference":
-        low, high = (math.nan, math.nan) if drawn is None else interval(drawn)
-        return cls(value, (low, high), tuple(map(float, seeds)))
+    @cached_property
+    def interval(self) -> tuple[float, float]:
+        low, high = self.bounds()
+        return low, high
 
     def __str__(self) -> str:
         text = "{:.2f} ({:.2f} to {:.2f}".format(self.value, *self.interval)
@@ -124,7 +126,7 @@ def by_task(one: Entry, other: Entry) -> dict[str, Difference | None]:
     measured = [each.measured("evaluation") for each in (one, other)]
     mine, theirs = ({} if each is None else _answered(each) for each in measured)
     shared = [task for task in mine if task in theirs]
-    return {f"{task}{ASKED}": _gain([mine], [theirs], task, drawn=False) for task in shared}
+    return {f"{task}{ASKED}": _gain([mine], [theirs], task) for task in shared}
 
 
 def _answered(record: Record) -> Answered:
@@ -141,9 +143,7 @@ def _answered(record: Record) -> Answered:
 HOW = ("metrics", "shots", "versions")  # what a section says of each task
 
 
-def _gain(
-    own: Sequence[Answered], theirs: Sequence[Answered], task: str, drawn: bool = True
-) -> Difference | None:
+def _gain(own: Sequence[Answered], theirs: Sequence[Answered], task: str) -> Difference | None:
     """None where the task was not answered, or by one of them otherwise: other questions, shots."""
     if not any(task in each for each in own):
         return None
@@ -153,7 +153,7 @@ def _gain(
     mine, other = (
         100 * np.array([each[task][1] for each in some if task in each]) for some in (own, theirs)
     )
-    return _mean(mine - other.mean(0), drawn)
+    return _mean(mine - other.mean(0))
 
 
 @dataclass(frozen=True)
@@ -205,29 +205,22 @@ def _other_mask(entry: Entry) -> str:
     return own.removesuffix(CAUSAL) if own.endswith(CAUSAL) else own + CAUSAL
 
 
-def changed(
-    own: Sequence[Entry], theirs: Sequence[Entry], drawn: bool = True
-) -> dict[str, Difference | None]:
-    """{column: difference of a row's seeds to another's}, columns as of `changes`.
-
-    drawn: with intervals, which take nearly all of the time.
-    """
+def changed(own: Sequence[Entry], theirs: Sequence[Entry]) -> dict[str, Difference | None]:
+    """{column: difference of a row's seeds to another's}, columns as of `changes`."""
     mine, other = (_told(each, "dependence") for each in (own, theirs))
-    cells = {column: _mean(_moved(mine, other, name), drawn) for column, name in SINK.items()}
-    cells[BY_SINK] = _by_sink(mine, other, drawn)
+    cells = {column: _mean(_moved(mine, other, name)) for column, name in SINK.items()}
+    cells[BY_SINK] = _by_sink(mine, other)
     mine, other = (_told(each, "evaluation") for each in (own, theirs))
-    cells["perplexity"] = _perplexities(mine, other, drawn=drawn)
-    cells["by answer"] = _perplexities(mine, other, by_answer=True, drawn=drawn)
+    cells["perplexity"] = _perplexities(mine, other)
+    cells["by answer"] = _perplexities(mine, other, by_answer=True)
     for name in sorted({name for each in own for name in _further(each)}):
         telling = ([each for each in some if name in _further(each)] for some in (own, theirs))
         mine, other = (_told(each, "evaluation", name) for each in telling)
-        cells[f"{FURTHER}{name}"] = _perplexities(mine, other, drawn=drawn)
+        cells[f"{FURTHER}{name}"] = _perplexities(mine, other)
     return cells
 
 
-def by_length(
-    own: Sequence[Entry], theirs: Sequence[Entry], drawn: bool = True
-) -> dict[str, Difference | None]:
+def by_length(own: Sequence[Entry], theirs: Sequence[Entry]) -> dict[str, Difference | None]:
     """{column: perplexity over theirs of the answers of these lengths}; None where not measured."""
     mine, other = (_told(each, "evaluation") for each in (own, theirs))
     tokens = np.array(mine[0]["tokens"]) if mine else np.array([])
@@ -237,7 +230,7 @@ def by_length(
         if chosen.any():
             said = f"{low + 1} to {high} tokens" if high < math.inf else f"over {low} tokens"
             column = f"perplexity, {chosen.sum()}{BY_LENGTH}{said}"
-            found[column] = _perplexities(mine, other, chosen=chosen, drawn=drawn)
+            found[column] = _perplexities(mine, other, chosen=chosen)
     return found
 
 
@@ -304,17 +297,16 @@ def _moved(own: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]], name
     return mine - (other if same else other.mean(0))
 
 
-def _mean(each: np.ndarray | None, drawn: bool = True) -> Difference | None:
+def _mean(each: np.ndarray | None) -> Difference | None:
     """each: (seeds, texts)."""
     if each is None:
         return None
     moved = each.mean(0)
-    return Difference.of(float(moved.mean()), means(moved) if drawn else None, each.mean(1))
+    seeds = tuple(each.mean(1).tolist())
+    return Difference(float(moved.mean()), lambda: interval(means(moved)), seeds)
 
 
-def _by_sink(
-    own: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]], drawn: bool
-) -> Difference | None:
+def _by_sink(own: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> Difference | None:
     """What a text's DP-after changes by for the change of `first` alone, in percentage points.
 
     A row's DP-after is (1 - first) times its DP-after without that key. So is, but for how the two
@@ -325,7 +317,7 @@ def _by_sink(
     moved, change = _moved(own, theirs, first), _moved(own, theirs, without)
     if moved is None or change is None:
         return None
-    return _mean(by_sink(moved, np.array([each[without] for each in own]), change), drawn)
+    return _mean(by_sink(moved, np.array([each[without] for each in own]), change))
 
 
 def by_sink(first: np.ndarray, without: np.ndarray, change: np.ndarray) -> np.ndarray:
@@ -338,7 +330,6 @@ def _perplexities(
     theirs: Sequence[dict[str, Any]],
     by_answer: bool = False,
     chosen: np.ndarray | None = None,
-    drawn: bool = True,
 ) -> Difference | None:
     """Of the geometric mean over seeds, times theirs.
 
@@ -354,5 +345,5 @@ def _perplexities(
     if by_answer:
         each, tokens = each / tokens, np.ones_like(tokens)
     lost, seeds = each.mean(0), np.exp(each.sum(1) / tokens.sum())
-    draws = np.exp(means(lost, tokens)) if drawn else None
-    return Difference.of(math.exp(lost.sum() / tokens.sum()), draws, seeds)
+    ratio = math.exp(lost.sum() / tokens.sum())
+    return Difference(ratio, lambda: interval(np.exp(means(lost, tokens))), tuple(seeds.tolist()))

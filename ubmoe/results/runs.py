@@ -137,11 +137,11 @@ def _kinds(found: Iterable[tuple[str, Pair]]) -> dict[str, list[Pair]]:
 
 def _pair(one: Entry, other: Entry, base: Entry | None, tasks: Sequence[str]) -> Pair:
     """tasks: of STS, that all have; of none there is no GAP."""
-    against = changed([one], [other], drawn=False) | by_length([one], [other], drawn=False)
+    against = changed([one], [other]) | by_length([one], [other])
     against |= by_task(one, other)
     usable = against
     if base is not None and other is not base:
-        usable = changed([one], [base], drawn=False) | by_task(one, base)
+        usable = changed([one], [base]) | by_task(one, base)
     lengths = usable.get("perplexity")  # whose answers they are of
     cells = {
         column: cell.value

@@ -61,7 +61,7 @@ def _steps(entry: Entry) -> int:
 
 def _told(entry: Entry, base: Entry, tasks: Sequence[str]) -> Told:
     """What was measured of it, the base's of the base's texts alone."""
-    cells = changed([entry], [base], drawn=False)
+    cells = changed([entry], [base])
     told = {name: cell.value for name, cell in cells.items() if cell is not None and name in PANELS}
     return told | ({"STS": entry.mean(tasks)} if tasks else {})
 
