@@ -174,6 +174,24 @@ def test_every_cause_that_was_measured_has_a_panel(tmp_path):
     ]
 
 
+def test_a_panel_is_of_the_encoders_of_which_its_cause_was_measured():
+    names = [f"kind {n}" for n in range(4)]
+    kinds = [
+        claim.Tuned(json.dumps({"row": n}), name, 0.1 * n, {"first": float(n)})
+        for n, name in enumerate(names)
+    ]
+    kinds[0].causes["STS"] = kinds[1].causes["STS"] = 50.0
+    drawn = claim.figure(MODEL, kinds)
+    sts, first = (
+        {line.get_label(): line.get_color() for line in axes.lines if line.get_label() in names}
+        for axes in drawn.axes
+    )
+    assert list(sts) == ["kind 0", "kind 1"] and list(first) == names
+    assert sts.items() <= first.items()  # a row has its colour in every panel
+    [legend] = drawn.legends
+    assert [each.get_text() for each in legend.texts] == names
+
+
 def test_no_two_kinds_look_alike():
     kinds = [
         claim.Tuned(json.dumps({"row": n}), f"kind {n}", 0.1 * n, {"STS": float(n)})

@@ -8,7 +8,7 @@ the first token, DP-after without that key, and what single heads do.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any, cast
@@ -182,34 +182,41 @@ def over_seeds(found: Sequence[Tuned], cause: str = "DP-after") -> Correlation |
 
 @styled
 def figure(model: str, encoded: list[Tuned]) -> Any:
-    """Lost generation against STS, and each cause that was measured of every encoder."""
-    causes = [cause for cause in PANELS if all(cause in each.causes for each in encoded)]
-    lines = -(-len(causes) // 2)  # two a line, for the width of a page
-    found = blank(1.8 + 4.2 * min(2, len(causes)), 0.6 + 3.5 * lines)
-    grid = found.subplots(lines, min(2, len(causes)), sharey=True, squeeze=False)
+    """Lost generation against STS, and each cause, of the encoders of which it was measured."""
+    measured = {cause: [each for each in encoded if cause in each.causes] for cause in PANELS}
+    measured = {cause: own for cause, own in measured.items() if own}
+    lines = -(-len(measured) // 2)  # two a line, for the width of a page
+    found = blank(1.8 + 4.2 * min(2, len(measured)), 0.6 + 3.5 * lines)
+    grid = found.subplots(lines, min(2, len(measured)), sharey=True, squeeze=False)
     panels = list(grid.flat)
-    for axes, cause in zip(panels, causes, strict=False):
-        _panel(axes, encoded, cause)
-    for axes in panels[len(causes) :]:
+    looks = _looks(dict.fromkeys(each.row for each in encoded))
+    for axes, (cause, own) in zip(panels, measured.items(), strict=False):
+        _panel(axes, own, cause, looks)
+    for axes in panels[len(measured) :]:
         axes.remove()
     found.supylabel("lost generation: log perplexity over the base's", fontsize=9)
-    found.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
+    named = [axes.get_legend_handles_labels() for axes in panels[: len(measured)]]
+    found.legend(*max(named, key=lambda each: len(each[0])), loc="outside right center")
     found.suptitle(model, fontsize=10)
     return found
 
 
-def _panel(axes: Any, encoded: list[Tuned], cause: str) -> None:
-    rows = dict.fromkeys(each.row for each in encoded)
-    kinds = list(dict.fromkeys(each.replace(CAUSAL, "") for each in rows))
-    for each in rows:
-        own = [one for one in encoded if one.row == each]
-        number = kinds.index(each.replace(CAUSAL, ""))
-        axes.plot(
-            *([one.causes[cause] for one in own], [one.lost for one in own]),
-            marker=MARKS[number % len(MARKS)], ls="", ms=5, label=each,
-            color=PALETTE[number % len(PALETTE)],
-            fillstyle="none" if own[0].is_control else "full",
-        )  # fmt: skip
+def _looks(rows: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The mark and colour of each row, the same for a row and its twin."""
+    kinds = list(dict.fromkeys(row.replace(CAUSAL, "") for row in rows))
+    return {
+        row: {"marker": MARKS[number % len(MARKS)], "color": PALETTE[number % len(PALETTE)]}
+        for row in rows
+        for number in [kinds.index(row.replace(CAUSAL, ""))]
+    }
+
+
+def _panel(axes: Any, encoded: list[Tuned], cause: str, looks: dict[str, Any]) -> None:
+    for row in (row for row in looks if any(each.row == row for each in encoded)):
+        own = [each for each in encoded if each.row == row]
+        fill = "none" if own[0].is_control else "full"
+        told = [each.causes[cause] for each in own], [each.lost for each in own]
+        axes.plot(*told, ls="", ms=5, label=row, fillstyle=fill, **looks[row])
     axes.axhline(0, color="grey", lw=0.6)
     if cause in SINK:
         axes.axvline(0, color="grey", lw=0.6)

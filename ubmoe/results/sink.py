@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from ubmoe.report.figures import PALETTE, blank, styled
 from ubmoe.report.tables import CAUSAL
-from ubmoe.results.entries import KINDS
+from ubmoe.results.entries import KINDS, base_first
 from ubmoe.results.paired import by_sink, texts
 from ubmoe.results.records import Record, Records
 
@@ -25,7 +25,7 @@ def measured(model: str, records: Records, seeds: Sequence[int]) -> dict[str, li
         again = row == "base" and row in found  # measured in another folder, too
         if known and not again and (entry.seed is None or entry.seed in seeds):
             found.setdefault(row, []).append(entry.record)
-    return {row: found[row] for row in sorted(found, key=_base_first)}
+    return {row: found[row] for row in sorted(found, key=base_first)}
 
 
 def with_twins(rows: dict[str, list[Record]]) -> dict[str, list[Record]]:
@@ -38,10 +38,6 @@ def with_twins(rows: dict[str, list[Record]]) -> dict[str, list[Record]]:
     twins = twins[: len(PALETTE)]
     wanted = {"base", *twins, *(row + CAUSAL for row in twins)}
     return {row: own for row, own in rows.items() if row in wanted}
-
-
-def _base_first(row: str) -> tuple[bool, str]:
-    return row != "base", row
 
 
 @dataclass(frozen=True)
