@@ -1,0 +1,1 @@
+"""The tables that pages are filled with, each of one kind."""
