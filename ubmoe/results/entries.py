@@ -201,8 +201,8 @@ def measured_of(made: Record, kind: str, records: Records) -> Record | None:
 
 
 def base_first(row: str) -> tuple[bool, int, str]:
-    """To sort rows by: the untrained ones, then those of fewer words before the others."""
-    return not row.startswith("base"), row.count(" "), row
+    """To sort rows by: untrained ones, then those of fewer words before others, twins together."""
+    return not row.startswith("base"), row.replace(CAUSAL, "").count(" "), row
 
 
 def first_measured(own: Sequence[Entry], kind: str, records: Records) -> Record | None:
