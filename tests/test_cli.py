@@ -127,7 +127,7 @@ def test_another_process_says_what_the_first_one_did_not_meet(monkeypatch, capsy
 PROGRAMS = ["calculate_dp", "train_bi", "train_ubmoe"]
 PROGRAMS += [
     f"ubmoe.{name}.__main__"
-    for name in ("bitune", "evaluate", "probing", "results", "scan", "swap")
+    for name in ("bitune", "evaluate", "probing", "results", "scan", "swap", "shift")
 ]
 
 

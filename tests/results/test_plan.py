@@ -463,7 +463,7 @@ def test_rows_of_ones_own_are_not_run_twice(tmp_path, monkeypatch):
     assert len(ran) == 12
     plan.run(config(tmp_path, *OWN, "results.table=2"))
     assert len(ran) == 12
-    with pytest.raises(UserError, match="results.rows: a tunes nothing that swap could swap"):
+    with pytest.raises(UserError, match="results.rows: a tunes nothing that swap could exchange"):
         rows = "results.rows=[{name: a, keys: ['bi.stages=[]'], measured: [swap]}]"
         study.steps(config(tmp_path, rows, "results.table=2"))
 

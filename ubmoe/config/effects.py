@@ -23,6 +23,7 @@ SCORED = {
     "dependence": ("model", "dependence"),
     "bitune": ("model", "bitune", *ASKED),
     "swap": ("model", "ubmoe.bi", *CHATS, "swap", "evaluation.bf16"),
+    "shift": ("model", "ubmoe.bi", *CHATS, "shift", "evaluation.bf16"),
     "scan": ("model", *SCANNED, "scan", "evaluation.bf16"),
     "probing": ("model", "probing"),
 }

@@ -561,6 +561,17 @@ class SwapSection(Section):
     batch_tokens: Positive = running_key(4096, "padded tokens of one forward", "tokens")
 
 
+class ShiftSection(Section):
+    """Whether the attention sink's fall costs the language model (python -m ubmoe.shift)."""
+
+    max_chats: Positive | None = score_key(
+        100, "use at most this many of ubmoe.held_out, evenly spaced; null: all", "chats"
+    )
+    matched: Positive = score_key(
+        50, "the first token's shares are matched over so many of these, evenly spaced", "chats"
+    )
+
+
 # BIOSSES ... STSBenchmark: the ten of the paper's Table 2, in mteb's first versions.
 TABLE2 = [
     *("BIOSSES", "SICK-R", "STS12", "STS13", "STS14", "STS15", "STS16", "STS17", "STS22"),
@@ -614,6 +625,9 @@ Table2Row = Literal[
 ]
 
 
+Measured = Literal["dependence", "evaluation", "scan", "swap", "shift", "probing"]
+
+
 class RowSection(Section):
     """A row of a study of one's own."""
 
@@ -622,8 +636,8 @@ class RowSection(Section):
     of: str | None = running_key(None, "the row whose encoder train_ubmoe joins to the model")
     keys: list[str] = running_key([], "key=value of its runs, as on their command lines")
     seeds: list[Seed] | None = running_key(None, "of this row; null: results.seeds")
-    measured: list[Literal["dependence", "evaluation", "scan", "swap", "probing"]] | None = (
-        running_key(None, "of its model, beside STS; null: what results.table shows")
+    measured: list[Measured] | None = running_key(
+        None, "of its model, beside STS; null: what results.table shows"
     )
 
 
@@ -686,6 +700,7 @@ class Config(Section):
     probing: ProbingSection = key(ProbingSection(), "")
     scan: ScanSection = key(ScanSection(), "")
     swap: SwapSection = key(SwapSection(), "")
+    shift: ShiftSection = key(ShiftSection(), "")
     evaluation: EvaluationSection = key(EvaluationSection(), "")
     results: ResultsSection = key(ResultsSection(), "")
 

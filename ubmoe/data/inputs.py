@@ -26,6 +26,7 @@ READ: dict[str, tuple[str, ...]] = {
     ),
     "scan": ("scan.pairs",),
     "swap": ("ubmoe.dataset",),
+    "shift": ("ubmoe.dataset",),
     "probing": ("probing.data",),
     "bitune": ("bitune.dataset", "bitune.generation"),
 }

@@ -254,6 +254,25 @@ def swap_text(result: dict[str, Any]) -> str:
     )
 
 
+def shift_rows(section: dict[str, Any]) -> list[list[str]]:
+    """Header and a row a reading: its perplexity, and where its attention goes."""
+    body = [
+        [name, *(f"{own[each]:.2f}" for each in ("perplexity", "first", "after"))]
+        for name, own in section["readings"].items()
+    ]
+    return [["", "perplexity", "first", "DP-after"], *body]
+
+
+def shift_text(result: dict[str, Any]) -> str:
+    section = result["shift"]
+    changes = [f"{name} {_change(own)}" for name, own in section["changes"].items()]
+    return (
+        f"{model_of(result)}, its encoder, and each with the other's share of the first token, in "
+        f"and back ({section['chats']} chats):\n{aligned(shift_rows(section))}\nChange of the loss "
+        f"in nats a token (95 %): {', '.join(changes)}."
+    )
+
+
 TEXT = {
     "dependence": dependence_text,
     "sts": sts_text,
@@ -263,6 +282,7 @@ TEXT = {
     "evaluation": evaluation_text,
     "scan": scan_text,
     "swap": swap_text,
+    "shift": shift_text,
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ubmoe.dependence import SHARES
 from ubmoe.report.tables import CAUSAL, ROUTES, family, has_collapsed, mixed, trained, variant
-from ubmoe.results.records import Record, Records
+from ubmoe.results.records import EXCHANGES, Record, Records
 
 Cells = dict[str, float | None]
 ENCODER = ", read causally"
@@ -186,10 +186,10 @@ def measured_of(made: Record, kind: str, records: Records) -> Record | None:
     """What another program recorded of the model that a run left.
 
     In the same folder there may be a record of the base, or of an earlier encoder: the measured
-    model's name and weights tell. A swap is of the base, and of the encoder that it says.
+    model's name and weights tell. EXCHANGES are of the base, and of the encoder that they say.
     """
     measured = records.beside(made, kind)
-    if kind == "swap":
+    if kind in EXCHANGES:
         same = measured is not None and measured.section.get("bi_weights") == made.weights
         return measured if same else None
     left = {"sts": "bi", "generation": "ubmoe"}[made.kind]

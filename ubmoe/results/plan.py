@@ -171,6 +171,7 @@ def _short(step: Step, count: int) -> list[str] | None:
         "evaluation": None,
         "scan": None,
         "swap": None,
+        "shift": None,
         "probing": None,
     }[step.result]
 

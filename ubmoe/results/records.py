@@ -14,6 +14,7 @@ from ubmoe.staging import complete_moves
 
 KINDS = tuple(TEXT)  # one JSON a program, so that none overwrites another's
 NAME = re.compile(rf"(?P<label>.+)\.(?P<kind>{'|'.join(KINDS)})\.seed(?P<seed>\d+)")
+EXCHANGES = ("swap", "shift")  # between a model and what was tuned from it
 BENCHMARK = "benchmark."
 
 

@@ -30,7 +30,7 @@ from ubmoe.config import (
 from ubmoe.data.inputs import MODEL, READ, inputs
 from ubmoe.files import replace, write_text
 from ubmoe.report.tables import CAUSAL
-from ubmoe.results.records import Record, as_it_ran, read_result
+from ubmoe.results.records import EXCHANGES, Record, as_it_ran, read_result
 from ubmoe.staging import complete_moves
 
 # The mixtures of Table 4 and the controls that it lacks: their encoder's row, and their own keys.
@@ -52,6 +52,7 @@ MEASURED = {
     "evaluation": ("-m ubmoe.evaluate", "evaluation.language_model=true"),
     "scan": ("-m ubmoe.scan",),
     "swap": ("-m ubmoe.swap",),
+    "shift": ("-m ubmoe.shift",),
     "probing": ("-m ubmoe.probing",),
 }
 # Programs of rows beside train_bi.py, and their results.
@@ -60,7 +61,7 @@ PROGRAMS = {
     "bitune": ("-m ubmoe.bitune", "bitune"),
 }
 # Results that are of another model than the one that their step is after.
-BESIDE = ("generation", "swap")
+BESIDE = ("generation", *EXCHANGES)
 # Keys that say where an encoder or data lie, whose digests are compared elsewhere.
 ELSEWHERE = ("ubmoe.bi", "evaluation.data")
 LEFT_NAMES = ("probing.models.N.name",)  # of what the step before has left
@@ -263,9 +264,9 @@ def _measuring(row: Row, measured: str, after: Step | None) -> tuple[str, list[s
     """The program that measures what a row has made, and its keys. Raises UserError."""
     program, *keys = MEASURED[measured]
     if after is not None:
-        keys.append(f"{'ubmoe.bi' if measured == 'swap' else 'model.name'}={after.left}")
-    elif measured == "swap":
-        raise UserError(f"results.rows: {row.name} tunes nothing that swap could swap")
+        keys.append(f"{'ubmoe.bi' if measured in EXCHANGES else 'model.name'}={after.left}")
+    elif measured in EXCHANGES:
+        raise UserError(f"results.rows: {row.name} tunes nothing that {measured} could exchange")
     if measured == "probing" and after is not None:
         probed = {"label": row.name, "name": str(after.left)}
         keys.append(f"probing.models={json.dumps([probed])}")
