@@ -391,6 +391,38 @@ def swap_bars(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
 
 
 @styled
+def shift(rows: dict[str, dict[str, Any]]) -> Figure:
+    """What tuning costs, and what exchanging the first token's share alone costs and saves.
+
+    rows: `shift` sections by label. Bars: 95 % intervals over chats.
+    """
+    figure = blank(10.4, 1.3 + 0.55 * len(rows))
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, by_answer in zip(panels, (False, True), strict=True):
+        for name, (label, colour, sign, lift) in SHIFTED.items():
+            own = [each["changes"][name] for each in rows.values()]
+            own = [each["by_answer"] for each in own] if by_answer else own
+            values = np.array([sign * each["change"] for each in own])
+            ends = np.sort([np.multiply(sign, each["interval"]) for each in own])
+            reach = np.stack([values - ends[:, 0], ends[:, 1] - values]).clip(0)
+            style = {"marker": "o", "ms": 4, "ls": "", "color": colour, "lw": 1}
+            axes.errorbar(values, np.arange(len(rows)) + lift, xerr=reach, label=label, **style)
+        axes.axvline(0, color="grey", lw=0.6)
+        axes.set(xlabel=f"nats a token, {'each answer once' if by_answer else 'by the token'}")
+    panels[0].set_yticks(range(len(rows)), list(rows), fontsize=8)
+    panels[0].invert_yaxis()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    return figure
+
+
+SHIFTED = {  # label, colour, sign, and how far below its row
+    "whole": ("lost by the encoder", "black", 1, -0.2),
+    "in": ("lost by the model with the encoder's shares", PALETTE[1], 1, 0),
+    "back": ("saved in the encoder by the model's shares", PALETTE[0], -1, 0.2),
+}
+
+
+@styled
 def attention_map(attention: np.ndarray, tokens: Sequence[str]) -> dict[str, Figure]:
     """(T, T) mean unmasked attention of a short text, its parts marked as in Figure 3."""
     figure = blank(5.6, 5.2)

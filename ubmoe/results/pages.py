@@ -64,6 +64,7 @@ BLOCKS = {
     "twins": differences.twins_block,
     "layers": differences.layers_block,
     "swap": differences.swap_block,
+    "shift": differences.shift_block,
     "equal": differences.equal_block,
     "masks": differences.masks_block,
     "runs": differences.runs_block,

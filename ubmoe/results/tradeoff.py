@@ -18,12 +18,13 @@ from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
 from ubmoe.config import Config, UserError
 from ubmoe.files import replace_all, save_figure
-from ubmoe.report.figures import blank, context, styled
+from ubmoe.report.figures import blank, context, shift, styled
 from ubmoe.report.tables import ROUTES, model_of
 from ubmoe.results import claim, runs, sink, steps, swapped
 from ubmoe.results.entries import Cells, Entry, common_tasks, entries, main_metrics
 from ubmoe.results.probed import of_context, probings
 from ubmoe.results.records import Records
+from ubmoe.results.shifted import shifted
 
 log = logging.getLogger(__name__)
 NO_MIXTURES = (ROUTES["uni"], ROUTES["bi"])  # the two models themselves, forced
@@ -123,6 +124,7 @@ def draw(config: Config, records: Records) -> str:
     rows = {each.settings for each in encoded}
     twins = sink.with_twins(sink.measured(model, records, seeds))
     swaps = swapped.swapped(model, records, seeds)
+    shifts = shifted(model, records, seeds)
     longer = steps.along(model, records, seeds)
     known = of_context(probings(model, records, seeds))
     pairs = runs.pairs(model, records, seeds)
@@ -132,6 +134,7 @@ def draw(config: Config, records: Records) -> str:
         ("masks.png", runs.FEWEST, len(told), partial(runs.figure, model, pairs)),
         ("sink.png", 3, len(twins), partial(sink.figure, model, twins)),
         ("swaps.png", 1, len(swaps), partial(swapped.figure, model, swaps)),
+        ("shifts.png", 1, len(shifts), partial(shift, shifts)),
         ("steps.png", 1, len(longer), partial(steps.figure, model, longer)),
         ("words.png", 2, len(known), partial(context, [*chain(*known)], model)),
     ):

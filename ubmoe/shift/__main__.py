@@ -24,6 +24,8 @@ def main(config: Config) -> Path | None:
         from ubmoe.evaluate.generation import held_out_chats
         from ubmoe.models.digests import fingerprint
         from ubmoe.models.loading import load_tokenizer, within_context
+        from ubmoe.report import figures
+        from ubmoe.report.tables import model_of
         from ubmoe.shift.shifts import shift
         from ubmoe.swap.swaps import both_models
 
@@ -32,6 +34,8 @@ def main(config: Config) -> Path | None:
         run.model, encoder = both_models(config)
         run.section = shift(run.model, encoder, spaced(every, config.shift.max_chats), config)
         run.section["bi_weights"] = fingerprint(encoder)
+        label = model_of({"config": config.model_dump()})
+        run.figures = {"shift.png": figures.shift({label: run.section})}
     return run.path
 
 

@@ -8,6 +8,7 @@ from ubmoe.results.blocks.cells import average_of, noted, spread_of
 from ubmoe.results.entries import SINK, by_row, common_tasks
 from ubmoe.results.heads import HEADS
 from ubmoe.results.records import Records
+from ubmoe.results.shifted import shifted
 
 
 def change_block(name: str, records: Records, seeds: Sequence[int]) -> str:
@@ -85,6 +86,38 @@ def _largest(values: Any, count: int = 3) -> str:
     """The layers of the largest values, and these."""
     order = sorted(range(len(values)), key=lambda each: -values[each])[:count]
     return ", ".join(f"{each} ({values[each]:.2f})" for each in order)
+
+
+def shift_block(name: str, records: Records, seeds: Sequence[int]) -> str:
+    """Of every run whose sink was exchanged: where attention goes, and what of the loss that is."""
+    body = []
+    for run, own in shifted(name, records, seeds).items():
+        readings, changes = own["readings"], own["changes"]
+        cells = [
+            ", ".join(f"{reading[share]:.1f}" for reading in readings.values())
+            for share in ("first", "after")
+        ]
+        for each in (changes, {word: told["by_answer"] for word, told in changes.items()}):
+            cells.append(_nats(each["whole"]))
+            cells += [f"{_nats(each[word])}, {_part(each[word])}" for word in ("in", "back")]
+        body.append([run, str(own["chats"]), *cells])
+    header = ["tuned", "chats", *(f"{share}: {', '.join(READ)}" for share in ("first", "DP-after"))]
+    changed = ["the encoder loses", "the model with its shares", "it with the model's"]
+    header += [*changed, *(f"{each}, each answer once" for each in changed)]
+    return noted([header, *body], [])
+
+
+READ = ("model", "encoder", "model with its shares", "encoder with the model's")
+
+
+def _nats(change: Mapping[str, Any]) -> str:
+    return "{:+.2f} ({:+.2f} to {:+.2f})".format(change["change"], *change["interval"])
+
+
+def _part(change: Mapping[str, Any]) -> str:
+    if (own := change["of_whole"]) is None:
+        return "of nothing"
+    return "{:.0%} ({:.0%} to {:.0%}) of it".format(own["part"], *own["interval"])
 
 
 def questions_block(name: str, records: Records, seeds: Sequence[int]) -> str:

@@ -1,0 +1,60 @@
+"""Runs whose sink was exchanged, told in a table and drawn."""
+
+import numpy as np
+import pytest
+from builders import SEEDS
+
+from ubmoe.report.figures import SHIFTED, shift
+from ubmoe.results.pages import renewed
+from ubmoe.results.records import Records
+from ubmoe.results.shifted import shifted
+
+
+def change(value, part=None):
+    own = {"change": value, "interval": [value - 0.25, value + 0.5]}
+    return own if part is None else own | {"of_whole": {"part": part, "interval": [0.0, 1.0]}}
+
+
+def section(weights="new"):
+    told = {"whole": change(2.0), "in": change(0.5, 0.25), "back": change(-1.0, 0.5)}
+    changes = {name: own | {"by_answer": own} for name, own in told.items()}
+    changes["in"]["by_answer"] = change(0.0) | {"of_whole": None}
+    places = ("model", "encoder", "in", "back")
+    readings = {name: {"first": 20.0 - n, "after": 40.0 + n} for n, name in enumerate(places)}
+    return {"chats": 7, "readings": readings, "changes": changes, "bi_weights": weights}
+
+
+def records(weights="new"):
+    small, found = {"model": {"name": "small"}}, {}
+    bi = {"stages": [{"objective": "simcse", "train": ["ffn"]}], "attention": "bidirectional"}
+    for seed in (0, 1):
+        made = {"config": small | {"seed": seed, "bi": bi}, "environment": {"weights": "new"}}
+        found[f"a.sts.seed{seed}"] = made | {"sts": {"tasks": {}, "average": 1.0}}
+        own = section(weights if seed else "new")
+        found[f"a.shift.seed{seed}"] = {"config": small | {"seed": seed}, "shift": own}
+    return Records.of_names(found)
+
+
+def test_every_seed_is_told_and_an_earlier_encoders_is_passed_over():
+    assert list(shifted("small", records(), SEEDS)) == ["ffn, seed 0", "ffn, seed 1"]
+    assert list(shifted("small", records(weights="old"), SEEDS)) == ["ffn, seed 0"]
+
+
+def test_the_table_has_shares_changes_and_parts():
+    table = renewed("<!-- shift: small -->\n<!-- end -->", records(), SEEDS)
+    head, row = (" ".join(table.splitlines()[place].split()) for place in (1, 3))
+    assert "| first: model, encoder, model with its shares, encoder with the model's |" in head
+    assert row.startswith("| ffn, seed 0 | 7 | 20.0, 19.0, 18.0, 17.0 | 40.0, 41.0, 42.0, 43.0 |")
+    assert "| +2.00 (+1.75 to +2.50) | +0.50 (+0.25 to +1.00), 25% (0% to 100%) of it |" in row
+    assert "| +0.00 (-0.25 to +0.50), of nothing |" in row
+
+
+def test_the_picture_has_what_is_lost_and_what_is_saved():
+    one, other = shift(shifted("small", records(), SEEDS)).axes
+    drawn = {each.get_label(): each for each in one.containers}
+    saved = drawn[SHIFTED["back"][0]]
+    assert list(saved.lines[0].get_xdata()) == [1.0, 1.0]  # what is saved is above 0
+    [reach] = saved.lines[2]
+    assert [list(each[:, 0]) for each in reach.get_segments()] == [pytest.approx([0.5, 1.25])] * 2
+    by_answer = {each.get_label(): each for each in other.containers}[SHIFTED["in"][0]]
+    assert np.allclose(by_answer.lines[0].get_xdata(), 0.0)
