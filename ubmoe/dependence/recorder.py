@@ -10,7 +10,7 @@ Shapes: B texts, T tokens, L layers, H heads, K key-value heads, d and e sizes o
 values.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -113,11 +113,12 @@ class Recorder:
         return output, torch.cat(shares)
 
 
-_ACTIVE: list[Recorder] = []  # the innermost last; the interface itself must hold none
+Attention = Callable[..., tuple[Tensor, None]]
+_ACTIVE: list[Attention] = []  # the innermost last; the interface itself must hold none
 
 
-def _recorded(module: nn.Module, *tensors: Any, **keys: Any) -> tuple[Tensor, None]:
-    """What the interface calls: the recorder of the block around the forward."""
+def _active(module: nn.Module, *tensors: Any, **keys: Any) -> tuple[Tensor, None]:
+    """What the interface calls: the function of the block around the forward."""
     return _ACTIVE[-1](module, *tensors, **keys)
 
 
@@ -130,32 +131,40 @@ def _padding(*_: object, attention_mask: Tensor | None = None, **__: object) -> 
 def observed(model: PreTrainedModel, keep_maps: bool = False) -> Iterator[Recorder]:
     """Run `model` with a Recorder as its attention; its own implementation is back afterwards.
 
-    Raises UserError for a class that does not go through transformers' attention interface.
+    Raises UserError as `attending_by` does.
+    """
+    recorder = Recorder(keep_maps, _spare(model.device))
+    with attending_by(recorder, model, "its dependence cannot be measured"):
+        recorder.shares.clear()
+        recorder.maps.clear()
+        yield recorder
+
+
+@contextmanager
+def attending_by(function: Attention, model: PreTrainedModel, else_: str) -> Iterator[None]:
+    """Run `model` with a function as its attention, which is given the (B, T) padding mask.
+
+    Raises UserError, which ends with `else_`, for a class that does not go through transformers'
+    attention interface.
     """
     family = type(model).__name__
     if not model._supports_attention_backend or not model._can_set_attn_implementation():
-        raise UserError(
-            f"{family} does not use transformers' attention interface; its dependence cannot be "
-            "measured"
-        )
+        raise UserError(f"{family} does not use transformers' attention interface; {else_}")
     if getattr(model.config.get_text_config(), "attention_chunk_size", None):
-        raise UserError(f"{family} attends in chunks, which the recorder does not follow")
+        raise UserError(f"{family} attends in chunks; {else_}")
     own = model.config._attn_implementation
-    recorder = Recorder(keep_maps, _spare(model.device))
-    AttentionInterface.register(NAME, _recorded)
+    AttentionInterface.register(NAME, _active)
     # Without one of ours padding would be ignored in silence.
     AttentionMaskInterface.register(NAME, _padding)
-    _ACTIVE.append(recorder)
+    _ACTIVE.append(function)
     model.set_attn_implementation(NAME)
     try:
         # What was proved of the model's own attention must hold of what replaces it.
         prove_attention(model, bidirectional=is_bidirectional(model.config))
-        recorder.shares.clear()
-        recorder.maps.clear()
-        yield recorder
+        yield
     finally:
         model.set_attn_implementation(own)
-        _ACTIVE.remove(recorder)
+        _ACTIVE.pop()
 
 
 def _spare(device: torch.device) -> int | None:

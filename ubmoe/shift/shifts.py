@@ -11,18 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ubmoe.bidirectional import prove_attention
 from ubmoe.bootstrap import interval, means
-from ubmoe.config import Config, UserError
+from ubmoe.config import Config
 from ubmoe.data.chats import Chat, collate
 from ubmoe.data.rows import spaced
+from ubmoe.dependence.recorder import attending_by, attention_layers
 from ubmoe.evaluate.generation import perplexity
 from ubmoe.models.precision import Setting, autocast
 from ubmoe.shift.attention import Shifts
 
-NAME = "shifted"
 READINGS = ("model", "encoder", "in", "back")  # the last two are the same with the other's shares
 
 
@@ -34,15 +33,17 @@ def shift(base: Any, encoder: Any, chats: Sequence[Chat], config: Config) -> dic
     """
     bf16, matched = config.evaluation.bf16, spaced(chats, config.shift.matched)
     readings, shifts = {}, {}
-    with shifting(base) as on_base, shifting(encoder) as on_encoder:
-        both = (base, on_base), (encoder, on_encoder)
-        wanted = [shares(*each, matched, bf16)[..., 0] for each in both]
-        for name, own in zip(READINGS[:2], both, strict=True):
-            readings[name] = read(*own, chats, bf16)
-        for name, own, theirs in zip(READINGS[2:], both, reversed(wanted), strict=True):
-            match(*own, theirs, matched, bf16)
-            readings[name] = read(*own, chats, bf16)
-            shifts[name] = [own[1].by_layer[layer].tolist() for layer in range(len(theirs))]
+    with shifting(base) as own:
+        bases = shares(base, own, matched, bf16)[..., 0]
+        readings["model"] = read(base, own, chats, bf16)
+    with shifting(encoder) as own:
+        encoders = shares(encoder, own, matched, bf16)[..., 0]
+        readings["encoder"] = read(encoder, own, chats, bf16)
+    for name, model, wanted in (("in", base, encoders), ("back", encoder, bases)):
+        with shifting(model) as own:
+            match(model, own, wanted, matched, bf16)
+            readings[name] = read(model, own, chats, bf16)
+            shifts[name] = [own.by_layer[layer].tolist() for layer in range(len(wanted))]
     counts = {"chats": len(chats), "tokens": sum(readings["model"]["answers"]["tokens"])}
     counts["matched"] = len(matched)
     return counts | {"readings": readings, "changes": changes(readings), "shifts": shifts}
@@ -52,28 +53,11 @@ def shift(base: Any, encoder: Any, chats: Sequence[Chat], config: Config) -> dic
 def shifting(model: PreTrainedModel) -> Iterator[Shifts]:
     """Run `model` with shifts of the first key's score as its attention, at first none.
 
-    Its own attention is back afterwards. Raises UserError for a model that does not read causally,
-    or does not go through transformers' attention interface.
+    Its own attention is back afterwards. Raises UserError as `attending_by` does.
     """
-    if not model._supports_attention_backend or not model._can_set_attn_implementation():
-        raise UserError(
-            f"model.name: {type(model).__name__} does not use transformers' attention interface; "
-            "its first key cannot be shifted"
-        )
-    own, shifts, name = model.config._attn_implementation, Shifts(), f"{NAME}_{id(model)}"
-    AttentionInterface.register(name, shifts)
-    AttentionMaskInterface.register(name, _padding)
-    model.set_attn_implementation(name)
-    try:
-        prove_attention(model, bidirectional=False)
+    shifts = Shifts()
+    with attending_by(shifts, model, "its first key cannot be shifted"):
         yield shifts
-    finally:
-        model.set_attn_implementation(own)
-
-
-def _padding(*_: object, attention_mask: Tensor | None = None, **__: object) -> Tensor | None:
-    """The (B, T) mask as it is, without which padding would be ignored in silence."""
-    return attention_mask
 
 
 def read(
@@ -88,7 +72,7 @@ def read(
 
 def mean_shares(model: PreTrainedModel, shifts: Shifts) -> Tensor:
     """(L, H, 2) over all texts that were read."""
-    depth = model.config.get_text_config().num_hidden_layers
+    depth = attention_layers(model)
     batches = [shifts.seen[start : start + depth] for start in range(0, len(shifts.seen), depth)]
     return torch.cat([torch.stack(each, 1) for each in batches]).mean(0)
 
