@@ -1,15 +1,17 @@
-"""Models with each other's sinks: matched shares, known changes, and the program."""
+"""Models with each other's sinks: matched shares, the control, and the program."""
 
 import copy
 import json
-import math
 
 import pytest
 import torch
 from builders import random_model, run
+from safetensors.torch import load_file, save_file
 
 from ubmoe.config import with_keys
 from ubmoe.data.chats import Chat
+from ubmoe.evaluate.generation import perplexity
+from ubmoe.report.tables import shift_text
 from ubmoe.shift import shifts
 
 CHATS = [
@@ -29,49 +31,77 @@ def models():
     return base, encoder
 
 
-def test_each_gets_the_others_share_in_every_head(models, config):
-    found = shifts.shift(*models, CHATS, with_keys(config, ["evaluation.bf16=false"]))
-    readings = found["readings"]
+@pytest.fixture
+def asked(config):
+    return with_keys(config, ["evaluation.bf16=false"])
+
+
+def used(model, shifted=None):
+    """(L, H), by a forward a chat."""
+    with shifts.shifting(model) as attention:
+        attention.by_layer = shifted or {}
+        return torch.stack([shifts.shares(model, attention, [one], False)[0] for one in CHATS])
+
+
+def test_each_gets_the_others_share_in_every_head(models, asked):
+    found = shifts.shift(*models, CHATS, asked)
+    readings, exchanges = found["readings"], found["exchanges"]
     assert found["chats"] == found["matched"] == 3 and found["tokens"] == 7
-    assert readings["model"]["first"] != pytest.approx(readings["encoder"]["first"], abs=0.5)
-    assert readings["in"]["first"] == pytest.approx(readings["encoder"]["first"], abs=1e-3)
-    assert readings["back"]["first"] == pytest.approx(readings["model"]["first"], abs=1e-3)
-    with shifts.shifting(models[0]) as shifted:
-        shifted.by_layer = {n: torch.tensor(own) for n, own in enumerate(found["shifts"]["in"])}
-        shares = shifts.shares(models[0], shifted, CHATS, False)[..., 0]
-    with shifts.shifting(models[1]) as plain:
-        wanted = shifts.shares(models[1], plain, CHATS, False)[..., 0]
-    assert torch.allclose(shares, wanted, atol=1e-4)
+    assert not torch.allclose(used(models[0]), used(models[1]), atol=0.02)
+    for name, model, theirs in (("in", *models), ("back", *models[::-1])):
+        own = {n: torch.tensor(each) for n, each in enumerate(exchanges[name]["shifts"])}
+        assert torch.allclose(used(model, own).mean(0), used(theirs).mean(0), atol=1e-4)
+        assert exchanges[name]["gap"] < 0.01 and 0 < exchanges[name]["by_row"] < 100
+        moved = {n: each.roll(1) for n, each in own.items()}
+        with shifts.shifting(model) as attention:
+            attention.by_layer = moved
+            expected = perplexity(model, CHATS)["perplexity"]
+        assert readings[f"{name} elsewhere"]["perplexity"] == pytest.approx(expected)
+    for name, model in zip(("model", "encoder"), models, strict=True):  # as they are
+        expected = perplexity(model, CHATS)["perplexity"]
+        assert readings[name]["perplexity"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_model_and_itself_lose_nothing(models, config):
-    found = shifts.shift(models[0], copy.deepcopy(models[0]), CHATS, config)
-    losses = [each["perplexity"] for each in found["readings"].values()]
-    assert losses == pytest.approx([losses[0]] * 4, rel=1e-4)
+def test_shares_may_be_matched_on_some_of_the_chats(models, asked):
+    found = shifts.shift(*models, CHATS, with_keys(asked, ["shift.matched=1"]))
+    assert (found["chats"], found["matched"]) == (3, 1) and found["exchanges"]["in"]["gap"] < 0.01
+    assert found["readings"]["in"]["used"] != pytest.approx(found["readings"]["encoder"]["used"])
 
 
-def test_changes_are_in_nats_a_token_and_parts_of_the_whole():
-    lost = {"model": [2.0, 4.0], "encoder": [6.0, 8.0], "in": [3.0, 4.0], "back": [4.0, 8.0]}
-    readings = {
-        name: {"answers": {"losses": each, "tokens": [1, 3]}} for name, each in lost.items()
-    }
-    found = shifts.changes(readings)
-    assert [found[name]["change"] for name in found] == [8 / 4, 1 / 4, -2 / 4]
-    assert [found[name]["of_whole"]["part"] for name in ("in", "back")] == [1 / 8, 2 / 8]
-    answers = [found[name]["by_answer"]["change"] for name in found]
-    assert answers == pytest.approx([(4 + 4 / 3) / 2, 1 / 2, -2 / 2])
-    low, high = found["in"]["interval"]
-    assert (low, high) == (0.0, 1.0)  # draws of the one chat alone, and of the other
+def test_what_is_seen_is_a_mean_over_chats_whatever_the_batches(models):
+    with shifts.shifting(models[0]) as attention:
+        attention.seen.clear()
+        for part in (CHATS[:1], CHATS[1:]):
+            perplexity(models[0], part)
+        found = shifts.mean_seen(models[0], attention)[..., 0]
+    assert torch.allclose(found, used(models[0]).mean(0), atol=1e-5)
+
+
+def test_a_model_and_itself_lose_nothing(models, asked):
+    found = shifts.shift(models[0], copy.deepcopy(models[0]), CHATS, asked)["changes"]
+    assert {name: each["change"] for name, each in found.items()} == pytest.approx(
+        dict.fromkeys(found, 0.0), abs=1e-4
+    )
+    assert found["in"]["of_whole"] is None  # of nothing
 
 
 @pytest.mark.slow
-def test_the_program_writes_a_record_and_a_table(tmp_path, tiny_path):
-    keys = [f"output_dir={tmp_path}/some", f"ubmoe.bi={tiny_path}", "ubmoe.max_rows=60"]
+def test_the_program_writes_a_record_a_table_and_a_picture(tmp_path, tiny_path):
+    encoder = tmp_path / "encoder"
+    encoder.mkdir()
+    for each in tiny_path.iterdir():
+        if each.is_file() and each.suffix != ".safetensors":
+            (encoder / each.name).write_bytes(each.read_bytes())
+    weights = load_file(tiny_path / "model.safetensors")
+    weights = {n: 0.8 * w if "k_proj.weight" in n else w for n, w in weights.items()}
+    save_file(weights, encoder / "model.safetensors", {"format": "pt"})
+    keys = [f"output_dir={tmp_path}/some", f"ubmoe.bi={encoder}", "ubmoe.max_rows=60"]
     keys += ["ubmoe.held_out=16", "shift.max_chats=8"]
     status, said, errors = run("configs/tiny.yaml", *keys, script="-m ubmoe.shift")
     assert status == 0 and said.strip().endswith("shift.json"), errors
-    result = json.loads((tmp_path / "some" / "shift.json").read_text())["shift"]
-    assert result["chats"] == 8 and result["bi_weights"]
-    for reading in result["readings"].values():  # the model itself
-        assert reading["perplexity"] == pytest.approx(result["readings"]["model"]["perplexity"])
-        assert not math.isnan(reading["after"])
+    result = json.loads((tmp_path / "some" / "shift.json").read_text())
+    assert result["shift"]["chats"] == 8 and result["shift"]["bi_weights"]
+    lines = shift_text(result).splitlines()
+    read = ["model", "encoder", "in", "in", "back", "back"]
+    assert [line.split()[0] for line in lines[2:8]] == read
+    assert (tmp_path / "some" / "shift.png").stat().st_size > 1000

@@ -157,14 +157,14 @@ def attending_by(function: Attention, model: PreTrainedModel, else_: str) -> Ite
     # Without one of ours padding would be ignored in silence.
     AttentionMaskInterface.register(NAME, _padding)
     _ACTIVE.append(function)
-    model.set_attn_implementation(NAME)
     try:
+        model.set_attn_implementation(NAME)
         # What was proved of the model's own attention must hold of what replaces it.
         prove_attention(model, bidirectional=is_bidirectional(model.config))
         yield
     finally:
+        _ACTIVE.remove(function)
         model.set_attn_implementation(own)
-        _ACTIVE.pop()
 
 
 def _spare(device: torch.device) -> int | None:

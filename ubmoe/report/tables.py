@@ -255,22 +255,33 @@ def swap_text(result: dict[str, Any]) -> str:
 
 
 def shift_rows(section: dict[str, Any]) -> list[list[str]]:
-    """Header and a row a reading: its perplexity, and where its attention goes."""
+    """Header and a row a reading: its perplexity, and where its attention goes, in percent."""
+    shares = ("used", "first", "after")
     body = [
-        [name, *(f"{own[each]:.2f}" for each in ("perplexity", "first", "after"))]
+        [name, *(f"{own[each]:.2f}" for each in ("perplexity", *shares))]
         for name, own in section["readings"].items()
     ]
-    return [["", "perplexity", "first", "DP-after"], *body]
+    return [["", "perplexity", "first, as used", "first", "DP-after"], *body]
 
 
 def shift_text(result: dict[str, Any]) -> str:
     section = result["shift"]
-    changes = [f"{name} {_change(own)}" for name, own in section["changes"].items()]
+    caption = "its encoder, and each with the other's share of the first token, in and back"
+    changes = [
+        f"{name} {_change(own)}{_part(own.get('of_whole'))}"
+        for name, own in section["changes"].items()
+    ]
     return (
-        f"{model_of(result)}, its encoder, and each with the other's share of the first token, in "
-        f"and back ({section['chats']} chats):\n{aligned(shift_rows(section))}\nChange of the loss "
-        f"in nats a token (95 %): {', '.join(changes)}."
+        f"{model_of(result)}, {caption} ({section['chats']} chats):\n"
+        f"{aligned(shift_rows(section))}\n"
+        f"Change of the loss in nats a token (95 %): {'; '.join(changes)}."
     )
+
+
+def _part(own: dict[str, Any] | None) -> str:
+    if own is None:
+        return ""
+    return ", {:.0%} ({:.0%} to {:.0%})".format(own["part"], *own["interval"])
 
 
 TEXT = {

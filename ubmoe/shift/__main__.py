@@ -39,7 +39,7 @@ def main(config: Config) -> Path | None:
     return run.path
 
 
-LOWER = "shift.matched"
+LOWER = "ubmoe.max_tokens"
 
 if __name__ == "__main__":
     cli.run("python -m ubmoe.shift", __doc__ or "", main, lower=LOWER)
