@@ -16,12 +16,18 @@ def change(value, part=None):
 
 
 def section(weights="new"):
-    told = {"whole": change(2.0), "in": change(0.5, 0.25), "back": change(-1.0, 0.5)}
+    told = {"whole": change(2.0), "in": change(0.5, 0.25), "in elsewhere": change(0.25, 0.125)}
+    told |= {"back": change(-1.0, 0.5), "back elsewhere": change(0.0, 0.0)}
     changes = {name: own | {"by_answer": own} for name, own in told.items()}
     changes["in"]["by_answer"] = change(0.0) | {"of_whole": None}
-    places = ("model", "encoder", "in", "back")
-    readings = {name: {"first": 20.0 - n, "after": 40.0 + n} for n, name in enumerate(places)}
-    return {"chats": 7, "readings": readings, "changes": changes, "bi_weights": weights}
+    places = ("model", "in", "encoder", "back")
+    readings = {
+        name: {"used": 30.0 - n, "first": 20.0 - n, "after": 40.0 + n}
+        for n, name in enumerate(places)
+    }
+    exchanges = {"in": {"gap": 0.12, "by_row": 40.0}, "back": {"gap": 0.3, "by_row": 51.0}}
+    found = {"chats": 7, "readings": readings, "changes": changes, "exchanges": exchanges}
+    return found | {"bi_weights": weights}
 
 
 def records(weights="new"):
@@ -41,20 +47,24 @@ def test_every_seed_is_told_and_an_earlier_encoders_is_passed_over():
 
 
 def test_the_table_has_shares_changes_and_parts():
-    table = renewed("<!-- shift: small -->\n<!-- end -->", records(), SEEDS)
-    head, row = (" ".join(table.splitlines()[place].split()) for place in (1, 3))
-    assert "| first: model, encoder, model with its shares, encoder with the model's |" in head
-    assert row.startswith("| ffn, seed 0 | 7 | 20.0, 19.0, 18.0, 17.0 | 40.0, 41.0, 42.0, 43.0 |")
-    assert "| +2.00 (+1.75 to +2.50) | +0.50 (+0.25 to +1.00), 25% (0% to 100%) of it |" in row
-    assert "| +0.00 (-0.25 to +0.50), of nothing |" in row
+    table = renewed("<!-- shift: small -->\n<!-- end -->", records(), SEEDS).splitlines()
+    rows = [[" ".join(cell.split()) for cell in line.strip("|").split("|")] for line in table[1:-1]]
+    told = {row[0]: row[1:] for row in rows}
+    assert told[""] == ["ffn, seed 0", "ffn, seed 1"]
+    assert told["first: model, encoder, in, back"][0] == "20.0, 18.0, 19.0, 17.0"
+    assert told["the encoder over the model"][0] == "+2.00 (+1.75 to +2.50)"
+    saved = "back: the encoder with the model's shares, over the encoder"
+    assert told[saved][0] == "-1.00 (-1.25 to -0.50); 50% (0% to 100%)"
+    once = "in: the model with the encoder's shares, over the model, each answer once"
+    assert told[once][0] == "+0.00 (-0.25 to +0.50)"
+    assert told["left row by row, in and back"][0] == "40 %, 51 %"
 
 
 def test_the_picture_has_what_is_lost_and_what_is_saved():
     one, other = shift(shifted("small", records(), SEEDS)).axes
-    drawn = {each.get_label(): each for each in one.containers}
-    saved = drawn[SHIFTED["back"][0]]
+    saved = one.containers[list(SHIFTED).index("back")]
     assert list(saved.lines[0].get_xdata()) == [1.0, 1.0]  # what is saved is above 0
     [reach] = saved.lines[2]
     assert [list(each[:, 0]) for each in reach.get_segments()] == [pytest.approx([0.5, 1.25])] * 2
-    by_answer = {each.get_label(): each for each in other.containers}[SHIFTED["in"][0]]
+    by_answer = other.containers[list(SHIFTED).index("in")]
     assert np.allclose(by_answer.lines[0].get_xdata(), 0.0)

@@ -394,9 +394,10 @@ def swap_bars(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
 def shift(rows: dict[str, dict[str, Any]]) -> Figure:
     """What tuning costs, and what exchanging the first token's share alone costs and saves.
 
-    rows: `shift` sections by label. Bars: 95 % intervals over chats.
+    rows: `shift` sections by label. Bars: 95 % intervals over chats. Hollow: the same shifts on
+    other heads.
     """
-    figure = blank(10.4, 1.3 + 0.55 * len(rows))
+    figure = blank(10.4, 1.9 + 0.6 * len(rows))
     panels = figure.subplots(1, 2, sharey=True)
     for axes, by_answer in zip(panels, (False, True), strict=True):
         for name, (label, colour, sign, lift) in SHIFTED.items():
@@ -405,20 +406,25 @@ def shift(rows: dict[str, dict[str, Any]]) -> Figure:
             values = np.array([sign * each["change"] for each in own])
             ends = np.sort([np.multiply(sign, each["interval"]) for each in own])
             reach = np.stack([values - ends[:, 0], ends[:, 1] - values]).clip(0)
-            style = {"marker": "o", "ms": 4, "ls": "", "color": colour, "lw": 1}
-            axes.errorbar(values, np.arange(len(rows)) + lift, xerr=reach, label=label, **style)
+            axes.errorbar(
+                values, np.arange(len(rows)) + lift, xerr=reach, label=label, color=colour,
+                marker="o", ms=4, ls="", elinewidth=1, mfc="white" if "elsewhere" in name else None,
+            )  # fmt: skip
         axes.axvline(0, color="grey", lw=0.6)
-        axes.set(xlabel=f"nats a token, {'each answer once' if by_answer else 'by the token'}")
+        said = "each answer once" if by_answer else "by the token"
+        axes.set(xlabel=f"change of the loss, nats a token, {said}")
     panels[0].set_yticks(range(len(rows)), list(rows), fontsize=8)
     panels[0].invert_yaxis()
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return figure
 
 
 SHIFTED = {  # label, colour, sign, and how far below its row
-    "whole": ("lost by the encoder", "black", 1, -0.2),
-    "in": ("lost by the model with the encoder's shares", PALETTE[1], 1, 0),
-    "back": ("saved in the encoder by the model's shares", PALETTE[0], -1, 0.2),
+    "whole": ("lost by the encoder", "black", 1, -0.28),
+    "in": ("lost by the model with the encoder's shares", PALETTE[1], 1, -0.14),
+    "in elsewhere": ("the same, on other heads", PALETTE[1], 1, 0),
+    "back": ("saved in the encoder by the model's shares", PALETTE[0], -1, 0.14),
+    "back elsewhere": ("the same, on other heads", PALETTE[0], -1, 0.28),
 }
 
 

@@ -90,34 +90,41 @@ def _largest(values: Any, count: int = 3) -> str:
 
 def shift_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     """Of every run whose sink was exchanged: where attention goes, and what of the loss that is."""
-    body = []
+    table = [["", "chats", *(f"{said}: {', '.join(EXCHANGED)}" for said in SHARES.values())]]
+    table[0] += [f"{said}{how}" for how in ("", ", each answer once") for said in SHIFTED.values()]
+    table[0] += ["largest gap of a head, in and back", "left row by row, in and back"]
     for run, own in shifted(name, records, seeds).items():
-        readings, changes = own["readings"], own["changes"]
-        cells = [
-            ", ".join(f"{reading[share]:.1f}" for reading in readings.values())
-            for share in ("first", "after")
-        ]
-        for each in (changes, {word: told["by_answer"] for word, told in changes.items()}):
-            cells.append(_nats(each["whole"]))
-            cells += [f"{_nats(each[word])}, {_part(each[word])}" for word in ("in", "back")]
-        body.append([run, str(own["chats"]), *cells])
-    header = ["tuned", "chats", *(f"{share}: {', '.join(READ)}" for share in ("first", "DP-after"))]
-    changed = ["the encoder loses", "the model with its shares", "it with the model's"]
-    header += [*changed, *(f"{each}, each answer once" for each in changed)]
-    return noted([header, *body], [])
+        cells = [run, str(own["chats"])]
+        for share in SHARES:
+            cells.append(", ".join(f"{own['readings'][each][share]:.1f}" for each in EXCHANGED))
+        by_answer = {word: told["by_answer"] for word, told in own["changes"].items()}
+        cells += [_lost(told[word]) for told in (own["changes"], by_answer) for word in SHIFTED]
+        done = [own["exchanges"][word] for word in ("in", "back")]
+        cells.append(", ".join(f"{each['gap']:.1f}" for each in done))
+        cells.append(", ".join(f"{each['by_row']:.0f} %" for each in done))
+        table.append(cells)
+    if len(table) == 1:
+        return ""
+    return noted([list(measure) for measure in zip(*table, strict=True)], [])
 
 
-READ = ("model", "encoder", "model with its shares", "encoder with the model's")
+EXCHANGED = ("model", "encoder", "in", "back")
+SHARES = {"used": "first, as a causal row uses it", "first": "first", "after": "DP-after"}
+SHIFTED = {
+    "whole": "the encoder over the model",
+    "in": "in: the model with the encoder's shares, over the model",
+    "in elsewhere": "the same shifts on other heads",
+    "back": "back: the encoder with the model's shares, over the encoder",
+    "back elsewhere": "those shifts on other heads",
+}
 
 
-def _nats(change: Mapping[str, Any]) -> str:
-    return "{:+.2f} ({:+.2f} to {:+.2f})".format(change["change"], *change["interval"])
-
-
-def _part(change: Mapping[str, Any]) -> str:
-    if (own := change["of_whole"]) is None:
-        return "of nothing"
-    return "{:.0%} ({:.0%} to {:.0%}) of it".format(own["part"], *own["interval"])
+def _lost(change: Mapping[str, Any]) -> str:
+    """Nats a token, and the part of the whole where there is one."""
+    said = "{:+.2f} ({:+.2f} to {:+.2f})".format(change["change"], *change["interval"])
+    if (own := change.get("of_whole")) is None:
+        return said
+    return said + "; {:.0%} ({:.0%} to {:.0%})".format(own["part"], *own["interval"])
 
 
 def questions_block(name: str, records: Records, seeds: Sequence[int]) -> str:
