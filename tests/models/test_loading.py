@@ -11,7 +11,7 @@ from builders import random_model, run, write_gguf
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from ubmoe.config import ModelSection, UserError, load_config
+from ubmoe.config import ModelSection, UserError, load_config, with_keys
 from ubmoe.models.digests import fingerprint
 from ubmoe.models.loading import (
     best_device,
@@ -20,6 +20,7 @@ from ubmoe.models.loading import (
     is_finite,
     load_model,
     load_tokenizer,
+    load_with_encoder,
     within_context,
 )
 
@@ -226,3 +227,10 @@ def test_a_tokenizer_is_told_of_the_context(tiny_path, tmp_path):
     AutoTokenizer.from_pretrained(tiny_path).save_pretrained(tmp_path)
     random_model("qwen2", vocab_size=8192, max_position_embeddings=77).save_pretrained(tmp_path)
     assert load_tokenizer(section(tmp_path)).model_max_length == 77
+
+
+def test_models_that_are_not_alike_are_refused(config, tmp_path, tiny_path):
+    random_model("qwen2").save_pretrained(tmp_path / "other")
+    asked = with_keys(config, [f"model.name={tiny_path}", f"ubmoe.bi={tmp_path / 'other'}"])
+    with pytest.raises(UserError, match="ubmoe.bi: .*other has other weights than .*tuned from it"):
+        load_with_encoder(asked)

@@ -198,6 +198,22 @@ def load_model(
     return model
 
 
+def load_with_encoder(config: Config) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The model, and its encoder read causally. Raises UserError where they are not alike."""
+    path = config.ubmoe.bi or f"{config.output_dir}/bi"
+    base = load_model(config.model)
+    encoder = load_model(config.model.model_copy(update={"name": path, "revision": None}))
+    one, other = (
+        {name: value.shape for name, value in each.named_parameters()} for each in (base, encoder)
+    )
+    if one != other:
+        raise UserError(
+            f"ubmoe.bi: {path} has other weights than {config.model.name}; expected what was tuned "
+            "from it"
+        )
+    return base, encoder
+
+
 def _forget_quantization(model: Any) -> None:
     """Dequantised on loading, it is an ordinary model, which transformers would refuse to save."""
     model.hf_quantizer, model.is_quantized = None, False

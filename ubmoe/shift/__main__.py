@@ -23,15 +23,14 @@ def main(config: Config) -> Path | None:
         from ubmoe.data.rows import spaced
         from ubmoe.evaluate.generation import held_out_chats
         from ubmoe.models.digests import fingerprint
-        from ubmoe.models.loading import load_tokenizer, within_context
+        from ubmoe.models.loading import load_tokenizer, load_with_encoder, within_context
         from ubmoe.report import figures
         from ubmoe.report.tables import model_of
         from ubmoe.shift.shifts import shift
-        from ubmoe.swap.swaps import both_models
 
         config = within_context(config, "ubmoe")
         every = held_out_chats(config, load_tokenizer(config.model))
-        run.model, encoder = both_models(config)
+        run.model, encoder = load_with_encoder(config)
         run.section = shift(run.model, encoder, spaced(every, config.shift.max_chats), config)
         run.section["bi_weights"] = fingerprint(encoder)
         label = model_of({"config": config.model_dump()})

@@ -23,14 +23,14 @@ def main(config: Config) -> Path | None:
         from ubmoe.data.rows import spaced
         from ubmoe.evaluate.generation import held_out_chats
         from ubmoe.models.digests import fingerprint
-        from ubmoe.models.loading import load_tokenizer, within_context
+        from ubmoe.models.loading import load_tokenizer, load_with_encoder, within_context
         from ubmoe.report import figures
-        from ubmoe.swap.swaps import both_models, swap
+        from ubmoe.swap.swaps import swap
 
         config = within_context(config, "ubmoe")
         every = held_out_chats(config, load_tokenizer(config.model))
         chats = spaced(every, config.swap.max_chats)
-        run.model, encoder = both_models(config)
+        run.model, encoder = load_with_encoder(config)
         run.section = swap(run.model, encoder, chats, config, run.directory)
         run.section["bi_weights"] = fingerprint(encoder)
         run.figures = figures.swap(run.section)

@@ -11,33 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
 
 from ubmoe.bootstrap import interval, means
-from ubmoe.config import Config, UserError
+from ubmoe.config import Config
 from ubmoe.data.chats import Chat, collate
 from ubmoe.data.padding import IGNORE_INDEX, batches_by_length
 from ubmoe.models.digests import digest_of_rows, mark_of
-from ubmoe.models.loading import load_model
 from ubmoe.models.precision import autocast, uses_bfloat16
 from ubmoe.scan.kept import Kept
 from ubmoe.scan.walk import Choice, called, given, walk
-
-
-def both_models(config: Config) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """The model, and its encoder read causally. Raises UserError where they are not alike."""
-    path = config.ubmoe.bi or f"{config.output_dir}/bi"
-    base = load_model(config.model)
-    encoder = load_model(config.model.model_copy(update={"name": path, "revision": None}))
-    one, other = (
-        {name: value.shape for name, value in each.named_parameters()} for each in (base, encoder)
-    )
-    if one != other:
-        raise UserError(
-            f"ubmoe.bi: {path} has other weights than {config.model.name}; expected what was tuned "
-            "from it"
-        )
-    return base, encoder
 
 
 def choices(depth: int) -> list[Choice]:
