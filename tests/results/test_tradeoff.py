@@ -63,6 +63,20 @@ def test_pairs_that_tell_of_sts_alone_are_no_picture(tmp_path):
     assert "masks.png" in tradeoff.draw(load_config(None, keys), Records.of_names(records))
 
 
+def test_a_mixture_is_placed_where_it_embeds_as_its_tuned_expert_does():
+    record = dict(RECORDS["m.generation.seed0"])
+    record["sts"] = [
+        {"route": "learned", "attention": mask, "average": score}
+        for mask, score in (("bidirectional", 22.0), ("causal", 42.0))
+    ]
+    for mask, sts in (("bidirectional", 22.0), ("causal", 42.0)):
+        generation = record["generation"] | {"bi_attention": mask}
+        records = study(ROWS) | {"m.generation.seed0": record | {"generation": generation}}
+        found = tradeoff.points(MODEL, Records.of_names(records), SEEDS)
+        [point] = [each for each in found.values() if each.kind == "mixture"]
+        assert (point.sts, point.is_control) == ([sts], mask == "causal")
+
+
 def test_points_and_pictures_come_from_the_records(tmp_path):
     keys = [f"model.name=Qwen/{MODEL}", f"output_dir={tmp_path}"]
     records = study(ROWS) | {"m.generation.seed0": RECORDS["m.generation.seed0"]}

@@ -36,7 +36,7 @@ class Point:
 
     Averages are of the tasks that all models have which have any.
 
-    is_control: as of the encoder's entry; never of a mixture.
+    STS is under the mask of tuning. is_control: tuned causally, or a mixture with such an expert.
     """
 
     kind: str
@@ -62,7 +62,7 @@ def points(model: str, records: Records, seeds: Sequence[int]) -> dict[str, Poin
     mixtures = [
         each
         for each in entries("routes", model, records, seeds)
-        if "STS bidirectional" in each.cells and not each.row.startswith(NO_MIXTURES)
+        if _sts_of(each) in each.cells and not each.row.startswith(NO_MIXTURES)
     ]
     common = common_tasks(encoders)
     asked = [own for each in (*encoders, *mixtures) if (own := _asked(each))]
@@ -72,10 +72,14 @@ def points(model: str, records: Records, seeds: Sequence[int]) -> dict[str, Poin
         point = found.setdefault(each.row, Point(kind, each.is_control))
         point.add(each.mean(common), _average(each, tasks), each.cells["perplexity"])
     for each in mixtures:
-        point = found.setdefault(each.row, Point("mixture"))
-        sts = each.cells["STS bidirectional"]
-        point.add(sts, _average(each, tasks), each.cells["perplexity"])
+        point = found.setdefault(each.row, Point("mixture", _sts_of(each) == "STS causal"))
+        point.add(each.cells[_sts_of(each)], _average(each, tasks), each.cells["perplexity"])
     return found
+
+
+def _sts_of(mixture: Entry) -> str:
+    """The column of its STS as it is meant to read: as its tuned expert was."""
+    return f"STS {mixture.record.section.get('bi_attention', 'bidirectional')}"
 
 
 def _asked(entry: Entry) -> Cells:
@@ -173,7 +177,7 @@ def plane_figure(model: str, placed: dict[str, Point]) -> Any:
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
             axes.yaxis.set_minor_locator(NullLocator())
             axes.yaxis.set_major_formatter(ScalarFormatter())
-        axes.set(xlabel="STS (mixtures: bidirectional)", ylabel=label)
+        axes.set(xlabel="STS under the mask of tuning", ylabel=label)
         _plane(axes, placed, what)
     figure.legend(*every[-1].get_legend_handles_labels(), loc="outside right center", fontsize=7)
     figure.suptitle(f"{model}: embedding against generation; dashed: Pareto front", fontsize=10)
