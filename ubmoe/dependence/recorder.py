@@ -201,12 +201,17 @@ def dependence_of(
             f"{type(model).__name__} called the dependence recorder {calls}; it cannot be measured"
         )
     shares = torch.stack(recorder.shares, dim=1).cpu()
+    refuse_overflow(shares, model)
+    return shares
+
+
+def refuse_overflow(shares: Tensor, model: PreTrainedModel) -> None:
+    """Raises UserError for shares that are not finite."""
     if not shares.isfinite().all():
         raise UserError(
             f"{type(model).__name__} overflows in {model.dtype}; expected model.dtype float32 or "
             "bfloat16"
         )
-    return shares
 
 
 MAP_TOKENS = 20  # of a text whose attention map is drawn

@@ -1,7 +1,7 @@
 """Tables of results as text for a terminal, and what their rows and cells are called."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -268,7 +268,7 @@ def shift_text(result: dict[str, Any]) -> str:
     section = result["shift"]
     caption = "its encoder, and each with the other's share of the first token, in and back"
     changes = [
-        f"{name} {_change(own)}{_part(own.get('of_whole'))}"
+        ", ".join(filter(None, (f"{name} {_change(own)}", part_of_whole(own))))
         for name, own in section["changes"].items()
     ]
     return (
@@ -278,10 +278,11 @@ def shift_text(result: dict[str, Any]) -> str:
     )
 
 
-def _part(own: dict[str, Any] | None) -> str:
-    if own is None:
+def part_of_whole(change: Mapping[str, Any]) -> str:
+    """Of what the encoder loses, with its interval; empty where there is none."""
+    if (own := change.get("of_whole")) is None:
         return ""
-    return ", {:.0%} ({:.0%} to {:.0%})".format(own["part"], *own["interval"])
+    return "{:.0%} ({:.0%} to {:.0%})".format(own["part"], *own["interval"])
 
 
 TEXT = {

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ubmoe.config import Config, UserError
 from ubmoe.data.chats import Chat, collate
 from ubmoe.data.rows import spaced
-from ubmoe.dependence.recorder import attending_by, attention_layers
+from ubmoe.dependence.recorder import attending_by, attention_layers, refuse_overflow
 from ubmoe.evaluate.generation import perplexity
 from ubmoe.models.precision import Setting, autocast
 from ubmoe.shift.attention import SEEN, Shifts
@@ -101,11 +101,7 @@ def shares(
         model.base_model(**inputs, use_cache=False)
     rows, attention.rows = torch.stack(attention.rows), None
     found = mean_seen(model, attention)[..., 0]
-    if not found.isfinite().all():
-        raise UserError(
-            f"{type(model).__name__} overflows in {model.dtype}; expected model.dtype float32 or "
-            "bfloat16"
-        )
+    refuse_overflow(found, model)
     return found, rows
 
 

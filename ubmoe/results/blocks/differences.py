@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ubmoe.report.tables import part_of_whole
 from ubmoe.results import paired
 from ubmoe.results.blocks.cells import average_of, noted, spread_of
 from ubmoe.results.entries import SINK, by_row, common_tasks
@@ -122,9 +123,7 @@ SHIFTED = {
 def _lost(change: Mapping[str, Any]) -> str:
     """Nats a token, and the part of the whole where there is one."""
     said = "{:+.2f} ({:+.2f} to {:+.2f})".format(change["change"], *change["interval"])
-    if (own := change.get("of_whole")) is None:
-        return said
-    return said + "; {:.0%} ({:.0%} to {:.0%})".format(own["part"], *own["interval"])
+    return "; ".join(filter(None, (said, part_of_whole(change))))
 
 
 def questions_block(name: str, records: Records, seeds: Sequence[int]) -> str:
