@@ -40,10 +40,11 @@ def _changes(lost: dict[str, np.ndarray], tokens: np.ndarray) -> dict[str, dict[
     for place, (name, (_, over)) in enumerate(OVER.items()):
         found[name] = {"change": float(exact[place]), "interval": ends[place]}
         if place:
-            sign = -1 if over == "encoder" else 1
-            part = {
-                "part": float(sign * exact[place] / exact[0]) if exact[0] else 0.0,
-                "interval": interval(sign * drawn[:, place] / drawn[:, 0].clip(1e-9)),
-            }
-            found[name]["of_whole"] = part if ends[0][0] > 0 else None
+            found[name]["of_whole"] = None
+            if ends[0][0] > 0:
+                sign = -1 if over == "encoder" else 1
+                found[name]["of_whole"] = {
+                    "part": float(sign * exact[place] / exact[0]),
+                    "interval": interval(sign * drawn[:, place] / drawn[:, 0].clip(1e-9)),
+                }
     return found
