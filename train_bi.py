@@ -29,31 +29,36 @@ def main(config: Config) -> Path:
         )
         from ubmoe.encoder.stages import read_data, train_stages
         from ubmoe.evaluate.sts import sts_scores, sts_tasks
+        from ubmoe.evaluate.trajectory import Trajectory, parted
         from ubmoe.models.loading import load_model, load_tokenizer, within_context
         from ubmoe.report import figures, tables
 
-        config = within_context(config, "bi")
+        config = within_context(config, "bi", "trajectory")
         tokenizer = load_tokenizer(config.model)
         data = [read_data(stage, tokenizer) for stage in config.bi.stages]
         if not config.bi.stages:  # nothing is trained under the mask: it is the adapter's
             check_mask(config)
         tasks = sts_tasks(config.evaluation.sts)
+        trajectory = Trajectory(config, tokenizer) if config.trajectory.steps else None
         model = load_model(config.model, config.bi.bidirectional, config.bi.layers)
         encoder = as_encoder(model, tokenizer, config.bi)
         run.log("one text, as the model reads it: %s", rendered(encoder, "A small example."))
-        reports = train_stages(config, data, encoder, model, tokenizer)
+        scoring = trajectory.callback if trajectory else None
+        reports = train_stages(config, data, encoder, model, tokenizer, scoring)
+        parts = parted(reports)
         run.model = model
         if run.is_main:
             save_encoder(encoder, model, tokenizer, config.bi, run.place("bi"))
             scores = sts_scores(
                 encoder, tasks, config.evaluation.batch_size, config.evaluation.bf16
             )
-            run.section = scores | {"stages": reports}
+            run.section = scores | parts
             if tables.has_collapsed(reports):
                 run.log(
                     "collapsed: all texts are alike to this encoder; try bi.stages.N.warmup_steps"
                 )
-            run.figures = figures.training(reports)
+            run.figures = figures.training(parts["stages"])
+            run.figures |= figures.trajectory(parts.get("trajectory", []))
     return run.path
 
 

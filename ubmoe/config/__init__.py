@@ -33,6 +33,7 @@ from ubmoe.config.schema import (
     Section,
     StageSection,
     TrainingSection,
+    TrajectorySection,
     keys,
     numbered,
 )
@@ -65,6 +66,7 @@ __all__ = [
     "Section",
     "StageSection",
     "TrainingSection",
+    "TrajectorySection",
     "UserError",
     "deciding_weights",
     "dump_config",

@@ -19,7 +19,7 @@ SCANNED = tuple(
 SCORED = {
     "evaluation": ("model", *FORM, "evaluation", *CHATS),
     "generation": ("model", *FORM, "evaluation", *CHATS),
-    "sts": ("model", *FORM, "evaluation.sts", "evaluation.bf16"),
+    "sts": ("model", *FORM, "evaluation.sts", "evaluation.bf16", "trajectory"),
     "dependence": ("model", "dependence"),
     "bitune": ("model", "bitune", *ASKED),
     "swap": ("model", "ubmoe.bi", *CHATS, "swap", "evaluation.bf16"),

@@ -673,6 +673,26 @@ class ResultsSection(Section):
         return _not_empty(value)
 
 
+class TrajectorySection(Section):
+    """An encoder scored while it trains (train_bi.py): similarity gained, language lost."""
+
+    steps: list[Positive] = score_key(
+        [],
+        "score the encoder before each contrastive stage and after so many of its steps; "
+        "none: not at all",
+        "steps",
+    )
+    sts: list[str] = score_key(["tiny"], "as evaluation.sts")
+    perplexity: list[str] = score_key(
+        [], "chats (the loss of their answers) or texts (of every token), read causally"
+    )
+    max_texts: Positive | None = score_key(
+        100, "of each of them, evenly spaced; a text is a chunk of max_tokens", "texts"
+    )
+    max_tokens: Positive = score_key(512, "longer chats are cut", "tokens")
+    dependence: bool = score_key(False, "also measure attention dependence, as `dependence` says")
+
+
 class Config(Section):
     """Every key of every program."""
 
@@ -701,6 +721,7 @@ class Config(Section):
     scan: ScanSection = key(ScanSection(), "")
     swap: SwapSection = key(SwapSection(), "")
     shift: ShiftSection = key(ShiftSection(), "")
+    trajectory: TrajectorySection = key(TrajectorySection(), "")
     evaluation: EvaluationSection = key(EvaluationSection(), "")
     results: ResultsSection = key(ResultsSection(), "")
 

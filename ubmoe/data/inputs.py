@@ -19,7 +19,10 @@ from ubmoe.tiny import language
 # Keys that say what is read, by the result: their digests stand for them.
 READ: dict[str, tuple[str, ...]] = {
     "dependence": ("dependence.dataset", "dependence.chat_template"),
-    "sts": ("bi.stages.N.dataset", "bi.stages.N.lm_dataset", "evaluation.sts"),
+    "sts": (
+        *("bi.stages.N.dataset", "bi.stages.N.lm_dataset", "evaluation.sts"),
+        *("trajectory.sts", "trajectory.perplexity"),
+    ),
     "generation": ("ubmoe.dataset", "ubmoe.sentences", "evaluation.sts", "evaluation.generation"),
     "evaluation": (
         *("ubmoe.dataset", "evaluation.sts", "evaluation.generation", "evaluation.perplexity"),
@@ -63,6 +66,8 @@ def _values(config: Config, key: str) -> Iterator[tuple[str, Any]]:
         "ubmoe.sentences": config.ubmoe.objective != "both",
         "dependence.chat_template": config.dependence.chat_template is None,
         "evaluation.perplexity": not config.evaluation.perplexity,
+        "trajectory.sts": not config.trajectory.steps,
+        "trajectory.perplexity": not (config.trajectory.steps and config.trajectory.perplexity),
     }
     if not unused.get(key):
         yield key, getattr(getattr(config, section), last)

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ubmoe.config import UserError
 from ubmoe.data.bad_rows import RowError, usable
 from ubmoe.data.rows import SENTENCE, cell, left, training_rows
 
@@ -70,6 +71,23 @@ def sentences_of(
     rows, checked = training_rows(dataset, most), checking(tokenizer)
     found = usable(lambda row: checked(row.where, cell(row, SENTENCE, blank)), rows)
     return left(dataset, list(found), len(rows))
+
+
+def chunks_of(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, dataset: str
+) -> list[list[int]]:
+    """The texts, a line each, end to end and cut into chunks of `length` tokens; a rest is dropped.
+
+    Raises UserError where they do not fill one chunk.
+    """
+    lines = [f"{text}\n" for text in texts if text]
+    ids = [token for line in tokenizer(lines)["input_ids"] for token in line] if lines else []
+    if len(ids) < length:
+        raise UserError(
+            f"{dataset}: {len(ids)} tokens; expected one chunk of max_tokens={length} at least"
+        )
+    starts = range(0, len(ids) - length + 1, length)
+    return [ids[start : start + length] for start in starts]
 
 
 def own_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

@@ -6,7 +6,7 @@ Trainer and sampler are sentence-transformers'. Ours: which modules train, the v
 import logging
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -21,7 +21,7 @@ from sentence_transformers import (
     SentenceTransformerTrainingArguments,
 )
 from sentence_transformers.base.sampler import BatchSamplers
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from ubmoe.config import StageSection, UserError
 from ubmoe.data.bad_rows import RowError, usable
@@ -37,6 +37,7 @@ from ubmoe.training.modules import announce, tuning
 from ubmoe.training.trainer import GuardedTrainer, run_trainer
 
 log = logging.getLogger(__name__)
+Scoring = Callable[[SentenceTransformer, PreTrainedModel, StageSection], TrainerCallback]
 COLUMNS = {  # of a supervised data set, by what they are often called
     "anchor": ("anchor", "query", "sent0", "sentence1"),
     "positive": ("positive", "pos", "sent1", "sentence2"),
@@ -136,11 +137,13 @@ def train_stage(
     data: Dataset,
     work: Work,
     language: Sequence[Chat] = (),
+    scoring: Scoring | None = None,
 ) -> dict[str, Any]:
     """Train the stage's modules of `model`, the encoder's inner model with its head, in place.
 
-    language: what `lm_weight` keeps the language-model loss on. Returns what the record says of the
-    stage: counts by module, negatives, truncated share, log.
+    language: what `lm_weight` keeps the language-model loss on. scoring: makes the callback that
+    scores the encoder at chosen steps. Returns what the record says of the stage: counts by module,
+    negatives, truncated share, log.
     """
     encoder.max_seq_length, length = stage.max_tokens, encoder.max_seq_length
     views = stage.objective == "simcse"
@@ -170,7 +173,12 @@ def train_stage(
         with attention_dropout(model, stage.dropout if views else 0.0):
             history = run_trainer(
                 partial(
-                    ContrastiveTrainer, encoder, loss=loss, language=beside, weight=stage.lm_weight
+                    ContrastiveTrainer,
+                    encoder,
+                    loss=loss,
+                    language=beside,
+                    weight=stage.lm_weight,
+                    callbacks=[scoring(encoder, model, stage)] if scoring else None,
                 ),
                 stage,
                 work,

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ubmoe.config import StageSection, UserError
 from ubmoe.data.padding import IGNORE_INDEX
-from ubmoe.data.tokens import check_ids, sentences_of
+from ubmoe.data.tokens import check_ids, chunks_of, sentences_of
 from ubmoe.models.digests import digest, digest_of_tokenizer, mark_of
 from ubmoe.training.checkpoints import Work
 from ubmoe.training.losses import mean_loss, predictions
@@ -115,15 +115,7 @@ def chunked(stage: StageSection, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     Raises UserError where the texts do not fill one chunk.
     """
     texts = sentences_of(stage.dataset, tokenizer, stage.max_rows, blank=True)
-    lines = [f"{text}\n" for text in texts if text]
-    ids = [token for line in tokenizer(lines)["input_ids"] for token in line] if lines else []
-    count = len(ids) // stage.max_tokens
-    if not count:
-        raise UserError(
-            f"{stage.dataset}: {len(ids)} tokens; expected one chunk of "
-            f"bi.stages.N.max_tokens={stage.max_tokens} at least"
-        )
-    return torch.tensor(ids[: count * stage.max_tokens]).view(count, stage.max_tokens)
+    return torch.tensor(chunks_of(texts, tokenizer, stage.max_tokens, stage.dataset))
 
 
 class MntpTrainer(GuardedTrainer):

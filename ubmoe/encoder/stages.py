@@ -33,8 +33,12 @@ def train_stages(
     encoder: SentenceTransformer,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    scoring: contrastive.Scoring | None = None,
 ) -> list[dict[str, Any]]:
-    """Train `model`, the encoder's inner model with its head, in place; a report for each stage."""
+    """Train `model`, the encoder's inner model with its head, in place; a report for each stage.
+
+    scoring: makes the callback of each contrastive stage that scores the encoder on its way.
+    """
     reports: list[dict[str, Any]] = []
     for number, (stage, given) in enumerate(zip(config.bi.stages, data, strict=True)):
         rows, language = given
@@ -52,6 +56,6 @@ def train_stages(
         if stage.objective == "mntp":
             report = mntp.train_stage(model, tokenizer, stage, rows, work)
         else:
-            report = contrastive.train_stage(encoder, model, stage, rows, work, language)
+            report = contrastive.train_stage(encoder, model, stage, rows, work, language, scoring)
         reports.append({"objective": stage.objective} | report)
     return reports

@@ -10,7 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 STYLE: Any = {
     "axes.spines.top": False,
@@ -214,6 +214,31 @@ def training(stages: list[dict[str, Any]]) -> dict[str, Figure]:
     return {"training.png": figure}
 
 
+@styled
+def trajectory(points: list[dict[str, Any]]) -> dict[str, Figure]:
+    """Similarity against the perplexity over the untrained model's, a panel a text, a line a stage.
+
+    Each point is named by its step. {} where no perplexity was asked for.
+    """
+    names = list(points[0]["perplexity"]) if points else []
+    if not names:
+        return {}
+    figure = blank(0.4 + 3.6 * len(names), 3.4)
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        base = points[0]["perplexity"][name]["perplexity"]
+        for stage in sorted({point["stage"] for point in points}):
+            own = [point for point in points if point["stage"] == stage]
+            across = [point["perplexity"][name]["perplexity"] / base for point in own]
+            up = [point["sts"]["average"] for point in own]
+            axes.plot(across, up, lw=1.2, marker="o", ms=4, label=f"stage {stage}")
+            for point, x, y in zip(own, across, up, strict=True):
+                axes.annotate(f" {point['step']}", (x, y), fontsize=7)
+        axes.set(xlabel=f"perplexity on {name}, over the start's", ylabel="Spearman x 100")
+        axes.set_xscale("log")
+        of_plain(axes.xaxis)
+    return {"trajectory.png": figure}
+
+
 def _curve(axes: Any, log: list[dict[str, float]], curve: str) -> None:
     axes.set_visible(True)
     for key in CURVES[curve]:
@@ -232,6 +257,13 @@ def _curve(axes: Any, log: list[dict[str, float]], curve: str) -> None:
 def of_ratios(axis: Any) -> None:
     """Ticks of a logarithmic axis at 1, 3, 10 and so on, as plain numbers."""
     axis.set_major_locator(LogLocator(subs=(1, 3)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
+
+
+def of_plain(axis: Any) -> None:
+    """Ticks of a narrow logarithmic axis, as plain numbers."""
+    axis.set_major_locator(MaxNLocator(5))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_locator(NullLocator())
 
