@@ -30,6 +30,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from studies.compare.published import published
 from ubmoe import cli
 from ubmoe.bitune import model as prefill
 from ubmoe.bitune.model import attach
@@ -40,7 +41,6 @@ from ubmoe.moe import joining
 from ubmoe.moe.routers import router_weights
 from ubmoe.recording import recording
 from ubmoe.results.__main__ import VERBS
-from ubmoe.results.published import published
 
 ROOT = Path(__file__).parent.parent
 # Of sentences of many lengths, for what several processes train on.

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from builders import ROOT, recorded, run
 
-from ubmoe.config import UserError
+from ubmoe.config import UserError, load_config
 from ubmoe.report.tables import model_of
+from ubmoe.results import __main__ as results
 from ubmoe.results.__main__ import table
 from ubmoe.results.records import Record, record, without_paths
 
@@ -138,3 +139,13 @@ def test_a_record_that_says_too_little_is_one_line(tmp_path, data, expected, ver
 )
 def test_a_record_is_named_by_its_model_and_its_adapters(adapter, expected):
     assert model_of({"config": {"model": {"name": "some/model", "adapter": adapter}}}) == expected
+
+
+@pytest.mark.parametrize("verb", ["figure", "readme", "table"])
+def test_what_compares_runs_says_that_it_needs_a_checkout(verb, tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    config = load_config(
+        None, [f"output_dir={tmp_path}", "results.table=2", f"results.directory={tmp_path}"]
+    )
+    with pytest.raises(UserError, match="studies: not there; expected a checkout"):
+        results.VERBS[verb](config)

@@ -4,24 +4,42 @@ python -m ubmoe.results table configs/tiny.yaml
 python -m ubmoe.results plan configs/qwen1.5-0.5b.yaml results.table=2
 """
 
+import importlib
 import sys
 from pathlib import Path
+from typing import Any
 
 try:
     from ubmoe import cli
-    from ubmoe.config import Config
+    from ubmoe.config import Config, UserError
     from ubmoe.report.tables import TEXT
-    from ubmoe.results import paper, plan
-    from ubmoe.results.pages import renew
+    from ubmoe.results import plan
     from ubmoe.results.records import existing, read_result, record, recorded
 except KeyboardInterrupt:  # before anything was begun
     sys.exit(130)
+
+ROOT = Path(__file__).parents[2]  # of a checkout
+
+
+def comparing(module: str) -> Any:
+    """A module of studies/compare, which lies beside the package and is not installed.
+
+    By its name and only now: the package never imports the studies. Raises UserError.
+    """
+    if not (ROOT / "studies" / "compare").is_dir():
+        raise UserError(
+            f"{ROOT / 'studies'}: not there; expected a checkout of the repository, whose studies/ "
+            "compares records: the package alone plans, runs, records and shows one run's results"
+        )
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    return importlib.import_module(f"studies.compare.{module}")
 
 
 def table(config: Config) -> str:
     """A table of the paper from the records; without results.table, what output_dir holds."""
     if config.results.table is not None:
-        return paper.text(config.results.table, config, recorded(config))
+        return comparing("paper").text(config.results.table, config, recorded(config))
     parts = [TEXT[path.stem](read_result(path)) for path in existing(config)]
     figures = sorted(str(path) for path in Path(config.output_dir).glob("*.png"))
     return "\n\n".join([*parts, "\n".join(["figures:", *(f"  {path}" for path in figures)])])
@@ -29,9 +47,12 @@ def table(config: Config) -> str:
 
 def figure(config: Config) -> str:
     """The study's pictures from the records; returns their paths."""
-    from ubmoe.results import tradeoff  # imports matplotlib, which the other verbs do not
+    return comparing("tradeoff").draw(config, recorded(config))
 
-    return tradeoff.draw(config, recorded(config))
+
+def readme(config: Config) -> str:
+    """The generated tables of every page from the records; returns the pages' paths."""
+    return comparing("pages").renew(config)
 
 
 def prefetch(config: Config) -> str:
@@ -47,7 +68,7 @@ VERBS = {
     "table": table,
     "figure": figure,
     "record": record,
-    "readme": renew,
+    "readme": readme,
     "prefetch": prefetch,
 }
 

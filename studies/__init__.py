@@ -1,0 +1,1 @@
+"""Studies beside the package: what compares its results. Nothing here is installed."""

@@ -1,0 +1,1 @@
+"""Records of several runs held against each other: tables, figures, generated pages."""

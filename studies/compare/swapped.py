@@ -1,0 +1,109 @@
+"""Which layers' tuning costs the language model, of every row that was swapped; and a picture."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from scipy.stats import rankdata
+
+from studies.compare.entries import Entry, by_row, measured_of
+from studies.compare.sink import layers
+from ubmoe.report.figures import SWAPPED, blank, styled, swap_bars
+from ubmoe.results.records import Record, Records
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """The first seed of a row that was swapped.
+
+    section: of its record. after: (layers,) percentage points that tuning adds to each layer's
+    DP-after; None where that was not measured. What a swap changes counts every answer once.
+    """
+
+    section: dict[str, Any]
+    after: np.ndarray | None
+
+    @property
+    def whole(self) -> float:
+        """Nats a token of the encoder over the model."""
+        return float(self.section["whole"]["by_answer"]["change"])
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """A layer each, with what changes where it is put `in` and `back`."""
+        rows = self.section["layers"]
+        return [{word: row[word]["by_answer"] for word in SWAPPED} for row in rows]
+
+    def changes(self, word: str) -> np.ndarray:
+        """(layers,) nats a token. word: `in` or `back`."""
+        return np.array([row[word]["change"] for row in self.rows])
+
+    def with_after(self, word: str) -> float | None:
+        """Rank correlation over layers of the rise of DP-after with what a swap costs or saves.
+
+        At equal depth, a partial one: where both go with the layer's number, their ranks go
+        together whatever one has to do with the other. None where depth leaves nothing of either.
+        """
+        if self.after is None or len(self.after) < 4:
+            return None
+        cost = SIGNS[word] * self.changes(word)
+        ranks = [rankdata(each) for each in (cost, self.after, np.arange(len(cost)))]
+        if not np.ptp(ranks[0]) or not np.ptp(ranks[1]):
+            return None
+        both, deep, own = np.corrcoef(ranks)[[0, 0, 1], [1, 2, 2]]
+        left = (1 - deep**2) * (1 - own**2)
+        return float((both - deep * own) / math.sqrt(left)) if left > 1e-9 else None
+
+
+SIGNS = {"in": 1, "back": -1}  # what it costs to put a layer in is saved by putting it back
+
+
+def swapped(model: str, records: Records, seeds: Sequence[int]) -> dict[str, Swapped]:
+    """{row: what was swapped of it}, by the rows' names."""
+    rows = by_row("encoders", model, records, seeds)
+    base = next((each for own in rows.values() for each in own if each.is_base), None)
+    found = {}
+    for row, own in sorted(rows.items()):
+        for entry in own:
+            record = measured_of(entry.record, "swap", records)
+            if record is not None and row not in found:
+                found[row] = Swapped(record.section, _risen(entry, base))
+    return found
+
+
+def _risen(entry: Entry, base: Entry | None) -> np.ndarray | None:
+    """By layer, what tuning adds to DP-after."""
+    mine, theirs = (_with_sink(each) for each in (entry, base))
+    moved = layers({"base": [theirs], "own": [mine]}) if mine and theirs else {}
+    return moved["own"].after if moved else None
+
+
+def _with_sink(entry: Entry | None) -> Record | None:
+    return entry.measured("dependence") if entry and "first" in entry.cells else None
+
+
+@styled
+def figure(model: str, rows: dict[str, Swapped]) -> Figure:
+    """By layer, what a swap changes; beside it, whether the costly layers are those of DP-after."""
+    found = blank(10.4, 0.9 + 2.6 * len(rows))
+    grid = found.subplots(len(rows), 2, squeeze=False, sharex="col", width_ratios=(2.4, 1))
+    for (bars, points), (row, own) in zip(grid, rows.items(), strict=True):
+        swap_bars(bars, own.rows)
+        bars.set_ylabel(f"{row}\nchange of the loss, nats a token", fontsize=9)
+        if own.after is not None:
+            for word, sign in SIGNS.items():
+                style = {"marker": "o", "ls": "", "ms": 4, "color": SWAPPED[word][1]}
+                points.plot(own.after, sign * own.changes(word), **style)
+            ranks = [own.with_after(word) for word in SIGNS]
+            said = " and ".join("none" if each is None else f"{each:.2f}" for each in ranks)
+            points.set_title(f"ranks at equal depth of cost, saving:\n{said}", fontsize=8)
+        for line in (points.axhline, points.axvline):
+            line(0, color="grey", lw=0.6)
+    bars.set_xlabel("layer that is swapped")
+    points.set_xlabel("change of the layer's DP-after, points")
+    grid[0, 0].legend()
+    found.suptitle(model, fontsize=10)
+    return found

@@ -1,0 +1,244 @@
+"""A picture of what embedding costs in generation, of every model of a study.
+
+From the records alone. The plane has a point for every model: STS average to the right (a mixture
+reads bidirectionally for it, an encoder as it was tuned), generation upwards, and its Pareto front.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from statistics import geometric_mean, mean, stdev
+from typing import Any
+
+from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
+
+from studies.compare import claim, runs, sink, steps, swapped
+from studies.compare.entries import Cells, Entry, common_tasks, entries, main_metrics
+from studies.compare.probed import of_context, probings
+from studies.compare.shifted import shifted
+from ubmoe.config import Config, UserError
+from ubmoe.files import replace_all, save_figure
+from ubmoe.report.figures import blank, context, shift, styled
+from ubmoe.report.tables import ROUTES, model_of
+from ubmoe.results.records import Records
+
+log = logging.getLogger(__name__)
+NO_MIXTURES = (ROUTES["uni"], ROUTES["bi"])  # the two models themselves, forced
+
+
+@dataclass
+class Point:
+    """A model of the study, a value for each seed: STS average, tasks' average, perplexity.
+
+    Averages are of the tasks that all models have which have any.
+
+    STS is under the mask of tuning. is_control: tuned causally, or a mixture with such an expert.
+    """
+
+    kind: str
+    is_control: bool = False
+    sts: list[float] = field(default_factory=list)
+    tasks: list[float] = field(default_factory=list)
+    perplexity: list[float] = field(default_factory=list)
+
+    def add(self, *values: float | None) -> None:
+        for found, value in zip((self.sts, self.tasks, self.perplexity), values, strict=True):
+            if value is not None:
+                found.append(value)
+
+
+def points(model: str, records: Records, seeds: Sequence[int]) -> dict[str, Point]:
+    """Every model of the study that both uses were scored of, by its row's name."""
+    found: dict[str, Point] = {}
+    encoders = [
+        each
+        for each in entries("encoders", model, records, seeds)
+        if each.tasks and "perplexity" in each.cells and not each.has_collapsed
+    ]
+    mixtures = [
+        each
+        for each in entries("routes", model, records, seeds)
+        if _sts_of(each) in each.cells and not each.row.startswith(NO_MIXTURES)
+    ]
+    common = common_tasks(encoders)
+    asked = [own for each in (*encoders, *mixtures) if (own := _asked(each))]
+    tasks = set.intersection(*(set(each) for each in asked)) if asked else set()
+    for each in encoders if common else ():
+        kind = "base" if each.is_base else "encoder"
+        point = found.setdefault(each.row, Point(kind, each.is_control))
+        point.add(each.mean(common), _average(each, tasks), each.cells["perplexity"])
+    for each in mixtures:
+        point = found.setdefault(each.row, Point("mixture", _sts_of(each) == "STS causal"))
+        point.add(each.cells[_sts_of(each)], _average(each, tasks), each.cells["perplexity"])
+    return found
+
+
+def _sts_of(mixture: Entry) -> str:
+    """The column of its STS as it is meant to read: as its tuned expert was."""
+    return f"STS {mixture.record.section.get('bi_attention', 'bidirectional')}"
+
+
+def _asked(entry: Entry) -> Cells:
+    """{generation task: score} of an encoder read causally, or of a mixture."""
+    if (evaluated := entry.measured("evaluation")) is not None:
+        again = evaluated.data["generation"]
+        return main_metrics(again, again["metrics"])
+    is_mixture = entry.record.kind == "generation"
+    return {name: entry.cells[name] for name in entry.tasks} if is_mixture else {}
+
+
+def _average(entry: Entry, tasks: set[str]) -> float | None:
+    scores = [value for name, value in _asked(entry).items() if name in tasks and value is not None]
+    return mean(scores) if scores else None
+
+
+def front(pairs: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points that none surpasses in both, by the first coordinate."""
+    order = sorted(range(len(pairs)), key=lambda each: (-pairs[each][0], -pairs[each][1]))
+    best, found = -math.inf, []
+    for each in order:
+        if pairs[each][1] > best:
+            best = pairs[each][1]
+            found.append(each)
+    return found[::-1]
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+
+def draw(config: Config, records: Records) -> str:
+    """Write the pictures of the study to output_dir, as the records give: tradeoff.png, and more.
+
+    Returns their paths. Raises UserError.
+    """
+    model, seeds = model_of({"config": config.model_dump()}), config.results.seeds
+    placed, encoded = points(model, records, seeds), claim.tuned(model, records, seeds)
+    if len(placed) < 2:
+        raise UserError(
+            f"{config.results.directory}: {len(placed)} models of {model} with STS and generation; "
+            "python -m ubmoe.results run, with results.table=all, makes them"
+        )
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = {"tradeoff.png": plane_figure(model, placed)}
+    rows = {each.settings for each in encoded}
+    twins = sink.with_twins(sink.measured(model, records, seeds))
+    swaps = swapped.swapped(model, records, seeds)
+    shifts = shifted(model, records, seeds)
+    longer = steps.along(model, records, seeds)
+    known = of_context(probings(model, records, seeds))
+    pairs = runs.pairs(model, records, seeds)
+    told = [each for own in pairs.values() for each in own if each.cells.keys() > {runs.GAP}]
+    for name, least, count, drawn in (
+        ("claim.png", 3, len(rows), partial(claim.figure, model, encoded)),
+        ("masks.png", runs.FEWEST, len(told), partial(runs.figure, model, pairs)),
+        ("sink.png", 3, len(twins), partial(sink.figure, model, twins)),
+        ("swaps.png", 1, len(swaps), partial(swapped.figure, model, swaps)),
+        ("shifts.png", 1, len(shifts), partial(shift, shifts)),
+        ("steps.png", 1, len(longer), partial(steps.figure, model, longer)),
+        ("words.png", 2, len(known), partial(context, [*chain(*known)], model)),
+    ):
+        if count >= least:
+            figures[name] = drawn()
+        else:
+            (folder / name).unlink(missing_ok=True)  # of other records
+            log.info("%s: not drawn, of %d rows with what it shows", name, count)
+    replace_all({folder / name: partial(save_figure, each) for name, each in figures.items()})
+    return "\n".join(str(folder / name) for name in figures)
+
+
+PANELS = {
+    "tasks": "generation, average of the tasks that all have (%)",
+    "perplexity": "perplexity (better: up)",
+}
+COLOURS = {"base": "black", "encoder": "C0", "mixture": "C1"}
+
+
+@styled
+def plane_figure(model: str, placed: dict[str, Point]) -> Any:
+    """A panel for the average of the tasks, and one for the perplexity (downwards is worse).
+
+    Those that any model besides the base has. Hollow: tuned under the causal mask.
+    """
+    others = [each for each in placed.values() if each.kind != "base"] or [*placed.values()]
+    panels = {
+        what: label for what, label in PANELS.items() if any(getattr(each, what) for each in others)
+    }
+    figure = blank(2.2 + 4.4 * len(panels), max(4.6, 0.8 + 0.17 * len(placed)))
+    every = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (what, label) in zip(every, panels.items(), strict=True):
+        if what == "perplexity":
+            axes.set_yscale("log")
+            axes.invert_yaxis()
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+            axes.yaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.set(xlabel="STS under the mask of tuning", ylabel=label)
+        _plane(axes, placed, what)
+    figure.legend(*every[-1].get_legend_handles_labels(), loc="outside right center", fontsize=7)
+    figure.suptitle(f"{model}: embedding against generation; dashed: Pareto front", fontsize=10)
+    return figure
+
+
+def _plane(axes: Any, placed: dict[str, Point], what: str) -> None:
+    """Points with the spread over their seeds, numbered as in the legend, and their front."""
+    shown = [
+        (number, name, point)
+        for number, (name, point) in enumerate(placed.items(), 1)
+        if getattr(point, what)
+    ]
+    pairs = [(mean(point.sts), _middle(getattr(point, what), what)) for _, _, point in shown]
+    sign = 1 if what == "tasks" else -1
+    edge = [pairs[each] for each in front([(x, sign * y) for x, y in pairs])]
+    axes.plot(*zip(*edge, strict=True), color="grey", lw=1, ls="--", zorder=0)
+    for (number, name, point), (x, y) in zip(shown, pairs, strict=True):
+        axes.errorbar(
+            *(x, y, _error(getattr(point, what), what), _error(point.sts)),
+            fmt="o", ms=4, lw=0.8, color=COLOURS[point.kind], label=f"{number} {name}",
+            mfc="white" if point.is_control else None,
+        )  # fmt: skip
+    axes.autoscale_view()  # now, so that places are final
+    fractions = axes.transLimits.transform(axes.transScale.transform(pairs))
+    for together in close(fractions, NEAR):
+        text = ", ".join(str(shown[each][0]) for each in together)
+        place = pairs[together[-1]]
+        axes.annotate(text, place, (4, 3), textcoords="offset points", fontsize=7)
+
+
+NEAR = 0.05  # of the width or height of a panel: labels of such points would overlap
+
+
+def close(points: Sequence[tuple[float, float]], near: float) -> list[list[int]]:
+    """Indices of points that share a label: each within `near`, in both coordinates, of the next.
+
+    In the order of the first coordinate.
+    """
+    groups: list[list[int]] = []
+    for each in sorted(range(len(points)), key=lambda each: points[each][0]):
+        for group in groups:
+            last = points[group[-1]]
+            if max(abs(a - b) for a, b in zip(points[each], last, strict=True)) <= near:
+                group.append(each)
+                break
+        else:
+            groups.append([each])
+    return groups
+
+
+def _middle(values: list[float], what: str) -> float:
+    """The mean; of perplexities the geometric one, as their axis is."""
+    return geometric_mean(values) if what == "perplexity" else mean(values)
+
+
+def _error(values: list[float], what: str = "") -> Any:
+    """The standard deviation over seeds; of perplexities that of their logs, down and up."""
+    if len(values) < 2:
+        return None
+    if what != "perplexity":
+        return stdev(values)
+    middle, factor = geometric_mean(values), math.exp(stdev(map(math.log, values)))
+    return [[middle - middle / factor], [middle * factor - middle]]

@@ -1,0 +1,92 @@
+"""What single heads do, by hand; and where it is told."""
+
+import pytest
+from builders import MODEL, SEEDS, causal, measured, shares
+
+from studies.compare import claim, runs
+from studies.compare.heads import AHEAD, HEADS, MOVED, turned
+from studies.compare.pages import renewed
+from ubmoe.results.records import Records
+
+LOSSES = [1.0, 2.0, 3.0, 4.0]
+
+
+def with_heads(records, *heads):
+    """The same, two layers of two heads each, given as (DP-after, that without the first key)."""
+    [section] = [each["dependence"] for each in records.values() if "dependence" in each]
+    rows = [{"after": after, "without_first": {"after": without}} for after, without in heads]
+    section["layers"] = [{"heads": rows[:2]}, {"heads": rows[2:]}]
+    return records
+
+
+def study():
+    """The base, and two pairs whose four heads turn by what stands in `tuned`."""
+    found = measured("base", 0, [], shares(), LOSSES)
+    with_heads(found, (10.0, 20.0), (30.0, 40.0), (50.0, 60.0), (70.0, 80.0))
+    for seed in range(3):
+        tuned = measured("a", seed, ["ffn"], shares(1.0), LOSSES)
+        # up 4 and down 6, up 2, not at all: 3 points either way; without the first key up 8, down 8
+        found |= with_heads(tuned, (14.0, 28.0), (24.0, 32.0), (52.0, 60.0), (70.0, 80.0))
+        twin = causal(measured("b", seed, ["ffn"], shares(1.0), LOSSES), 40.0)
+        found |= with_heads(twin, (10.0, 21.0), (30.0, 40.0), (50.0, 60.0), (70.0, 80.0 - seed))
+    return found
+
+
+def dependence(records, name):
+    return Records.of_names(records).of("dependence", label=name)[0]
+
+
+def test_heads_that_turn_both_ways_do_not_hide_in_their_mean():
+    records = study()
+    found = turned(dependence(records, "a"), dependence(records, "base"))
+    assert found == {AHEAD: pytest.approx(8 / 4), MOVED: pytest.approx(12 / 4)}
+
+
+def test_heads_of_other_texts_or_of_an_older_record_tell_nothing():
+    def told(change):
+        records = study()
+        change(records["a.dependence.seed0"])
+        return turned(dependence(records, "a"), dependence(records, "base"))
+
+    assert told(lambda record: None) != {}
+    assert told(lambda record: record.update(inputs={"dependence.dataset": "other"})) == {}
+    assert told(lambda record: record["dependence"].pop("layers")) == {}
+    head = "layers", 0, "heads", 0
+    assert told(lambda record: reached(record["dependence"], *head).pop("without_first")) == {}
+    assert turned(None, dependence(study(), "base")) == {}
+    records = study()
+    for name in ("a", "base"):  # of texts that neither says
+        records[f"{name}.dependence.seed0"]["dependence"].pop("by_text")
+    assert turned(dependence(records, "a"), dependence(records, "base")) == {}
+
+
+def reached(tree, *path):
+    for each in path:
+        tree = tree[each]
+    return tree
+
+
+def test_they_are_told_over_runs_over_pairs_and_beside_lost_generation():
+    records = Records.of_names(study())
+    [pairs] = runs.pairs(MODEL, records, SEEDS).values()
+    assert [(each.cells[AHEAD], each.cells[MOVED]) for each in pairs] == [(2 - 1 / 4, 3.0)] * 3
+    changes = runs.changes(MODEL, records, SEEDS)
+    told = {
+        kind: [(each.cells[AHEAD], each.cells[MOVED]) for each in own]
+        for kind, own in changes.items()
+    }
+    assert told == {"ffn": [(2.0, 3.0)] * 3, "ffn causal": [(1 / 4, 0.0)] * 3}
+    own = [each for each in claim.tuned(MODEL, records, SEEDS) if not each.is_control]
+    assert [(each.causes[AHEAD], each.causes[MOVED]) for each in own] == [(2.0, 3.0)] * 3
+    for block, cell in (("masks", "1.75 (1.75 to 1.75)"), ("runs", "2.00 (2.00 to 2.00)")):
+        page = renewed(f"<!-- {block}: {MODEL} -->\n<!-- end -->", records, SEEDS)
+        assert cell in page and HEADS[AHEAD] in page
+        assert (f"{HEADS[AHEAD]}, minus its" in page) == (block == "masks")
+
+
+def test_a_pair_of_which_one_has_no_heads_tells_the_rest():
+    records = study()
+    for seed in range(3):
+        records[f"b.dependence.seed{seed}"]["dependence"].pop("layers")
+    [pairs] = runs.pairs(MODEL, Records.of_names(records), SEEDS).values()
+    assert {"DP-after"} <= pairs[0].cells.keys() and not HEADS.keys() & pairs[0].cells.keys()

@@ -1,0 +1,79 @@
+"""What longer tuning does, of rows that differ in their steps alone."""
+
+import math
+
+import pytest
+from builders import MODEL, SEEDS, causal, encoder, measured, shares
+
+from studies.compare import steps
+from ubmoe.results.records import Records
+
+LOSSES = [1.0, 2.0, 3.0, 4.0]
+
+
+def tuned(name, seed, count, after, sts=50.0, more=0.0, **stage):
+    """An encoder of so many steps, its DP-after and the sum of its losses above the base's."""
+    losses = [LOSSES[0] + more, *LOSSES[1:]]
+    found = measured(name, seed, ["ffn"], shares(after), losses)
+    record = found[f"{name}.sts.seed{seed}"]
+    record["config"]["bi"]["stages"][0] |= {"max_steps": count} | stage
+    record["sts"]["tasks"] = dict.fromkeys(record["sts"]["tasks"], sts)
+    record["config"]["results"] = {"row": f"ffn {count}" if count != 60 else "ffn"}
+    return found
+
+
+def records():
+    found = measured("c", 0, [], shares(), LOSSES)
+    found |= encoder("d", 0, 30.0, [], attention="causal")
+    found |= tuned("a", 0, 20, 2.0, sts=40.0, more=1.0) | tuned("b", 0, 60, 4.0, more=2.0)
+    found |= tuned("b", 1, 60, 6.0, sts=52.0, more=4.0)
+    found |= tuned("e", 1, 240, 9.0, learning_rate=2.0)  # not in its steps alone
+    found |= tuned("f", 2, -1, 9.0)  # by epochs
+    alone = causal(tuned("z", 0, 60, 1.0), 45.0)  # of one number of steps
+    alone["z.sts.seed0"]["config"]["results"] = {"row": "ffn causal"}
+    return found | alone
+
+
+def test_runs_stand_by_their_steps_after_the_untrained_model():
+    [(row, own)] = steps.along(MODEL, Records.of_names(records()), SEEDS).items()
+    assert row == "ffn" and list(own) == [0, 20, 60]
+    assert [[each["DP-after"] for each in runs] for runs in own.values()] == [[0], [2], [4, 6]]
+    assert [[each["STS"] for each in runs] for runs in own.values()] == [[51], [40], [50, 52]]
+    found = [each["perplexity"] for runs in own.values() for each in runs]
+    assert found == pytest.approx([math.exp(each / 10) for each in (0, 1, 2, 4)])  # 10 tokens
+
+
+def test_a_row_tuned_causally_begins_at_the_model_that_reads_causally():
+    every = records() | causal(tuned("y", 0, 20, 1.0), 33.0)
+    every["y.sts.seed0"]["config"]["results"] = {"row": "ffn 20 causal"}
+    found = steps.along(MODEL, Records.of_names(every), SEEDS)
+    assert found.keys() == {"ffn", "ffn causal"}
+    assert [[each["STS"] for each in runs] for runs in found["ffn causal"].values()] == [
+        [31.0],
+        [33.0],
+        [45.0],
+    ]
+    assert found["ffn causal"][0][0]["perplexity"] == 1.0  # the base's, whose weights it has
+
+
+def test_without_a_base_nothing_is_told():
+    alone = tuned("a", 0, 20, 2.0) | tuned("b", 0, 60, 4.0)
+    assert steps.along(MODEL, Records.of_names(alone), SEEDS) == {}
+
+
+def test_the_picture_goes_through_the_means():
+    rows = {
+        "ffn": {0: [{"STS": 10.0}], 20: [{"STS": 20.0, "perplexity": 2.0}]},
+        "ffn causal": {0: [{"STS": 30.0}], 60: [{"STS": 40.0, "perplexity": 8.0}]},
+    }
+    rows["ffn"][20].append({"STS": 24.0, "perplexity": 8.0})
+    sts, ratio, *_ = steps.figure("small", rows).axes
+    lines = {line.get_label(): line for line in sts.lines if not line.get_label().startswith("_")}
+    assert [list(lines["ffn"].get_data()[each]) for each in (0, 1)] == [[0, 1], [10.0, 22.0]]
+    assert list(lines["ffn causal"].get_xdata()) == [0, 2]  # of 0, 20 and 60
+    assert lines["ffn causal"].get_linestyle() == "--"
+    means = [line for line in ratio.lines if not line.get_label().startswith("_")]
+    assert [list(line.get_ydata()) for line in means] == [
+        pytest.approx([4.0]),
+        pytest.approx([8.0]),
+    ]
