@@ -124,35 +124,78 @@ def marked(first=("<s>",), last=(), once=False):
     return PreTrainedTokenizerFast(tokenizer_object=inner, **names)
 
 
-def write_gguf(directory, path):
+ARCHITECTURES = {"gemma3_text": "gemma3"}  # of GGUF files, where they are called otherwise
+
+
+def write_gguf(directory, path, keys=(), pre="qwen2"):
     """The embedded model as a GGUF file of float32 tensors, its tokenizer in it."""
     model = AutoModelForCausalLM.from_pretrained(directory)
-    tokenizer = json.loads((directory / "tokenizer.json").read_text())["model"]
-    config = model.config
-    writer = gguf.GGUFWriter(path, "qwen2")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
+    merges = json.loads((directory / "tokenizer.json").read_text())["model"]["merges"]
     own = AutoTokenizer.from_pretrained(directory)
-    tokens = own.convert_ids_to_tokens(range(config.vocab_size))
+    tokens = own.convert_ids_to_tokens(range(model.config.vocab_size))
     special = set(own.all_special_tokens)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if token in special else 1 for token in tokens])
-    writer.add_token_merges([" ".join(pair) for pair in tokenizer["merges"]])
-    writer.add_eos_token_id(own.eos_token_id)
-    writer.add_chat_template(own.chat_template)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config.num_hidden_layers)
-    for name, value in model.state_dict().items():
-        if name != "lm_head.weight":
-            base, _, kind = name.rpartition(".")
-            writer.add_tensor(f"{names.get_name(base)}.{kind}", value.numpy())
+    said = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3 if token in special else 1 for token in tokens],
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in merges],
+        "tokenizer.ggml.eos_token_id": own.eos_token_id,
+        "tokenizer.chat_template": own.chat_template,
+    }
+    write_gguf_model(model, path, said | dict(keys))
+
+
+def write_gguf_model(model, path, keys=(), tensors=(), packed=None):
+    """Any model of float32 tensors as llama.cpp's converter lays it out.
+
+    keys, tensors: further ones; a key of None is left out. packed: kinds of quantised tensors, by
+    the end of their names.
+    """
+    config = model.config
+    family = ARCHITECTURES.get(config.model_type, config.model_type)
+    rope = config.rope_parameters
+    sizes = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "attention.key_length": getattr(config, "head_dim", None),
+        "attention.sliding_window": config.sliding_window if "gemma" in family else None,
+        "rope.freq_base": rope.get("full_attention", rope)["rope_theta"],
+        "vocab_size": config.vocab_size,
+    }
+    writer = gguf.GGUFWriter(path, family)
+    for key, value in (
+        {f"{family}.{key}": each for key, each in sizes.items()} | dict(keys)
+    ).items():
+        if key == "general.alignment":
+            writer.add_custom_alignment(value)
+        elif value is not None:
+            writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
+    kinds = {name: each for each, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(kinds[family], config.num_hidden_layers)
+    held = dict(model.state_dict())
+    if config.tie_word_embeddings:
+        del held["lm_head.weight"]
+    for name, value in held.items():
+        base, _, kind = name.rpartition(".")
+        if family.startswith("gemma") and "norm" in name:
+            value = value + 1
+        for part, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
+            if family == "llama" and part in name:  # pairs of a head lie side by side
+                shape = (getattr(config, heads), 2, -1, *value.shape[1:])
+                value = value.reshape(shape).swapaxes(1, 2).reshape(value.shape)
+        place, values = f"{names.get_name(base)}.{kind}", value.contiguous().numpy()
+        sort = next((each for end, each in (packed or {}).items() if place.endswith(end)), None)
+        if sort is not None:
+            values = gguf.quantize(values, sort)
+        writer.add_tensor(place, values, raw_dtype=sort)
+    for name, value in dict(tensors).items():
+        writer.add_tensor(name, value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -15,12 +15,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import cross_entropy
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from ubmoe.config import Config, TrainingSection
 from ubmoe.encoder.contrastive import attention_dropout
-from ubmoe.models.loading import explained, keywords, source
+from ubmoe.models.loading import explained, settings_of
 from ubmoe.models.precision import training_dtypes, weights_dtype
 from ubmoe.recording import peak_memory_bytes
 
@@ -60,8 +60,8 @@ def fake(config: Config, device: torch.device) -> Any:
     Raises UserError.
     """
     keys = {"attn_implementation": config.model.attn_implementation}
+    settings = settings_of(config.model)
     with explained(config.model):
-        settings = AutoConfig.from_pretrained(source(config.model), **keywords(config.model))
         return shaped(settings, weights_dtype(config.model.dtype, device), **keys)
 
 

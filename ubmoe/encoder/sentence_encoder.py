@@ -29,7 +29,7 @@ from ubmoe.models.loading import (
     best_device,
     context_length,
     explained,
-    keywords,
+    gguf_file,
     load_model,
     load_tokenizer,
     source,
@@ -225,8 +225,9 @@ def own_prompt(encoder: SentenceTransformer) -> str | None:
 def load_encoder(config: Config) -> SentenceTransformer:
     """Any encoder that sentence-transformers knows, or else a causal LM in the form of `bi`."""
     device, name = best_device(config.model.device), source(config.model)
-    file = "gguf_file" in keywords(config.model)
-    if not file and is_sentence_transformer_model(name, revision=config.model.revision):
+    if gguf_file(config.model) is None and is_sentence_transformer_model(
+        name, revision=config.model.revision
+    ):
         if config.model.adapters:
             raise UserError(
                 f"model.adapter: {config.model.name} is an encoder of sentence-transformers; "

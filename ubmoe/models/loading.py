@@ -27,7 +27,7 @@ from ubmoe.bidirectional import attention_name, prove_attention, set_attention, 
 from ubmoe.config import Config, Layers, ModelSection, Section, UserError, listed
 from ubmoe.data import tokens
 from ubmoe.layered import partial_layers
-from ubmoe.models import lora, precision
+from ubmoe.models import gguf, lora, precision
 from ubmoe.tiny.model import tiny_directory
 
 log = logging.getLogger(__name__)
@@ -60,21 +60,26 @@ def best_device(name: str | None = None) -> torch.device:
     return device
 
 
-GGUF = ".gguf"
+def gguf_file(config: ModelSection) -> Path | None:
+    """The GGUF file that the model is; None where it is none. Raises UserError."""
+    path = Path(config.name).expanduser()
+    if path.suffix.lower() != ".gguf":
+        return None
+    if not path.is_file():
+        raise UserError(f"model.name: {path} is no file; expected a GGUF file that is there")
+    return path
 
 
 def source(config: ModelSection) -> str:
     """The directory or hub id to load from; the embedded model is built where it is missing.
 
-    Of a GGUF file, its folder: `keywords` names the file in it.
+    Of a GGUF file, its folder.
     """
     if config.name == "tiny":
         return str(tiny_directory(config.cache))
+    if (file := gguf_file(config)) is not None:
+        return str(file.parent)
     path = Path(config.name).expanduser()
-    if path.suffix.lower() == GGUF:
-        if not path.is_file():
-            raise UserError(f"model.name: {path} is no file; expected a GGUF file that is there")
-        return str(path.parent)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"model.name: {path} has no config.json; expected a model directory")
@@ -108,21 +113,29 @@ def keywords(config: ModelSection) -> dict[str, Any]:
 
     Told nothing of remote code, transformers would ask on the terminal whether to run it.
     """
-    if Path(config.name).suffix.lower() == GGUF:
-        return {"gguf_file": Path(config.name).name, "trust_remote_code": False}
     return {"revision": config.revision, "trust_remote_code": False}
+
+
+def settings_of(config: ModelSection) -> Any:
+    """The model's config, as config.json or the GGUF file says it. Raises UserError."""
+    with explained(config):
+        if (file := gguf_file(config)) is not None:
+            return gguf.config_of(file)
+        return AutoConfig.from_pretrained(source(config), **keywords(config))
 
 
 def load_tokenizer(config: ModelSection) -> PreTrainedTokenizerBase:
     """The model's own tokenizer, with a padding token that the model has. Raises UserError."""
+    whole = settings_of(config)
     with explained(config):
-        tokenizer = AutoTokenizer.from_pretrained(source(config), **keywords(config))
-        whole = AutoConfig.from_pretrained(source(config), **keywords(config))
-        settings = whole.get_text_config()
+        if (file := gguf_file(config)) is not None:
+            tokenizer = gguf.tokenizer_of(file)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(source(config), **keywords(config))
     # Without tokenizer files transformers 5 makes an empty tokenizer, and says nothing.
     if not tokenizer("any text", add_special_tokens=False)["input_ids"]:
         raise UserError(f"model.name: {config.name} has no tokenizer; expected tokenizer.json")
-    tokens.fit(tokenizer, getattr(settings, "vocab_size", None))
+    tokens.fit(tokenizer, getattr(whole.get_text_config(), "vocab_size", None))
     context = context_length(whole) or tokenizer.model_max_length
     tokenizer.model_max_length = min(tokenizer.model_max_length, context)
     return tokenizer
@@ -130,8 +143,7 @@ def load_tokenizer(config: ModelSection) -> PreTrainedTokenizerBase:
 
 def saved_attention(config: ModelSection) -> str:
     """The mask that config.json names, causal or bidirectional. Raises UserError."""
-    with explained(config):
-        settings = AutoConfig.from_pretrained(source(config), **keywords(config))
+    settings = settings_of(config)
     if partial_layers(settings):  # its config.json is causal, for language models
         return "bidirectional"
     return attention_name(settings)
@@ -140,15 +152,15 @@ def saved_attention(config: ModelSection) -> str:
 def decoder_config(config: ModelSection) -> Any:
     """The config of a model whose weights are there. Raises UserError for what is no decoder."""
     path = source(config)
-    patterns = (Path(config.name).name,) if "gguf_file" in keywords(config) else WEIGHTS
-    if Path(path).is_dir() and not any(
-        match for pattern in patterns for match in Path(path).glob(pattern)
+    if (
+        not gguf_file(config)
+        and Path(path).is_dir()
+        and not any(match for pattern in WEIGHTS for match in Path(path).glob(pattern))
     ):
         raise UserError(
             f"model.name: {path} has no weights; expected model.safetensors beside config.json"
         )
-    with explained(config):
-        settings = AutoConfig.from_pretrained(path, **keywords(config))
+    settings = settings_of(config)
     if settings.is_encoder_decoder:
         raise UserError(
             f"model.name: {config.name} ({settings.model_type}) is an encoder-decoder; "
@@ -170,25 +182,24 @@ def load_model(
     settings = decoder_config(config)
     device = best_device(config.device)
     dtype = precision.weights_dtype(config.dtype, device)
+    # an adapter is merged in fp32, then cast
+    keys: dict[str, Any] = {
+        "dtype": torch.float32 if config.adapters else dtype,
+        "attn_implementation": config.attn_implementation,
+    }
     with explained(config):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source(config),
-            **keywords(config),
-            config=settings,
-            # an adapter is merged in fp32, then cast
-            dtype=torch.float32 if config.adapters else dtype,
-            attn_implementation=config.attn_implementation,
-            output_loading_info=True,
-        )
-    model, report = loaded
+        if (file := gguf_file(config)) is not None:
+            model, report = gguf.model_of(file, settings, **keys)
+        else:
+            keys |= keywords(config) | {"config": settings, "output_loading_info": True}
+            loaded: Any = AutoModelForCausalLM.from_pretrained(source(config), **keys)
+            model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise UserError(
             f"model.name: {config.name} lacks {listed(missing)}; expected a whole causal "
             "language model"
         )
     check_layers(model.config, report["unexpected_keys"], config.name)
-    if "gguf_file" in keywords(config):
-        _forget_quantization(model)
     model = lora.merged(model, config.adapters, dtype)
     broken = [key for key, value in model.named_parameters() if not is_finite(value)]
     refuse_not_finite(broken, config.name)
@@ -212,13 +223,6 @@ def load_with_encoder(config: Config) -> tuple[PreTrainedModel, PreTrainedModel]
             "from it"
         )
     return base, encoder
-
-
-def _forget_quantization(model: Any) -> None:
-    """Dequantised on loading, it is an ordinary model, which transformers would refuse to save."""
-    model.hf_quantizer, model.is_quantized = None, False
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
 
 
 @contextmanager
@@ -293,9 +297,7 @@ def within_context(config: Config, *sections: str) -> Config:
     Every program reads its limits through it, so that training, measuring, saving and scoring cut
     at the same place. Raises UserError for a model whose config cannot be had.
     """
-    with explained(config.model):
-        settings = AutoConfig.from_pretrained(source(config.model), **keywords(config.model))
-    if context := context_length(settings):
+    if context := context_length(settings_of(config.model)):
         for name in sections:
             section = bounded(getattr(config, name), context, name)
             config = config.model_copy(update={name: section})

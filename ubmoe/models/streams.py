@@ -30,7 +30,7 @@ from ubmoe.models.loading import (
     check_layers,
     decoder_config,
     explained,
-    keywords,
+    gguf_file,
     load_model,
     source,
 )
@@ -78,7 +78,7 @@ def open_weights(config: ModelSection, dtype: torch.dtype | None) -> Weights:
     """
     settings = decoder_config(config)
     found = None
-    if not config.adapters and "gguf_file" not in keywords(config):
+    if not config.adapters and gguf_file(config) is None:
         with explained(config):
             found = _plain(config, settings)
     if found is None:
