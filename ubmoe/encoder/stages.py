@@ -14,17 +14,19 @@ from ubmoe.training.checkpoints import Work
 
 
 class Data(NamedTuple):
-    """What a stage trains on: its rows, and the chats of a language-model loss."""
+    """What a stage trains on: its rows, the chats of a language-model loss, and rows left out."""
 
     rows: Any
     language: list[Chat]
+    below: int = 0
 
 
 def read_data(stage: StageSection, tokenizer: PreTrainedTokenizerBase) -> Data:
     """Raises UserError, before any model is loaded."""
     if stage.objective == "mntp":
         return Data(mntp.chunked(stage, tokenizer), [])
-    return Data(contrastive.read_dataset(stage, tokenizer), read_language(stage, tokenizer))
+    rows, below = contrastive.read_dataset(stage, tokenizer)
+    return Data(rows, read_language(stage, tokenizer), below)
 
 
 def train_stages(
@@ -37,7 +39,7 @@ def train_stages(
     """Train `model`, the encoder's inner model with its head, in place; a report for each stage."""
     reports: list[dict[str, Any]] = []
     for number, (stage, given) in enumerate(zip(config.bi.stages, data, strict=True)):
-        rows, language = given
+        rows, language, below = given
         if stage.max_steps == 0:  # transformers would take it for no limit
             reports.append({"objective": stage.objective, "rows": len(rows), "log": []})
             continue
@@ -52,6 +54,6 @@ def train_stages(
         if stage.objective == "mntp":
             report = mntp.train_stage(model, tokenizer, stage, rows, work)
         else:
-            report = contrastive.train_stage(encoder, model, stage, rows, work, language)
+            report = contrastive.train_stage(encoder, model, stage, rows, work, language, below)
         reports.append({"objective": stage.objective} | report)
     return reports
