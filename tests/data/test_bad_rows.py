@@ -47,7 +47,7 @@ def sts(path, _):
 
 def supervised(path, tokenizer):
     stage = StageSection(objective="supervised", loss="simcse", dataset=str(path))
-    return contrastive.read_dataset(stage, tokenizer)["negative"]
+    return contrastive.read_dataset(stage, tokenizer)[0]["negative"]
 
 
 READ = {  # reader: rows, what is left of them, and the bad one that is met first

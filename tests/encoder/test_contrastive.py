@@ -71,7 +71,9 @@ def gradients(model):
 
 
 @pytest.mark.parametrize("kind", [ContrastiveLoss, CachedContrastiveLoss])
-@pytest.mark.parametrize(("form", "hard"), [("nt_xent", 0), ("simcse", 0), ("simcse", 1)])
+@pytest.mark.parametrize(
+    ("form", "hard"), [("nt_xent", 0), ("simcse", 0), ("simcse", 1), ("simcse", 2)]
+)
 @pytest.mark.parametrize(
     ("budget", "family"),
     [(1, "qwen2"), (40, "qwen2"), (10**6, "qwen2"), (40, "llama"), (40, "mistral"), (40, "qwen3")],
@@ -80,7 +82,7 @@ def test_loss_and_gradient_are_those_of_the_hand_written_softmax(
     tokenizer, kind, form, hard, budget, family
 ):
     encoder, model = build(tokenizer, family)
-    texts = [SENTENCES[:4], SENTENCES[4:], SENTENCES[2:6]][: 2 + hard]
+    texts = [SENTENCES[:4], SENTENCES[4:], SENTENCES[2:6], SENTENCES[1:5]][: 2 + hard]
     plain = [encoder(features)["sentence_embedding"] for features in columns_of(encoder, *texts)]
     expected = by_hand(plain, form)
     expected.backward()
@@ -242,7 +244,7 @@ def stage(tmp_path, **keys):
 
 
 def train(encoder, model, settings, directory, resume=False):
-    data = contrastive.read_dataset(settings, encoder.tokenizer)
+    data, _ = contrastive.read_dataset(settings, encoder.tokenizer)
     work = Work(directory, 0, resume)
     return contrastive.train_stage(encoder, model, settings, data, work)
 
@@ -352,6 +354,27 @@ def test_supervised_rows_and_hard_negatives(tokenizer, tmp_path):
         train(encoder, model, three, tmp_path / "three")  # each text is in three rows
     with pytest.raises(UserError, match="nt_xent knows no hard negatives"):
         train(encoder, model, stage(tmp_path, **keys), tmp_path)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_labelled_rows_with_several_negatives_train_as_positives_alone(tokenizer, tmp_path, cached):
+    """The loss of the one batch is that of the rows at the threshold, all negatives in it."""
+    path = tmp_path / "labelled.csv"
+    texts = [f"{text} {n}" for n in range(4) for text in SENTENCES]
+    rows = [f"{','.join(texts[n::8])},{n % 2}" for n in range(8)]
+    path.write_text("\n".join(["anchor,positive,negative_1,negative_2,label", *rows]))
+    encoder, model = build(tokenizer)
+    columns = [[texts[column * 8 + n] for n in (1, 3, 5, 7)] for column in range(4)]
+    expected = by_hand([encoder.encode(c, convert_to_tensor=True) for c in columns], "simcse")
+    keys = {"objective": "supervised", "dataset": str(path), "positive_from": 1, "cached": cached}
+    keys |= {"loss": "simcse", "max_steps": 1, "per_device_train_batch_size": 4}
+    settings = stage(tmp_path, temperature=TEMPERATURE, **keys)
+    data, below = contrastive.read_dataset(settings, tokenizer)
+    work = Work(tmp_path, 0)
+    report = contrastive.train_stage(encoder, model, settings, data, work, below=below)
+    assert (report["rows"], report["rows_below_positive_from"]) == (4, 4)
+    assert report["negatives_per_anchor"] == 4 + 4 + 3
+    assert report["log"][0]["loss"] == pytest.approx(expected.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,9 @@ def test_generation_is_kept_where_it_is_on(tiny_path, tokenizer, tmp_path, cache
         stage = StageSection(per_device_train_batch_size=16, **KEYS, **more)
         language = read_language(stage, tokenizer)
         work = Work(tmp_path / str(weight), 0)
-        report = train_stage(encoder, model, stage, read_dataset(stage, tokenizer), work, language)
+        report = train_stage(
+            encoder, model, stage, read_dataset(stage, tokenizer)[0], work, language
+        )
         log = [row for row in report["log"] if "loss" in row]
         assert ("lm_loss" in log[0]) == bool(weight)
         set_attention(model, bidirectional=False)

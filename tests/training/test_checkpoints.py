@@ -42,7 +42,7 @@ def stage_of(objective, tokenizer, path, directory, resume, texts, patched):
         report = mntp.train_stage(model, tokenizer, stage, chunks, work)
     else:
         encoder = as_encoder(model, tokenizer, BiSection())
-        rows = contrastive.read_dataset(stage, tokenizer)
+        rows, _ = contrastive.read_dataset(stage, tokenizer)
         report = contrastive.train_stage(encoder, model, stage, rows, work)
     return report["log"]
 

@@ -30,7 +30,7 @@ def tuned(tokenizer, tmp_path, dtype, train, seen=None, **keys):
     encoder = as_encoder(model, tokenizer, BiSection(prompt=None))
     handle = model.base_model.norm.register_forward_hook(lambda *_: seen and seen(model))
     stage = StageSection(**STEPS | keys, train=train, dataset="tiny", max_rows=40, loss="simcse")
-    data = contrastive.read_dataset(stage, tokenizer)
+    data, _ = contrastive.read_dataset(stage, tokenizer)
     report = contrastive.train_stage(encoder, model, stage, data, Work(tmp_path, 0))
     handle.remove()
     return report["log"], model

@@ -50,7 +50,7 @@ def contrast(tiny_path, folder, work, dtype="float32", **keys):
     encoder = as_encoder(model, tokenizer, BiSection(prompt=None))
     common = {"objective": "supervised", "dataset": str(folder / "pairs.csv"), "temperature": 0.5}
     stage = StageSection(**common | {"mini_batch_tokens": 40} | keys)
-    rows = contrastive.read_dataset(stage, tokenizer)
+    rows, _ = contrastive.read_dataset(stage, tokenizer)
     return model, contrastive.train_stage(encoder, model, stage, rows, work)["log"]
 
 

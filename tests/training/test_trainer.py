@@ -48,7 +48,7 @@ def test_autocast_ends_with_training(tiny_path, tmp_path):
     encoder = as_encoder(model, tokenizer, form)
     keys = {"max_steps": 2, "per_device_train_batch_size": 4, "max_rows": 40, "bf16": True}
     stage = StageSection(**keys, train=["ffn"], dataset="tiny")
-    data = contrastive.read_dataset(stage, tokenizer)
+    data, _ = contrastive.read_dataset(stage, tokenizer)
     contrastive.train_stage(encoder, model, stage, data, Work(tmp_path, 0))
     same = as_encoder(copy.deepcopy(model), tokenizer, form)
     assert np.array_equal(encoder.encode(["The cat sleeps."]), same.encode(["The cat sleeps."]))

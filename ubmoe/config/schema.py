@@ -241,8 +241,11 @@ class StageSection(TrainingSection):
     lora: LoraSection | None = key(None, "null: the modules themselves train; else their adapters")
     dataset: str = key(
         "tiny",
-        "sentences, (anchor, positive[, negative]) rows, or raw text (mntp): hub id, local file, "
+        "sentences, (anchor, positive[, negatives]) rows, or raw text (mntp): hub id, local file, "
         "or tiny",
+    )
+    positive_from: Float | None = key(
+        None, "supervised: rows whose label or score is lower are left out; null: no such column"
     )
     max_rows: Positive | None = key(None, "use at most this many, evenly spaced; null: all", "rows")
     loss: Literal["nt_xent", "simcse"] = key(
@@ -297,6 +300,12 @@ class StageSection(TrainingSection):
                 "lm_weight stands beside simcse or supervised, without activation_checkpointing, "
                 "which would recompute it under the other mask; expected 0"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _positives_of_pairs(self) -> "StageSection":
+        if self.positive_from is not None and self.objective != "supervised":
+            raise ValueError("positive_from is of supervised pairs; expected null")
         return self
 
     @model_validator(mode="after")

@@ -24,10 +24,9 @@ from sentence_transformers.base.sampler import BatchSamplers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from ubmoe.config import StageSection, UserError
-from ubmoe.data.bad_rows import RowError, usable
 from ubmoe.data.chats import Chat
-from ubmoe.data.rows import Row, Rows, cell, given, training_rows
-from ubmoe.data.tokens import checking, sentences_of
+from ubmoe.data.pairs import Pairs, read_pairs
+from ubmoe.data.tokens import sentences_of
 from ubmoe.encoder.contrastive_loss import CachedContrastiveLoss, ContrastiveLoss, mini_batch
 from ubmoe.encoder.language_loss import LanguageLoss
 from ubmoe.encoder.sentence_encoder import lengths, own_prompt
@@ -38,51 +37,28 @@ from ubmoe.training.trainer import GuardedTrainer, run_trainer
 
 log = logging.getLogger(__name__)
 Scoring = Callable[[SentenceTransformer, PreTrainedModel, StageSection], TrainerCallback]
-COLUMNS = {  # of a supervised data set, by what they are often called
-    "anchor": ("anchor", "query", "sent0", "sentence1"),
-    "positive": ("positive", "pos", "sent1", "sentence2"),
-    "negative": ("negative", "neg", "hard_neg"),
-}
 
 
-def read_dataset(stage: StageSection, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Columns anchor, positive and perhaps negative. Raises UserError for rows that cannot train.
+def read_dataset(stage: StageSection, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, int]:
+    """Columns anchor, positive and the negatives, and how many rows are below `positive_from`.
 
-    SimCSE's positive is the anchor itself: the views differ by dropout alone.
+    SimCSE's positive is the anchor itself: the views differ by dropout alone. Raises UserError for
+    rows that cannot train.
     """
-    if stage.objective == "simcse":
-        texts = list(dict.fromkeys(sentences_of(stage.dataset, tokenizer, stage.max_rows)))
-        columns = {"anchor": texts, "positive": texts}
-    else:
-        columns = _pairs(training_rows(stage.dataset, stage.max_rows), tokenizer)
-    if stage.loss == "nt_xent" and "negative" in columns:
+    columns, below = _columns(stage, tokenizer)
+    if stage.loss == "nt_xent" and len(columns) > 2:
         raise UserError("bi.stages.N.loss: nt_xent knows no hard negatives; expected simcse")
     if len(set(columns["anchor"])) < 2:
         count = len(columns["anchor"])
         raise UserError(f"{stage.dataset}: {count} rows; expected two different texts at least")
-    return Dataset.from_dict(columns)
+    return Dataset.from_dict(columns), below
 
 
-def _pairs(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[str]]:
-    """The columns of a supervised data set; negatives where any row has one, and then every row.
-
-    Raises RowError for a row without one among others that have it, whatever their order.
-    """
-    negative, checked = COLUMNS["negative"], checking(tokenizer)
-    having = next((row.where for row in rows if given(row, negative)), None)
-    names = [name for name in COLUMNS if name != "negative" or having is not None]
-
-    def read(row: Row) -> list[str]:
-        if having is not None and not given(row, negative):
-            raise RowError(
-                row.where,
-                f"has no negative ({' or '.join(negative)}), and {having} has one; expected one in "
-                "every row, or in none",
-            )
-        return [checked(row.where, cell(row, COLUMNS[name])) for name in names]
-
-    found = list(usable(read, rows))
-    return {name: [row[place] for row in found] for place, name in enumerate(names)}
+def _columns(stage: StageSection, tokenizer: PreTrainedTokenizerBase) -> Pairs:
+    if stage.objective == "supervised":
+        return read_pairs(stage.dataset, tokenizer, stage.max_rows, stage.positive_from)
+    texts = list(dict.fromkeys(sentences_of(stage.dataset, tokenizer, stage.max_rows)))
+    return Pairs({"anchor": texts, "positive": texts}, 0)
 
 
 @contextmanager
@@ -137,13 +113,14 @@ def train_stage(
     data: Dataset,
     work: Work,
     language: Sequence[Chat] = (),
+    below: int = 0,
     scoring: Scoring | None = None,
 ) -> dict[str, Any]:
     """Train the stage's modules of `model`, the encoder's inner model with its head, in place.
 
-    language: what `lm_weight` keeps the language-model loss on. scoring: makes the callback that
-    scores the encoder at chosen steps. Returns what the record says of the stage: counts by module,
-    negatives, truncated share, log.
+    language: what `lm_weight` keeps the language-model loss on. below: rows left out, for the
+    record. scoring: makes the callback that scores the encoder at chosen steps. Returns what the
+    record says of the stage: counts by module, negatives, truncated share, log.
     """
     encoder.max_seq_length, length = stage.max_tokens, encoder.max_seq_length
     views = stage.objective == "simcse"
@@ -167,6 +144,8 @@ def train_stage(
             "truncated_percent": truncated(encoder, data),
             "negatives_per_anchor": negatives(stage, data.column_names),
         }
+        if stage.positive_from is not None:
+            report["rows_below_positive_from"] = below
         if language:
             report |= {"lm_rows": len(language), "lm_truncated": sum(c.cut for c in language)}
         announce(stage, model, report)

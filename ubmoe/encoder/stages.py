@@ -14,17 +14,19 @@ from ubmoe.training.checkpoints import Work
 
 
 class Data(NamedTuple):
-    """What a stage trains on: its rows, and the chats of a language-model loss."""
+    """What a stage trains on: its rows, the chats of a language-model loss, and rows left out."""
 
     rows: Any
     language: list[Chat]
+    below: int = 0
 
 
 def read_data(stage: StageSection, tokenizer: PreTrainedTokenizerBase) -> Data:
     """Raises UserError, before any model is loaded."""
     if stage.objective == "mntp":
         return Data(mntp.chunked(stage, tokenizer), [])
-    return Data(contrastive.read_dataset(stage, tokenizer), read_language(stage, tokenizer))
+    rows, below = contrastive.read_dataset(stage, tokenizer)
+    return Data(rows, read_language(stage, tokenizer), below)
 
 
 def train_stages(
@@ -41,7 +43,7 @@ def train_stages(
     """
     reports: list[dict[str, Any]] = []
     for number, (stage, given) in enumerate(zip(config.bi.stages, data, strict=True)):
-        rows, language = given
+        rows, language, below = given
         if stage.max_steps == 0:  # transformers would take it for no limit
             reports.append({"objective": stage.objective, "rows": len(rows), "log": []})
             continue
@@ -56,6 +58,8 @@ def train_stages(
         if stage.objective == "mntp":
             report = mntp.train_stage(model, tokenizer, stage, rows, work)
         else:
-            report = contrastive.train_stage(encoder, model, stage, rows, work, language, scoring)
+            report = contrastive.train_stage(
+                encoder, model, stage, rows, work, language, below, scoring
+            )
         reports.append({"objective": stage.objective} | report)
     return reports
