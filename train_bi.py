@@ -21,6 +21,7 @@ def main(config: Config) -> Path:
     from ubmoe.recording import recording
 
     with recording("train_bi", "sts", config) as run:
+        from ubmoe.encoder import whitening
         from ubmoe.encoder.sentence_encoder import (
             as_encoder,
             check_mask,
@@ -36,23 +37,28 @@ def main(config: Config) -> Path:
         config = within_context(config, "bi", "trajectory")
         tokenizer = load_tokenizer(config.model)
         data = [read_data(stage, tokenizer) for stage in config.bi.stages]
+        unlabelled = whitening.read_sentences(config.bi.whiten, tokenizer)
         if not config.bi.stages:  # nothing is trained under the mask: it is the adapter's
             check_mask(config)
         tasks = sts_tasks(config.evaluation.sts)
         trajectory = Trajectory(config, tokenizer) if config.trajectory.steps else None
         model = load_model(config.model, config.bi.bidirectional, config.bi.layers)
         encoder = as_encoder(model, tokenizer, config.bi)
+        whitening.check(config.bi.whiten, len(unlabelled), encoder.get_embedding_dimension() or 0)
         run.log("one text, as the model reads it: %s", rendered(encoder, "A small example."))
         scoring = trajectory.callback if trajectory else None
         reports = train_stages(config, data, encoder, model, tokenizer, scoring)
         parts = parted(reports)
         run.model = model
         if run.is_main:
+            whitened = whitening.whiten(encoder, config, unlabelled)
             save_encoder(encoder, model, tokenizer, config.bi, run.place("bi"))
             scores = sts_scores(
                 encoder, tasks, config.evaluation.batch_size, config.evaluation.bf16
             )
             run.section = scores | parts
+            if whitened is not None:
+                run.section["whiten"] = whitened
             if tables.has_collapsed(reports):
                 run.log(
                     "collapsed: all texts are alike to this encoder; try bi.stages.N.warmup_steps"

@@ -12,9 +12,10 @@ from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer
 
-from ubmoe.config import load_config
+from ubmoe.config import EOL, load_config
 from ubmoe.report import tables
 from ubmoe.results.__main__ import table
+from ubmoe.tiny import language
 
 FAST = ["dependence.max_texts=12", "model.device=cpu"]
 CHAT = {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]}
@@ -205,6 +206,29 @@ def test_the_context_bounds_training_saving_and_scoring_alike(tiny_path, tmp_pat
     assert found["stages"][0]["truncated_percent"] == 50.0
 
 
+def test_a_form_and_a_whitening_are_saved_as_they_were_scored(tiny_path, tmp_path):
+    common = [f"evaluation.sts=[{tmp_path}/pairs.tsv]", "model.device=cpu"]
+    pairs = language.pairs(40, 9)
+    rows = [f"{pair.score}\t{pair.sentence1}\t{pair.sentence2}" for pair in pairs]
+    (tmp_path / "pairs.tsv").write_text("\n".join(["score\tsentence1\tsentence2", *rows]))
+    keys = ["bi.stages=[]", "bi.form=eol", "bi.whiten={rows: 60, remove: 1}"]
+    code, _, errors = run(*common, *keys, f"output_dir={tmp_path}/run", script="train_bi.py")
+    assert code == 0, errors
+    result = json.loads((tmp_path / "run" / "sts.json").read_text())
+    bi, found = result["config"]["bi"], result["sts"]
+    assert (bi["form"], bi["prompt"], bi["pooling"]) == ("eol", EOL, "last")
+    assert found["whiten"]["sentences"] <= 60 and found["whiten"]["variance_removed"] > 1
+    assert "bi.whiten.dataset" in result["inputs"]
+    code, _, errors = run(
+        *(*common, f"model.name={tmp_path}/run/bi", f"output_dir={tmp_path}/again"),
+        script="-m ubmoe.evaluate",
+    )
+    assert code == 0, errors
+    again = json.loads((tmp_path / "again" / "evaluation.json").read_text())
+    again = again["evaluation"]
+    assert again["tasks"] == found["tasks"]
+
+
 @pytest.mark.slow
 def test_the_chain_of_llm2vec_runs_with_adapters(tiny_path, tmp_path):
     chain = (
@@ -306,6 +330,11 @@ def test_bad_mixture_input_is_one_last_line_and_exit_2(
         (["bi.stages.0.lora={{}}", "bi.stages.0.train=[all]"], "lora cannot train all"),
         (["bi.stages.0.objective=mntp", "bi.stages.0.mask_token=a mask"], "expected one"),
         (["bi.prompt=no place"], "expected {text} once"),
+        (
+            ["bi.whiten={{rows: 3, remove: 9}}"],
+            "3 different sentences of tiny have fewer",
+        ),
+        (["bi.form=echo", "bi.max_tokens=9"], "bi.max_tokens: 9 leaves no room for a text"),
         (["bi.stages.0.train=[fnn]"], "got 'fnn', expected 'ffn', 'attention'"),
         (["bi.stages.0.optim=adamw_8bit"], "adamw_8bit wants the package bitsandbytes"),
         (["bi.stages.0.report_to=wand"], "report_to: 'wand' is not known or not installed"),

@@ -45,6 +45,7 @@ def needs(config: Config) -> Iterator[tuple[str, str]]:
             yield "model", f"{name}@{revision}" if revision else name
     both = [config.ubmoe.sentences] if config.ubmoe.objective == "both" else []
     stages = [stage.dataset for stage in config.bi.stages]
+    stages += [config.bi.whiten.dataset] if config.bi.whiten else []
     texts = [config.dependence.dataset, config.ubmoe.dataset, config.bitune.dataset]
     for name in dict.fromkeys([*texts, *stages, *both]):
         if name != "tiny" and not name.endswith(SUFFIXES):

@@ -1,5 +1,6 @@
 """The configuration is strict, says everything in one line, and reads back what it writes."""
 
+import json
 import subprocess
 import sys
 
@@ -8,7 +9,17 @@ import yaml
 from builders import ROOT
 
 from ubmoe import cli as command
-from ubmoe.config import Config, UserError, dump_config, help_text, keys, load_config
+from ubmoe.config import (
+    ECHO,
+    FORMS,
+    Config,
+    UserError,
+    dump_config,
+    help_text,
+    keys,
+    load_config,
+    with_keys,
+)
 
 
 def written(tmp_path, text):
@@ -195,3 +206,33 @@ def test_a_prompt_out_of_the_mean_needs_a_mean_and_a_prefix(tmp_path, keys):
 def test_lora_is_refused_with_what_it_cannot_train(tmp_path, module):
     found = problem(written(tmp_path, f"bi: {{stages: [{{train: [{module}], lora: {{}}}}]}}"))
     assert f"bi.stages.0: lora cannot train {module}; expected lora: null" in found
+
+
+def test_a_form_is_a_prompt_and_its_pooling(tmp_path):
+    path = written(tmp_path, "bi: {prompt: null, pooling: weighted_mean}")
+    for form, (prompt, pooling) in FORMS.items():
+        bi = load_config(path, [f"bi.form={form}"]).bi  # in place of what the file says
+        assert (bi.form, bi.prompt, bi.pooling) == (form, prompt, pooling)
+    own = load_config(path, ["bi.pooling=mean", "bi.form=eol"])
+    assert (own.bi.prompt, own.bi.pooling) == (FORMS["eol"][0], "mean")
+    assert load_config(written(tmp_path, dump_config(own))) == own
+    assert with_keys(own, ["bi.form=echo"]).bi.pooling == "mean"
+    file = written(tmp_path, "bi: {form: eol}")
+    assert load_config(file).bi.pooling == "last"
+    assert load_config(file, ["bi.form=null"]).bi.pooling == "mean"
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (["bi.form=eol", "bi.prompt=null"], "form eol has a prompt of its own; expected no other"),
+        (["bi.form=echo", "bi.prompt='{text} again'"], "form echo has a prompt of its own"),
+        (["bi.form=echo", "bi.prompt_in_mean=false"], "expected prompt_in_mean: true"),
+        (["bi.form=both"], "bi.form: got 'both', expected 'plain', 'eol', 'echo' or 'paper'"),
+        (["bi.form=[eol]"], "bi.form: got ['eol'], expected 'plain'"),
+        ([f"bi.prompt={json.dumps(ECHO)}"], "the prompt reads the text twice; expected form: echo"),
+        (["bi.prompt='{text} and {text}'"], "expected {text} once"),
+    ],
+)
+def test_what_contradicts_a_form_is_refused(tmp_path, keys, said):
+    assert said in problem(written(tmp_path, ""), *keys)

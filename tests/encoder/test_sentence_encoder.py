@@ -14,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from ubmoe.bidirectional import prove_attention
-from ubmoe.config import PROMPT, BiSection, ModelSection, UserError
+from ubmoe.config import FORMS, PROMPT, BiSection, ModelSection, UserError
 from ubmoe.encoder.sentence_encoder import (
     as_encoder,
     lengths,
@@ -56,6 +56,34 @@ def test_vectors_are_the_mean_or_the_last_of_the_last_states(tokenizer):
         expected = states.mean(0) if pooling == "mean" else states[-1]
         found = encoder.encode([TEXTS[0]], convert_to_tensor=True)[0]
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+@pytest.mark.parametrize("form", list(FORMS))
+def test_a_form_reads_and_pools_as_it_says(tokenizer, tmp_path, form, attention):
+    encoder, model, bi = build(tokenizer, form=form, attention=attention)
+    expected = []
+    for text in TEXTS:
+        said = {"plain": text, "eol": f'This sentence : "{text}" means in one word:"'}
+        said["paper"] = f'The representative word for sentence {text} is:"'
+        said["echo"] = f"Sentence: {text}\nSentence again: {text}"
+        ids = tokenizer(said[form], return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            states = model.model(ids, is_causal=attention == "causal").last_hidden_state[0]
+        first = {"eol": -1}.get(form, 0)
+        if form == "echo":
+            first = len(tokenizer(said[form].removesuffix(f" {text}"))["input_ids"])
+        expected.append(states[first:].mean(0))
+    found = encoder.encode(TEXTS, convert_to_tensor=True)
+    torch.testing.assert_close(found, torch.stack(expected), atol=1e-5, rtol=1e-5)
+    alone = [encoder.encode(text, convert_to_tensor=True) for text in TEXTS]
+    torch.testing.assert_close(torch.stack(alone), found, atol=1e-5, rtol=1e-5)
+    save_encoder(encoder, model, tokenizer, bi, tmp_path / "bi")
+    again = [load_saved(str(tmp_path / "bi"), "cpu")]
+    if form != "echo":  # stock
+        again.append(SentenceTransformer(str(tmp_path / "bi"), device="cpu"))
+    for each in again:
+        assert torch.equal(each.encode(TEXTS, convert_to_tensor=True), found)
 
 
 def test_a_prompt_stays_out_of_the_mean_in_every_way_to_the_vector(tokenizer, tmp_path):

@@ -14,8 +14,9 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from ubmoe.bidirectional import prove_attention
-from ubmoe.config import BiSection, ModelSection, UserError
-from ubmoe.encoder.sentence_encoder import as_encoder, save_encoder
+from ubmoe.config import BiSection, Config, ModelSection, UserError, WhitenSection
+from ubmoe.encoder import whitening
+from ubmoe.encoder.sentence_encoder import as_encoder, load_saved, save_encoder
 from ubmoe.models.digests import fingerprint
 from ubmoe.models.loading import load_model
 from ubmoe.models.streams import open_weights
@@ -345,3 +346,29 @@ def test_the_snippet_of_the_readme_generates_and_embeds(tiny_path, tmp_path):
     assert abs(names["vectors"] - expected).max() < 1e-5
     assert names["text"].startswith("<|im_start|>user\nWhere does Anna live?")
     assert len(tokenizer(names["text"])["input_ids"]) > names["prompt"]["input_ids"].shape[1]
+
+
+def test_a_form_and_a_whitening_are_kept_in_every_export(tiny_path, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_path)
+    uni, bi = pair(vocab_size=len(tokenizer))
+    settings = BiSection(attention="causal", form="echo", whiten=WhitenSection(rows=50, remove=2))
+    encoder = as_encoder(bi, tokenizer, settings)
+    plain = encoder.encode(TEXTS, convert_to_tensor=True)
+    whitening.whiten(encoder, Config(bi=settings), [f"Anna has {n} dogs." for n in range(50)])
+    vectors = encoder.encode(TEXTS, convert_to_tensor=True)
+    assert (vectors - plain).abs().max() > 0.1
+    save_encoder(encoder, bi, tokenizer, settings, tmp_path / "bi")
+    common = (*weights(uni, bi), tokenizer, tmp_path / "bi")
+    export.save_modes(*common, tmp_path / "modes", MADE)
+    export.save_adapter(*common, tmp_path / "adapter", MADE, rank=32)
+    saved_mixture(uni, bi, tokenizer, tmp_path / "bi", tmp_path / "ubmoe")
+    for name in ("modes", "adapter", "ubmoe"):
+        path = tmp_path / name
+        stock = SentenceTransformer(str(path), device="cpu", trust_remote_code=True)
+        assert stock[0].echo == settings.prompt and type(stock[2]).__name__ == "Dense"
+        assert torch.equal(stock[2].linear.bias, encoder[2].linear.bias)
+        if name != "ubmoe":  # whose routers mix
+            for saved in (stock, load_saved(str(path), "cpu")):
+                found = saved.encode(TEXTS, convert_to_tensor=True)
+                torch.testing.assert_close(found, vectors, atol=1e-4, rtol=1e-4)
+        assert "trust_remote_code=True" in (path / "README.md").read_text()

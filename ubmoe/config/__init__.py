@@ -9,6 +9,9 @@ from ubmoe.config.errors import UserError, listed
 from ubmoe.config.help import help_text
 from ubmoe.config.reading import DEFAULT_CONFIG, dump_config, load_config, with_keys
 from ubmoe.config.schema import (
+    ECHO,
+    EOL,
+    FORMS,
     MINI_BATCH,
     PROMPT,
     QUESTION,
@@ -20,6 +23,7 @@ from ubmoe.config.schema import (
     Config,
     DependenceSection,
     EvaluationSection,
+    Form,
     Layers,
     LoraSection,
     ModelSection,
@@ -34,12 +38,16 @@ from ubmoe.config.schema import (
     StageSection,
     TrainingSection,
     TrajectorySection,
+    WhitenSection,
     keys,
     numbered,
 )
 
 __all__ = [
     "DEFAULT_CONFIG",
+    "ECHO",
+    "EOL",
+    "FORMS",
     "MADE",
     "MINI_BATCH",
     "PROMPT",
@@ -53,6 +61,7 @@ __all__ = [
     "Config",
     "DependenceSection",
     "EvaluationSection",
+    "Form",
     "Layers",
     "LoraSection",
     "ModelSection",
@@ -68,6 +77,7 @@ __all__ = [
     "TrainingSection",
     "TrajectorySection",
     "UserError",
+    "WhitenSection",
     "deciding_weights",
     "dump_config",
     "help_text",

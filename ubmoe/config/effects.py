@@ -13,7 +13,7 @@ ASKED = tuple(
 )
 # Of the encoder's form, what a scan does not choose itself.
 SCANNED = tuple(
-    each for each in FORM if each.split(".")[1] not in ("attention", "layers", "pooling")
+    each for each in FORM if each.split(".")[1] not in ("attention", "layers", "pooling", "whiten")
 )
 # Sections and keys of how a model is scored, by the result that says it; and of how it was made.
 SCORED = {

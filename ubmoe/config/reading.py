@@ -54,7 +54,17 @@ def with_keys(config: Config, overrides: list[str]) -> Config:
     return _overridden(config.model_dump(), overrides)
 
 
+# Keys that another one, given on the command line, replaces where the file has them.
+REPLACED = {"bi.form": ("prompt", "pooling", "prompt_in_mean")}
+
+
 def _overridden(tree: dict[str, Any], overrides: list[str]) -> Config:
+    given = dict(text.partition("=")[::2] for text in overrides)
+    for name, replaced in REPLACED.items():
+        section = tree.get(name.split(".")[0])
+        if isinstance(section, dict) and given.get(name, "null") != "null":
+            for each in replaced:
+                section.pop(each, None)
     problems = [problem for text in overrides if (problem := _override(tree, text))]
     if problems:
         raise UserError("command line: " + "; ".join(problems))

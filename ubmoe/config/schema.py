@@ -174,6 +174,16 @@ Module = Annotated[str, AfterValidator(_is_module)]
 # Which layers look both ways: {from: 3}, {every: 3, from: 2, to: 20}, or their numbers.
 Layers = Literal["all", "none"] | dict[Literal["from", "to", "every"], int] | list[int]
 PROMPT = 'The representative word for sentence {text} is:"'  # the paper's, its quote included
+EOL = 'This sentence : "{text}" means in one word:"'  # PromptEOL's (Jiang et al., 2023)
+ECHO = "Sentence: {text}\nSentence again: {text}"  # after Springer et al. (2024)
+Pooled = Literal["mean", "weighted_mean", "last"]
+Form = Literal["plain", "eol", "echo", "paper"]
+FORMS: dict[Form, tuple[str | None, Pooled]] = {  # the prompt and the pooling of each
+    "plain": (None, "mean"),
+    "eol": (EOL, "last"),
+    "echo": (ECHO, "mean"),  # of the second copy's tokens alone
+    "paper": (PROMPT, "mean"),
+}
 
 
 class TrainingSection(Section):
@@ -328,6 +338,18 @@ MNTP = {
 }
 
 
+class WhitenSection(Section):
+    """A linear map of the vectors, fitted on unlabelled sentences and saved after the pooling."""
+
+    dataset: str = key("tiny", "its sentences: hub id, local file, or tiny")
+    rows: Positive = key(10000, "use at most this many, evenly spaced", "rows")
+    remove: Annotated[int, Field(ge=0)] | Literal["whiten"] = key(
+        1,
+        "principal components that are taken out of the centred vectors; 0: they are centred "
+        "alone; whiten: all are kept, with the variance 1",
+    )
+
+
 class BiSection(Section):
     """Bidirectional fine-tuning (train_bi.py)."""
 
@@ -335,22 +357,49 @@ class BiSection(Section):
     layers: Layers = key(
         "all", "layers that look both ways: all, none, {from: N}, {every: K, from: N}, or a list"
     )
+    form: Form | None = key(
+        None,
+        "a prompt and its pooling by name: plain (no prompt, mean), eol (PromptEOL, last), echo "
+        "(the text twice, the mean of the second copy), paper; null: what prompt and pooling say",
+    )
     prompt: str | None = key(PROMPT, "every text stands in it, at {text}; null: the text alone")
-    pooling: Literal["mean", "weighted_mean", "last"] = key(
+    pooling: Pooled = key(
         "mean", "of the last states: all tokens, all by their position (for causal), or the last"
     )
     prompt_in_mean: bool = key(
         True, "false: the mean is of the text's own tokens; for prompts that end in {text}"
     )
     max_tokens: Positive = key(512, "the saved encoder cuts longer texts here", "tokens")
+    whiten: WhitenSection | None = key(
+        None, "what is done to the vectors after training; null: nothing"
+    )
     stages: list[StageSection] = key([], "run in order; none: the untouched base is scored")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_what_its_form_has(cls, given: Any) -> Any:
+        form = given.get("form") if isinstance(given, dict) else None
+        if not isinstance(form, str) or form not in FORMS:
+            return given
+        return dict(zip(("prompt", "pooling"), FORMS[form], strict=True)) | given
 
     @field_validator("prompt")
     @classmethod
     def _holds_the_text(cls, prompt: str | None) -> str | None:
-        if prompt is not None and prompt.count("{text}") != 1:
+        if prompt not in (None, ECHO) and prompt.count("{text}") != 1:
             raise ValueError("expected {text} once, as in " + PROMPT)
         return prompt
+
+    @model_validator(mode="after")
+    def _is_of_its_form(self) -> "BiSection":
+        if self.form is None and self.prompt == ECHO:
+            raise ValueError("the prompt reads the text twice; expected form: echo, without prompt")
+        if self.form is not None and self.prompt != FORMS[self.form][0]:
+            raise ValueError(
+                f"form {self.form} has a prompt of its own; expected no other beside it, or form: "
+                "null"
+            )
+        return self
 
     @property
     def bidirectional(self) -> bool:
@@ -369,6 +418,7 @@ class BiSection(Section):
     @model_validator(mode="after")
     def _out_of_the_mean(self) -> "BiSection":
         ends = self.prompt is not None and self.prompt.endswith("{text}")
+        ends = ends and self.form != "echo"  # whose prompt is never in the mean
         if not self.prompt_in_mean and not (ends and self.pooling == "mean"):
             raise ValueError(
                 "prompt_in_mean false is for pooling mean and a prompt that ends in {text}; "

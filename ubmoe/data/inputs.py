@@ -20,8 +20,8 @@ from ubmoe.tiny import language
 READ: dict[str, tuple[str, ...]] = {
     "dependence": ("dependence.dataset", "dependence.chat_template"),
     "sts": (
-        *("bi.stages.N.dataset", "bi.stages.N.lm_dataset", "evaluation.sts"),
-        *("trajectory.sts", "trajectory.perplexity"),
+        *("bi.stages.N.dataset", "bi.stages.N.lm_dataset", "bi.whiten.dataset"),
+        *("evaluation.sts", "trajectory.sts", "trajectory.perplexity"),
     ),
     "generation": ("ubmoe.dataset", "ubmoe.sentences", "evaluation.sts", "evaluation.generation"),
     "evaluation": (
@@ -60,6 +60,10 @@ def _values(config: Config, key: str) -> Iterator[tuple[str, Any]]:
         for number, stage in enumerate(config.bi.stages):
             if last != "lm_dataset" or stage.lm_weight:
                 yield f"{first}.stages.{number}.{last}", getattr(stage, last)
+        return
+    if key == "bi.whiten.dataset":
+        if config.bi.whiten is not None:
+            yield key, config.bi.whiten.dataset
         return
     section, _, last = key.partition(".")
     unused = {

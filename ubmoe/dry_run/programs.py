@@ -22,6 +22,7 @@ from ubmoe.data.tokens import sentences_of
 from ubmoe.dependence.texts import tokenize
 from ubmoe.dry_run import batches, memory
 from ubmoe.dry_run.memory import Batch, shapes
+from ubmoe.encoder import whitening
 from ubmoe.encoder.stages import read_data
 from ubmoe.models.loading import best_device, load_tokenizer, within_context
 from ubmoe.models.precision import uses_bfloat16
@@ -88,6 +89,7 @@ def train_bi(config: Config) -> str:
     tokenizer = load_tokenizer(config.model)
     training = [number for number, each in enumerate(config.bi.stages) if each.max_steps != 0]
     data = {number: read_data(config.bi.stages[number], tokenizer).rows for number in training}
+    whitening.read_sentences(config.bi.whiten, tokenizer)
 
     def plan(config: Config) -> Plan:
         device, trained, work = device_of(config), [], []

@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Transformer
+from sentence_transformers.base.modules import Dense, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from sentence_transformers.util import is_sentence_transformer_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,6 +23,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ubmoe.bidirectional import is_bidirectional, set_attention
 from ubmoe.config import BiSection, Config, UserError
 from ubmoe.data import tokens
+from ubmoe.encoder import whitening
+from ubmoe.encoder.echo import EchoTransformer
 from ubmoe.files import replace_directory
 from ubmoe.layered import named_layers, partial_layers
 from ubmoe.models.loading import (
@@ -43,6 +45,7 @@ POOLING = {"mean": "mean", "weighted_mean": "weightedmean", "last": "lasttoken"}
 OWN = "own"  # name of the prompt that every text gets
 PROBES = (" a", *string.ascii_letters, *string.digits, *string.punctuation, "é", "你", "ж")
 UNCUT, AT_ONCE = 10**6, 1000  # tokens of a text; texts that are tokenised together
+STOCK = {"Pooling": Pooling, "Dense": Dense}  # what stands behind our own modules
 TEXT_FORM = {"method": "forward", "method_output_name": "last_hidden_state"}
 
 
@@ -57,27 +60,34 @@ def as_encoder(
     keys: dict[str, Any] = {"modality_config": forms, "module_output_name": "token_embeddings"}
     rows = len(model.get_input_embeddings().weight)  # type: ignore[arg-type, union-attr]
     tokens.fit(tokenizer, rows)
-    prefix = prefix_of(tokenizer, settings)
-    if settings.prompt not in (None, "{text}") and prefix is None:
+    prefix, echo = prefix_of(tokenizer, settings), settings.form == "echo"
+    if settings.prompt not in (None, "{text}") and prefix is None and not echo:
         forms["message"] = TEXT_FORM | {"format": "flat"}
         template = input_template(tokenizer, settings.prompt)
         keys["processing_kwargs"] = {"chat_template": {"chat_template": template}}
     with TemporaryDirectory() as folder:
         model.config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        module = _Given(folder, model_kwargs={"given": model.base_model}, **keys)
+        module: Any = _Given(folder, model_kwargs={"given": model.base_model}, **keys)
     tokens.fit(module.tokenizer, rows)
     # what modules.json names is the library's own, where stock libraries can read it
     some = is_bidirectional(model.config) and partial_layers(model.config) is not None
     module.__class__ = LayeredTransformer if some else Transformer
+    if echo and not tokenizer.is_fast:
+        raise UserError("bi.form: echo wants a tokenizer.json; expected another form")
+    if echo:
+        module.__class__ = LayeredEchoTransformer if some else EchoTransformer
+        module.echo = settings.prompt
     width = model.config.get_text_config().hidden_size
     pooling = Pooling(width, POOLING[settings.pooling], include_prompt=prefix is None)
-    return SentenceTransformer(
+    encoder = SentenceTransformer(
         modules=[module, pooling],
         device=str(model.device),
         prompts=None if prefix is None else {OWN: prefix},
         default_prompt_name=None if prefix is None else OWN,
     )
+    check_room(encoder, settings)
+    return encoder
 
 
 class LayeredTransformer(Transformer):
@@ -93,22 +103,29 @@ class LayeredTransformer(Transformer):
         return set_attention(model, is_bidirectional(model.config))
 
 
+class LayeredEchoTransformer(EchoTransformer, LayeredTransformer):
+    """Both: a text read twice by a model in which some layers look both ways."""
+
+
 def load_saved(directory: str, device: str | None = None, **keys: Any) -> SentenceTransformer:
-    """As `SentenceTransformer(directory)`, and knows LayeredTransformer without trusting any code.
+    """As `SentenceTransformer(directory)`, and knows our modules without trusting any code.
 
     directory: or a hub id; keys: further ones of SentenceTransformer, as revision.
     """
     path = Path(directory) / "modules.json"
-    own = f"{LayeredTransformer.__module__}.{LayeredTransformer.__qualname__}"
+    own = LayeredTransformer, EchoTransformer, LayeredEchoTransformer
+    kinds = {f"{each.__module__}.{each.__qualname__}": each for each in own}
     keys |= {"trust_remote_code": False}
-    if not path.is_file() or json.loads(path.read_text())[0]["type"] != own:
+    kind = path.is_file() and kinds.get(json.loads(path.read_text())[0]["type"])
+    if not kind:
         return _fitted(SentenceTransformer(directory, device=device, **keys))
     said = json.loads((Path(directory) / "config_sentence_transformers.json").read_text())
+    modules = [
+        STOCK[each["type"].split(".")[-1]].load(directory, subfolder=each["path"])
+        for each in json.loads(path.read_text())[1:]
+    ]
     encoder = SentenceTransformer(
-        modules=[
-            LayeredTransformer.load(directory, **keys),
-            Pooling.load(directory, subfolder="1_Pooling"),
-        ],
+        modules=[kind.load(directory, **keys), *modules],
         device=device,
         prompts=said.get("prompts"),
         default_prompt_name=said.get("default_prompt_name"),
@@ -217,6 +234,20 @@ def lengths(encoder: SentenceTransformer, texts: Sequence[str], where: str = "ro
     return found
 
 
+def check_room(encoder: SentenceTransformer, settings: BiSection) -> None:
+    """Raises UserError for a limit of tokens that the prompt alone fills: all texts were alike."""
+    limits = {"": settings.max_tokens}
+    contrastive = ((n, each) for n, each in enumerate(settings.stages) if each.objective != "mntp")
+    limits |= {f"stages.{n}.": each.max_tokens for n, each in contrastive}
+    [least] = lengths(encoder, ["a"])
+    for where, limit in limits.items():
+        if limit < least:
+            raise UserError(
+                f"bi.{where}max_tokens: {limit} leaves no room for a text; with the prompt, a text "
+                f"of one letter has {least} tokens; expected more"
+            )
+
+
 def own_prompt(encoder: SentenceTransformer) -> str | None:
     """What `encode` puts before a text by itself, and `preprocess` and the trainer do not."""
     return encoder.prompts.get(OWN) if encoder.default_prompt_name == OWN else None
@@ -242,8 +273,11 @@ def load_encoder(config: Config) -> SentenceTransformer:
     check_mask(config)
     config = within_context(config, "bi")
     tokenizer = load_tokenizer(config.model)
+    unlabelled = whitening.read_sentences(config.bi.whiten, tokenizer)
     model = load_model(config.model, config.bi.bidirectional, config.bi.layers)
-    return as_encoder(model, tokenizer, config.bi)
+    encoder = as_encoder(model, tokenizer, config.bi)
+    whitening.whiten(encoder, config, unlabelled)
+    return encoder
 
 
 def check_mask(config: Config) -> None:
@@ -289,6 +323,10 @@ def save_encoder(
         layers = named_layers(partial_layers(model.config) or [0])
         text = card.read_text(encoding="utf-8")
         text += use.format(attention=settings.attention, layers=layers)
+        if isinstance(encoder[0], EchoTransformer):
+            text += ECHO_CARD
+        if settings.whiten is not None:
+            text += WHITEN_CARD
         card.write_text(text, encoding="utf-8")
 
     replace_directory(directory, write)
@@ -318,4 +356,11 @@ A causal language model tuned into an encoder with {attention} attention; its he
 - As an encoder: `SentenceTransformer(directory)`. The prompt, the pooling and the length are saved.
 - As a language model: `AutoModelForCausalLM.from_pretrained(directory, is_causal=True)`. Without
   `is_causal=True` a bidirectional encoder would read its own future: its likelihoods mean nothing.
+"""
+WHITEN_CARD = """
+A whitening, fitted on unlabelled sentences, is the last module: a Dense layer without activation.
+"""
+ECHO_CARD = """
+Every text is read twice, and its vector is of the second copy's tokens. A module of the package
+`ubmoe` does it: install it, and load `SentenceTransformer(directory, trust_remote_code=True)`.
 """

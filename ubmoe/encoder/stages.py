@@ -52,7 +52,7 @@ def train_stages(
             seed=config.seed,
             resume=config.resume == "auto",
             before=config.bi.stages[:number],
-            given=config.bi.model_dump(exclude={"stages"}),
+            given=config.bi.model_dump(exclude={"stages", "whiten"}),
             distributed=config.distributed,
         )
         if stage.objective == "mntp":

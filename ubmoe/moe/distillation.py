@@ -18,7 +18,7 @@ from ubmoe.bidirectional import attending
 from ubmoe.config import UserError
 from ubmoe.data.chats import Chat, collate
 from ubmoe.encoder.sentence_encoder import own_prompt, rendered
-from ubmoe.models.digests import digest_of_tokenizer
+from ubmoe.models.digests import digest, digest_of_tokenizer
 from ubmoe.moe.routes import route_of
 
 CENTRED_ON = 256  # sentences whose mean vector is the encoder's
@@ -55,7 +55,8 @@ class Distillation(Dataset[tuple[Chat, str]]):
     def form(self) -> list[object]:
         """The sentences, and what of the encoder decides their vectors beside its weights."""
         encoder: Any = self.encoder
-        pooling = encoder[1].get_config_dict()
+        _, *after = encoder  # the pooling, and perhaps a whitening
+        pooling = [[each.get_config_dict(), digest(each.state_dict().items())] for each in after]
         tokenizer = digest_of_tokenizer(encoder.tokenizer)
         own = [encoder.max_seq_length, rendered(encoder, "text"), own_prompt(encoder), tokenizer]
         return [own, pooling, self.bidirectional, *self.sentences]

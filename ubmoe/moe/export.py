@@ -28,7 +28,8 @@ from ubmoe.moe.joining import (
     zero_routers,
 )
 
-FORM_FILES = ("modules.json", "config_sentence_transformers.json", "1_Pooling")
+MODULES = "modules.json"
+FORM_FILES = (MODULES, "config_sentence_transformers.json", "1_Pooling")
 FORM = "sentence_bert_config.json"
 ADAPTER = "bi"  # the adapter's folder within
 
@@ -45,7 +46,7 @@ def encoder_attention(directory: Path) -> str:
             "first, or name an encoder that it saved"
         )
     read = {}
-    for name in ("config.json", FORM, "modules.json"):
+    for name in ("config.json", FORM, MODULES):
         try:
             read[name] = json.loads((directory / name).read_text())
         except (OSError, ValueError) as error:
@@ -159,13 +160,16 @@ def _finish(
 ) -> None:
     """What is beside the weights: tokenizer, the encoder's form with its switch, the card."""
     tokenizer.save_pretrained(folder)
-    for name in FORM_FILES:
+    modules = json.loads((encoder / MODULES).read_text(encoding="utf-8"))
+    for name in {*FORM_FILES, *(each["path"] for each in modules[1:])}:  # a whitening is a third
         put = shutil.copytree if (encoder / name).is_dir() else shutil.copy
         put(encoder / name, folder / name)  # type: ignore[operator]
     own = {"is_causal": encoder_attention(encoder) == "causal"}
     form = json.loads((encoder / FORM).read_text(encoding="utf-8"))
     form |= {"config_kwargs": own | switch} | (more or {})
     (folder / FORM).write_text(json.dumps(form, indent=4, ensure_ascii=False), encoding="utf-8")
+    if modules[0]["type"].startswith("ubmoe."):
+        card += OWN_MODULE
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -181,6 +185,10 @@ encoder = SentenceTransformer(directory)  # its mask, prompt, pooling and length
 
 Plain `AutoModel.from_pretrained(directory)` is causal. Engines that know the class but read only
 config.json can generate with it; they cannot embed with it.
+"""
+OWN_MODULE = """
+The encoder's form wants a module of the package `ubmoe`: install it, and load the encoder with
+`SentenceTransformer(directory, trust_remote_code=True)`.
 """
 MIXTURE_CARD = f"""---
 library_name: transformers
