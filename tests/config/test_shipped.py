@@ -14,6 +14,7 @@ NAMES = {"tiny"} | {
     f"{family}-{size}"
     for family, sizes in {
         "qwen2.5": ("0.5b", "1.5b", "3b", "7b", "14b"),
+        "qwen2.5-coder": ("0.5b", "1.5b"),
         "qwen1.5": ("0.5b", "1.8b", "4b", "7b"),
         "qwen3": ("0.6b", "1.7b", "4b", "8b"),
         "smollm2": ("135m",),
