@@ -39,6 +39,7 @@ from ubmoe.models.loading import (
 )
 from ubmoe.models.lora import last_attention
 from ubmoe.models.precision import weights_dtype
+from ubmoe.models.tokenizer_file import alike, as_stored
 
 log = logging.getLogger(__name__)
 POOLING = {"mean": "mean", "weighted_mean": "weightedmean", "last": "lasttoken"}
@@ -69,6 +70,12 @@ def as_encoder(
         model.config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         module: Any = _Given(folder, model_kwargs={"given": model.base_model}, **keys)
+    if not alike(module.tokenizer.backend_tokenizer, tokenizer.backend_tokenizer):
+        raise UserError(
+            f"model.name: {tokenizer.name_or_path}: beside a model of type "
+            f"{model.config.model_type} stock libraries would read other tokens from its "
+            f"tokenizer.json ({type(module.tokenizer).__name__}); no encoder can be saved of it"
+        )
     tokens.fit(module.tokenizer, rows)
     # what modules.json names is the library's own, where stock libraries can read it
     some = is_bidirectional(model.config) and partial_layers(model.config) is not None
@@ -118,7 +125,7 @@ def load_saved(directory: str, device: str | None = None, **keys: Any) -> Senten
     keys |= {"trust_remote_code": False}
     kind = path.is_file() and kinds.get(json.loads(path.read_text())[0]["type"])
     if not kind:
-        return _fitted(SentenceTransformer(directory, device=device, **keys))
+        return _fitted(SentenceTransformer(directory, device=device, **keys), keys.get("revision"))
     said = json.loads((Path(directory) / "config_sentence_transformers.json").read_text())
     modules = [
         STOCK[each["type"].split(".")[-1]].load(directory, subfolder=each["path"])
@@ -130,11 +137,15 @@ def load_saved(directory: str, device: str | None = None, **keys: Any) -> Senten
         prompts=said.get("prompts"),
         default_prompt_name=said.get("default_prompt_name"),
     )
-    return _fitted(encoder)
+    return _fitted(encoder, keys.get("revision"))
 
 
-def _fitted(encoder: SentenceTransformer) -> SentenceTransformer:
-    """It pads with a token that its model has, and reads no more than its model's context."""
+def _fitted(encoder: SentenceTransformer, revision: str | None) -> SentenceTransformer:
+    """It reads as its tokenizer.json does, pads with a token of its model, within its context."""
+    first: Any = encoder[0]
+    lowered = getattr(first, "do_lower_case", False)  # which changes the tokenizer
+    if not lowered and isinstance(getattr(first, "processor", None), PreTrainedTokenizerBase):
+        first.processor = as_stored(first.processor, revision)
     inner, tokenizer = getattr(encoder[0], "model", None), encoder.tokenizer
     if isinstance(inner, PreTrainedModel) and isinstance(tokenizer, PreTrainedTokenizerBase):
         tokens.fit(tokenizer, len(inner.get_input_embeddings().weight))  # type: ignore

@@ -28,6 +28,7 @@ from ubmoe.config import Config, Layers, ModelSection, Section, UserError, liste
 from ubmoe.data import tokens
 from ubmoe.layered import partial_layers
 from ubmoe.models import gguf, lora, precision
+from ubmoe.models.tokenizer_file import as_stored
 from ubmoe.tiny.model import tiny_directory
 
 log = logging.getLogger(__name__)
@@ -132,6 +133,8 @@ def load_tokenizer(config: ModelSection) -> PreTrainedTokenizerBase:
             tokenizer = gguf.tokenizer_of(file)
         else:
             tokenizer = AutoTokenizer.from_pretrained(source(config), **keywords(config))
+            if tokenizer("any text", add_special_tokens=False)["input_ids"]:
+                tokenizer = as_stored(tokenizer, config.revision)
     # Without tokenizer files transformers 5 makes an empty tokenizer, and says nothing.
     if not tokenizer("any text", add_special_tokens=False)["input_ids"]:
         raise UserError(f"model.name: {config.name} has no tokenizer; expected tokenizer.json")

@@ -1,0 +1,89 @@
+"""tokenizer.json is the tokenizer.
+
+Many classes of transformers 5 take no more than its vocabulary and put their own normalizer,
+pre-tokenizer and decoder beside it; where these read a text otherwise, the file's are used.
+"""
+
+from itertools import islice
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import cached_file
+
+NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
+ADDED = 100  # of the tokens that texts are cut at, so many are tried
+# Contractions, digits of several scripts, white space of every kind, letters that normal forms and
+# lower case change, ligatures, emoji, what no vocabulary has.
+PROBES = (
+    "It's 2024, we'LL pay $1,234.56 for 7\u00bd x\u00b2 \u0663\u0664 (it\u2019s OK)!?",
+    "Caf\u00e9 cafe\u0301 \u00c5ngstr\u00f6m \ufb01ne \uff21\uff11 \u4f60\u597d \u0416\u0443\u043a "
+    "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35 \U0001f600\U0001f469\u200d\U0001f680 \ue000\U000f0000",
+    "  two  spaces 12  3\tand\u00a0tabs \n\n\tlines\r\n \n  end  ",
+    "\n<b>snake_case camelCase</b> \u2581mark http://a.b/c?d=e&f #1 @x",
+)
+
+
+def alike(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether both read texts as the same pieces and tokens, and write them back alike.
+
+    The pieces are compared, too: on so few words a vocabulary may have no merge that shows which
+    way a text was split.
+    """
+    added = islice(other.get_added_tokens_decoder().values(), ADDED)
+    around = [f"a {each.content} b{each.content}c" for each in added]
+    for text in (*PROBES, *around):
+        if _pieces(one, text) != _pieces(other, text):
+            return False
+        ids, others = (each.encode(text).ids for each in (one, other))
+        if ids != others or one.decode(ids) != other.decode(ids):
+            return False
+    return getattr(one.model, "ignore_merges", None) == getattr(other.model, "ignore_merges", None)
+
+
+def _pieces(tokenizer: Tokenizer, text: str) -> list[str]:
+    if tokenizer.normalizer is not None:
+        text = tokenizer.normalizer.normalize_str(text)
+    if tokenizer.pre_tokenizer is None:
+        return [text]
+    return [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+
+
+def as_stored(
+    tokenizer: PreTrainedTokenizerBase, revision: str | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer, or where it reads otherwise than the tokenizer.json beside it, the file's own.
+
+    Special tokens, template, lengths and padding stay. Raises ValueError where the file cannot be
+    had as it is.
+    """
+    keys: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+    path = tokenizer.name_or_path
+    file = cached_file(
+        path, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False
+    )
+    if file is None:
+        return tokenizer  # of a kind that has none: nothing says otherwise
+    own = Tokenizer.from_file(file)
+    own.no_truncation()
+    own.no_padding()
+    if tokenizer.is_fast and alike(_bare(tokenizer), own):
+        return tokenizer
+    names = {key: getattr(tokenizer, key) for key in NAMED}
+    named = {key: each for key, each in names.items() if own.token_to_id(str(each)) is not None}
+    again: Any = PreTrainedTokenizerFast.from_pretrained(path, **keys, **named)
+    again.padding_side = tokenizer.padding_side
+    again.model_max_length = tokenizer.model_max_length
+    if not alike(_bare(again), own):
+        raise ValueError(
+            "beside its tokenizer_config.json its tokenizer.json gives other tokens than alone; "
+            "expected them to agree"
+        )
+    return again
+
+
+def _bare(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """Without the truncation and padding of the call before, which `own` has not."""
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer.backend_tokenizer
