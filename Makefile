@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo model real real-study test study figures lock clean
+.PHONY: demo model real real-study test fuzz study figures lock clean
 
 # Bytecode is left to the first import: compiling every file takes half of the installation.
 .venv/installed: requirements.lock pyproject.toml
@@ -64,6 +64,10 @@ test: .venv/installed
 	$(BIN)/mypy & types=$$!; \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal; tests=$$?; \
 	wait $$types && exit $$tests
+
+# Whatever a file or a key may hold, drawn anew at every run; what fails is printed as an example.
+fuzz: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_any_input.py --hypothesis-profile=fuzz -n 2
 
 # Pictures of the pages that are redrawn by our own code.
 figures: .venv/installed

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import transformers
 from builders import KilledError, random_model
@@ -16,6 +17,11 @@ from builders import KilledError, random_model
 from ubmoe.config import Config, load_config
 from ubmoe.models import precision
 from ubmoe.tiny import sizes
+
+# What `make test` draws repeats; `make fuzz` draws anew, and more.
+hypothesis.settings.register_profile("repeat", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("fuzz", max_examples=3000, deadline=None, print_blob=True)
+hypothesis.settings.load_profile("repeat")
 
 
 @pytest.fixture(scope="session")

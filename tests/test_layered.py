@@ -51,7 +51,7 @@ def test_layers_are_named_in_words(layers, numbers):
 
 @pytest.mark.parametrize("layers", [{"from": 4}, [0, 4], [-1], {"from": 3, "to": 1}])
 def test_layers_that_are_not_there_are_refused(layers):
-    with pytest.raises(UserError, match="bi.layers: means .*; expected some of 0 to 3"):
+    with pytest.raises(UserError, match="bi.layers: got .*; expected some of the layers 0 to 3"):
         chosen(layers, DEPTH)
 
 

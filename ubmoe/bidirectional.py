@@ -37,13 +37,13 @@ def attention_name(config: Any) -> Attention:
     return "bidirectional" if is_bidirectional(config) else "causal"
 
 
-def set_layers(model: PreTrainedModel, layers: Layers) -> PreTrainedModel:
-    """Write into the config which layers may look both ways. Raises UserError.
+def set_layers(model: PreTrainedModel, layers: Layers, key: str = "bi.layers") -> PreTrainedModel:
+    """Write into the config which layers may look both ways. Raises UserError, naming the key.
 
     `all` leaves what a saved encoder says of itself.
     """
     config = model.config.get_text_config()
-    if (numbers := layered.chosen(layers, config.num_hidden_layers)) is not None:
+    if (numbers := layered.chosen(layers, config.num_hidden_layers, key)) is not None:
         for each in (model.config, config):
             setattr(each, layered.KEY, numbers)
     return model
@@ -117,7 +117,7 @@ def _prove_layers(model: PreTrainedModel, family: str, layers: list[int]) -> str
             if (_finite(moved, family, padding) > tolerance(model)) != (number in layers):
                 sees = "stays causal" if number in layers else "sees later tokens"
                 raise UserError(
-                    f"bi.layers: layer {number} of {family} {sees} with {padding} padding; it "
+                    f"layer {number} of {family} {sees} with {padding} padding; it "
                     "cannot be bidirectional in some layers"
                 )
     named = layered.named_layers(layers)

@@ -17,24 +17,25 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import flash_attention_mask
 
-from ubmoe.config import Layers, UserError
+from ubmoe.config import Layers, UserError, shown
 
 NAME = "layered_sdpa"
 KEY = "bidirectional_layers"
 
 
-def chosen(layers: Layers, depth: int) -> list[int] | None:
-    """Numbers of the layers that `bi.layers` means, from 0; None: all. Raises UserError."""
+def chosen(layers: Layers, depth: int, key: str = "bi.layers") -> list[int] | None:
+    """Numbers of the layers that a key means, from 0; None: all. Raises UserError, naming it."""
     if layers == "all":
         return None
     if layers == "none":
         return []
+    named: Sequence[int] = layers if isinstance(layers, list) else ()
     if isinstance(layers, dict):
-        ends = layers.get("from", 0), layers.get("to", depth - 1)
-        layers = list(range(ends[0], ends[1] + 1, layers.get("every", 1)))
-    if not layers or not 0 <= min(layers) <= max(layers) < depth:
-        raise UserError(f"bi.layers: means {layers or 'none'}; expected some of 0 to {depth - 1}")
-    numbers = sorted(set(layers))
+        first, last = layers.get("from", 0), layers.get("to", depth - 1)
+        named = range(first, last + 1, layers.get("every", 1))
+    if not named or not 0 <= min(named) <= max(named) < depth:
+        raise UserError(f"{key}: got {shown(layers)}; expected some of the layers 0 to {depth - 1}")
+    numbers = sorted(set(named))
     return None if len(numbers) == depth else numbers
 
 
@@ -56,7 +57,7 @@ def switch(model: PreTrainedModel, on: bool) -> None:
     if on and own not in (NAME, "dependence"):  # which asks the layers itself
         if not model._supports_attention_backend or not hasattr(model.base_model, "layers"):
             raise UserError(
-                f"bi.layers: {type(model).__name__} does not use transformers' attention "
+                f"layers: {type(model).__name__} does not use transformers' attention "
                 "interface; expected all"
             )
         AttentionInterface.register(NAME, attend)
@@ -118,6 +119,8 @@ def visible(rows: Tensor, columns: Tensor, causal: bool, window: int | None) -> 
 
 def named_layers(layers: Sequence[int]) -> str:
     """As a reader would say them: 3-29, or 2, 5, 8."""
+    if not layers:
+        return "none"
     first, last = layers[0], layers[-1]
     if len(layers) > 2 and list(layers) == list(range(first, last + 1)):
         return f"{first}-{last}"

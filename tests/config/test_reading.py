@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 import yaml
@@ -138,7 +139,7 @@ def test_buckets_must_ascend(tmp_path, value):
         ("a: [", "not YAML"),
         ("- model", "expected sections"),
         ("model: 3", "model: got 3, expected a section of keys"),
-        ("seed: yes", "seed: got True, expected a valid integer"),
+        ("seed: yes", "seed: got true, expected a whole number"),
         ("seed: 1.0", "seed: got 1.0"),
     ],
 )
@@ -193,7 +194,8 @@ def test_an_override_leaves_unsaid_keys_to_their_objective(tmp_path):
     whole = load_config(path, ["bi.stages=[{}, {}]", "bi.stages.1.lora.rank=5"]).bi.stages
     assert whole[0].lora is None and whole[1].lora.rank == 5
     assert "bi.stages.2.lora.rank: unknown key" in problem(path, "bi.stages.2.lora.rank=1")
-    assert "results.rows.0.keys: unknown key" in problem(path, "results.rows.0.keys=[]")
+    found = problem(path, "results.rows.0.keys=[]")
+    assert "results.rows.0: got 'base', expected a section of keys" in found
 
 
 @pytest.mark.parametrize("keys", ["prompt: null", "prompt: 'a {text} b'", "pooling: last"])
@@ -236,3 +238,98 @@ def test_a_form_is_a_prompt_and_its_pooling(tmp_path):
 )
 def test_what_contradicts_a_form_is_refused(tmp_path, keys, said):
     assert said in problem(written(tmp_path, ""), *keys)
+
+
+LAUGHS = "\n".join(
+    ["a0: &a0 x", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12))]
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (f"{LAUGHS}\nmodel: {{name: *a11}}", "more than 100000 values"),
+        ("model: &a [*a]", "more than 100000 values"),
+        ("seed: " + "[" * 40 + "]" * 40, "or 30 levels"),
+        ("seed: " + "[" * 100_000, "or 30 levels"),
+        ("a: &a {name: x}\nmodel: {<<: *a}", ":2: not YAML (<< is not read; write its keys out)"),
+        ("model: {name: !!binary aGk=}", "the tag !!binary is not read"),
+        ("model: !!python/object:os.system {}", "is not read"),
+        ("1: 2", "1: got 1, expected a text as key"),
+        ("seed: 010", "seed: got '010', expected a whole number"),
+        ("seed: 1:30", "seed: got '1:30'"),
+    ],
+)
+def test_yaml_that_multiplies_or_means_something_else_is_refused(tmp_path, text, expected):
+    assert expected in problem(written(tmp_path, text))
+
+
+def test_an_alias_is_read_and_an_override_changes_one_place(tmp_path):
+    path = written(tmp_path, "bi: {stages: [&one {max_steps: 3}, *one]}")
+    stages = load_config(path, ["bi.stages.0.max_steps=4"]).bi.stages
+    assert [stage.max_steps for stage in stages] == [4, 3]
+
+
+def test_a_date_is_a_text(tmp_path):
+    assert load_config(written(tmp_path, "model: {revision: 2020-01-01}")).model.revision
+
+
+NUMBERS = [
+    name.replace(".N", ".0")
+    for name, field in keys()
+    if {int, float} & {field.annotation, *get_args(field.annotation)}
+]
+TEXTS = [
+    name.replace(".N", ".0")
+    for name, field in keys()
+    if {str, list[str]} & {field.annotation, *get_args(field.annotation)}
+]
+
+
+ITEMS = ["bi.stages=[{lora: {}}]", "results.rows=[{name: x}]", "probing.models=[{name: x}]"]
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "1e400", "1" + "0" * 30, "1" * 5000])
+def test_no_key_takes_a_number_without_end(tmp_path, value):
+    assert len(NUMBERS) > 60
+    for key in NUMBERS:
+        found = problem(written(tmp_path, ""), *ITEMS, f"{key}={value}")
+        assert f"command line: {key}: got " in found, found
+
+
+@pytest.mark.parametrize("value", ["a\\0b", "a\\ud800b", "\\udfff"])
+def test_no_key_takes_a_text_that_no_file_would(tmp_path, value):
+    assert len(TEXTS) > 20
+    for key in TEXTS:
+        shape = [f'{key}="{value}"', f'{key}=["{value}"]']
+        found = [problem(written(tmp_path, ""), *ITEMS, one) for one in shape]
+        assert any("expected text without NUL and halves" in one for one in found), found
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["model=5", "model.device=cpu"], "model: got 5, expected a section of keys"),
+        (["bi.stages=x", "bi.stages.0.seed=1"], "unknown key"),
+        (["bi.stages=x", "bi.stages.0.max_steps=1"], "bi.stages: got 'x', expected a list"),
+        (["bi.layers=[1, a]"], "bi.layers.1: got 'a', expected a whole number"),
+        (["bi.layers=5"], "bi.layers: got 5, expected 'all' or 'none' or keys with values or a l"),
+        (["bitune.layers={every: 0}"], 'bitune.layers: got {"every": 0}, layers must name some'),
+        (["bitune.layers=[]"], "bitune.layers: got [], layers must name some"),
+        (["dry_run=x"], "dry_run: got 'x', expected true or false or a whole number"),
+        (["results.rows=[{}]"], "results.rows.0.name: expected a value; it has no default"),
+        (["probing.seeds=[-1]"], "probing.seeds.0: got -1, expected greater than or equal to 0"),
+        (["results.seeds=[-1]"], "results.seeds.0: got -1"),
+        (["bi.stages=[{train: []}]"], "bi.stages.0.train: got [], expected one at least"),
+        (["bi.stages=[{train: [ffn@3-1]}]"], "bi.stages.0.train.0: got 'ffn@3-1'"),
+        (["bi.stages=[{train: [ffn@0-999999999999]}]"], "bi.stages.0.train.0: got 'ffn@0-9"),
+        (["bi.stages=[{train: [ffn@٣]}]"], "bi.stages.0.train.0: got 'ffn@٣'"),
+        (["bi.stages=[{learning_rate: ١e٤}]"], "bi.stages.0.learning_rate: got '١e٤'"),
+        (["bi.stages." + "1" * 5000 + ".max_steps=1"], "unknown key"),
+        (["seed=" + "[" * 3000], "seed: got '[[["),
+        (["model.name=" + "x" * 10**6 + "\0"], "model.name: got 'xxx"),
+    ],
+)
+def test_a_value_is_blamed_on_its_own_key_in_words_of_yaml(tmp_path, overrides, expected):
+    found = problem(written(tmp_path, ""), *overrides)
+    assert expected in found and len(found) < 300 + len(overrides[0])

@@ -67,8 +67,8 @@ def test_the_embedded_chats_are_the_same_every_time():
         ("a.json", "[]", "empty; expected rows"),
         ("a.jsonl", '{"text": "a"}\n{"text": ', ":2: malformed JSON"),
         ("a.json", '[\n{"text": "a"},\n{"text" 3}]', ":3: malformed JSON"),
-        ("a.json", '{"text": "a"}', "got dict, expected a list"),
-        ("a.jsonl", '{"text": "a"}\n["b"]', ":2: got list, expected an object"),
+        ("a.json", '{"text": "a"}', 'got {"text": "a"}, expected a list'),
+        ("a.jsonl", '{"text": "a"}\n["b"]', ':2: got ["b"], expected an object'),
         (
             "a.jsonl",
             '{"text": "a"}\n{"txt": "b"}',
@@ -78,7 +78,7 @@ def test_the_embedded_chats_are_the_same_every_time():
         ("a.jsonl", '{"messages": []}', ":1: messages must be a list"),
         ("a.jsonl", '{"messages": [{"role": "user"}]}', ":1: turn 1: its content is null"),
         ("a.jsonl", '{"messages": ["Hi"]}', ':1: turn 1 must be {"role": "user"'),
-        ("a.jsonl", '{"messages": [{"from": "narrator", "value": "x"}]}', 'from "narrator"'),
+        ("a.jsonl", '{"messages": [{"from": "narrator", "value": "x"}]}', "from 'narrator'"),
         (
             "a.jsonl",
             '{"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}',

@@ -5,7 +5,7 @@ loaded.
 """
 
 from ubmoe.config.effects import MADE, SCORED, deciding_weights, default, leaves, unlike
-from ubmoe.config.errors import UserError, listed
+from ubmoe.config.errors import UserError, error_reason, listed, shown
 from ubmoe.config.help import help_text
 from ubmoe.config.reading import DEFAULT_CONFIG, dump_config, load_config, with_keys
 from ubmoe.config.schema import (
@@ -83,10 +83,12 @@ __all__ = [
     "help_text",
     "keys",
     "default",
+    "error_reason",
     "leaves",
     "listed",
     "load_config",
     "numbered",
+    "shown",
     "unlike",
     "with_keys",
 ]

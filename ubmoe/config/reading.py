@@ -1,5 +1,7 @@
 """A YAML file and `key=value` overrides, read into one strict, frozen configuration."""
 
+import re
+from collections.abc import Sequence
 from copy import deepcopy
 from difflib import get_close_matches
 from functools import cache
@@ -9,25 +11,11 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from ubmoe.config.errors import UserError
+from ubmoe.config.errors import UserError, shown
 from ubmoe.config.schema import Config, keys, numbered, section_of
+from ubmoe.config.strict_yaml import parsed
 
 DEFAULT_CONFIG = Path(__file__).parent.parent.parent / "configs" / "tiny.yaml"
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader keeps the last of two equal keys without a word; this one refuses."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            name = self.construct_object(key_node, deep=True)
-            if isinstance(name, str) and name in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {name!r} twice", key_node.start_mark
-                )
-            seen.add(name if isinstance(name, str) else id(key_node))
-        return super().construct_mapping(node, deep)
 
 
 def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
@@ -78,7 +66,7 @@ def dump_config(config: Config) -> str:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = deepcopy(_parsed(path.read_text(encoding="utf-8")))
+        tree = parsed(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}); expected a YAML file such as "
@@ -89,11 +77,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        reason = " ".join(str(getattr(error, "problem", error)).split())
-        raise UserError(f"{path}{line}: not YAML ({reason})") from error
+        problem = " ".join(str(getattr(error, "problem", error)).split())[:200]
+        raise UserError(f"{path}{line}: not YAML ({problem})") from error
     if not isinstance(tree, dict | None):
         raise UserError(
-            f"{path}: got {type(tree).__name__}, expected sections such as model: and dependence:"
+            f"{path}: got {shown(tree)}, expected sections such as model: and dependence:"
         )
     sections = {name for name, field in Config.model_fields.items() if section_of(field)}
     # A section whose keys are all commented out reads as null and means: the defaults.
@@ -101,11 +89,6 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         name: {} if value is None and name in sections else value
         for name, value in (tree or {}).items()
     }
-
-
-@cache  # a study reads one file for each of its runs
-def _parsed(text: str) -> Any:
-    return yaml.load(text, Loader=_StrictLoader)
 
 
 def _override(tree: dict[str, Any], text: str) -> str | None:
@@ -117,22 +100,25 @@ def _override(tree: dict[str, Any], text: str) -> str | None:
     if not equals or name.startswith("-"):
         return f"{text!r} is not key=value, such as dependence.max_texts=100"
     try:
-        value = yaml.load(raw, Loader=_StrictLoader)
+        value = parsed(raw)
     except (yaml.YAMLError, ValueError):
         value = raw  # a Jinja template is no YAML
     *parents, last = name.split(".")
-    known = _names()
+    if numbered(name).removesuffix(".N") not in _names():
+        return f"{name}: unknown key; {_nearest(name)}"
     node: Any = tree
     default: Any = _defaults()
-    for part in parents:
+    for place, part in enumerate(parents, 1):
         default = default.get(part) if isinstance(default, dict) else None
         if isinstance(node, dict) and node.get(part) is None:
             node[part] = deepcopy(default) if isinstance(default, list) else {}
-        slot = _slot(node, part)
-        inner = None if slot is None else node[slot]
-        node = inner if isinstance(inner, dict | list) else None  # a word has no keys
-    slot = _slot(node, last) if isinstance(node, list) else last
-    if slot is None or node is None or numbered(name).removesuffix(".N") not in known:
+        if (slot := _slot(node, part)) is None:
+            return f"{name}: unknown key; {_nearest(name)}"
+        node = node[slot]
+        if not isinstance(node, dict | list):
+            expected = "a list" if isinstance(default, list) else "a section of keys"
+            return f"{'.'.join(parents[:place])}: got {shown(node)}, expected {expected}"
+    if (slot := _slot(node, last) if isinstance(node, list) else last) is None:
         return f"{name}: unknown key; {_nearest(name)}"
     node[slot] = value
     return None
@@ -152,7 +138,8 @@ def _names() -> frozenset[str]:
 
 def _slot(node: Any, part: str) -> str | int | None:
     """Where `part` of a dotted name stands in a mapping or a list; None where there is no place."""
-    if isinstance(node, list) and part.isdecimal() and part.isascii() and int(part) < len(node):
+    is_number = re.fullmatch("[0-9]{1,9}", part) is not None
+    if isinstance(node, list) and is_number and int(part) < len(node):
         return int(part)
     return part if isinstance(node, dict) and part in node else None
 
@@ -161,21 +148,62 @@ def _validated(tree: dict[str, Any], source: str) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(
-            f"{source}: " + "; ".join(_problem(dict(each)) for each in error.errors())
-        ) from None
+        raise UserError(f"{source}: " + "; ".join(_problems(error, tree))) from None
 
 
-def _problem(error: dict[str, Any]) -> str:
-    name = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        return f"{name}: unknown key; {_nearest(name)}"
-    expected = error["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
-    if error["type"] == "model_type":
-        expected = "expected a section of keys"
-    if error["type"] == "value_error" and isinstance(error["input"], dict):
-        return f"{name}: {expected}"  # of keys that do not go together
-    return f"{name}: got {error['input']!r}, {expected}"
+EXPECTED = {
+    "string_type": "a text",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_unicode": "text without NUL and halves of surrogate pairs",
+    "list_type": "a list",
+    "dict_type": "keys with values",
+    "model_type": "a section of keys",
+    "model_attributes_type": "a section of keys",
+    "invalid_key": "a text as key",
+    "missing": "a value; it has no default",
+}
+
+
+def _problems(error: ValidationError, tree: dict[str, Any]) -> list[str]:
+    """A line for each key that is wrong: what it could have been instead, in one."""
+    expected: dict[str, list[str]] = {}
+    values: dict[str, Any] = {}
+    leaves = dict(keys())
+    for each in error.errors():
+        kind, value, name = each["type"], each["input"], _place(each["loc"], tree)
+        of_a_section = kind == "value_error" and isinstance(value, dict)
+        if kind == "missing":
+            name = f"{name}.{each['loc'][-1]}"
+        elif kind != "extra_forbidden" and not (of_a_section and numbered(name) not in leaves):
+            values[name] = value
+        said = each["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+        if kind in EXPECTED:
+            said = f"expected {EXPECTED[kind]}"
+        elif kind == "extra_forbidden":
+            said = f"unknown key; {_nearest(name)}"
+        expected.setdefault(name, []).append(said)
+    # Of what may be one thing or another, the one that got furthest says what is wrong.
+    inner = [name for name in expected if not any(each.startswith(f"{name}.") for each in expected)]
+    return [
+        f"{name}: "
+        + (f"got {shown(values[name])}, " if name in values else "")
+        + " or ".join(dict.fromkeys(expected[name])).replace(" or expected ", " or ")
+        for name in inner
+    ]
+
+
+def _place(parts: Sequence[Any], tree: Any) -> str:
+    """The dotted name of what pydantic means, without the kinds that it tried there."""
+    names = []
+    for part in parts:
+        there = range(len(tree)) if isinstance(tree, list) else tree
+        if isinstance(tree, list | dict) and part in there:
+            names.append(str(part))
+            tree = tree[part]
+    return ".".join(names)
 
 
 MOVED = {

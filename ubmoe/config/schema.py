@@ -23,7 +23,7 @@ from pydantic.fields import FieldInfo
 
 def _exponent_float(value: object) -> object:
     """YAML 1.1 reads `1e-4` as text; everybody means the number."""
-    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+    if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]+(\.[0-9]*)?[eE][+-]?[0-9]+", value):
         return float(value)
     return value
 
@@ -64,10 +64,28 @@ def _not_empty(value: Any) -> Any:
 
 
 Bf16 = Literal["auto"] | bool
+MOST = 10**10  # of any number: no count, size or rate is larger, and all arithmetic takes it
+
+
+def _check_values(value: Any) -> None:
+    """Raises ValueError where a key holds, at any depth, what no file or library would take."""
+    if isinstance(value, dict | list):
+        for each in (*value, *value.values()) if isinstance(value, dict) else value:
+            _check_values(each)
+    elif isinstance(value, int | float) and not -MOST <= value <= MOST:  # NaN, too
+        raise ValueError(f"expected numbers from -{MOST} to {MOST}")
+    elif isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
+        raise ValueError("expected text without NUL and halves of surrogate pairs")
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    @field_validator("*")
+    @classmethod
+    def _is_sound(cls, value: Any) -> Any:
+        _check_values(value)
+        return value
 
     @field_validator("*")
     @classmethod
@@ -161,18 +179,29 @@ MODULES = ("ffn", "attention", "embedding", "all", "ffn_up_down")
 def _is_module(text: str) -> str:
     """ffn, or ffn@3-29 and ffn@7: the module in some layers alone."""
     module, at, layers = text.partition("@")
-    whole = not at or (
-        module in ("ffn", "attention", "ffn_up_down") and re.fullmatch(r"\d+(-\d+)?", layers)
-    )
-    if module not in MODULES or not whole:
+    some = re.fullmatch(r"([0-9]{1,4})(?:-([0-9]{1,4}))?", layers)
+    ascend = some is not None and int(some[1]) <= int(some[2] or some[1])
+    in_layers = module in ("ffn", "attention", "ffn_up_down") and ascend
+    if module not in MODULES or (at and not in_layers):
         choices = " or ".join(map(repr, MODULES)).replace(" or ", ", ", len(MODULES) - 2)
         raise ValueError(f"expected {choices}, or one in some layers, as 'ffn@3-29'")
     return text
 
 
 Module = Annotated[str, AfterValidator(_is_module)]
+
+
+def _names_layers(layers: Any) -> Any:
+    if layers in ({}, []) or (isinstance(layers, dict) and layers.get("every", 1) < 1):
+        raise ValueError("layers must name some; expected all, {from: 3}, {every: 3} or a list")
+    return layers
+
+
 # Which layers look both ways: {from: 3}, {every: 3, from: 2, to: 20}, or their numbers.
-Layers = Literal["all", "none"] | dict[Literal["from", "to", "every"], int] | list[int]
+Layers = Annotated[
+    Literal["all", "none"] | dict[Literal["from", "to", "every"], int] | list[int],
+    AfterValidator(_names_layers),
+]
 PROMPT = 'The representative word for sentence {text} is:"'  # the paper's, its quote included
 EOL = 'This sentence : "{text}" means in one word:"'  # PromptEOL's (Jiang et al., 2023)
 ECHO = "Sentence: {text}\nSentence again: {text}"  # after Springer et al. (2024)
@@ -287,6 +316,11 @@ class StageSection(TrainingSection):
         "bert", "bert: 80 % masked, 10 % random, 10 % as they were; all: every chosen one masked"
     )
     mask_token: str = key("_", "what stands for a masked token: one token of the vocabulary")
+
+    @field_validator("train")
+    @classmethod
+    def _is_not_empty(cls, value: list[Any]) -> list[Any]:
+        return _not_empty(value)
 
     @model_validator(mode="before")
     @classmethod
@@ -410,9 +444,6 @@ class BiSection(Section):
     def _layers_look(self) -> "BiSection":
         if self.attention == "causal" and self.layers not in ("all", "none"):
             raise ValueError("attention causal has no layers that look both ways; expected none")
-        every = self.layers.get("every", 1) if isinstance(self.layers, dict) else 1
-        if every < 1 or self.layers in ({}, []):
-            raise ValueError("layers must name some; expected all, {from: 3}, {every: 3} or a list")
         return self
 
     @model_validator(mode="after")
@@ -579,7 +610,7 @@ class ProbingSection(Section):
     probes: list[Literal["linear", "ridge", "mlp"]] = score_key(
         ["linear", "mlp"], "kinds; ridge where features are about as many as items, or more"
     )
-    seeds: list[int] = score_key([0, 1, 2], "of the splits and of the MLPs")
+    seeds: list[Seed] = score_key([0, 1, 2], "of the splits and of the MLPs")
     jobs: Positive | None = running_key(None, "tasks that are probed at once; null: one a core")
     controls: bool = score_key(True, "also probe random labels, and words without their sentence")
     max_tokens: Positive = score_key(

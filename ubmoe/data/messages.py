@@ -7,6 +7,7 @@ list of text parts.
 import json
 from typing import Any
 
+from ubmoe.config import shown
 from ubmoe.data.bad_rows import RowError
 
 Message = dict[str, Any]
@@ -32,7 +33,7 @@ def messages(where: str, given: Any, system: Any = None) -> list[Message]:
     """
     given = from_json(where, given)
     if not isinstance(given, list) or not given:
-        raise RowError(where, f"messages must be a list of {EXPECTED}; got {_shown(given)}")
+        raise RowError(where, f"messages must be a list of {EXPECTED}; got {shown(given)}")
     found = [_message(where, turn, each) for turn, each in enumerate(given, 1)]
     if isinstance(system, str) and system.strip() and found[0]["role"] != "system":
         found = [{"role": "system", "content": system}, *found]
@@ -56,7 +57,7 @@ def tools(where: str, given: Any) -> list[dict[str, Any]] | None:
     if not given:
         return None
     if not isinstance(given, list) or not all(isinstance(each, dict) for each in given):
-        raise RowError(where, f"tools must be a list of objects; got {_shown(given)}")
+        raise RowError(where, f"tools must be a list of objects; got {shown(given)}")
     return given
 
 
@@ -105,7 +106,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _message(where: str, turn: int, given: Any) -> Message:
     if not isinstance(given, dict):
-        raise RowError(where, f"turn {turn} must be {EXPECTED}; got {_shown(given)}")
+        raise RowError(where, f"turn {turn} must be {EXPECTED}; got {shown(given)}")
     rest = {name: value for name, value in given.items() if value is not None}
     role, speaker = rest.pop("role", None), rest.pop("from", None)
     content, value = rest.pop("content", None), rest.pop("value", None)
@@ -113,9 +114,9 @@ def _message(where: str, turn: int, given: Any) -> Message:
         role = SPEAKERS.get(speaker) if isinstance(speaker, str) else None
         if role is None:
             known = ", ".join(SPEAKERS)
-            raise RowError(where, f"turn {turn} is from {_shown(speaker)}; expected one of {known}")
+            raise RowError(where, f"turn {turn} is from {shown(speaker)}; expected one of {known}")
     if not isinstance(role, str):
-        raise RowError(where, f"turn {turn} must be {EXPECTED}; got {_shown(given)}")
+        raise RowError(where, f"turn {turn} must be {EXPECTED}; got {shown(given)}")
     content = value if content is None else content
     if speaker == CALL and "tool_calls" not in rest:
         function = from_json(where, content)
@@ -133,7 +134,7 @@ def _check_calls(where: str, turn: int, rest: Message) -> None:
         raise RowError(
             where,
             f"turn {turn}: tool_calls must be a list of "
-            f'{{"function": {{"name": "...", arguments": {{...}}}}}}; got {_shown(given)}',
+            f'{{"function": {{"name": "...", arguments": {{...}}}}}}; got {shown(given)}',
         )
 
 
@@ -145,7 +146,7 @@ def _content(where: str, turn: int, given: Any, rest: Message) -> str:
         if other:
             raise RowError(
                 where,
-                f"turn {turn}: a part of the content is {_shown(other[0])}; expected texts alone, "
+                f"turn {turn}: a part of the content is {shown(other[0])}; expected texts alone, "
                 'as {"type": "text", "text": "..."}',
             )
         return "".join(texts)
@@ -153,12 +154,4 @@ def _content(where: str, turn: int, given: Any, rest: Message) -> str:
         return given
     if given is None and calls(rest):
         return ""
-    raise RowError(where, f"turn {turn}: its content is {_shown(given)}; expected a text")
-
-
-def _shown(given: Any) -> str:
-    """A value as JSON would show it, at most 60 characters."""
-    try:
-        return json.dumps(given)[:60]
-    except (TypeError, ValueError):
-        return str(given)[:60]
+    raise RowError(where, f"turn {turn}: its content is {shown(given)}; expected a text")

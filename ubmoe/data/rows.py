@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ubmoe.config import UserError
+from ubmoe.config import UserError, shown
 from ubmoe.data.bad_rows import RowError, usable
 from ubmoe.data.messages import CHATS, SHAREGPT, Message, check_unicode, messages, parsed, tools
 from ubmoe.tiny import language
@@ -209,8 +209,7 @@ def _json(path: Path, text: str) -> Iterator[Row]:
     rows = parsed(text, str(path))
     if not isinstance(rows, list):
         raise UserError(
-            f"{path}: got {type(rows).__name__}, expected a list of objects (one object a line is "
-            ".jsonl)"
+            f"{path}: got {shown(rows)}, expected a list of objects (one object a line is .jsonl)"
         )
     numbered = ((f"{path}: item {number}", fields) for number, fields in enumerate(rows, 1))
     return usable(lambda each: _object(*each), numbered)
@@ -228,7 +227,7 @@ def _object(where: str, fields: Any) -> Row:
     if not isinstance(fields, dict):
         raise RowError(
             where,
-            f'got {type(fields).__name__}, expected an object such as {{"messages": [...]}}',
+            f'got {shown(fields)}, expected an object such as {{"messages": [...]}}',
         )
     check_unicode(where, fields)
     return Row(where, fields)

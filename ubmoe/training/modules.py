@@ -41,6 +41,11 @@ def named_by(model: PreTrainedModel, module: str) -> list[str]:
         found = [name for name, value in model.named_parameters() if value is embedding]
     else:
         module, _, layers = module.partition("@")
+        depth = model.config.get_text_config().num_hidden_layers
+        if layers and int(layers.rpartition("-")[2]) >= depth:
+            raise UserError(
+                f"train: {module}@{layers}: expected some of the layers 0 to {depth - 1}"
+            )
         found = [name for name in names if any(part in name for part in MODULES[module])]
         found = [name for name in found if _is_in(name, layers)]
     if not found:
