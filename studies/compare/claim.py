@@ -8,20 +8,27 @@ the first token, DP-after without that key, and what single heads do.
 
 import json
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any, cast
 
 import numpy as np
 from scipy.stats import spearmanr
 
-from studies.compare.entries import SINK, Entry, common_tasks, entries
+from studies.compare.entries import (
+    MASK,
+    SINK,
+    Entry,
+    but,
+    common_tasks,
+    controls_of,
+    entries,
+    reference,
+)
 from studies.compare.heads import HEADS, turned
-from studies.compare.paired import MASK, but
 from ubmoe.bootstrap import correlations, interval
 from ubmoe.report.figures import PALETTE, blank, styled
-from ubmoe.report.tables import CAUSAL
 from ubmoe.results.records import Records
 
 FEWEST = 8  # rows of an interval, twins as one: of fewer, many draws are of three or four
@@ -43,7 +50,8 @@ class Tuned:
     of the perplexity over the base's. causes: those of CAUSES that were measured; STS is the mean
     of the tasks that all encoders have, under each one's own mask, the others are in percentage
     points. is_control: tuned under the causal mask, which the paper did not. by_answer: as `lost`,
-    where each answer counts once; None where it was not recorded.
+    where each answer counts once; None where it was not recorded. run: the row that it is the
+    causal control of, if any.
     """
 
     settings: str
@@ -52,28 +60,33 @@ class Tuned:
     causes: dict[str, float]
     is_control: bool = False
     by_answer: float | None = None
+    run: str | None = None
 
 
 def tuned(model: str, records: Records, seeds: Sequence[int]) -> list[Tuned]:
     """Every encoder whose dependence and generation were measured, on the base's chats."""
     every = entries("encoders", model, records, seeds)
-    known = [each for each in every if {"DP-after", "perplexity"} <= each.cells.keys()]
-    base = next((each for each in known if each.row == "base"), None)
+    known = [each for each in every if {"DP-after", "perplexity"} <= each.measures.keys()]
+    base = reference(known)
     if base is None:
         return []
     own = [each for each in known if each.has_learnt and each.chats == base.chats]
     common = common_tasks(own)
     untrained = [each for each in every if each.is_base and each.tasks >= set(common)]
     alike = {_reads(each): each.mean(common) for each in untrained if common}
-    return [_tuned(each, base, common, alike.get(_reads(each))) for each in own]
+    control_of = controls_of([own])
+    return [
+        replace(_tuned(each, base, common, alike.get(_reads(each))), run=control_of.get(each.row))
+        for each in own
+    ]
 
 
 def _reads(entry: Entry) -> str:
-    return json.dumps([entry.record.config["bi"].get(name) for name in READS])
+    return json.dumps([entry.settings.get(name) for name in READS])
 
 
 def _tuned(entry: Entry, base: Entry, common: Sequence[str], before: float | None) -> Tuned:
-    cells, theirs = (cast(dict[str, float], each.cells) for each in (entry, base))
+    cells, theirs = (cast(dict[str, float], each.measures) for each in (entry, base))
     there = [cause for cause in SINK if cause in cells and cause in theirs]
     causes = {cause: cells[cause] - theirs[cause] for cause in there}
     causes |= turned(*(each.measured("dependence") for each in (entry, base)))
@@ -82,7 +95,7 @@ def _tuned(entry: Entry, base: Entry, common: Sequence[str], before: float | Non
         causes |= {} if before is None else {GAIN: causes["STS"] - before}
     mine, other = (_nats(each) for each in (entry, base))
     return Tuned(
-        settings=json.dumps(entry.record.config["bi"], sort_keys=True),
+        settings=json.dumps(entry.settings, sort_keys=True),
         row=entry.row,
         lost=math.log(cells["perplexity"] / theirs["perplexity"]),
         causes=causes,
@@ -189,7 +202,7 @@ def figure(model: str, encoded: list[Tuned]) -> Any:
     found = blank(1.8 + 4.2 * min(2, len(measured)), 0.6 + 3.5 * lines)
     grid = found.subplots(lines, min(2, len(measured)), sharey=True, squeeze=False)
     panels = list(grid.flat)
-    looks = _looks(dict.fromkeys(each.row for each in encoded))
+    looks = _looks({each.row: each.run or each.row for each in encoded})
     for axes, (cause, own) in zip(panels, measured.items(), strict=False):
         _panel(axes, own, cause, looks)
     for axes in panels[len(measured) :]:
@@ -201,13 +214,13 @@ def figure(model: str, encoded: list[Tuned]) -> Any:
     return found
 
 
-def _looks(rows: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """The mark and colour of each row, the same for a row and its twin."""
-    kinds = list(dict.fromkeys(row.replace(CAUSAL, "") for row in rows))
+def _looks(rows: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """The mark and colour of each row. rows: {row: itself, or the run that it controls}."""
+    runs = list(dict.fromkeys(rows.values()))
     return {
         row: {"marker": MARKS[number % len(MARKS)], "color": PALETTE[number % len(PALETTE)]}
-        for row in rows
-        for number in [kinds.index(row.replace(CAUSAL, ""))]
+        for row, run in rows.items()
+        for number in [runs.index(run)]
     }
 
 

@@ -4,16 +4,20 @@ What was measured of one model never stands beside another's: records are paired
 the digest of the weights.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from ubmoe.dependence import SHARES
-from ubmoe.report.tables import CAUSAL, ROUTES, family, has_collapsed, mixed, trained, variant
+from ubmoe.report.tables import has_collapsed, mixed, trained, variant
 from ubmoe.results.records import EXCHANGES, Record, Records
 
 Cells = dict[str, float | None]
+Role = Literal["base", "encoder", "mixture", "bitune"]
+BASE = "base"  # what tables call the model that all was tuned from
 ENCODER = ", read causally"
+MASK = "attention"  # the key of the section `bi`
 # Columns of what goes to which tokens, by their names in `by_text`.
 SINK = {
     "DP-after": "after",
@@ -21,43 +25,75 @@ SINK = {
     "after without first": "without_first.after",
 }
 CHATS = ("dataset", "max_rows", "held_out", "max_tokens")  # what decides of which perplexity is
-NO_TASKS = {
-    *("average", "perplexity", "STS bidirectional", "STS causal"),
-    *("DP-after", "first", "after without first", "generation"),
-}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What a record says in a row of a table.
+    """A run in a row of a table. What it is, its configuration says; `row` is what it is called.
 
-    made: the records of how its model was made; beside: further ones that its cells are from.
+    role: an untrained base, an encoder, a mixture or Bitune. scores: of the tasks, of STS or of
+    generation. measures: the further columns. made: the records of how its model was made; beside:
+    further ones that its columns are from. route: of a mixture.
     """
 
     row: str
+    role: Role
     record: Record
-    cells: Cells
-    made: tuple[Record, ...]
+    scores: Cells
+    measures: Cells
+    made: tuple[Record, ...] = ()
     beside: tuple[Record, ...] = ()
+    route: str = ""
+
+    @property
+    def cells(self) -> Cells:
+        """Every column."""
+        return self.scores | self.measures
 
     @property
     def is_base(self) -> bool:
-        return self.row.startswith("base")
+        return self.role == "base"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How it was tuned, and how it reads: the section `bi`; {} of what train_bi.py left not."""
+        made = self.made[0] if self.made else self.record
+        return made.config["bi"] if made.kind == "sts" else {}
 
     @property
     def is_control(self) -> bool:
-        """An encoder that reads causally, whatever its row is called."""
-        return family(self.record.data).endswith(CAUSAL)
+        """It was tuned, or embeds untuned, under the causal mask; a mixture: its expert was."""
+        if self.role == "mixture":
+            return self.made[0].section["bi_attention"] == "causal"
+        return self.settings.get(MASK) == "causal" or self.settings.get("layers") == "none"
+
+    @property
+    def modules(self) -> tuple[Any, ...]:
+        """What was tuned, a tuple a stage, and by which objectives."""
+        return tuple(
+            (
+                *(stage["objective"], tuple(stage["train"])),
+                *(bool(stage.get("lora")), bool(stage.get("lm_weight"))),
+            )
+            for stage in self.settings["stages"]
+        )
+
+    @property
+    def layers(self) -> Any:
+        """Those that attend to later tokens where the mask is not causal."""
+        layers = self.settings.get("layers", "all")
+        return "all" if layers == "none" else layers
 
     @property
     def has_collapsed(self) -> bool:
         """An encoder for which all texts are alike: a row apart, held against the base alone."""
-        return has_collapsed(self.record.section.get("stages", []))
+        made = self.made[0] if self.made else self.record
+        return has_collapsed(made.section.get("stages", []))
 
     @property
     def has_learnt(self) -> bool:
         """Whether it was tuned, and into an encoder."""
-        return not (self.is_base or self.has_collapsed)
+        return self.role == "encoder" and not self.has_collapsed
 
     @property
     def seed(self) -> int | None:
@@ -79,12 +115,50 @@ class Entry:
 
     @property
     def tasks(self) -> frozenset[str]:
-        return frozenset(name for name in self.cells if name not in NO_TASKS)
+        return frozenset(self.scores)
 
     def mean(self, tasks: Sequence[str]) -> float:
         """Of the scores of these tasks, which it has."""
-        scores: list[Any] = [self.cells[task] for task in tasks]
+        scores: list[Any] = [self.scores[task] for task in tasks]
         return sum(scores) / len(scores)
+
+
+def but(settings: dict[str, Any], *left_out: str, of_stages: Collection[str] = ()) -> str:
+    """How a run was tuned, by its section `bi`, some of its keys and of its stages' left out."""
+    kept = {name: value for name, value in settings.items() if name not in left_out}
+    if MASK in left_out and kept.get("layers") == "none":
+        kept["layers"] = "all"  # says the mask, too
+    stages = [
+        {name: value for name, value in stage.items() if name not in of_stages}
+        for stage in settings.get("stages", [])
+    ]
+    return json.dumps(kept | {"stages": stages}, sort_keys=True)
+
+
+def causal_controls(every: Sequence[Entry]) -> list[tuple[Entry, Entry]]:
+    """(run, its causal control): of one seed, their settings equal but for the mask.
+
+    Of runs that have learnt: where one of two has collapsed, there is no control.
+    """
+    learnt = [each for each in every if each.has_learnt]
+    causal = {(but(each.settings, MASK), each.seed): each for each in learnt if each.is_control}
+    return [
+        (each, control)
+        for each in learnt
+        if not each.is_control and (control := causal.get((but(each.settings, MASK), each.seed)))
+    ]
+
+
+def controls_of(rows: Iterable[Sequence[Entry]]) -> dict[str, str]:
+    """{a row of causal controls: the row that they are of}."""
+    every = [each for own in rows for each in own]
+    return {control.row: each.row for each, control in causal_controls(every)}
+
+
+def reference(every: Sequence[Entry]) -> Entry | None:
+    """The untrained base that others are held against: of several, the one with the whole mask."""
+    bases = [each for each in every if each.is_base]
+    return min(bases, key=lambda each: (each.is_control, each.layers != "all"), default=None)
 
 
 def entries(kind: str, model: str, records: Records, seeds: Sequence[int]) -> list[Entry]:
@@ -125,22 +199,35 @@ def _encoders(model: str, records: Records) -> Iterator[Entry]:
     """
     found = []
     for record in records.of("sts", model):
-        row, section = trained(record.data), record.section
-        cells: Cells = section["tasks"] | {"average": section["average"]}
+        row, section = _called(record), record.section
+        role: Role = "encoder" if is_tuned(record) else "base"
+        measures: Cells = {"average": section["average"]}
         own = {
             kind: one
             for kind in CAUSALLY
             if (one := measured_of(record, kind, records)) is not None and _tells(one)
         }
-        beside = (_of_base(record, records) if row.startswith("base") else {}) | own
+        beside = (_of_base(record, records) if role == "base" else {}) | own
         if measured := beside.get("dependence"):
-            cells |= {"DP-after": measured.section["overall"]["after"]} | _sink(measured)
+            measures |= {"DP-after": measured.section["overall"]["after"]} | _sink(measured)
         if evaluated := beside.get("evaluation"):
             again = evaluated.data["generation"]
-            cells |= {"perplexity": again["perplexity"], "generation": again["average"]}
-        entry = Entry(row, record, cells, (record,), tuple(beside.values()))
+            measures |= {"perplexity": again["perplexity"], "generation": again["average"]}
+        further = tuple(beside.values())
+        entry = Entry(row, role, record, dict(section["tasks"]), measures, (record,), further)
         found.append((len(own), entry))
     yield from (entry for _, entry in sorted(found, key=lambda each: -each[0]))
+
+
+def _called(made: Record) -> str:
+    """The row of what train_bi.py left; a tuned one that a study calls as the base stands apart."""
+    row = trained(made.data)
+    return f"{row}, tuned" if row == BASE and is_tuned(made) else row
+
+
+def is_tuned(made: Record) -> bool:
+    """Whether a run of train_bi.py tuned anything; else it scored the base as it is."""
+    return bool(made.config["bi"]["stages"])
 
 
 CAUSALLY = ("dependence", "evaluation")  # what is measured of a model read causally
@@ -178,8 +265,8 @@ def _sink(measured: Record) -> Cells:
 def _sts(model: str, records: Records) -> Iterator[Entry]:
     """STS by task, and its average, of every run of train_bi.py."""
     for each in _encoders(model, records):
-        cells = {name: each.cells[name] for name in (*each.record.section["tasks"], "average")}
-        yield Entry(each.row, each.record, cells, each.made)
+        average = {"average": each.measures["average"]}
+        yield replace(each, measures=average, beside=())
 
 
 def measured_of(made: Record, kind: str, records: Records) -> Record | None:
@@ -193,16 +280,17 @@ def measured_of(made: Record, kind: str, records: Records) -> Record | None:
         same = measured is not None and measured.section.get("bi_weights") == made.weights
         return measured if same else None
     left = {"sts": "bi", "generation": "ubmoe"}[made.kind]
-    if made.kind == "sts" and trained(made.data).startswith("base"):
+    if made.kind == "sts" and not is_tuned(made):
         left = made.model
     if measured is None or measured.model != left:
         return None
     return None if _unlike(made, measured) else measured
 
 
-def base_first(row: str) -> tuple[bool, int, str]:
-    """To sort rows by: untrained ones, then those of fewer words before others, twins together."""
-    return not row.startswith("base"), row.replace(CAUSAL, "").count(" "), row
+def base_first(own: Sequence[Entry]) -> tuple[bool, int, str]:
+    """To sort rows by: untrained ones, then by the number of words, a control with its run."""
+    first = own[0]
+    return not first.is_base, first.row.count(" ") - first.is_control, first.row
 
 
 def first_measured(own: Sequence[Entry], kind: str, records: Records) -> Record | None:
@@ -211,25 +299,30 @@ def first_measured(own: Sequence[Entry], kind: str, records: Records) -> Record 
     return next((each for each in every if each is not None), None)
 
 
-def _measured(model: str, records: Records) -> Iterator[tuple[str, Record | None, Record]]:
-    """(row, dependence record, how its model was made): base, encoders, and mixtures' routers."""
+Measured = tuple[str, Role, Record | None, Record]
+
+
+def _measured(model: str, records: Records) -> Iterator[Measured]:
+    """(row, role, dependence record, how its model was made): base, encoders, mixtures' routers."""
     for record in records.of("dependence", model):
-        yield "base", record, record
+        yield BASE, "base", record, record
     for made in sorted(
         (*records.of("sts", model), *records.of("generation", model)), key=lambda each: each.name
     ):
         if made.kind == "generation":
-            yield mixed(made.data, "learned"), measured_of(made, "dependence", records), made
-        elif not trained(made.data).startswith("base"):
-            yield trained(made.data), measured_of(made, "dependence", records), made
+            row = mixed(made.data, "learned")
+            yield row, "mixture", measured_of(made, "dependence", records), made
+        elif is_tuned(made):
+            yield _called(made), "encoder", measured_of(made, "dependence", records), made
 
 
-def _dependences(model: str, records: Records) -> Iterator[tuple[str, Record, Record]]:
-    """Those that are there; under another flow than the paper's they are other rows."""
-    for row, record, made in _measured(model, records):
+def dependences(model: str, records: Records) -> Iterator[Entry]:
+    """Of which it was measured; under another flow than the paper's they are other rows."""
+    for row, role, record, made in _measured(model, records):
         if record is not None:
             flow = _flow(record)
-            yield row + (f", {flow} flow" if flow != "causal" else ""), record, made
+            row += f", {flow} flow" if flow != "causal" else ""
+            yield Entry(row, role, record, {}, {}, (made,))
 
 
 def _flow(record: Record) -> str:
@@ -238,11 +331,11 @@ def _flow(record: Record) -> str:
 
 def _dependence(model: str, records: Records) -> Iterator[Entry]:
     """Three rows for each model: a share in every bucket."""
-    for row, record, made in _dependences(model, records):
+    for each in dependences(model, records):
         for share in SHARES:
-            buckets = record.section["buckets"]
-            cells = {"-".join(map(str, each["range"])): each[share] for each in buckets}
-            yield Entry(f"{row}, {share}", record, cells, (made,))
+            buckets = each.record.section["buckets"]
+            cells = {"-".join(map(str, bucket["range"])): bucket[share] for bucket in buckets}
+            yield replace(each, row=f"{each.row}, {share}", measures=cells)
 
 
 def _again(model: str, records: Records) -> Iterator[Entry]:
@@ -251,8 +344,9 @@ def _again(model: str, records: Records) -> Iterator[Entry]:
         record = measured_of(made, "evaluation", records)
         if record is not None and (section := record.data.get("generation")):
             sts = {f"STS {made.config['bi']['attention']}": made.section["average"]}
-            cells = scored(section, section["metrics"]) | sts
-            yield Entry(trained(made.data), record, cells, (made,))
+            role: Role = "encoder" if is_tuned(made) else "base"
+            scores, measures = scored(section, section["metrics"])
+            yield Entry(_called(made), role, record, scores, measures | sts, (made,))
 
 
 def _routes(model: str, records: Records) -> Iterator[Entry]:
@@ -260,14 +354,16 @@ def _routes(model: str, records: Records) -> Iterator[Entry]:
     for record in records.of("generation", model):
         section = record.section
         made = (record, *_encoder_of(record, records))
-        for route, scores in section["routes"].items():
+        for route, found in section["routes"].items():
             sts = {
                 f"STS {row['attention']}": row["average"]
                 for row in record.data["sts"]
                 if row["route"] == route
             }
-            cells = scored(scores, section["metrics"]) | sts
-            yield Entry(mixed(record.data, route), record, cells, made)
+            role: Role = "base" if route == "uni" else "mixture"
+            scores, measures = scored(found, section["metrics"])
+            row = mixed(record.data, route)
+            yield Entry(row, role, record, scores, measures | sts, made, route=route)
 
 
 def _encoder_of(mixture: Record, records: Records) -> list[Record]:
@@ -280,19 +376,20 @@ def _bitune(model: str, records: Records) -> Iterator[Entry]:
     """Bitune's variants: generation; its perplexity is of other chats than the mixtures'."""
     for record in records.of("bitune", model):
         section = record.section
-        cells = main_metrics(section, section["metrics"]) | {"average": section.get("average")}
-        yield Entry(f"bitune, {variant(record.data)}", record, cells, ())
+        scores = main_metrics(section, section["metrics"])
+        average = {"average": section.get("average")}
+        yield Entry(f"bitune, {variant(record.data)}", "bitune", record, scores, average)
 
 
 def _generation(model: str, records: Records) -> Iterator[Entry]:
     """All of these; of the base's, first the one that has STS under both masks."""
     routes = list(_routes(model, records))
     for each in routes:
-        if each.row == ROUTES["uni"]:
-            yield replace(each, row="base")
+        if each.is_base:
+            yield replace(each, row=BASE)
     for each in _again(model, records):
         yield each if each.is_base else replace(each, row=each.row + ENCODER)
-    yield from (each for each in routes if each.row != ROUTES["uni"])
+    yield from (each for each in routes if not each.is_base)
     yield from _bitune(model, records)
 
 
@@ -300,10 +397,9 @@ def main_metrics(scores: dict[str, Any], metrics: dict[str, str]) -> Cells:
     return {task: scores["tasks"].get(task, {}).get(metric) for task, metric in metrics.items()}
 
 
-def scored(scores: dict[str, Any], metrics: dict[str, str]) -> Cells:
-    """The main metric of each task, their average, and the perplexity."""
-    rest = {name: scores[name] for name in ("average", "perplexity")}
-    return main_metrics(scores, metrics) | rest
+def scored(scores: dict[str, Any], metrics: dict[str, str]) -> tuple[Cells, Cells]:
+    """The main metric of each task; their average, and the perplexity."""
+    return main_metrics(scores, metrics), {name: scores[name] for name in ("average", "perplexity")}
 
 
 KINDS: dict[str, Callable[[str, Records], Iterator[Entry]]] = {

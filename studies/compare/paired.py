@@ -4,18 +4,24 @@ Texts differ far more than models do, so that a difference of two means over the
 known far better than either mean.
 """
 
-import json
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from studies.compare.entries import SINK, Entry, by_row, common_tasks
+from studies.compare.entries import (
+    SINK,
+    Entry,
+    by_row,
+    causal_controls,
+    common_tasks,
+    entries,
+    reference,
+)
 from ubmoe.bootstrap import interval, means
-from ubmoe.report.tables import CAUSAL, family
 from ubmoe.results.records import Record, Records
 
 BY_SINK = "DP-after by the sink"
@@ -56,7 +62,8 @@ def changes(
     where it was not measured, or of other texts.
     """
     rows = by_row("encoders", model, records, seeds)
-    base = rows.get("base", [])[:1]
+    start = reference([each for own in rows.values() for each in own])
+    base = [start] if start is not None else []
     found = {row: changed(own, base) for row, own in rows.items() if not own[0].is_base}
     return {row: cells for row, cells in found.items() if any(cells.values())}
 
@@ -75,50 +82,42 @@ class Twins:
 
 def twins(model: str, records: Records, seeds: Sequence[int]) -> dict[str, Twins]:
     """{row: its seeds and their causal twins}: tuned under that mask, and all else equal."""
-    rows = by_row("encoders", model, records, seeds)
-    tuned = {row: own for row, own in rows.items() if own[0].has_learnt}
-    causal = {
-        but(own[0].record.config["bi"], MASK): own for own in tuned.values() if own[0].is_control
-    }
-    found = {}
-    for row, own in tuned.items():
-        other = causal.get(but(own[0].record.config["bi"], MASK), [])
-        shared = {each.seed for each in own} & {each.seed for each in other}
-        if shared and not own[0].is_control:
-            both, twin = ([each for each in some if each.seed in shared] for some in (own, other))
-            found[row] = Twins(both, twin, changed(both, twin))
+    every = [each for each in entries("encoders", model, records, seeds) if each.has_learnt]
+    found: dict[str, Twins] = {}
+    pairs: dict[str, list[tuple[Entry, Entry]]] = {}
+    for pair in causal_controls(every):
+        pairs.setdefault(pair[0].row, []).append(pair)
+    for row, own in pairs.items():
+        own.sort(key=lambda pair: pair[0].seed or 0)
+        both, causal = map(list, zip(*own, strict=True))
+        found[row] = Twins(both, causal, changed(both, causal))
     return {row: each for row, each in found.items() if any(each.cells.values())}
 
 
-def but(settings: dict[str, Any], *left_out: str, of_stages: Collection[str] = ()) -> str:
-    """How a run was tuned, by its section `bi`, some of its keys and of its stages' left out."""
-    kept = {name: value for name, value in settings.items() if name not in left_out}
-    stages = [
-        {name: value for name, value in stage.items() if name not in of_stages}
-        for stage in settings.get("stages", [])
-    ]
-    return json.dumps(kept | {"stages": stages}, sort_keys=True)
-
-
-MASK = "attention"  # the key of the section `bi`
-
-
 def questions(
-    kind: str, against: str, model: str, records: Records, seeds: Sequence[int]
-) -> dict[str, dict[str, Difference | None]]:
-    """{row: {task: difference to the row `against`}}, in points, over the same questions.
+    kind: str, model: str, records: Records, seeds: Sequence[int]
+) -> tuple[str, dict[str, dict[str, Difference | None]]]:
+    """A row, and {each other row: {task: difference to it}}, in points, over the same questions.
 
-    kind: of entries, `again` or `bitune`. Of the seeds that answered a task, the mean; None where
-    nobody did.
+    kind: of entries: `again`, against the base, or `bitune`, against its second causal set. Of the
+    seeds that answered a task, the mean; None where nobody did.
     """
     rows = by_row(kind, model, records, seeds)
+    every = [each for own in rows.values() for each in own]
+    start = reference(every) if kind == "again" else next(filter(_is_only_causal, every), None)
+    if start is None:
+        return "", {}
     answered = {row: [_answered(each.record) for each in own] for row, own in rows.items()}
-    theirs = answered.pop(against, [])
+    theirs = answered.pop(start.row)
     tasks = list(dict.fromkeys(name for each in theirs for name in each))
     found = {
         row: {name: _gain(own, theirs, name) for name in tasks} for row, own in answered.items()
     }
-    return {row: cells for row, cells in found.items() if any(cells.values())}
+    return start.row, {row: cells for row, cells in found.items() if any(cells.values())}
+
+
+def _is_only_causal(entry: Entry) -> bool:
+    return entry.record.section["variant"] == "only_causal"
 
 
 def by_task(one: Entry, other: Entry) -> dict[str, Difference | None]:
@@ -182,8 +181,13 @@ def matches(model: str, records: Records, seeds: Sequence[int]) -> list[Match]:
 
 def _match(row: str, told: dict[str, list[Entry]]) -> Match | None:
     """None where there is no other, or no task that all of them have."""
-    wanted = _other_mask(told[row][0])
-    others = {other: own for other, own in told.items() if family(own[0].record.data) == wanted}
+    first = told[row][0]
+    others = {
+        other: own
+        for other, own in told.items()
+        if own[0].is_control is not first.is_control
+        and (own[0].modules, own[0].layers) == (first.modules, first.layers)
+    }
     common = common_tasks([each for own in (told[row], *others.values()) for each in own])
     if not others or not common:
         return None
@@ -198,11 +202,6 @@ def _match(row: str, told: dict[str, list[Entry]]) -> Match | None:
     mine, other = (_told(each, "evaluation") for each in (told[row], others[nearest]))
     ratio = _perplexities(mine, other)
     return Match(row, sts[row], nearest, sts[nearest], ratio)
-
-
-def _other_mask(entry: Entry) -> str:
-    own = family(entry.record.data)
-    return own.removesuffix(CAUSAL) if own.endswith(CAUSAL) else own + CAUSAL
 
 
 def changed(own: Sequence[Entry], theirs: Sequence[Entry]) -> dict[str, Difference | None]:

@@ -7,7 +7,7 @@ the published number and the gap stand in brackets. Nothing is averaged over mis
 from collections.abc import Iterable, Sequence
 from statistics import mean
 
-from studies.compare.entries import KINDS, Entry, all_entries, by_row, entries
+from studies.compare.entries import BASE, KINDS, Entry, all_entries, by_row, entries
 from studies.compare.published import published
 from ubmoe.config import MADE, SCORED, Config, leaves
 from ubmoe.dependence import SHARES
@@ -21,7 +21,7 @@ TITLES = {
 }
 NAMES = {2: "sts", 3: "dependence", 4: "generation"}
 UBMOE = "learned, top_k 2, chat"  # what the paper's second row of Table 4 is
-# Columns that a row has, but of other data than the rows beside it.
+# Columns, by role, that a row has, but of other data than the rows beside it.
 ELSEWHERE = {("bitune", "perplexity"): "other chats"}
 
 
@@ -58,11 +58,16 @@ def rows(
     shown = shown or columns(number, model, records, seeds)
     every = dict.fromkeys((*theirs, *ours))
     body = []
-    for row in sorted(every, key=lambda row: not row.startswith("base")):
+    for row in sorted(every, key=lambda row: not _is_base(row, ours.get(row, []))):
         own, published_row = ours.get(row, []), theirs.get(row, {})
         cells = [compared(row, own, name, published_row) for name in shown]
         body.append([row, str(len(own)), *cells])
     return [["row", "seeds", *shown], *body]
+
+
+def _is_base(row: str, own: list[Entry]) -> bool:
+    """own: ours of the row; of none, it is the paper's, whose own word it is."""
+    return own[0].is_base if own else row.partition(",")[0] == BASE
 
 
 def columns(number: int, model: str, records: Records, seeds: Sequence[int]) -> list[str]:
@@ -74,7 +79,7 @@ def columns(number: int, model: str, records: Records, seeds: Sequence[int]) -> 
 
 def compared(row: str, own: list[Entry], name: str, published_row: dict[str, float]) -> str:
     values = [value for each in own if (value := each.cells.get(name)) is not None]
-    if not values and own and (said := ELSEWHERE.get((row.partition(",")[0], name))):
+    if not values and own and (said := ELSEWHERE.get((own[0].role, name))):
         return said
     tasks = {each.tasks for each in own}
     if name == "average" and len(tasks) > 1:

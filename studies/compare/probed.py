@@ -13,7 +13,9 @@ Model = dict[str, Any]  # as a record has it: a label, and a row a task
 def probings(model: str, records: Records, seeds: Sequence[int]) -> list[Record]:
     """The base's probing, and that of the first seed of every row; all of the same probes."""
     rows = grouped(all_entries("encoders", model, records, seeds))  # the base's of every folder
-    every = (first_measured(rows[row], "probing", records) for row in sorted(rows, key=base_first))
+    every = (
+        first_measured(own, "probing", records) for own in sorted(rows.values(), key=base_first)
+    )
     found = [each for each in every if each is not None]
     return [each for each in found if _asked(each) == _asked(found[0])]
 

@@ -13,15 +13,21 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.stats import t
 
-from studies.compare.entries import Entry, common_tasks, entries
+from studies.compare.entries import (
+    MASK,
+    Entry,
+    but,
+    causal_controls,
+    common_tasks,
+    entries,
+    reference,
+)
 from studies.compare.heads import AHEAD, turned
 from studies.compare.paired import (
     ASKED,
     BY_LENGTH,
     BY_SINK,
     FURTHER,
-    MASK,
-    but,
     by_length,
     by_task,
     changed,
@@ -93,11 +99,9 @@ def pairs(model: str, records: Records, seeds: Sequence[int]) -> dict[str, list[
     """
     base, tuned = _measured(model, records, seeds)
     tasks = common_tasks(tuned)
-    causal = {_twinned(each): each for each in tuned if each.is_control}
     return _kinds(
-        (_kind(both, MASK), _pair(both, twin, base, tasks))
-        for both in tuned
-        if not both.is_control and (twin := causal.get(_twinned(both)))
+        (_kind(both, MASK), _pair(both, control, base, tasks))
+        for both, control in causal_controls(tuned)
     )
 
 
@@ -107,18 +111,12 @@ def changes(model: str, records: Records, seeds: Sequence[int]) -> dict[str, lis
     return _kinds((_kind(each), _pair(each, base, base, [])) for each in tuned if base is not None)
 
 
-def _twinned(entry: Entry) -> tuple[str, int | None]:
-    """What a run and its twin have in common."""
-    return but(entry.record.config["bi"], MASK), entry.seed
-
-
 def _measured(
     model: str, records: Records, seeds: Sequence[int]
 ) -> tuple[Entry | None, list[Entry]]:
     """The base, and every run that has learnt."""
     every = entries("encoders", model, records, seeds)
-    base = next((each for each in every if each.row == "base"), None)
-    return base, [each for each in every if each.has_learnt]
+    return reference(every), [each for each in every if each.has_learnt]
 
 
 def _kinds(found: Iterable[tuple[str, Pair]]) -> dict[str, list[Pair]]:
@@ -158,7 +156,11 @@ def _pair(one: Entry, other: Entry, base: Entry | None, tasks: Sequence[str]) ->
 
 def _kind(entry: Entry, *left_out: str) -> str:
     """How a run was tuned, but for how fast, and for other keys."""
-    return but(entry.record.config["bi"], *left_out, of_stages=FAST)
+    return but(entry.settings, *left_out, of_stages=FAST)
+
+
+def is_ratio(column: str) -> bool:
+    return column.startswith(RATIOS) and not column.endswith(ASKED)
 
 
 def over_runs(own: Sequence[Pair], column: str, at_equal_sts: bool = False) -> OverRuns | None:
@@ -170,10 +172,9 @@ def over_runs(own: Sequence[Pair], column: str, at_equal_sts: bool = False) -> O
         return None
     needed = {column, GAP} if at_equal_sts else {column}
     told = [each.cells for each in own if needed <= each.cells.keys()]
-    is_ratio = column.startswith(RATIOS)
-    values = [math.log(each[column]) if is_ratio else each[column] for each in told]
+    values = [math.log(each[column]) if is_ratio(column) else each[column] for each in told]
     found = OverRuns.of(values, [each[GAP] for each in told] if at_equal_sts else None)
-    return found.exp if found is not None and is_ratio else found
+    return found.exp if found is not None and is_ratio(column) else found
 
 
 @styled
@@ -185,7 +186,7 @@ def figure(model: str, kinds: dict[str, list[Pair]]) -> Figure:
     """
     every = [each for own in kinds.values() for each in own]
     told = list(dict.fromkeys(column for each in every for column in each.cells))
-    ratios = [each for each in told if each.startswith(RATIOS)]
+    ratios = [each for each in told if is_ratio(each)]
     ratios.sort(key=lambda each: each.startswith(FURTHER))
     scores = [each for each in told if each == GAP or each.endswith(ASKED)]
     scores.sort(key=lambda each: each != GAP)
@@ -219,7 +220,7 @@ def _panel(
     axes.tick_params(axis="y", length=0)
     axes.axvline(neutral, color="grey", lw=0.6)
     axes.set_xlabel(label)
-    if columns[0].startswith(RATIOS):
+    if is_ratio(columns[0]):
         axes.set_xscale("log")
         of_ratios(axes.xaxis)
 
@@ -238,7 +239,7 @@ CALLED = {
 
 
 def _called(column: str) -> str:
-    if BY_LENGTH in column:
+    if is_ratio(column) and BY_LENGTH in column:
         return column.partition(", ")[2]
     return CALLED.get(column, column.removesuffix(ASKED))
 

@@ -11,8 +11,8 @@ def shifted(model: str, records: Records, seeds: Sequence[int]) -> dict[str, dic
     """{row and seed: the `shift` section}, the rows in the order of tables."""
     rows = by_row("encoders", model, records, seeds)
     return {
-        f"{row}, seed {entry.seed}": record.section
-        for row in sorted(rows, key=base_first)
-        for entry in rows[row]
+        f"{entry.row}, seed {entry.seed}": record.section
+        for own in sorted(rows.values(), key=base_first)
+        for entry in own
         if (record := measured_of(entry.record, "shift", records)) is not None
     }

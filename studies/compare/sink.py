@@ -9,35 +9,34 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from studies.compare.entries import KINDS, base_first
+from studies.compare.entries import Entry, base_first, controls_of, dependences, reference
 from studies.compare.paired import by_sink, texts
 from ubmoe.report.figures import PALETTE, blank, styled
-from ubmoe.report.tables import CAUSAL
 from ubmoe.results.records import Record, Records
 
-
-def measured(model: str, records: Records, seeds: Sequence[int]) -> dict[str, list[Record]]:
-    """The base, and every row of which the sink was measured, a record a seed."""
-    found: dict[str, list[Record]] = {}
-    for entry in KINDS["dependence"](model, records):
-        row, _, share = entry.row.rpartition(", ")
-        known = share == "after" and "first" in entry.record.section
-        again = row == "base" and row in found  # measured in another folder, too
-        if known and not again and (entry.seed is None or entry.seed in seeds):
-            found.setdefault(row, []).append(entry.record)
-    return {row: found[row] for row in sorted(found, key=base_first)}
+Rows = dict[str, list[Entry]]
 
 
-def with_twins(rows: dict[str, list[Record]]) -> dict[str, list[Record]]:
+def measured(model: str, records: Records, seeds: Sequence[int]) -> Rows:
+    """The base, and every row of which the sink was measured, a run a seed."""
+    found: Rows = {}
+    for entry in dependences(model, records):
+        again = entry.is_base and entry.row in found  # measured in another folder, too
+        known = "first" in entry.record.section and not again
+        if known and (entry.seed is None or entry.seed in seeds):
+            found.setdefault(entry.row, []).append(entry)
+    return {own[0].row: own for own in sorted(found.values(), key=base_first)}
+
+
+def with_twins(rows: Rows) -> Rows:
     """Of what `measured` found, the base, and the rows of which a causal twin was measured, too.
 
     No more of them than there are colours: those with the most runs.
     """
-    twins = [row for row in rows if row + CAUSAL in rows]
-    twins.sort(key=lambda row: -len(rows[row]) - len(rows[row + CAUSAL]))
-    twins = twins[: len(PALETTE)]
-    wanted = {"base", *twins, *(row + CAUSAL for row in twins)}
-    return {row: own for row, own in rows.items() if row in wanted}
+    twins = {run: control for control, run in controls_of(rows.values()).items()}
+    most = sorted(twins, key=lambda run: -len(rows[run]) - len(rows[twins[run]]))[: len(PALETTE)]
+    wanted = {*most, *(twins[run] for run in most)}
+    return {row: own for row, own in rows.items() if own[0].is_base or row in wanted}
 
 
 @dataclass(frozen=True)
@@ -63,21 +62,29 @@ class Layers:
         return float(1 - rest / whole) if whole else math.nan
 
 
-def layers(rows: dict[str, list[Record]]) -> dict[str, Layers]:
+def layers(rows: Rows) -> dict[str, Layers]:
     """Of what `measured` found, every row against the base; {} without one.
 
     Rows that were measured on other texts than the base are left out.
     """
-    if "base" not in rows:
+    base = reference([each for own in rows.values() for each in own])
+    if base is None:
         return {}
-    base, found = rows["base"][0], {}
-    before = _layers([base])
-    for row, records in rows.items():
-        if row != "base" and all(texts(each) == texts(base) for each in records):
-            own = _layers(records)
-            after, first, without = own - before
-            found[row] = Layers(after, first, without, by_sink(first, own[2], without))
-    return found
+    every = {
+        row: change([each.record for each in own], base.record)
+        for row, own in rows.items()
+        if not own[0].is_base
+    }
+    return {row: moved for row, moved in every.items() if moved is not None}
+
+
+def change(records: Sequence[Record], base: Record) -> Layers | None:
+    """Of a row against the base; None where they were measured on other texts."""
+    if any(texts(each) != texts(base) for each in records):
+        return None
+    own = _layers(records)
+    after, first, without = own - _layers([base])
+    return Layers(after, first, without, by_sink(first, own[2], without))
 
 
 def _layers(own: Sequence[Record]) -> np.ndarray:
@@ -91,7 +98,7 @@ def _layers(own: Sequence[Record]) -> np.ndarray:
 
 
 @styled
-def figure(model: str, rows: dict[str, list[Record]]) -> Figure:
+def figure(model: str, rows: Rows) -> Figure:
     """DP-after by length, with the first token's key and without; that key's share by layer.
 
     And what tuning changes of the two in each layer. Dashed: tuned under the causal mask. Bars: the
@@ -100,19 +107,22 @@ def figure(model: str, rows: dict[str, list[Record]]) -> Figure:
     found = blank(10.4, 7.2)
     panels = list(found.subplots(2, 2).flat)
     panels[1].sharey(panels[0])
-    names = dict.fromkeys(row.removesuffix(CAUSAL) for row in rows if row != "base")
-    colours = {"base": "black"} | dict(zip(names, PALETTE * len(names), strict=False))
+    control_of = controls_of(rows.values())
+    tuned = [row for row, own in rows.items() if not own[0].is_base]
+    names = dict.fromkeys(control_of.get(row, row) for row in tuned)
+    colours = dict(zip(names, PALETTE * len(names), strict=False))
     styles: dict[str, Any] = {}
-    for row in rows:
-        dashes = "--" if row.endswith(CAUSAL) else "-"
-        styles[row] = {"color": colours[row.removesuffix(CAUSAL)], "ls": dashes}
-    for row, own in rows.items():
+    for row, entries in rows.items():
+        dashes = "--" if entries[0].is_control else "-"
+        styles[row] = {"color": colours.get(control_of.get(row, row), "black"), "ls": dashes}
+    for row, entries in rows.items():
+        own = [each.record for each in entries]
         for axes, path in zip(panels[:2], (("after",), ("without_first", "after")), strict=True):
             _by_length(axes, [record.section for record in own], path, styles[row] | {"label": row})
         panels[2].plot(_layers(own)[1], lw=1.3, **styles[row])
     for row, moved in layers(rows).items():
         style = {"ls": "", "marker": "o", "ms": 4, "color": styles[row]["color"]}
-        style["mfc"] = "white" if row.endswith(CAUSAL) else style["color"]
+        style["mfc"] = "white" if rows[row][0].is_control else style["color"]
         panels[3].plot(moved.first, moved.after, **style)
     for line in (panels[3].axhline, panels[3].axvline):
         line(0, color="grey", lw=0.6)

@@ -1,15 +1,16 @@
 """What longer tuning does: rows that differ in their number of steps alone, under either mask."""
 
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from studies.compare.entries import Entry, common_tasks, entries
-from studies.compare.paired import but, changed
+from studies.compare.entries import MASK, Entry, but, common_tasks, entries, reference
+from studies.compare.paired import changed
 from ubmoe.report.figures import PALETTE, blank, of_ratios, styled
-from ubmoe.report.tables import CAUSAL
 from ubmoe.results.records import Records
 
 Told = dict[str, float]
@@ -24,38 +25,63 @@ PANELS = {
 }
 
 
-def along(model: str, records: Records, seeds: Sequence[int]) -> dict[str, dict[int, list[Told]]]:
-    """{row: {steps: what its runs tell}}, of rows of which two numbers of steps were run at least.
+@dataclass(frozen=True)
+class Longer:
+    """told: {steps: what its runs tell}. run: the row that it is the causal control of, if any."""
+
+    told: dict[int, list[Told]]
+    is_control: bool = False
+    run: str | None = None
+
+
+def along(model: str, records: Records, seeds: Sequence[int]) -> dict[str, Longer]:
+    """Of rows of which two numbers of steps were run at least.
 
     A row goes by the shortest name of those that differ in their steps alone. At 0 steps stands
     the untrained model that reads alike. STS is the mean of the tasks that all have.
     """
     every = entries("encoders", model, records, seeds)
-    base = next((each for each in every if each.row == "base"), None)
+    base = reference(every)
     if base is None:
         return {}
     same: dict[str, list[Entry]] = {}
     for each in every:
         if each.has_learnt and _steps(each):
-            key = but(each.record.config["bi"], of_stages=(STEPS,))
+            key = but(each.settings, of_stages=(STEPS,))
             same.setdefault(key, []).append(each)
     long = [own for own in same.values() if len({_steps(each) for each in own}) > 1]
-    untrained = {each.is_control: each for each in every if each.row in ("base", f"base{CAUSAL}")}
+    untrained = {_mask(each): each for each in every if each.is_base}
+    runs = {_settings(own[0]): own for own in long if not own[0].is_control}
     tasks = common_tasks([each for own in (*long, untrained.values()) for each in own])
     found = {}
     for own in long:
         told: dict[int, list[Told]] = {}
-        if start := untrained.get(own[0].is_control):
+        if start := untrained.get(_mask(own[0])):
             told[0] = [_told(start, base, tasks)]
         for each in sorted(own, key=_steps):
             told.setdefault(_steps(each), []).append(_told(each, base, tasks))
-        found[min((each.row for each in own), key=lambda row: (len(row), row))] = told
+        run = runs.get(_settings(own[0]))
+        control_of = _name(run) if run and own[0].is_control else None
+        found[_name(own)] = Longer(told, own[0].is_control, control_of)
     return found
+
+
+def _name(own: Sequence[Entry]) -> str:
+    return min((each.row for each in own), key=lambda row: (len(row), row))
+
+
+def _settings(entry: Entry) -> str:
+    """But for the mask and the steps."""
+    return but(entry.settings, MASK, of_stages=(STEPS,))
+
+
+def _mask(entry: Entry) -> str:
+    return json.dumps([entry.is_control, entry.layers])
 
 
 def _steps(entry: Entry) -> int:
     """0 where they are not said: of a stage that goes by epochs."""
-    said = [stage.get(STEPS, -1) for stage in entry.record.config["bi"]["stages"]]
+    said = [stage.get(STEPS, -1) for stage in entry.settings["stages"]]
     return sum(said) if min(said) > 0 else 0
 
 
@@ -67,18 +93,20 @@ def _told(entry: Entry, base: Entry, tasks: Sequence[str]) -> Told:
 
 
 @styled
-def figure(model: str, rows: dict[str, dict[int, list[Told]]]) -> Figure:
+def figure(model: str, rows: dict[str, Longer]) -> Figure:
     """By the number of steps: a point a run, and lines through the means; dashed: causally."""
     places = {
-        each: place for place, each in enumerate(sorted({s for own in rows.values() for s in own}))
+        each: place
+        for place, each in enumerate(sorted({s for own in rows.values() for s in own.told}))
     }
-    names = list(dict.fromkeys(row.removesuffix(CAUSAL) for row in rows))
+    names = list(dict.fromkeys(own.run or row for row, own in rows.items()))
     found = blank(10.4, 6.4)
     panels = list(found.subplots(2, 2, sharex=True).flat)
     for axes, (what, label) in zip(panels, PANELS.items(), strict=True):
         for row, own in rows.items():
-            color = PALETTE[names.index(row.removesuffix(CAUSAL)) % len(PALETTE)]
-            _line(axes, {places[steps]: told for steps, told in own.items()}, what, row, color)
+            color = PALETTE[names.index(own.run or row) % len(PALETTE)]
+            style = {"color": color, "label": row, "ls": "--" if own.is_control else "-"}
+            _line(axes, {places[steps]: told for steps, told in own.told.items()}, what, style)
         axes.set_ylabel(label)
         axes.set_xticks([*places.values()], [str(each) for each in places])
         if what == RATIO:
@@ -91,15 +119,16 @@ def figure(model: str, rows: dict[str, dict[int, list[Told]]]) -> Figure:
     return found
 
 
-def _line(axes: Any, own: dict[int, list[Told]], what: str, row: str, color: str) -> None:
+def _line(axes: Any, own: dict[int, list[Told]], what: str, style: dict[str, str]) -> None:
     told = {place: [each[what] for each in runs if what in each] for place, runs in own.items()}
     told = {place: values for place, values in told.items() if values}
-    hollow = {"mfc": "white"} if row.endswith(CAUSAL) else {}
+    hollow = {"mfc": "white"} if style["ls"] == "--" else {}
     for place, values in told.items():
-        axes.plot([place] * len(values), values, ls="", marker="o", ms=4, color=color, **hollow)
+        axes.plot(
+            [place] * len(values), values, ls="", marker="o", ms=4, color=style["color"], **hollow
+        )
     middle = [
         float(np.exp(np.mean(np.log(values))) if what == RATIO else np.mean(values))
         for values in told.values()
     ]
-    dashes = "--" if row.endswith(CAUSAL) else "-"
-    axes.plot([*told], middle, color=color, ls=dashes, lw=1.3, label=row)
+    axes.plot([*told], middle, lw=1.3, **style)

@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.stats import rankdata
 
-from studies.compare.entries import Entry, by_row, measured_of
-from studies.compare.sink import layers
+from studies.compare.entries import Entry, by_row, measured_of, reference
+from studies.compare.sink import change
 from ubmoe.report.figures import SWAPPED, blank, styled, swap_bars
 from ubmoe.results.records import Record, Records
 
@@ -64,7 +64,7 @@ SIGNS = {"in": 1, "back": -1}  # what it costs to put a layer in is saved by put
 def swapped(model: str, records: Records, seeds: Sequence[int]) -> dict[str, Swapped]:
     """{row: what was swapped of it}, by the rows' names."""
     rows = by_row("encoders", model, records, seeds)
-    base = next((each for own in rows.values() for each in own if each.is_base), None)
+    base = reference([each for own in rows.values() for each in own])
     found = {}
     for row, own in sorted(rows.items()):
         for entry in own:
@@ -77,12 +77,12 @@ def swapped(model: str, records: Records, seeds: Sequence[int]) -> dict[str, Swa
 def _risen(entry: Entry, base: Entry | None) -> np.ndarray | None:
     """By layer, what tuning adds to DP-after."""
     mine, theirs = (_with_sink(each) for each in (entry, base))
-    moved = layers({"base": [theirs], "own": [mine]}) if mine and theirs else {}
-    return moved["own"].after if moved else None
+    moved = change([mine], theirs) if mine and theirs else None
+    return None if moved is None else moved.after
 
 
 def _with_sink(entry: Entry | None) -> Record | None:
-    return entry.measured("dependence") if entry and "first" in entry.cells else None
+    return entry.measured("dependence") if entry and "first" in entry.measures else None
 
 
 @styled

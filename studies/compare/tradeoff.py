@@ -23,11 +23,11 @@ from studies.compare.shifted import shifted
 from ubmoe.config import Config, UserError
 from ubmoe.files import replace_all, save_figure
 from ubmoe.report.figures import blank, context, shift, styled
-from ubmoe.report.tables import ROUTES, model_of
+from ubmoe.report.tables import model_of
 from ubmoe.results.records import Records
 
 log = logging.getLogger(__name__)
-NO_MIXTURES = (ROUTES["uni"], ROUTES["bi"])  # the two models themselves, forced
+NO_MIXTURES = ("uni", "bi")  # routes: the two models themselves, forced
 
 
 @dataclass
@@ -57,12 +57,12 @@ def points(model: str, records: Records, seeds: Sequence[int]) -> dict[str, Poin
     encoders = [
         each
         for each in entries("encoders", model, records, seeds)
-        if each.tasks and "perplexity" in each.cells and not each.has_collapsed
+        if each.tasks and "perplexity" in each.measures and not each.has_collapsed
     ]
     mixtures = [
         each
         for each in entries("routes", model, records, seeds)
-        if _sts_of(each) in each.cells and not each.row.startswith(NO_MIXTURES)
+        if _sts_of(each) in each.measures and each.route not in NO_MIXTURES
     ]
     common = common_tasks(encoders)
     asked = [own for each in (*encoders, *mixtures) if (own := _asked(each))]
@@ -70,10 +70,10 @@ def points(model: str, records: Records, seeds: Sequence[int]) -> dict[str, Poin
     for each in encoders if common else ():
         kind = "base" if each.is_base else "encoder"
         point = found.setdefault(each.row, Point(kind, each.is_control))
-        point.add(each.mean(common), _average(each, tasks), each.cells["perplexity"])
+        point.add(each.mean(common), _average(each, tasks), each.measures["perplexity"])
     for each in mixtures:
-        point = found.setdefault(each.row, Point("mixture", _sts_of(each) == "STS causal"))
-        point.add(each.cells[_sts_of(each)], _average(each, tasks), each.cells["perplexity"])
+        point = found.setdefault(each.row, Point("mixture", each.is_control))
+        point.add(each.measures[_sts_of(each)], _average(each, tasks), each.measures["perplexity"])
     return found
 
 
@@ -87,8 +87,7 @@ def _asked(entry: Entry) -> Cells:
     if (evaluated := entry.measured("evaluation")) is not None:
         again = evaluated.data["generation"]
         return main_metrics(again, again["metrics"])
-    is_mixture = entry.record.kind == "generation"
-    return {name: entry.cells[name] for name in entry.tasks} if is_mixture else {}
+    return entry.scores if entry.role == "mixture" else {}
 
 
 def _average(entry: Entry, tasks: set[str]) -> float | None:

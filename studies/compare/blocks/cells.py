@@ -2,13 +2,21 @@
 
 from collections.abc import Iterable, Sequence
 
-from studies.compare.entries import NO_TASKS, Entry
+from studies.compare.entries import Cells, Entry
 from ubmoe.report.tables import markdown, spread
 
 
-def spread_of(every: Iterable[Entry], name: str) -> str:
+def score_of(every: Iterable[Entry], task: str) -> str:
+    return _spread(task, (each.scores for each in every))
+
+
+def measure_of(every: Iterable[Entry], name: str) -> str:
+    return _spread(name, (each.measures for each in every))
+
+
+def _spread(name: str, every: Iterable[Cells]) -> str:
     """Empty where there is nothing: a page shows what was measured."""
-    values = [value for each in every if (value := each.cells.get(name)) is not None]
+    values = [value for cells in every if (value := cells.get(name)) is not None]
     return spread(values) if values else ""
 
 
@@ -18,9 +26,9 @@ def average_of(every: Iterable[Entry], tasks: Sequence[str]) -> str:
 
 
 def task_names(rows: dict[str, list[Entry]]) -> list[str]:
-    """The columns that are tasks."""
-    every = (name for row in rows.values() for each in row for name in each.cells)
-    return [name for name in dict.fromkeys(every) if name not in NO_TASKS]
+    """Those that any has."""
+    every = (name for row in rows.values() for each in row for name in each.scores)
+    return list(dict.fromkeys(every))
 
 
 def noted(rows: list[list[str]], notes: list[str]) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from studies.compare import paired
-from studies.compare.blocks.cells import average_of, noted, spread_of
+from studies.compare.blocks.cells import average_of, noted, score_of
 from studies.compare.entries import SINK, by_row, common_tasks
 from studies.compare.heads import HEADS
 from studies.compare.shifted import shifted
@@ -21,7 +21,7 @@ def change_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     tasks = common_tasks([each for row in found for each in rows[row]])
     columns = _differences("the base's", found.values())
     body = [
-        [row, str(len(rows[row])), *(spread_of(rows[row], task) for task in tasks), *cells]
+        [row, str(len(rows[row])), *(score_of(rows[row], task) for task in tasks), *cells]
         for row, own in sorted(found.items())
         for cells in [[str(own.get(column) or "") for column in columns]]
     ]
@@ -129,11 +129,8 @@ def _lost(change: Mapping[str, Any]) -> str:
 def questions_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     """What each row changes of the base's tasks, and Bitune of its second causal set's."""
     tables = []
-    for kind, against, said in (
-        ("again", "base", "read causally"),
-        ("bitune", "bitune, only_causal", "variant"),
-    ):
-        found = paired.questions(kind, against, name, records, seeds)
+    for kind, said in (("again", "read causally"), ("bitune", "variant")):
+        against, found = paired.questions(kind, name, records, seeds)
         tasks = list(dict.fromkeys(task for cells in found.values() for task in cells))
         body = [
             [row, *(str(cells[task] or "") for task in tasks)]

@@ -1,11 +1,11 @@
 """Tables of what runs reached: DP, STS, generation, speed; and the paper's own."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from studies.compare import paper
-from studies.compare.blocks.cells import average_of, noted, spread_of, task_names
-from studies.compare.entries import base_first, by_row, common_tasks, first_measured
+from studies.compare.blocks.cells import average_of, measure_of, noted, score_of, task_names
+from studies.compare.entries import Entry, base_first, by_row, common_tasks, first_measured
 from studies.compare.published import published
 from ubmoe.report.tables import (
     ROUTES,
@@ -14,6 +14,7 @@ from ubmoe.report.tables import (
     markdown,
     scan_rows,
     spread,
+    variant,
 )
 from ubmoe.results.records import Records
 
@@ -43,18 +44,18 @@ def sts_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     Where measured: what the first token gets, and the perplexity when read causally again.
     """
     rows = by_row("encoders", name, records, seeds)
-    there = {name for row in rows.values() for each in row for name in each.cells}
+    there = {name for row in rows.values() for each in row for name in each.measures}
     more = [name for name in ("first", "after without first", "perplexity") if name in there]
     tasks, common = task_names(rows), common_tasks([each for own in rows.values() for each in own])
     average = "average" if len(common) == len(tasks) else f"average of {', '.join(common)}"
     averages = [average] if len(common) > 1 else []
     body = [
         [
-            *(row, str(len(own)), *(spread_of(own, task) for task in tasks)),
+            *(row, str(len(own)), *(score_of(own, task) for task in tasks)),
             *(average_of(own, common) for _ in averages),
-            *(spread_of(own, column) for column in ("DP-after", *more)),
+            *(measure_of(own, column) for column in ("DP-after", *more)),
         ]
-        for row, own in sorted(rows.items(), key=lambda each: base_first(each[0]))
+        for row, own in sorted(rows.items(), key=lambda each: base_first(each[1]))
     ]
     header = ["trained", "seeds", *tasks, *averages, "DP-after", *more]
     return noted([header, *body], paper.notes("encoders", name, records, seeds))
@@ -82,12 +83,15 @@ def mixture_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     Generation under the causal mask, STS (the average) under both.
     """
     rows = by_row("routes", name, records, seeds)
-    columns = [*task_names(rows), "perplexity", "STS bidirectional", "STS causal"]
+    tasks, columns = task_names(rows), ["perplexity", "STS bidirectional", "STS causal"]
     body = [
-        [row, str(len(rows[row])), *(spread_of(rows[row], column) for column in columns)]
-        for row in _ordered(rows)
+        [
+            *(row, str(len(own)), *(score_of(own, task) for task in tasks)),
+            *(measure_of(own, column) for column in columns),
+        ]
+        for row, own in sorted(rows.items(), key=lambda each: _by_route(each[1][0]))
     ]
-    header = ["generates with", "seeds", *columns]
+    header = ["generates with", "seeds", *tasks, *columns]
     return noted([header, *body], paper.notes("routes", name, records, seeds))
 
 
@@ -107,11 +111,15 @@ def _scan_table(section: dict[str, Any]) -> str:
     return f"{section['pairs']} pairs of {section['task']}:\n\n{markdown([header, *body])}"
 
 
-def _ordered(labels: Iterable[str]) -> list[str]:
-    """Forced routes in their order, then learned ones; with a causally tuned expert, last."""
-    forced = {label: place for place, label in enumerate(ROUTES.values())}
-    place = {label: forced.get(label.partition(", causal")[0], len(forced)) for label in labels}
-    return sorted(place, key=lambda label: (", causal" in label, place[label], label))
+def _by_route(entry: Entry) -> tuple[bool, int, str]:
+    """Forced routes in their order, then learned ones; with a causally tuned expert, last.
+
+    A study's own rows stand by their names.
+    """
+    is_named = entry.record.config.get("results", {}).get("row") and not entry.is_base
+    forced = [] if is_named else list(ROUTES)
+    place = forced.index(entry.route) if entry.route in forced else len(ROUTES)
+    return entry.is_control, place, entry.row
 
 
 def bitune_block(name: str, records: Records, seeds: Sequence[int]) -> str:
@@ -121,12 +129,12 @@ def bitune_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     printed = {
         row["method"]: [f"{score:.1f}" for score in row["scores"]] for row in ablations["rows"]
     }
-    named = {row.removeprefix("bitune, "): own for row, own in runs.items()}
+    named = {variant(own[0].record.data): own for own in runs.values()}
     rows = []
     for method in [*(each for each in printed if each in named), *sorted(named.keys() - printed)]:
         own = named[method]
         perplexity = spread([each.record.section["perplexity"] for each in own])
-        cells = [perplexity, *(spread_of(own, column) for column in columns)]
+        cells = [perplexity, *(score_of(own, column) for column in columns)]
         theirs = printed.get(method, [""] * len(ablations["columns"]))
         rows.append([method, str(len(own)), *cells, *theirs])
     heads = [f"published average, {column}" for column in ablations["columns"]]

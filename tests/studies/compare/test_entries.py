@@ -1,9 +1,161 @@
-"""Rows of tables and their order."""
+"""Rows of tables: what a run is, its configuration says, whatever its row is called."""
 
-from studies.compare.entries import base_first
+import pytest
+from builders import MODEL, SEEDS, causal, dependence, encoder, scores
+
+from studies.compare import paired, runs, steps, tradeoff
+from studies.compare.entries import (
+    base_first,
+    by_row,
+    causal_controls,
+    common_tasks,
+    controls_of,
+    entries,
+    reference,
+)
+from studies.compare.pages import renewed
+from ubmoe.results.records import Records
 
 
-def test_untrained_rows_come_first_and_a_row_beside_its_causal_twin():
-    ordered = ["base", "base causal", "base, layers from 11", "ffn", "ffn causal", "mntp"]
-    ordered += ["ffn 20 steps", "ffn 20 steps causal", "mntp then simcse"]
-    assert sorted(sorted(ordered, reverse=True), key=base_first) == ordered
+def named(records, row):
+    for record in records.values():
+        record["config"]["results"] = {"row": row}
+    return records
+
+
+def encoders(*records, seeds=SEEDS):
+    every = Records.of_names({name: each for own in records for name, each in own.items()})
+    return entries("encoders", MODEL, every, seeds)
+
+
+def test_untrained_rows_come_first_and_a_run_beside_its_causal_control():
+    untrained = ["base", "base causal", "base, layers from 11"]
+    tuned = ["ffn", "ffn causal", "mntp", "ffn 20 steps", "ffn 20 steps causal", "mntp then simcse"]
+    found = [
+        named(
+            encoder(f"r{place}", 0, 50.0, [] if row in untrained else ["ffn"], mask),
+            row,
+        )
+        for place, row in enumerate([*untrained, *tuned][::-1])
+        for mask in ["causal" if "causal" in row else "bidirectional"]
+    ]
+    rows = [[each] for each in encoders(*found)]
+    assert [own[0].row for own in sorted(rows, key=base_first)] == [*untrained, *tuned]
+
+
+@pytest.mark.parametrize("row", ["baseline ffn", "base", "base causal", "base, 60 steps"])
+def test_a_tuned_row_is_no_base_whatever_it_is_called(row):
+    base, tuned = encoder("a", 0, 40.0, []), named(encoder("b", 1, 60.0, ["ffn"]), row)
+    own = {each.record.label: each for each in encoders(base, tuned)}
+    assert (own["a"].role, own["b"].role) == ("base", "encoder")
+    assert (own["b"].seed, own["b"].has_learnt, own["a"].has_learnt) == (1, True, False)
+    assert own["b"].row != own["a"].row
+    assert reference([own["b"], own["a"]]) is own["a"]
+    assert not [each for each in encoders(base, tuned, seeds=[0]) if each.role == "encoder"]
+
+
+def test_an_untrained_row_is_the_base_whatever_it_is_called():
+    base = named(encoder("a", 3, 40.0, []), "untouched")
+    base |= named(dependence("a", 3, f"Qwen/{MODEL}", 30.0), "untouched")
+    tuned = encoder("b", 0, 60.0, ["ffn"]) | dependence("b", 0, "bi", 35.0)
+    own = {each.row: each for each in encoders(base, tuned)}
+    assert own["untouched"].is_base and own["untouched"].measures["DP-after"] == 30.0
+    text = renewed(
+        f"<!-- sts: {MODEL} -->\n<!-- end -->", Records.of_names(base | tuned), SEEDS
+    ).splitlines()
+    assert [line.split("|")[1].strip() for line in text[3:-1]] == ["untouched", "ffn"]
+
+
+def test_the_whole_mask_is_what_others_are_held_against():
+    late = named(encoder("a", 0, 50.0, []), "a")
+    late["a.sts.seed0"]["config"]["bi"]["layers"] = {"from": 3}
+    reads = named(encoder("b", 0, 40.0, [], "causal"), "b")
+    whole = named(encoder("c", 0, 45.0, []), "c")
+    assert reference(encoders(late, reads, whole)).row == "c"
+    assert reference(encoders(late, reads)).row == "a"
+    assert reference(encoders(encoder("d", 0, 45.0, ["ffn"]))) is None
+
+
+def test_a_causal_control_is_known_by_its_settings_alone():
+    run = named(encoder("a", 0, 60.0, ["ffn"]), "mine causal")
+    control = named(encoder("b", 0, 50.0, ["ffn"], "causal"), "another")
+    none = named(encoder("c", 1, 50.0, ["ffn"]), "no layer")
+    none["c.sts.seed1"]["config"]["bi"]["layers"] = "none"
+    other = named(encoder("d", 0, 50.0, ["attention"], "causal"), "mine causal causal")
+    found = encoders(
+        run, control, none, other, named(encoder("e", 1, 61.0, ["ffn"]), "mine causal")
+    )
+    told = {each.record.label: each.is_control for each in found}
+    assert told == {"a": False, "b": True, "c": True, "d": True, "e": False}
+    pairs = [(one.record.label, two.record.label) for one, two in causal_controls(found)]
+    assert pairs == [("a", "b")]  # nothing says of `e` which layers attend to later tokens
+    whole = {name: each | {} for name, each in named(encoder("e", 1, 61.0, ["ffn"]), "x").items()}
+    whole["e.sts.seed1"]["config"]["bi"]["layers"] = "all"
+    pairs = [
+        (one.record.label, two.record.label) for one, two in causal_controls(encoders(whole, none))
+    ]
+    assert pairs == [("e", "c")]
+    assert controls_of([encoders(run), encoders(control)]) == {"another": "mine causal"}
+
+
+def test_a_collapsed_run_has_no_control():
+    run, control = encoder("a", 0, 60.0, ["ffn"]), causal(encoder("b", 0, 50.0, ["ffn"]), 50.0)
+    assert len(causal_controls(encoders(run, control))) == 1
+    log = [{"positive_cosine": 1.0, "negative_cosine": 1.0}]
+    run["a.sts.seed0"]["sts"]["stages"] = [{"log": log}]
+    assert causal_controls(encoders(run, control)) == []
+
+
+@pytest.mark.parametrize("task", ["average", "perplexity", "first", "DP-after", "STS causal"])
+def test_a_task_stays_a_task_whatever_it_is_called(task):
+    records = encoder("a", 0, 60.0, ["ffn"]) | dependence("a", 0, "bi", 35.0)
+    records["a.sts.seed0"]["sts"]["tasks"] = {task: 12.0}
+    [own] = encoders(records)
+    assert (own.tasks, common_tasks([own]), own.mean([task])) == ({task}, [task], 12.0)
+    assert own.measures == {"average": 60.0, "DP-after": 35.0}
+
+
+def test_a_further_column_is_no_task():
+    [own] = encoders(encoder("a", 0, 60.0, ["ffn"]))
+    own.measures["entropy"] = 1.0
+    assert "entropy" in own.cells and "entropy" not in common_tasks([own])
+
+
+def test_a_mixture_is_a_mixture_whatever_its_row_is_called():
+    sts = [
+        {"route": route, "attention": "bidirectional", "average": 50.0} for route in ("half", "bi")
+    ]
+    section = {
+        "routes": {route: scores(30.0, 5.0) for route in ("half", "bi", "uni")},
+        "metrics": {"mmlu": "acc"},
+        "bi_attention": "bidirectional",
+    }
+    config = {"model": {"name": MODEL}, "seed": 0, "ubmoe": {"top_k": 2, "objective": "chat"}}
+    record = {"config": config | {"results": {"row": "a, causal base"}}, "generation": section}
+    found = {"m.generation.seed0": record | {"sts": sts}}
+    rows = by_row("routes", MODEL, Records.of_names(found), SEEDS)
+    told = {own[0].route: (own[0].role, own[0].is_control) for own in rows.values()}
+    assert told == {"half": ("mixture", False), "bi": ("mixture", False), "uni": ("base", False)}
+    [point] = tradeoff.points(MODEL, Records.of_names(found), SEEDS).values()  # half alone
+    assert (point.kind, point.is_control) == ("mixture", False)
+
+
+def test_a_generation_task_is_no_ratio_whatever_it_is_called():
+    assert not runs.is_ratio(f"perplexity of birds{paired.ASKED}")
+    assert runs.is_ratio("perplexity") and runs.is_ratio("by answer")
+    pair = runs.Pair("ffn", {f"perplexity of birds{paired.ASKED}": -3.0})
+    assert runs.over_runs([pair] * 3, f"perplexity of birds{paired.ASKED}").value == -3.0
+
+
+def test_longer_tuning_begins_at_the_base_that_reads_alike():
+    def tuned(name, count):
+        found = named(encoder(name, 0, 60.0, ["ffn"]), f"late {count}")
+        found[f"{name}.sts.seed0"]["config"]["bi"]["layers"] = {"from": 3}
+        found[f"{name}.sts.seed0"]["config"]["bi"]["stages"][0]["max_steps"] = count
+        return found
+
+    late = named(encoder("b", 0, 45.0, []), "b")
+    late["b.sts.seed0"]["config"]["bi"]["layers"] = {"from": 3}
+    every = encoder("a", 0, 40.0, []) | late | tuned("c", 20) | tuned("d", 60)
+    [longer] = steps.along(MODEL, Records.of_names(every), SEEDS).values()
+    assert longer.told[0] == [{"STS": 46.0}]

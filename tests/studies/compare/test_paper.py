@@ -204,7 +204,7 @@ def test_only_runs_of_the_studys_seeds_are_averaged_and_missing_ones_are_counted
     )
     assert "Not shown" not in paper.text(2, config, Records.of_names(RECORDS))
     own = by_row("sts", MODEL, Records.of_names(records), SEEDS)["ffn"]
-    own[1].cells["STS12"] = None
+    own[1].scores["STS12"] = None
     assert paper.compared("ffn", own, "STS12", {}) == "61.00 of 1"
 
 

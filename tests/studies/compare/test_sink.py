@@ -7,9 +7,10 @@ import pytest
 from builders import SEEDS
 
 from studies.compare import sink
+from studies.compare.entries import Entry
 from studies.compare.pages import renewed
 from ubmoe.report.figures import PALETTE
-from ubmoe.results.records import Records
+from ubmoe.results.records import Record, Records
 
 FULL = {"main": 1.0, "before": 60.0, "first": 20.0}
 
@@ -53,13 +54,24 @@ def test_only_rows_with_a_twin_stand_beside_the_base():
     assert set(sink.with_twins(sink.measured("small", records(), [1]))) == {"base"}
 
 
+def tuned(row, seed):
+    """A run of the modules that the row's last word names."""
+    *of, train = row.split()
+    attention = "causal" if of else "bidirectional"
+    bi = {"stages": [{"objective": "simcse", "train": [train]}], "attention": attention}
+    made = Record(row, "sts", seed, {"config": {"seed": seed, "bi": bi}, "sts": {}})
+    return Entry(row, "encoder", made, {}, {}, (made,))
+
+
 def test_no_more_rows_than_colours_are_drawn_and_first_those_of_more_runs(monkeypatch):
-    rows = {"a": [1], "a causal": [1], "b": [1, 2], "b causal": [1], "c": [1], "c causal": [1]}
+    runs = {"a": [1], "control of a": [1], "b": [1, 2], "control of b": [1], "c": [1]}
+    runs |= {"control of c": [1]}
+    rows = {row: [tuned(row, seed) for seed in seeds] for row, seeds in runs.items()}
     assert sink.with_twins(rows) == rows
     monkeypatch.setattr(sink, "PALETTE", PALETTE[:2])
-    assert list(sink.with_twins(rows)) == ["a", "a causal", "b", "b causal"]
+    assert list(sink.with_twins(rows)) == ["a", "control of a", "b", "control of b"]
     monkeypatch.setattr(sink, "PALETTE", PALETTE[:1])
-    assert list(sink.with_twins(rows)) == ["b", "b causal"]
+    assert list(sink.with_twins(rows)) == ["b", "control of b"]
 
 
 def test_records_without_the_sink_are_left_out():

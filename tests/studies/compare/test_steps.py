@@ -35,7 +35,9 @@ def records():
 
 
 def test_runs_stand_by_their_steps_after_the_untrained_model():
-    [(row, own)] = steps.along(MODEL, Records.of_names(records()), SEEDS).items()
+    [(row, longer)] = steps.along(MODEL, Records.of_names(records()), SEEDS).items()
+    own = longer.told
+    assert (longer.is_control, longer.run) == (False, None)
     assert row == "ffn" and list(own) == [0, 20, 60]
     assert [[each["DP-after"] for each in runs] for runs in own.values()] == [[0], [2], [4, 6]]
     assert [[each["STS"] for each in runs] for runs in own.values()] == [[51], [40], [50, 52]]
@@ -48,12 +50,13 @@ def test_a_row_tuned_causally_begins_at_the_model_that_reads_causally():
     every["y.sts.seed0"]["config"]["results"] = {"row": "ffn 20 causal"}
     found = steps.along(MODEL, Records.of_names(every), SEEDS)
     assert found.keys() == {"ffn", "ffn causal"}
-    assert [[each["STS"] for each in runs] for runs in found["ffn causal"].values()] == [
+    assert (found["ffn causal"].is_control, found["ffn causal"].run) == (True, "ffn")
+    assert [[each["STS"] for each in runs] for runs in found["ffn causal"].told.values()] == [
         [31.0],
         [33.0],
         [45.0],
     ]
-    assert found["ffn causal"][0][0]["perplexity"] == 1.0  # the base's, whose weights it has
+    assert found["ffn causal"].told[0][0]["perplexity"] == 1.0  # the base's, whose weights it has
 
 
 def test_without_a_base_nothing_is_told():
@@ -64,14 +67,16 @@ def test_without_a_base_nothing_is_told():
 def test_the_picture_goes_through_the_means():
     rows = {
         "ffn": {0: [{"STS": 10.0}], 20: [{"STS": 20.0, "perplexity": 2.0}]},
-        "ffn causal": {0: [{"STS": 30.0}], 60: [{"STS": 40.0, "perplexity": 8.0}]},
+        "control": {0: [{"STS": 30.0}], 60: [{"STS": 40.0, "perplexity": 8.0}]},
     }
     rows["ffn"][20].append({"STS": 24.0, "perplexity": 8.0})
+    rows = {"ffn": steps.Longer(rows["ffn"]), "control": steps.Longer(rows["control"], True, "ffn")}
     sts, ratio, *_ = steps.figure("small", rows).axes
     lines = {line.get_label(): line for line in sts.lines if not line.get_label().startswith("_")}
     assert [list(lines["ffn"].get_data()[each]) for each in (0, 1)] == [[0, 1], [10.0, 22.0]]
-    assert list(lines["ffn causal"].get_xdata()) == [0, 2]  # of 0, 20 and 60
-    assert lines["ffn causal"].get_linestyle() == "--"
+    assert list(lines["control"].get_xdata()) == [0, 2]  # of 0, 20 and 60
+    assert lines["control"].get_linestyle() == "--"
+    assert lines["control"].get_color() == lines["ffn"].get_color()
     means = [line for line in ratio.lines if not line.get_label().startswith("_")]
     assert [list(line.get_ydata()) for line in means] == [
         pytest.approx([4.0]),
