@@ -5,6 +5,7 @@ import shutil
 import signal
 import time
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 from builders import random_model, run, start
@@ -89,10 +90,6 @@ CASES = {
     "malformed JSON": (["dependence.dataset={0}/broken.jsonl"], "broken.jsonl:2: malformed JSON"),
     "empty text": (["dependence.dataset={0}/blank.jsonl"], "blank.jsonl:1: empty text"),
     "invalid UTF-8": (["dependence.dataset={0}/latin.txt"], "latin.txt:1: not UTF-8"),
-    "no chat template": (
-        ["model.name={0}/plain"],
-        "name a Jinja file or string as dependence.chat",
-    ),
     "no weights": (["model.name={0}/weightless"], "weightless has no weights; expected model"),
     "no decoder": (["model.name={0}/encoder"], "BertLMHeadModel (sdpa) sees later tokens"),
     "NaN weights": (["model.name={0}/nan"], "has NaN or infinite weights in "),
@@ -101,6 +98,12 @@ CASES = {
     "unwritable": (["output_dir={0}/file/run"], "file/run cannot be written"),
     "missing config": (["{0}/none.yaml"], "none.yaml: cannot be read"),
 }
+
+
+def test_chats_without_a_template_are_measured_as_texts_and_that_is_recorded(inputs, tmp_path):
+    code, output, errors = run(*FAST, f"output_dir={tmp_path}", f"model.name={inputs}/plain")
+    assert code == 0 and "no chat template; chats are read as texts" in errors
+    assert json.loads(Path(output.strip()).read_text())["chat_form"] == "question"
 
 
 @pytest.mark.parametrize("case", CASES)

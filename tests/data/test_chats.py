@@ -3,11 +3,15 @@
 import json
 
 import pytest
+from builders import marked
 from transformers import AutoTokenizer
 
+from ubmoe.bitune.examples import read_examples
 from ubmoe.config import UserError
+from ubmoe.config.schema import QUESTION
 from ubmoe.data.chats import Chat, collate, read_chats
 from ubmoe.data.padding import IGNORE_INDEX
+from ubmoe.data.plain import noting
 from ubmoe.data.rows import read_texts
 from ubmoe.dependence.texts import tokenize
 
@@ -215,7 +219,46 @@ def test_what_a_chat_opens_with_is_read_and_not_trained_on(tokenizer, tmp_path):
     assert TURNS[1]["content"] in tokenizer.decode(chat.ids)
 
 
-def test_a_tokenizer_without_a_template_is_refused(tokenizer):
+SHORT = [{"role": "user", "content": "a b?"}, {"role": "assistant", "content": "c d"}]
+
+
+def test_without_a_template_chats_are_texts_of_questions_and_answers(tokenizer, tmp_path):
     tokenizer.chat_template = None
-    with pytest.raises(UserError, match="has no chat template; expected a chat model"):
-        read_chats("tiny", tokenizer, 100)
+    system = {"role": "system", "content": "Be brief."}
+    chat = read(tmp_path, tokenizer, {"messages": [system, *TURNS]})
+    assert tokenizer.decode(chat.ids) == (
+        "Be brief.\n\nQuestion: Where does he live?\n\nAnswer: In the garden, 你好!<|im_end|>\n\n"
+        "Question: Where does he live?\n\nAnswer: Where does he live?<|im_end|>"
+    )
+    answers = pieces(tokenizer, chat, lambda number: chat.answer[number])
+    assert answers == [" In the garden, 你好!<|im_end|>", " Where does he live?<|im_end|>"]
+
+
+@pytest.mark.parametrize("once", [False, True])
+def test_the_plain_form_has_the_tokens_of_bitunes_examples(once, tmp_path):
+    """Which are split from the whole text in another way."""
+    tokenizer = marked(once=once)
+    path = written(tmp_path, SHORT)
+    [example] = read_examples(path, tokenizer, QUESTION, 100).chats[0]
+    [chat] = read_chats(path, tokenizer, 100).chats
+    assert chat.ids == example.prompt + example.answer
+    assert chat.answer == [False] * len(example.prompt) + [True] * len(example.answer)
+    assert chat.ids.count(tokenizer.bos_token_id) == 1 and chat.roles[0] == "template"
+
+
+def test_the_plain_form_is_said_once_and_noted(tokenizer, tmp_path, caplog):
+    tokenizer.chat_template = None
+    with caplog.at_level("INFO"), noting() as noted:
+        assert noted == {}
+        read_chats(written(tmp_path, SHORT, SHORT), tokenizer, 100)
+    assert noted == {"chat_form": "question"}
+    assert len([each for each in caplog.messages if "no chat template" in each]) == 1
+
+
+def test_tools_and_calls_are_in_the_plain_form(tokenizer, tmp_path):
+    tokenizer.chat_template = None
+    chat = read(tmp_path, tokenizer, {"messages": CALLING, "tools": [{"name": "weather"}]})
+    text = tokenizer.decode(chat.ids)
+    assert (
+        text.startswith('[{"name": "weather"}]\n\nQuestion: ') and CALL["function"]["name"] in text
+    )

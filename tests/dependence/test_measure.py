@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from builders import ROOT, random_model, run
+from builders import ROOT, marked, random_model, run
 from transformers import AutoTokenizer
 
 from ubmoe.config import DependenceSection, UserError
@@ -173,6 +173,17 @@ def test_chats_go_through_the_tokenizers_own_template(tiny_path):
     assert tokenizer.decode(ids) == "Plain <text>"
 
 
+def test_chats_of_a_tokenizer_without_a_template_are_texts():
+    tokenizer = marked()
+    turns = [{"role": "user", "content": "a b?"}, {"role": "assistant", "content": "c"}]
+    [ids] = tokenize(tokenizer, [Text("a:1", turns)])
+    assert ids == tokenizer("Question: a b?\n\nAnswer: c</s>")["input_ids"]
+    [named] = tokenize(
+        tokenizer, [Text("a:1", turns)], "{{ messages[0].content + messages[1].content }}"
+    )
+    assert named == tokenizer("a b?c", add_special_tokens=False)["input_ids"]
+
+
 def test_templates_that_cannot_be_used(tiny_path, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_path)
     chats = [Text("a.jsonl:7", [{"role": "user", "content": "Who?"}])]
@@ -188,9 +199,6 @@ def test_templates_that_cannot_be_used(tiny_path, tmp_path):
             tokenize(tokenizer, chats, template)
     tokenizer.chat_template = {"default": "{{ messages[0]['content'] }}", "rag": "no"}
     assert tokenizer.decode(tokenize(tokenizer, chats)[0]) == "Who?"
-    tokenizer.chat_template = None
-    with pytest.raises(UserError, match="has no chat template; name a Jinja file"):
-        tokenize(tokenizer, chats)
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):

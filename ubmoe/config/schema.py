@@ -142,7 +142,7 @@ class DependenceSection(Section):
         "chats or texts: hub id[:config[:split]], local .json/.jsonl/.csv/.tsv/.txt, or tiny",
     )
     chat_template: str | None = score_key(
-        None, "Jinja file or string for a tokenizer that has no chat template"
+        None, "Jinja file or string; null: the tokenizer's own, or a plain form where it has none"
     )
     max_texts: Positive | None = score_key(
         1000, "measure at most this many, spaced evenly over the data; null: all", "texts"

@@ -12,9 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ubmoe.config import UserError
+from ubmoe.data import plain
 from ubmoe.data.bad_rows import RowError, usable
 from ubmoe.data.messages import Message, calls
 from ubmoe.data.padding import IGNORE_INDEX, padded, padded_with_mask
+from ubmoe.data.plain import is_plain
 from ubmoe.data.rows import Text, left, read_texts
 from ubmoe.data.tokens import check_ids
 
@@ -50,13 +52,10 @@ def read_chats(
 ) -> Chats:
     """Chats of a data set, cut at `max_tokens`.
 
-    Raises UserError, naming the row, for one that is no chat or has no assistant turn, and for a
-    template or a tokenizer in which answers cannot be found.
+    Without a chat template they have the plain form. Raises UserError, naming the row, for one that
+    is no chat or has no assistant turn, and for a template or a tokenizer in which answers cannot
+    be found.
     """
-    if tokenizer.chat_template is None:
-        raise UserError(
-            f"{tokenizer.name_or_path}: its tokenizer has no chat template; expected a chat model"
-        )
     if not tokenizer.is_fast:
         raise UserError(f"{tokenizer.name_or_path}: its tokenizer gives no offsets; expected fast")
     texts = read_texts(dataset, most)
@@ -94,8 +93,8 @@ def _chat(tokenizer: PreTrainedTokenizerBase, text: Text) -> Chat:
     rendered = render(tokenizer, text)
     answers = _answers(tokenizer, text, messages, rendered)
     contents = _contents(tokenizer, text, messages, rendered)
-    keys = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
-    encoded = tokenizer(rendered, **keys)
+    keys = {"return_offsets_mapping": True, "verbose": False}
+    encoded = tokenizer(rendered, add_special_tokens=is_plain(tokenizer), **keys)
     check_ids(tokenizer, encoded["input_ids"], text.where)
     offsets: list[Span] = encoded["offset_mapping"]
     answer = [any(low <= start < high for low, high in answers) for start, _ in offsets]
@@ -104,7 +103,7 @@ def _chat(tokenizer: PreTrainedTokenizerBase, text: Text) -> Chat:
 
 
 def render(tokenizer: PreTrainedTokenizerBase, text: Text, template: str | None = None) -> str:
-    """A whole chat through the tokenizer's chat template, or the one given.
+    """A whole chat through the tokenizer's chat template or the one given, or in the plain form.
 
     Raises RowError where the template fails, or leaves a content or a call out.
     """
@@ -152,6 +151,8 @@ def _left_out(
 def _rendered(
     tokenizer: PreTrainedTokenizerBase, text: Text, messages: list[Message], **keys: Any
 ) -> str:
+    if is_plain(tokenizer, keys.get("chat_template")):
+        keys["chat_template"] = plain.TEMPLATE
     try:
         tools: Any = text.tools
         return str(tokenizer.apply_chat_template(messages, tools, tokenize=False, **keys))
@@ -206,7 +207,8 @@ def _contents(
 
 
 def _role(token: str, start: int, contents: list[tuple[Span, str]]) -> str:
-    role = next((role for (low, high), role in contents if low <= start < high), "template")
+    found = [role for (low, high), role in contents if low <= start < high]
+    role = found[0] if found and token else "template"  # a tokenizer's own first token is no text
     if role != "template" and token.strip() and not any(char.isalnum() for char in token):
         return "punctuation"
     return role

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ubmoe.config import UserError
 from ubmoe.data.bad_rows import RowError, usable
 from ubmoe.data.chats import render
+from ubmoe.data.plain import is_plain
 from ubmoe.data.rows import Text, left
 from ubmoe.data.tokens import check_ids
 from ubmoe.models.loading import context_length
@@ -16,17 +17,13 @@ from ubmoe.models.loading import context_length
 def tokenize(
     tokenizer: PreTrainedTokenizerBase, texts: list[Text], chat_template: str | None = None
 ) -> list[list[int]]:
-    """Token ids of each text; chats go through the tokenizer's own chat template, or the one named.
+    """Token ids of each text; chats go through the tokenizer's own chat template, or the one named,
+    and have the plain form where there is none.
 
-    Raises UserError for chats without any template, and RowError for one that fails on a chat or
-    leaves out a part of it, and for a text without tokens.
+    Raises RowError for a template that fails on a chat or leaves out a part of it, and for a text
+    without tokens.
     """
     template = _template(chat_template)  # None: the tokenizer's own, which may be a named set
-    if template is None and tokenizer.chat_template is None and any(text.is_chat for text in texts):
-        raise UserError(
-            f"{tokenizer.name_or_path}: its tokenizer has no chat template; name a Jinja file or "
-            "string as dependence.chat_template"
-        )
     ids = list(usable(lambda text: _tokens(tokenizer, text, template), texts))
     return left("dependence.dataset", ids, len(texts))
 
@@ -36,7 +33,8 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: Text, template: str | None
         ids = tokenizer(text.content, truncation=False)["input_ids"]
     else:
         rendered = render(tokenizer, text, template)
-        ids = tokenizer(rendered, add_special_tokens=False, truncation=False)["input_ids"]
+        own = is_plain(tokenizer, template)
+        ids = tokenizer(rendered, add_special_tokens=own, truncation=False)["input_ids"]
     if not ids:
         raise RowError(text.where, "empty text; it has no tokens")
     check_ids(tokenizer, ids, text.where)
