@@ -46,6 +46,7 @@ def test_the_last_line_is_the_path_of_the_result(monkeypatch, capsys):
             2,
             "a/b: No space left on device",
         ),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "runs/tiny: No space left on device"),
         (KeyboardInterrupt(), 130, "interrupted; resume=auto goes on"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), 2, "lower the batch size"),
         (

@@ -21,6 +21,16 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     assert json.loads(path.read_text()) == {"a": 1}
 
 
+def test_a_full_disk_names_the_file_and_not_the_one_beside_it(tmp_path):
+    def disk_full(_):
+        raise OSError(28, "No space left on device")  # as write says it
+
+    for replace in (files.replace, files.replace_directory):
+        with pytest.raises(OSError, match="No space") as caught:
+            replace(tmp_path / "a", disk_full)
+        assert caught.value.filename == str(tmp_path / "a")
+
+
 def test_files_that_belong_together_give_way_together(tmp_path):
     first, second = tmp_path / "a", tmp_path / "b"
     first.write_text("old")

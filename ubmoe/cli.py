@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from ubmoe.bounds import naming
 from ubmoe.config import Config, UserError, help_text, load_config
 
 # How Python, torch's CPU allocator, and CUDA before accelerate is there, say it.
@@ -95,7 +96,8 @@ def _called(
         main, arguments = main[verb], arguments[1:]
     config = parse(arguments)
     if not config.dry_run:
-        return main(config)
+        with naming(config.output_dir):
+            return main(config)
     if dry_run is None:
         raise UserError(
             f"dry_run: {name} has none; expected false, or one of the three scripts or ubmoe.bitune"

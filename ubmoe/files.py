@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ubmoe.bounds import naming
 from ubmoe.config import UserError
 
 
@@ -41,7 +42,8 @@ def replace_all(writes: dict[Path, Callable[[Path], object]]) -> None:
         for path, write in writes.items():
             if path.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-            write(temporary[path])
+            with naming(path):
+                write(temporary[path])
         for path in writes:
             temporary[path].replace(path)
     finally:
@@ -58,7 +60,8 @@ def replace_directory(path: Path, write: Callable[[Path], object]) -> None:
         shutil.rmtree(remains, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        write(temporary)
+        with naming(path):
+            write(temporary)
         if path.exists():
             path.rename(old)
         temporary.rename(path)

@@ -22,6 +22,7 @@ from ubmoe.config import Config, dump_config
 from ubmoe.data.bad_rows import dropping
 from ubmoe.data.inputs import inputs
 from ubmoe.data.plain import noting
+from ubmoe.data.templates import dated
 from ubmoe.files import json_text, make_writable, save_figure, write_text
 from ubmoe.staging import move_into_place, staging, unfinished_of
 
@@ -117,7 +118,12 @@ def recording(program: str, name: str, config: Config) -> Iterator[Run]:
     there = nullcontext(unfinished_of(directory, program))
     own = staging(directory, program) if is_first_process() else there
     try:
-        with own as unfinished, dropping(config.data.skip_bad_rows) as dropped, noting() as noted:
+        with (
+            own as unfinished,
+            dropping(config.data.skip_bad_rows) as dropped,
+            noting() as noted,
+            dated(config.data.template_date),
+        ):
             run = Run(program, name, config, directory, unfinished)
             run.inputs = inputs(config, name) if is_first_process() else {}
             yield run

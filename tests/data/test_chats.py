@@ -7,8 +7,7 @@ from builders import marked
 from transformers import AutoTokenizer
 
 from ubmoe.bitune.examples import read_examples
-from ubmoe.config import UserError
-from ubmoe.config.schema import QUESTION
+from ubmoe.config import QUESTION, UserError
 from ubmoe.data.chats import Chat, collate, read_chats
 from ubmoe.data.padding import IGNORE_INDEX
 from ubmoe.data.plain import noting
@@ -36,12 +35,14 @@ QWEN_TOOLS = (  # as Qwen2.5 writes tools and calls
 )
 LAST_ONLY = "{% for m in messages %}{% if loop.last %}{{ m['content'] }}{% endif %}{% endfor %}"
 BACKWARDS = "{% for m in messages | reverse %}{{ m['content'] }}{% endfor %}"
+TWICE = "{% for m in messages %}{{ m.content }} {{ m.content }}\n{% endfor %}"
 TURNS = [
     {"role": "user", "content": "Where does he live?"},
     {"role": "assistant", "content": "In the garden, 你好!"},
     {"role": "user", "content": "Where does he live?"},
     {"role": "assistant", "content": "Where does he live?"},
 ]
+THOUGHT = [TURNS[0], {"role": "assistant", "content": "<think>so</think>In the garden"}]
 
 
 @pytest.fixture
@@ -50,6 +51,7 @@ def tokenizer(tiny_path):
 
 
 def written(tmp_path, *chats):
+    tmp_path.mkdir(exist_ok=True)
     path = tmp_path / "chats.jsonl"
     path.write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
     return str(path)
@@ -77,6 +79,134 @@ def test_answers_are_found_with_their_end_token(tokenizer, tmp_path, template, e
     assert [answer.strip() for answer in answers] == expected
     whole = tokenizer.apply_chat_template(TURNS, tokenize=False)
     assert tokenizer.decode(chat.ids) == whole
+
+
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+ALPACA = (
+    "{% for m in messages %}{% if m.role == 'user' %}### Instruction:\n{{ m.content }}\n\n"
+    "{% else %}### Response:\n{{ m.content }}\n\n{% endif %}{% endfor %}"
+)
+PLAIN = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+VICUNA = (
+    "{% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }} "
+    "{% else %}ASSISTANT: {{ m.content }}</s>{% endif %}{% endfor %}"
+)
+PHI = (  # the prompt is the end of a user's turn
+    "{% for m in messages %}{% if m.role == 'user' %}<|user|>\n{{ m.content }}<|end|>\n"
+    "<|assistant|>\n{% else %}{{ m.content }}<|end|>\n{% endif %}{% endfor %}"
+)
+CHAT_END = (  # the chat has an end, and a turn none
+    "{% for m in messages %}{{ '[U] ' if m.role == 'user' else '[A] ' }}{{ m.content }}"
+    "{{ '</s>' if loop.last and m.role != 'user' else ' ' }}{% endfor %}"
+)
+THINKING = (  # what is thought is written where a prompt would be, and not in earlier answers
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if loop.last and m.role == 'assistant' %}"
+    "<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+NO_THOUGHTS = (  # whose prompt is not how an answer begins
+    "{% for m in messages %}<{{ m.role }}>{{ m.content.split('</think>')[-1] }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant><think>\n{% endif %}"
+)
+SYSTEM = "<|im_start|>system\nBe kind.<|im_end|>\n"
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        (CHATML, "<|im_end|>"),
+        (CHATML + "<|im_start|>assistant\n", "<|im_end|>"),
+        (SYSTEM + CHATML + "<|im_start|>assistant\n", "<|im_end|>"),
+        (PLAIN, "<|end|>"),
+        (PLAIN + "<|assistant|>\n", "<|end|>"),
+        ("<s>" + PLAIN + "<|assistant|>\n", "<|end|>"),
+        (ALPACA, ""),
+        (ALPACA + "### Response:\n", ""),
+        ("Below are instructions.\n\n" + ALPACA + "### Response:\n", ""),
+        (VICUNA, "</s>"),
+        (PHI, "<|end|>"),
+        (CHAT_END, "</s>"),
+        (NO_THOUGHTS, "<end>"),
+    ],
+)
+def test_no_header_is_an_answer_whatever_the_template_writes(tokenizer, tmp_path, template, end):
+    tokenizer.chat_template = template
+    chats = read_chats(written(tmp_path, TURNS), tokenizer, 500).chats
+    answers = [
+        each.strip() for chat in chats for each in pieces(tokenizer, chat, chat.answer.__getitem__)
+    ]
+    assert answers == [TURNS[1]["content"] + end, TURNS[3]["content"] + end]
+
+
+def test_a_chat_whose_earlier_answers_change_is_read_answer_by_answer(tokenizer, tmp_path):
+    tokenizer.chat_template = THINKING
+    thought = [{**each, "reasoning_content": f"hm {n}"} for n, each in enumerate(TURNS)]
+    found = read_chats(written(tmp_path, TURNS[:2], thought, TURNS[:2]), tokenizer, 500)
+    assert [len(row) for row in found.by_row] == [1, 2, 1]
+    for chat, turn in zip(found.by_row[1], (1, 3), strict=True):
+        history = tokenizer.apply_chat_template(thought[: turn + 1], tokenize=False)
+        assert tokenizer.decode(chat.ids) == history
+        [answer] = pieces(tokenizer, chat, chat.answer.__getitem__)
+        said = TURNS[turn]["content"]
+        assert answer == f"<think>\nhm {turn}\n</think>\n\n{said}<|im_end|>"
+    train, kept = found.held_out(1, "held_out")  # all of a row, or nothing
+    assert {each.where for each in train}.isdisjoint(each.where for each in kept)
+    examples = read_examples(written(tmp_path, thought), tokenizer, None, 500).chats
+    assert [len(each) for each in examples] == [2]
+    assert examples[0][1].prompt + examples[0][1].answer == found.by_row[1][1].ids[:-1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "trained"),
+    [
+        ({"weight": 0}, [False, True]),
+        ({"weight": 0.0}, [False, True]),
+        ({"train": False}, [False, True]),
+        ({"training": False, "weight": 1}, [False, True]),
+        ({"weight": 1}, [True, True]),
+        ({"train": True}, [True, True]),
+        ({"weight": None}, [True, True]),
+    ],
+)
+@pytest.mark.parametrize("template", [None, QUESTION])
+def test_an_answer_of_weight_zero_is_read_and_not_learned(
+    tokenizer, tmp_path, fields, trained, template
+):
+    turns = [TURNS[0], TURNS[1] | fields, *TURNS[2:]]
+    path = written(tmp_path, turns)
+    whole, plain = (
+        read_examples(each, tokenizer, template, 500).chats
+        for each in (written(tmp_path / "plain", TURNS), path)
+    )
+    expected = [each for each, own in zip(whole[0], trained, strict=True) if own]
+    assert plain == [expected]
+    [chat] = read_chats(path, tokenizer, 500).chats
+    contents = [TURNS[turn]["content"] for turn, own in zip((1, 3), trained, strict=True) if own]
+    answers = pieces(tokenizer, chat, chat.answer.__getitem__)
+    assert answers == [f"{each}<|im_end|>" for each in contents]
+
+
+@pytest.mark.parametrize(
+    ("turn", "fields", "expected"),
+    [
+        (1, {"weight": 0.5}, "turn 2: weight is 0.5; expected 0 or 1"),
+        (1, {"train": "no"}, 'turn 2: train is "no"; expected 0 or 1'),
+        (1, {"train_detail": [{"begin_offset": 0}]}, "turn 2: train_detail is of parts"),
+        (0, {"train": True}, "turn 1: train is true of user; only answers are learned"),
+        (3, {"loss_scale": 2}, "turn 4: loss_scale is 2"),
+    ],
+)
+def test_what_is_neither_learned_nor_not_is_refused(tokenizer, tmp_path, turn, fields, expected):
+    turns = [each | (fields if n == turn else {}) for n, each in enumerate(TURNS)]
+    with pytest.raises(UserError) as caught:
+        read_chats(written(tmp_path, turns), tokenizer, 500)
+    assert expected in str(caught.value)
+
+
+def test_a_chat_none_of_whose_answers_count_is_refused(tokenizer, tmp_path):
+    turns = [each | {"weight": 0} for each in TURNS]
+    with pytest.raises(UserError, match=":1: no assistant turn of weight 1; expected one"):
+        read_chats(written(tmp_path, turns), tokenizer, 500)
 
 
 def test_roles_are_those_of_the_contents(tokenizer, tmp_path):
@@ -118,6 +248,8 @@ def test_labels_are_the_answers_tokens():
         ({"messages": [TURNS[1]]}, None, ":1: no assistant turn but the first; expected one"),
         ({"messages": TURNS}, LAST_ONLY, ":1: the chat template leaves out the content of turn 1"),
         ({"messages": TURNS}, BACKWARDS, "hides where turn 2, the assistant's, stands"),
+        ({"messages": TURNS}, TWICE, "turn 2, the assistant's, stands (an answer does not stand"),
+        ({"messages": THOUGHT}, NO_THOUGHTS, "stands (its content is changed)"),
         (
             {"messages": TURNS},
             "{{ messages[0].content + 1 }}",

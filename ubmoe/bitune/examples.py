@@ -39,7 +39,8 @@ def read_examples(
     the end token; None: the tokenizer's chat template. Raises UserError naming the row.
     """
     if template is None:
-        found = [_parted(chat) for chat in read_chats(dataset, tokenizer, sys.maxsize, most).chats]
+        rows = read_chats(dataset, tokenizer, sys.maxsize, most).by_row
+        found = [[each for chat in row for each in _parted(chat)] for row in rows]
     else:
         texts = read_texts(dataset, most)
         read = usable(lambda text: _templated(text, tokenizer, template), texts)
@@ -65,7 +66,7 @@ def _parted(chat: Chat) -> list[Example]:
 
 
 def _templated(text: Text, tokenizer: PreTrainedTokenizerBase, template: str) -> list[Example]:
-    messages = turns(text)
+    messages, answering = turns(text)
     if text.tools or any(map(calls, messages)):
         raise RowError(
             text.where, "calls tools, for which bitune.template has no place; expected null there"
@@ -88,6 +89,7 @@ def _templated(text: Text, tokenizer: PreTrainedTokenizerBase, template: str) ->
         prompt = before + template.replace("{prompt}", asked)
         ids, answer = split_ids(tokenizer, prompt, f" {content}")
         check_ids(tokenizer, [*ids, *answer, tokenizer.eos_token_id], text.where)
-        found.append(Example(ids, [*answer, tokenizer.eos_token_id]))
+        if turn in answering:
+            found.append(Example(ids, [*answer, tokenizer.eos_token_id]))
         before, asked = f"{prompt} {content}\n\n", ""
     return found

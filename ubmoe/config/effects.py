@@ -7,7 +7,8 @@ from typing import Any
 from ubmoe.config.schema import BiSection, Section, affects, keys, numbered
 
 FORM = tuple(f"bi.{name}" for name in BiSection.model_fields if name != "stages")
-CHATS = tuple(f"ubmoe.{name}" for name in ("dataset", "max_rows", "held_out", "max_tokens"))
+DATE = "data.template_date"  # of chats
+CHATS = (DATE, *(f"ubmoe.{name}" for name in ("dataset", "max_rows", "held_out", "max_tokens")))
 ASKED = tuple(
     f"evaluation.{name}" for name in ("num_fewshot", "limit", "apply_chat_template", "bf16", "data")
 )
@@ -20,14 +21,14 @@ SCORED = {
     "evaluation": ("model", *FORM, "evaluation", *CHATS),
     "generation": ("model", *FORM, "evaluation", *CHATS),
     "sts": ("model", *FORM, "evaluation.sts", "evaluation.bf16", "trajectory"),
-    "dependence": ("model", "dependence"),
-    "bitune": ("model", "bitune", *ASKED),
+    "dependence": ("model", "dependence", DATE),
+    "bitune": ("model", "bitune", *ASKED, DATE),
     "swap": ("model", "ubmoe.bi", *CHATS, "swap", "evaluation.bf16"),
     "shift": ("model", "ubmoe.bi", *CHATS, "shift", "evaluation.bf16"),
     "scan": ("model", *SCANNED, "scan", "evaluation.bf16"),
     "probing": ("model", "probing"),
 }
-MADE = {"sts": ("model", *FORM, "bi.stages"), "generation": ("model", "ubmoe")}
+MADE = {"sts": ("model", *FORM, "bi.stages", DATE), "generation": ("model", "ubmoe", DATE)}
 MISSING = object()
 
 

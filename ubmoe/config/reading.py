@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from ubmoe.bounds import read_text
 from ubmoe.config.errors import UserError, shown
 from ubmoe.config.schema import Config, keys, numbered, section_of
 from ubmoe.config.strict_yaml import parsed
@@ -66,7 +67,7 @@ def dump_config(config: Config) -> str:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = parsed(path.read_text(encoding="utf-8"))
+        tree = parsed(read_text(path))
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}); expected a YAML file such as "

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterator
+from datetime import date
 from functools import partial
 from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args
@@ -132,6 +133,21 @@ class DataSection(Section):
         False,
         "drop rows that cannot be used, and count them in the result; false: they are errors",
     )
+    template_date: str = key(
+        "2024-07-26", "today, to chat templates that ask for the date", "year-month-day"
+    )
+
+    @field_validator("template_date", mode="before")
+    @classmethod
+    def _is_a_date(cls, value: Any) -> Any:
+        text = value.isoformat() if type(value) is date else value  # YAML reads a date as one
+        try:
+            whole = isinstance(text, str) and date.fromisoformat(text).isoformat() == text
+        except ValueError:
+            whole = False
+        if not whole:
+            raise ValueError("expected a day such as 2024-07-26")
+        return text
 
 
 class DependenceSection(Section):

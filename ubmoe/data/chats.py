@@ -1,10 +1,14 @@
 """Chats as tokens, with the assistant's part known, whatever the chat template.
 
-The chat is rendered up to before and up to after each assistant turn; both must be prefixes of the
-whole, and what lies between them is the answer, its end token included.
+Each answer is found in the chat up to it. Where the whole chat goes on from there, it is read as
+one; a template that shows earlier answers otherwise than the last makes a chat of each answer.
 """
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 from jinja2 import TemplateError
@@ -12,15 +16,16 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ubmoe.config import UserError
-from ubmoe.data import plain
+from ubmoe.data import plain, templates
+from ubmoe.data.answers import HiddenError, Span, located
 from ubmoe.data.bad_rows import RowError, usable
-from ubmoe.data.messages import Message, calls
+from ubmoe.data.messages import Message, calls, is_trained
 from ubmoe.data.padding import IGNORE_INDEX, padded, padded_with_mask
 from ubmoe.data.plain import is_plain
-from ubmoe.data.rows import Text, left, read_texts
+from ubmoe.data.rows import Text, held_out, left, read_texts
 from ubmoe.data.tokens import check_ids
 
-Span = tuple[int, int]  # of characters
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,11 +45,23 @@ class Chat:
 
 @dataclass(frozen=True)
 class Chats:
-    """Chats, and how many were cut, or dropped because no answer was left."""
+    """Chats, and how many were cut, or dropped because no answer was left.
+
+    Of a row that was split into its turns they follow one another.
+    """
 
     chats: list[Chat]
     truncated: int
     dropped: int
+
+    @property
+    def by_row(self) -> list[list[Chat]]:
+        return [list(same) for _, same in groupby(self.chats, key=lambda chat: chat.where)]
+
+    def held_out(self, count: int, key: str) -> tuple[list[Chat], list[Chat]]:
+        """The chats to train on, and those of `count` other rows, as `rows.held_out`."""
+        train, kept = held_out(self.by_row, count, key)
+        return [each for row in train for each in row], [each for row in kept for each in row]
 
 
 def read_chats(
@@ -59,7 +76,13 @@ def read_chats(
     if not tokenizer.is_fast:
         raise UserError(f"{tokenizer.name_or_path}: its tokenizer gives no offsets; expected fast")
     texts = read_texts(dataset, most)
-    whole = left(dataset, list(usable(lambda text: _chat(tokenizer, text), texts)), len(texts))
+    found = left(dataset, list(usable(lambda text: _chats(tokenizer, text), texts)), len(texts))
+    whole = [chat for chats in found for chat in chats]
+    if split := sum(len(chats) > 1 for chats in found):
+        log.info(
+            "%s: %d chats read answer by answer, as the chat template shows earlier ones otherwise",
+            *(dataset, split),
+        )
     cut = [
         Chat(
             *(c.where, c.ids[:max_tokens], c.answer[:max_tokens], c.roles[:max_tokens]),
@@ -74,24 +97,57 @@ def read_chats(
     return Chats(kept, truncated, len(cut) - len(kept))
 
 
-def turns(text: Text) -> list[Message]:
-    """The messages of a chat to train on: an answer that follows another turn, one at least.
+def turns(text: Text) -> tuple[list[Message], list[int]]:
+    """The messages of a chat, and which turns to train on: answers to another turn, one at least.
 
     What a chat opens with answers nothing: it is read, and never trained on. Raises RowError.
     """
     if isinstance(text.content, str):
         raise RowError(text.where, "a text, no chat; expected messages")
-    answers = [turn for turn, each in enumerate(text.content) if each["role"] == "assistant"]
-    if not any(answers):  # the opening is turn 0
-        found = "no assistant turn but the first" if answers else "no assistant turn"
-        raise RowError(text.where, f"{found}; expected one at least")
-    return text.content
+    messages = text.content
+    trained = [is_trained(text.where, turn, each) for turn, each in enumerate(messages, 1)]
+    found = [turn for turn in range(1, len(messages)) if trained[turn]]
+    if not found:
+        answers = [turn for turn, each in enumerate(messages) if each["role"] == "assistant"]
+        which = " of weight 1" if any(answers) else " but the first" if answers else ""
+        raise RowError(text.where, f"no assistant turn{which}; expected one at least")
+    return messages, found
 
 
-def _chat(tokenizer: PreTrainedTokenizerBase, text: Text) -> Chat:
-    messages = turns(text)
+def _chats(tokenizer: PreTrainedTokenizerBase, text: Text) -> list[Chat]:
+    """The chat; or one of each answer and what is before it, where later turns change that."""
+    messages, answering = turns(text)
     rendered = render(tokenizer, text)
-    answers = _answers(tokenizer, text, messages, rendered)
+    given = partial(_rendered, tokenizer, text)
+    special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    found: dict[int, tuple[str, Span]] = {}
+    for turn in answering:
+        try:
+            found[turn] = located(
+                lambda part, prompt: given(part, add_generation_prompt=prompt),
+                *(messages, turn, special),
+            )
+        except HiddenError as error:
+            raise RowError(
+                text.where,
+                f"the chat template hides where turn {turn + 1}, the assistant's, stands "
+                f"({error}); expected one that writes an answer as it is, behind what it answers",
+            ) from error
+    if all(rendered.startswith(after[:high]) for after, (_, high) in found.values()):
+        return [_chat(tokenizer, text, messages, rendered, [span for _, span in found.values()])]
+    return [
+        _chat(tokenizer, text, messages[: turn + 1], after, [span])
+        for turn, (after, span) in found.items()
+    ]
+
+
+def _chat(
+    tokenizer: PreTrainedTokenizerBase,
+    text: Text,
+    messages: list[Message],
+    rendered: str,
+    answers: Sequence[Span],
+) -> Chat:
     contents = _contents(tokenizer, text, messages, rendered)
     keys = {"return_offsets_mapping": True, "verbose": False}
     encoded = tokenizer(rendered, add_special_tokens=is_plain(tokenizer), **keys)
@@ -151,34 +207,24 @@ def _left_out(
 def _rendered(
     tokenizer: PreTrainedTokenizerBase, text: Text, messages: list[Message], **keys: Any
 ) -> str:
+    templates.install()
     if is_plain(tokenizer, keys.get("chat_template")):
         keys["chat_template"] = plain.TEMPLATE
     try:
         tools: Any = text.tools
         return str(tokenizer.apply_chat_template(messages, tools, tokenize=False, **keys))
+    except (TimeoutError, MemoryError) as error:  # the next row would be no better
+        whose = f"the chat template of {tokenizer.name_or_path}"
+        if keys.get("chat_template") is not None:
+            whose = "dependence.chat_template"
+        raise UserError(
+            f"{text.where}: {whose} takes more than {templates.SECONDS:g} s or "
+            f"{templates.MEMORY >> 30} GiB for one chat; expected another template"
+        ) from error
     except Exception as error:  # a template is a program, and may fail in any way
         said = isinstance(error, TemplateError)  # its own words; others know nothing of chats
         reason = " ".join(str(error).split()) if said else type(error).__name__
         raise RowError(text.where, f"the chat template fails ({reason})") from error
-
-
-def _answers(
-    tokenizer: PreTrainedTokenizerBase, text: Text, messages: list[Message], rendered: str
-) -> list[Span]:
-    """Where the assistant answers, its end token included and the line break after it not."""
-    spans = []
-    for turn, message in enumerate(messages):
-        if message["role"] == "assistant" and turn:
-            before = _rendered(tokenizer, text, messages[:turn], add_generation_prompt=True)
-            after = _rendered(tokenizer, text, messages[: turn + 1])
-            if not (after.startswith(before) and rendered.startswith(after)):
-                raise RowError(
-                    text.where,
-                    f"the chat template hides where turn {turn + 1}, the assistant's, stands; "
-                    "expected one that renders a chat's beginning as the chat's beginning",
-                )
-            spans.append((len(before), len(after.rstrip())))
-    return spans
 
 
 STAND_IN = "\u2063content\u2063"  # of a message; invisible separators are in no template

@@ -13,7 +13,8 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
-from ubmoe.config import Config, ModelSection
+from ubmoe.bounds import DATA, read_text, regular
+from ubmoe.config import Config, ModelSection, UserError
 from ubmoe.tiny import language
 
 # Keys that say what is read, by the result: their digests stand for them.
@@ -34,6 +35,8 @@ READ: dict[str, tuple[str, ...]] = {
     "bitune": ("bitune.dataset", "bitune.generation"),
 }
 MODEL = ("model.name", "model.adapter")
+FOLDERS = ("probing.data",)  # keys that name a folder of data
+MOST = 10_000  # files of one; more are nobody's data, but somebody's disk
 # Of a model's folder: no cards, no pictures, no states of trainers.
 SUFFIXES = (".json", ".safetensors", ".bin", ".txt", ".model", ".jinja")
 
@@ -49,7 +52,7 @@ def inputs(config: Config, result: str) -> dict[str, str | None]:
         found["model.adapter"] = None if None in each else " ".join(map(str, each))
     for key in READ.get(result, ()):
         for name, value in _values(config, key):
-            found[name] = _of_value(value, config.evaluation.data)
+            found[name] = _of_value(value, config.evaluation.data, key in FOLDERS)
     return found
 
 
@@ -93,25 +96,34 @@ def _of_model(config: ModelSection) -> str | None:
 def _of_path(path: Path) -> str | None:
     if path.is_file():
         return _of_files([path])
+    if not any(_is(Path.is_file, path / name) for name in ("config.json", "adapter_config.json")):
+        return None  # no model, and perhaps all of a disk
     files = [each for each in path.rglob("*") if each.suffix in SUFFIXES and each.is_file()]
     return _of_files(sorted(files), path) if files else None
 
 
-def _of_value(value: Any, data: str) -> str | None:
-    """Of a file, a name or a text; of several the digest of theirs, with the names of files."""
+def _of_value(value: Any, data: str, folders: bool = False) -> str | None:
+    """Of a file, a name or a text; of several the digest of theirs, with the names of files.
+
+    folders: whether it may be a folder. None of what no reader would take.
+    """
     if isinstance(value, list):
         several = [(Path(each).stem, _of_value(each, data)) for each in value]
         return None if None in dict(several).values() else _of_text(repr(several))
     if value == "tiny":
         return _of_files([Path(language.__file__)])
     path = Path(value).expanduser()
-    if _is(Path.is_dir, path):
+    if folders and _is(Path.is_dir, path):
         return _of_files(sorted(_below(path)), path)
     if not _is(Path.is_file, path):
         local = path.is_absolute() or value.startswith((".", "~"))
         return None if local else _of_text(value)
-    if path.suffix in (".yaml", ".yml"):  # a task, with those of the local files that it names
-        text = path.read_text(encoding="utf-8")
+    try:
+        text = read_text(path) if path.suffix in (".yaml", ".yml") else ""
+        regular(path, DATA)
+    except (OSError, ValueError):  # the reader says what is wrong with it
+        return None
+    if text:  # a task, with those of the local files that it names
         named = sorted(
             file
             for each in (Path(data).iterdir() if data and Path(data).is_dir() else ())
@@ -124,9 +136,17 @@ def _of_value(value: Any, data: str) -> str | None:
 
 def _below(folder: Path) -> Iterator[Path]:
     """The files in it, whatever is linked; what is hidden is nobody's data."""
+    count = 0
     for where, folders, names in os.walk(folder, followlinks=True):
+        here = Path(where).resolve()
         folders[:] = [each for each in folders if not each.startswith(".")]
-        yield from (Path(where, each) for each in names if not each.startswith("."))
+        for each in [each for each in folders if Path(where, each).is_symlink()]:
+            if here.is_relative_to(Path(where, each).resolve()):  # a link that leads back
+                folders.remove(each)
+        files = [Path(where, each) for each in names if not each.startswith(".")]
+        yield from (each for each in files if each.is_file())
+        if (count := count + len(files)) > MOST:
+            raise UserError(f"{folder}: holds more than {MOST:,} files; expected data alone")
 
 
 def _is(kind: Callable[[Path], bool], path: Path) -> bool:

@@ -11,6 +11,7 @@ from ubmoe.config import shown
 from ubmoe.data.bad_rows import RowError
 
 Message = dict[str, Any]
+LONGEST = 10**7  # characters of a row; a longer one is a whole file in a line
 SHAREGPT = "conversations"
 CHATS = ("messages", SHAREGPT)  # what the column of chats is called
 EXPECTED = '{"role": "user", "content": "..."}, or {"from": "human", "value": "..."} as in ShareGPT'
@@ -22,6 +23,10 @@ SPEAKERS = {
     "system": "system",
 }
 CALLS = ("tool_calls", "function_call")  # what may stand in place of an answer's content
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # before it
+# By which fine-tuning files say whether a turn is trained on, and what it says of parts of one.
+SWITCHES = ("weight", "train", "training", "trainable", "loss", "loss_weight", "loss_scale")
+DETAILS = ("train_detail", "training_detail", "weights")
 
 
 def messages(where: str, given: Any, system: Any = None) -> list[Message]:
@@ -51,6 +56,28 @@ def calls(message: Message) -> list[str]:
     return [name for name in CALLS if message.get(name)]
 
 
+def is_trained(where: str, turn: int, message: Message) -> bool:
+    """Whether a turn counts: an answer that no field says otherwise of, as `weight: 0` does.
+
+    Raises RowError for what is neither yes nor no, is of a part, or is yes of a turn that is no
+    answer.
+    """
+    if parts := [name for name in DETAILS if message.get(name)]:
+        raise RowError(where, f"turn {turn}: {parts[0]} is of parts; expected weight 0 or 1 of all")
+    said = {name: message[name] for name in SWITCHES if name in message}
+    for name, value in said.items():
+        if value not in (0, 1):  # false and true, too
+            raise RowError(where, f"turn {turn}: {name} is {shown(value)}; expected 0 or 1")
+    is_answer = message["role"] == "assistant"
+    if not is_answer and any(said.values()):
+        role, name = message["role"], next(name for name, value in said.items() if value)
+        raise RowError(
+            where,
+            f"turn {turn}: {name} is {shown(said[name])} of {role}; only answers are learned",
+        )
+    return is_answer and all(said.values())
+
+
 def tools(where: str, given: Any) -> list[dict[str, Any]] | None:
     """The tools that a row offers: a list of objects, or its JSON; None where there are none."""
     given = from_json(where, given)
@@ -70,10 +97,19 @@ def from_json(where: str, given: Any) -> Any:
     return found
 
 
+def bounded(where: str, text: str) -> str:
+    """The text of a row. Raises RowError for one that nobody can have meant as one."""
+    if len(text) > LONGEST:
+        raise RowError(
+            where, f"holds {len(text):,} characters; expected at most {LONGEST:,} in a row"
+        )
+    return text
+
+
 def check_unicode(where: str, value: Any) -> None:
     """Raises RowError for half a surrogate pair, which JSON can say and no tokenizer can read."""
     try:
-        json.dumps(value, ensure_ascii=False, default=str).encode()
+        bounded(where, json.dumps(value, ensure_ascii=False, default=str)).encode()
     except UnicodeEncodeError as error:
         half = f"\\u{ord(error.object[error.start]):04x}"
         raise RowError(

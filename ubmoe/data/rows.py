@@ -9,9 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ubmoe.bounds import DATA, read_bytes
 from ubmoe.config import UserError, shown
 from ubmoe.data.bad_rows import RowError, usable
-from ubmoe.data.messages import CHATS, SHAREGPT, Message, check_unicode, messages, parsed, tools
+from ubmoe.data.messages import (
+    CHATS,
+    LONGEST,
+    SHAREGPT,
+    Message,
+    bounded,
+    check_unicode,
+    messages,
+    parsed,
+    tools,
+)
 from ubmoe.tiny import language
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt")
@@ -190,7 +201,7 @@ def _is_file(dataset: str) -> bool:
 def decoded(path: Path) -> str:
     """A file's text. Raises UserError where it cannot be read or is not UTF-8."""
     try:
-        raw = path.read_bytes()
+        raw = read_bytes(path, DATA)
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}); expected a data file or a hub id"
@@ -218,7 +229,7 @@ def _json(path: Path, text: str) -> Iterator[Row]:
 def _jsonl(path: Path, text: str) -> Iterator[Row]:
     lines = ((f"{path}:{number}", line) for number, line in enumerate(text.split("\n"), 1))
     return usable(
-        lambda each: _object(each[0], parsed(each[1], each[0])),
+        lambda each: _object(each[0], parsed(bounded(*each), each[0])),
         (each for each in lines if each[1].strip()),
     )
 
@@ -234,9 +245,11 @@ def _object(where: str, fields: Any) -> Row:
 
 
 def _lines(path: Path, text: str) -> Iterator[Row]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield Row(f"{path}:{number}", {"text": line.strip()})
+    lines = ((f"{path}:{number}", line) for number, line in enumerate(text.split("\n"), 1))
+    return usable(
+        lambda each: Row(each[0], {"text": bounded(*each).strip()}),
+        (each for each in lines if each[1].strip()),
+    )
 
 
 def table_rows(path: Path, text: str, ragged: bool = False) -> Iterator[Row]:
@@ -264,7 +277,7 @@ def table_rows(path: Path, text: str, ragged: bool = False) -> Iterator[Row]:
 
 def _cells(path: Path, text: str) -> Iterator[tuple[str, list[str]]]:
     """(file:line, cells) of each row that has any. Raises UserError for an open quote."""
-    csv.field_size_limit(10**9)  # a chat may be longer than csv's 131,072 characters
+    csv.field_size_limit(LONGEST)  # a chat may be longer than csv's 131,072 characters
     tabs: Any = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     is_tsv = path.suffix.lower() == ".tsv"
     reader = csv.reader(io.StringIO(text, newline=""), **(tabs if is_tsv else {"strict": True}))

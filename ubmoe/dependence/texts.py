@@ -1,10 +1,10 @@
 """The texts whose dependence is measured, as tokens."""
 
 import os
-from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ubmoe.bounds import read_text
 from ubmoe.config import UserError
 from ubmoe.data.bad_rows import RowError, usable
 from ubmoe.data.chats import render
@@ -42,13 +42,14 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: Text, template: str | None
 
 
 def _template(named: str | None) -> str | None:
-    if named is None or ("{" in named and not os.path.isfile(named)):
+    if named is None or ("{" in named and not os.path.exists(named)):
         return named
     try:
-        return Path(named).read_text(encoding="utf-8")
+        return read_text(named)
     except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"dependence.chat_template: {named} cannot be read ({error}); expected a Jinja file "
+            f"dependence.chat_template: {named} cannot be read ({reason}); expected a Jinja file "
             "or string"
         ) from error
 

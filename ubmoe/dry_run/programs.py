@@ -18,6 +18,7 @@ from ubmoe.data.bad_rows import dropping
 from ubmoe.data.chats import read_chats
 from ubmoe.data.prompts import Example
 from ubmoe.data.rows import held_out, read_texts
+from ubmoe.data.templates import dated
 from ubmoe.data.tokens import sentences_of
 from ubmoe.dependence.texts import tokenize
 from ubmoe.dry_run import batches, memory
@@ -49,11 +50,11 @@ Planner = Callable[[Config], Plan]
 
 
 def reading(said: Callable[[Config], str]) -> Callable[[Config], str]:
-    """Bad rows are dropped where the program drops them."""
+    """Bad rows are dropped where the program drops them, and chats have its date."""
 
     @wraps(said)
     def wrapped(config: Config) -> str:
-        with dropping(config.data.skip_bad_rows):
+        with dropping(config.data.skip_bad_rows), dated(config.data.template_date):
             return said(config)
 
     return wrapped
@@ -129,7 +130,7 @@ def train_ubmoe(config: Config) -> str:
     config = within_context(config, "bi", "ubmoe")
     settings, tokenizer = config.ubmoe, load_tokenizer(config.model)
     found = read_chats(settings.dataset, tokenizer, settings.max_tokens, settings.max_rows)
-    chats, _ = held_out(found.chats, settings.held_out, "ubmoe.held_out")
+    chats, _ = found.held_out(settings.held_out, "ubmoe.held_out")
     lengths: list[int] = []
     if settings.objective == "both":
         texts = sentences_of(settings.sentences, tokenizer, batches.SAMPLE)

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ubmoe.bidirectional import is_bidirectional, set_attention
 from ubmoe.config import BiSection, Config, UserError
-from ubmoe.data import tokens
+from ubmoe.data import templates, tokens
 from ubmoe.encoder import whitening
 from ubmoe.encoder.echo import EchoTransformer
 from ubmoe.files import replace_directory
@@ -119,6 +119,7 @@ def load_saved(directory: str, device: str | None = None, **keys: Any) -> Senten
 
     directory: or a hub id; keys: further ones of SentenceTransformer, as revision.
     """
+    templates.install()
     path = Path(directory) / "modules.json"
     own = LayeredTransformer, EchoTransformer, LayeredEchoTransformer
     kinds = {f"{each.__module__}.{each.__qualname__}": each for each in own}

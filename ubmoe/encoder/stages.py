@@ -11,6 +11,7 @@ from ubmoe.data.chats import Chat
 from ubmoe.encoder import contrastive, mntp
 from ubmoe.encoder.language_loss import read_language
 from ubmoe.training.checkpoints import Work
+from ubmoe.training.trainer import enough_rows
 
 
 class Data(NamedTuple):
@@ -39,8 +40,12 @@ def train_stages(
 ) -> list[dict[str, Any]]:
     """Train `model`, the encoder's inner model with its head, in place; a report for each stage.
 
-    scoring: makes the callback of each contrastive stage that scores the encoder on its way.
+    scoring: makes the callback of each contrastive stage that scores the encoder on its way. Raises
+    UserError, before anything is written, for a stage whose rows make no batch.
     """
+    for number, (stage, given) in enumerate(zip(config.bi.stages, data, strict=True)):
+        if stage.max_steps != 0:
+            enough_rows(len(given.rows), stage, f"bi.stages.{number}.dataset")
     reports: list[dict[str, Any]] = []
     for number, (stage, given) in enumerate(zip(config.bi.stages, data, strict=True)):
         rows, language, below = given

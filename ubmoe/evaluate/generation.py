@@ -26,10 +26,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ubmoe.bidirectional import is_bidirectional
 from ubmoe.bootstrap import interval, means
+from ubmoe.bounds import read_text
 from ubmoe.config import TABLE4, TASKS_OF_BITUNE, Config, EvaluationSection, UserError
 from ubmoe.data.chats import Chat, collate, read_chats
 from ubmoe.data.padding import batches_by_length
-from ubmoe.data.rows import held_out, spaced
+from ubmoe.data.rows import spaced
 from ubmoe.models.loading import load_model, load_tokenizer, within_context
 from ubmoe.models.precision import Setting, autocast
 from ubmoe.tiny import tasks as tiny_tasks
@@ -80,9 +81,9 @@ def _name_in(path: Path) -> str:
 
     Loader.add_multi_constructor("!", lambda *_: None)
     try:
-        name = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)["task"]
+        name = yaml.load(read_text(path), Loader=Loader)["task"]
     except (OSError, yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
         raise UserError(
             f"evaluation.generation: {path}: no lm-eval task YAML with a task: name ({reason})"
         ) from error
@@ -116,7 +117,7 @@ def task_of(path: Path, data: str) -> Any:
 
     Raises UserError where the YAML wants a folder and none is named.
     """
-    if PLACE not in path.read_text(encoding="utf-8"):
+    if PLACE not in read_text(path):
         return str(path)
     if not data:
         raise UserError(
@@ -363,7 +364,7 @@ def held_out_chats(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[C
     """Those that perplexity is of. config: within the model's context."""
     settings = config.ubmoe
     found = read_chats(settings.dataset, tokenizer, settings.max_tokens, settings.max_rows)
-    return held_out(found.chats, settings.held_out, "ubmoe.held_out")[1]
+    return found.held_out(settings.held_out, "ubmoe.held_out")[1]
 
 
 def language_model_scores(config: Config) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from mteb.abstasks.task_metadata import TaskMetadata
 from sentence_transformers import SentenceTransformer
 
 from ubmoe.bootstrap import correlations, interval
+from ubmoe.bounds import DATA, read_bytes
 from ubmoe.config import UserError, listed
 from ubmoe.data.bad_rows import usable
 from ubmoe.data.rows import Row, cell, finite_number, read_rows
@@ -170,8 +171,9 @@ def sts_task(name: str, called: str = "") -> AbsTaskSTS:
         return local_task("tiny", rows, f"seed {TINY_SEED}")
     if _is_local(name):
         path = Path(name)
-        revision = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
-        return local_task(called or path.stem, read_pairs(path), revision)
+        rows = read_pairs(path)
+        revision = hashlib.sha256(read_bytes(path, DATA)).hexdigest()
+        return local_task(called or path.stem, rows, revision)
     task = _mteb_task(name)
     if not isinstance(task, AbsTaskSTS):
         raise UserError(

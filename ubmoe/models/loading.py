@@ -24,8 +24,10 @@ from transformers import (
 )
 
 from ubmoe.bidirectional import attention_name, prove_attention, set_attention, set_layers
+from ubmoe.bounds import METADATA, regular
 from ubmoe.config import Config, Layers, ModelSection, Section, UserError, listed
-from ubmoe.data import tokens
+from ubmoe.data import templates, tokens
+from ubmoe.data.inputs import SUFFIXES
 from ubmoe.layered import partial_layers
 from ubmoe.models import gguf, lora, precision
 from ubmoe.models.tokenizer_file import as_stored
@@ -84,6 +86,7 @@ def source(config: ModelSection) -> str:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"model.name: {path} has no config.json; expected a model directory")
+        _check_files(path)
         _check_index(path)
         return str(path)
     if path.is_absolute() or config.name.startswith((".", "~")) or config.name.count("/") > 1:
@@ -91,6 +94,16 @@ def source(config: ModelSection) -> str:
             f"model.name: {path} is no directory; expected a model directory, a hub id, or tiny"
         )
     return config.name
+
+
+def _check_files(folder: Path) -> None:
+    """The libraries would wait for a pipe for ever, or read a device. Raises UserError."""
+    for path in (*folder.iterdir(), *folder.glob("*/*")):
+        if path.suffix in SUFFIXES and path.exists():
+            try:
+                regular(path, METADATA if path.suffix not in (".safetensors", ".bin") else None)
+            except OSError as error:
+                raise UserError(f"model.name: {path} {error.strerror}") from error
 
 
 def _check_index(path: Path) -> None:
@@ -127,6 +140,7 @@ def settings_of(config: ModelSection) -> Any:
 
 def load_tokenizer(config: ModelSection) -> PreTrainedTokenizerBase:
     """The model's own tokenizer, with a padding token that the model has. Raises UserError."""
+    templates.install()
     whole = settings_of(config)
     with explained(config):
         if (file := gguf_file(config)) is not None:

@@ -7,6 +7,7 @@ shape it is silently wrong: ubmoe.json beside it says both.
 
 import json
 import logging
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ubmoe.bidirectional import Attention, attention_name
+from ubmoe.bounds import METADATA, limited, read_text
 from ubmoe.config import LoraSection, UserError
 from ubmoe.files import replace_directory, write_json
 from ubmoe.models.digests import fingerprint
@@ -29,6 +31,7 @@ from ubmoe.models.tensors import Stream
 
 log = logging.getLogger(__name__)
 MODE, WEIGHTS = "ubmoe.json", "adapter_model.safetensors"
+SECONDS, MEMORY = 10.0, 2**30  # in which all names of modules are matched
 PROOF_TOKENS = 16  # on which a merged adapter is compared with itself before
 TOLERANCE = 1e-3  # of the largest logit; rounding in float32 is far below
 
@@ -152,7 +155,7 @@ def write_mode(folder: Path, base: str, attention: str, stages_before: int = 0) 
 
 def check_base(model: nn.Module, adapter: Path) -> None:
     """Raises ValueError for an adapter that says that it was trained on other weights."""
-    base = json.loads((adapter / MODE).read_text()).get("base")
+    base = json.loads(read_text(adapter / MODE, METADATA)).get("base")
     if base is not None and base != fingerprint(model):
         raise ValueError("it was trained on other weights of the same shape")
 
@@ -176,12 +179,12 @@ def adapter_attention(adapter: str, merged_before: int = 0) -> str:
     path = Path(adapter) / MODE
     expected = 'expected {"attention": "causal"} or {"attention": "bidirectional"} in it'
     try:
-        mode = json.loads(path.read_text())
+        mode = json.loads(read_text(path, METADATA))
         attention, before = mode["attention"], mode.get("stages_before", 0)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"model.adapter: {path} does not say how the adapter was trained "
-            f"({type(error).__name__}); {expected}"
+            f"({getattr(error, 'strerror', None) or type(error).__name__}); {expected}"
         ) from error
     if attention not in get_args(Attention):
         raise UserError(f"model.adapter: {path}: got {attention!r}; {expected}")
@@ -288,6 +291,28 @@ def _check_whole_weights(model: nn.Module, shapes: dict[str, list[int]]) -> None
             )
 
 
+def _check_patterns(model: nn.Module, settings: dict[str, Any]) -> None:
+    """Raises ValueError for regular expressions that would match the modules' names for ever."""
+    whole = [settings.get(name) for name in ("target_modules", "exclude_modules")]
+    ends = [*(settings.get("rank_pattern") or ()), *(settings.get("alpha_pattern") or ())]
+    layers = settings.get("layers_pattern") or ()
+    patterns = [
+        *(each for each in whole if isinstance(each, str)),
+        *(rf"(.*\.)?({each})$" for each in ends),
+        *(rf".*\.{each}\.(\d+)\." for each in ([layers] if isinstance(layers, str) else layers)),
+    ]
+    try:
+        with limited(SECONDS, MEMORY):
+            for pattern in patterns:
+                for name, _ in model.named_modules():
+                    for match in (re.match, re.fullmatch):
+                        match(pattern, name)
+    except TimeoutError as error:
+        raise ValueError(
+            f"its adapter_config.json has a regular expression that takes more than {SECONDS:g} s"
+        ) from error
+
+
 @contextmanager
 def strict() -> Iterator[None]:
     """peft only warns of tensors that it misses."""
@@ -299,15 +324,16 @@ def strict() -> Iterator[None]:
 
 def _wrapped(model: PreTrainedModel, adapter: str) -> tuple[PeftModel, bool]:
     """The model under its adapter, and whether the adapter is of the LM with its head."""
-    kind = json.loads((Path(adapter) / "adapter_config.json").read_text())["peft_type"]
-    if kind != "LORA":
-        raise ValueError(f"it is {kind}, expected LORA")
+    settings = json.loads(read_text(Path(adapter) / "adapter_config.json", METADATA))
+    if settings["peft_type"] != "LORA":
+        raise ValueError(f"it is {settings['peft_type']}, expected LORA")
     with safe_open(Path(adapter) / WEIGHTS, "pt") as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     inside = f"base_model.model.{model.base_model_prefix}."
     headed = any(name.startswith((inside, "base_model.model.lm_head.")) for name in shapes)
     below = model if headed else model.base_model
     _check_whole_weights(below, shapes)
+    _check_patterns(below, settings)
     wrapped = PeftModel.from_pretrained(below, adapter)
     if shapes.keys() - get_peft_model_state_dict(wrapped, save_embedding_layers=True).keys():
         raise ValueError("it has tensors for modules that the model lacks")

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ubmoe.bidirectional import set_attention
 from ubmoe.config import Config, ModelSection, Route, UserError
 from ubmoe.data.chats import Chat, read_chats
-from ubmoe.data.rows import held_out
 from ubmoe.data.tokens import sentences_of
 from ubmoe.encoder.sentence_encoder import load_saved
 from ubmoe.evaluate import generation
@@ -57,7 +56,7 @@ def read(config: Config) -> Inputs:
         raise UserError(f"ubmoe.bi: {encoder} has another tokenizer than {config.model.name}")
     settings = config.ubmoe
     found = read_chats(settings.dataset, tokenizer, settings.max_tokens, settings.max_rows)
-    chats, kept = held_out(found.chats, settings.held_out, "ubmoe.held_out")
+    chats, kept = found.held_out(settings.held_out, "ubmoe.held_out")
     sentences = []
     if settings.objective == "both":
         sentences = sentences_of(settings.sentences, tokenizer, len(chats))

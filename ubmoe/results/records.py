@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ubmoe.bounds import METADATA, read_text
 from ubmoe.config import MADE, SCORED, Config, UserError, leaves, listed
 from ubmoe.files import write_json
 from ubmoe.report.tables import TEXT, model_of
@@ -114,7 +115,7 @@ def read_benchmarks(config: Config) -> dict[str, list[dict[str, Any]]]:
 def read_result(path: Path, needed: str = "config") -> dict[str, Any]:
     """Raises UserError for a file that is not a result."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_text(path, METADATA))
         if not isinstance(found, dict) or not found.get(needed):
             raise ValueError(f"no {needed} in it")
         if needed == "config":

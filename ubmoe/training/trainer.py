@@ -6,7 +6,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,11 @@ def fit(trainer: Trainer, checkpoint: Path | None) -> list[dict[str, Any]]:
         if value.requires_grad and not torch.isfinite(whole(value.detach())).all():
             raise UserError(f"the last step made {name} infinite; lower learning_rate")
     if not pace.seconds:  # transformers only warns of it
-        size = trainer.args.train_batch_size
+        size, mark = trainer.args.train_batch_size, Path(str(trainer.args.output_dir), "stage.json")
+        mark.unlink(missing_ok=True)
+        with suppress(OSError):  # where something is left in them
+            mark.parent.rmdir()
+            mark.parent.parent.rmdir()
         raise UserError(
             f"nothing was trained: the rows make no batch of {size}; lower "
             "per_device_train_batch_size, or add rows (a contrastive batch holds no text twice)"

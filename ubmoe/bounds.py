@@ -1,0 +1,96 @@
+"""What strangers' files may cost: kind and size of a file, time and memory of what runs for it.
+
+Nothing of the package is imported here: every reader, the configuration's too, reads through it.
+"""
+
+import errno
+import os
+import resource
+import signal
+import stat
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+SMALL = 2**20  # bytes of what people write by hand: configurations, templates, tasks
+METADATA = 2**28  # of a model's JSON; the largest tokenizers have 40 MB
+DATA = 2**32  # of a data file, which is read whole
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+
+
+def regular(path: str | os.PathLike[str], most: int | None = None) -> Path:
+    """The path of a regular file of at most `most` bytes. Raises OSError for any other.
+
+    Opening a pipe waits for a writer, and a device has no end.
+    """
+    found = os.stat(path)
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, "is a folder, no file", str(path))
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "is a pipe or a device, no file", str(path))
+    if most is not None and found.st_size > most:
+        raise _too_large(path, found.st_size, most)
+    return Path(path)
+
+
+def read_bytes(path: str | os.PathLike[str], most: int) -> bytes:
+    """A regular file's bytes. Raises OSError; some files are longer than they say."""
+    with regular(path, most).open("rb") as file:
+        found = file.read(most + 1)
+    if len(found) > most:
+        raise _too_large(path, len(found), most)
+    return found
+
+
+def read_text(path: str | os.PathLike[str], most: int = SMALL) -> str:
+    """A regular file's text. Raises OSError, and UnicodeDecodeError where it is not UTF-8."""
+    return read_bytes(path, most).decode("utf-8").replace("\r\n", "\n")
+
+
+def _too_large(path: str | os.PathLike[str], size: int, most: int) -> OSError:
+    words = f"is too large: {size / 2**20:,.1f} MiB, at most {most / 2**20:,.0f} are read"
+    return OSError(errno.EFBIG, words, str(path))
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """An error of the disk inside that names no file, as those of writing, names this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in DISK:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
+def limited(seconds: float, memory: int) -> Iterator[None]:
+    """Inside, Python code has so many seconds and so many bytes more than there are now.
+
+    Raises TimeoutError, in the main thread alone, where signals arrive; and MemoryError, where the
+    system says how much a process has.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    try:
+        pages = int(Path("/proc/self/statm").read_bytes().split()[0])
+        wanted = pages * resource.getpagesize() + memory
+        most = wanted if soft == resource.RLIM_INFINITY else min(soft, wanted)
+    except OSError:
+        most = soft
+    in_time = threading.current_thread() is threading.main_thread()
+    earlier = signal.signal(signal.SIGALRM, _out_of_time) if in_time else None
+    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+    try:
+        if in_time:
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+        yield
+    finally:
+        if in_time:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, earlier)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _out_of_time(*_: object) -> None:
+    raise TimeoutError

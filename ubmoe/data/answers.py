@@ -1,0 +1,96 @@
+"""Where an answer stands in a rendered chat, whatever the chat template.
+
+Where the template has a generation prompt, an answer is what follows it. Else two stand-ins in the
+answer's place show the turn's header, which the two renders share, and what follows an answer. A
+template that always writes a prompt writes it there too, behind the end token.
+"""
+
+import re
+from collections.abc import Callable, Collection
+from os.path import commonprefix
+
+from ubmoe.data.bad_rows import RowError
+from ubmoe.data.messages import CALLS, THOUGHTS, Message
+
+Span = tuple[int, int]  # of characters
+Render = Callable[[list[Message], bool], str]  # of messages, with a generation prompt or without
+STAND_INS = ("Qz1zQ", "Wx2xW")
+
+
+class HiddenError(Exception):
+    """A template does not show where an answer stands, and why."""
+
+
+def located(
+    render: Render, messages: list[Message], turn: int, special: Collection[str]
+) -> tuple[str, Span]:
+    """The chat up to an answer, rendered, and where in it the answer stands, its end included.
+
+    The line break after the end is not. special: the tokenizer's special tokens. Raises HiddenError
+    where that cannot be told.
+    """
+    before, after = messages[:turn], render(messages[: turn + 1], False)
+    prompt, bare = render(before, True), render(before, False)
+    if prompt != bare and after.startswith(prompt):
+        start, behind = len(prompt), ""
+    else:
+        head, tail = _around(render, messages, turn)
+        if not head.startswith(bare.rstrip()) or not after.startswith(head.rstrip()):
+            raise HiddenError("what is before it is rendered otherwise without it")
+        start = len(head.rstrip(" "))  # a space before it is in its first token
+        start = max(start, len(prompt) if head.startswith(prompt) else 0)
+        behind = _prompt_behind(render, before, head, tail, special)
+    if not after.endswith(behind):
+        raise HiddenError("what follows it depends on it")
+    span = start, len(after.removesuffix(behind).rstrip())
+    content = "".join(messages[turn]["content"].split())
+    if content not in "".join(after[slice(*span)].split()):
+        raise HiddenError("its content is changed")
+    return after, span
+
+
+def _around(render: Render, messages: list[Message], turn: int) -> tuple[str, str]:
+    """What stands before an answer, and behind it."""
+    own = {name: value for name, value in messages[turn].items() if name not in CALLS + THOUGHTS}
+    one, other = (render([*messages[:turn], own | {"content": text}], False) for text in STAND_INS)
+    head = commonprefix([one, other])
+    ends = [
+        each.removeprefix(head + text) for each, text in zip((one, other), STAND_INS, strict=True)
+    ]
+    if ends[0] != ends[1]:  # not there, or more than once
+        raise HiddenError("an answer does not stand in one place")
+    return head, ends[0]
+
+
+def _prompt_behind(
+    render: Render, before: list[Message], head: str, tail: str, special: Collection[str]
+) -> str:
+    """What of `tail`, behind an answer, is a prompt for a next one."""
+    answered = [*before, {"role": "assistant", "content": STAND_INS[0]}]
+    try:
+        asked = render([*answered, {"role": "user", "content": STAND_INS[1]}], False)
+    except RowError:  # whatever may follow, no user does
+        return ""
+    between = asked.partition(STAND_INS[0])[2].partition(STAND_INS[1])[0]
+    shared = commonprefix([tail, between])
+    rest = tail[len(shared) :]
+    if not rest.strip() or not head.rstrip().endswith(rest.rstrip()):  # it ends a turn, or a chat
+        return ""
+    opening = render([{"role": "user", "content": STAND_INS[1]}], False).partition(STAND_INS[1])[0]
+    return tail[_end(shared, between, opening, special) :]
+
+
+def _end(shared: str, between: str, opening: str, special: Collection[str]) -> int:
+    """Where a turn's end is over, in what an end and a next turn's header begin with.
+
+    between: the end and the user's header. opening: that header at the beginning of a chat.
+    """
+    if not between.endswith(opening):  # a chat may begin with a token of its own
+        opening = next((opening.removeprefix(e) for e in special if opening.startswith(e)), opening)
+    if opening and between.endswith(opening):
+        return len(between) - len(opening)
+    if found := [shared.find(each) + len(each) for each in special if each in shared]:
+        return min(found)
+    if space := re.match(r"\S*(?=\s)", shared):
+        return space.end()
+    raise HiddenError("where its end is over")
