@@ -34,7 +34,9 @@ def main(config: Config) -> Path:
         tokenizer = load_tokenizer(config.model)
         config = within_context(config, "dependence")
         ids = tokenize(tokenizer, texts, config.dependence.chat_template)
-        model = load_model(config.model, bidirectional=config.dependence.flow == "bidirectional")
+        both_ways = config.dependence.flow == "bidirectional"
+        mask = config.bi.mask if both_ways and config.bi.bidirectional else (both_ways,)
+        model = load_model(config.model, *mask)
         ids, truncated = cut(model, ids, config.dependence.max_tokens)
         resume, began = config.resume == "auto", time.monotonic()
         section = measure(model, ids, config.dependence, run.directory, resume)

@@ -42,7 +42,7 @@ def main(config: Config) -> Path:
             check_mask(config)
         tasks = sts_tasks(config.evaluation.sts)
         trajectory = Trajectory(config, tokenizer) if config.trajectory.steps else None
-        model = load_model(config.model, config.bi.bidirectional, config.bi.layers)
+        model = load_model(config.model, *config.bi.mask)
         encoder = as_encoder(model, tokenizer, config.bi)
         whitening.check(config.bi.whiten, len(unlabelled), encoder.get_embedding_dimension() or 0)
         run.log("one text, as the model reads it: %s", rendered(encoder, "A small example."))

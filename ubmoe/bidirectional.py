@@ -20,6 +20,7 @@ from ubmoe.config import Layers, UserError
 Attention = Literal["causal", "bidirectional"]
 PROOF_TOKENS = 8
 CANDIDATES = 64  # tokens that they are taken from
+SIGHT = 1e-5  # relative change of a token in a layer that sees another: real models' is 5e-4
 PADDINGS = ("none", "left", "right")
 # Layers that read left to right whatever the mask says.
 RECURRENT = ("linear_attention", "mamba", "mamba2", "recurrent", "conv")
@@ -37,15 +38,21 @@ def attention_name(config: Any) -> Attention:
     return "bidirectional" if is_bidirectional(config) else "causal"
 
 
-def set_layers(model: PreTrainedModel, layers: Layers, key: str = "bi.layers") -> PreTrainedModel:
-    """Write into the config which layers may look both ways. Raises UserError, naming the key.
+def set_layers(
+    model: PreTrainedModel, layers: Layers, keep_sink: bool = False, section: str = "bi"
+) -> PreTrainedModel:
+    """Write into the config which layers may be bidirectional, and whether the first token stays
+    causal. Raises UserError, naming the section's key.
 
-    `all` leaves what a saved encoder says of itself.
+    `all` and false leave what a saved encoder says of itself.
     """
     config = model.config.get_text_config()
-    if (numbers := layered.chosen(layers, config.num_hidden_layers, key)) is not None:
-        for each in (model.config, config):
+    numbers = layered.chosen(layers, config.num_hidden_layers, f"{section}.layers")
+    for each in (model.config, config):
+        if numbers is not None:
             setattr(each, layered.KEY, numbers)
+        if keep_sink:
+            setattr(each, layered.SINK, True)
     return model
 
 
@@ -62,8 +69,8 @@ def set_attention(model: PreTrainedModel, bidirectional: bool) -> PreTrainedMode
         id(each): each for each in (model.config, model.config.get_text_config())
     }.values():
         config.is_causal = not bidirectional
-    some = layered.partial_layers(model.config.get_text_config()) is not None
-    layered.switch(model, on=bidirectional and some)
+    ours = layered.is_ours(model.config.get_text_config())
+    layered.switch(model, on=bidirectional and ours)
     return model
 
 
@@ -92,9 +99,8 @@ def prove_attention(model: PreTrainedModel, bidirectional: bool) -> str:
             f"{family} has {', '.join(recurrent)} layers, which read left to right; it cannot be "
             "bidirectional"
         )
-    layers = layered.partial_layers(model.config.get_text_config())
-    if bidirectional and layers is not None:
-        return _prove_layers(model, family, layers)
+    if bidirectional and layered.is_ours(model.config.get_text_config()):
+        return _prove_ours(model, family)
     for padding in PADDINGS:
         moved = _finite(leak(model, padding), family, padding)
         if bidirectional and moved <= tolerance(model):
@@ -111,17 +117,44 @@ def prove_attention(model: PreTrainedModel, bidirectional: bool) -> str:
     return f"attention {mode}, verified on {family} with no, left and right padding"
 
 
-def _prove_layers(model: PreTrainedModel, family: str, layers: list[int]) -> str:
+def _prove_ours(model: PreTrainedModel, family: str) -> str:
+    """The same for a mask of ours: layer by layer, token by token."""
+    config = model.config.get_text_config()
+    layers, sink = layered.partial_layers(config), layered.keeps_sink(config)
     for padding in PADDINGS:
-        for number, moved in enumerate(layer_leaks(model, padding)):
-            if (_finite(moved, family, padding) > tolerance(model)) != (number in layers):
-                sees = "stays causal" if number in layers else "sees later tokens"
-                raise UserError(
-                    f"layer {number} of {family} {sees} with {padding} padding; it "
-                    "cannot be bidirectional in some layers"
-                )
-    named = layered.named_layers(layers)
-    return f"attention bidirectional in layers {named}, each verified on {family}"
+        for number, moves in enumerate(layer_leaks(model, padding)):
+            for token, moved in enumerate(moves):
+                sees = (layers is None or number in layers) and not (sink and token == 0)
+                bound = SIGHT if sees else tolerance(model)
+                if (_finite(moved, family, padding) > bound) != sees:
+                    word = "stays causal" if sees else "sees later tokens"
+                    raise UserError(
+                        f"token {token} in layer "
+                        f"{number} of {family} {word} with {padding} padding; expected "
+                        "layers: all and keep_sink: false"
+                    )
+        if sink:
+            _prove_sink(model, family, padding)
+    where = "" if layers is None else f" in layers {layered.named_layers(layers)}"
+    kept = " but for the first token, whose states are the causal ones" if sink else ""
+    return (
+        f"attention bidirectional{where}{kept}, verified layer by layer on {family} with no, left "
+        "and right padding"
+    )
+
+
+def _prove_sink(model: PreTrainedModel, family: str, padding: str) -> None:
+    """The first token's states after every layer are those under the causal mask."""
+    *others, one, another = _unlike(model)
+    with attending(model, bidirectional=False):
+        causal = _first_states(model, padding, [*others, one])
+    for last in (one, another):
+        moved = _distance(causal, _first_states(model, padding, [*others, last]))
+        if _finite(moved, family, padding) > tolerance(model):
+            raise UserError(
+                f"the first token's states of {family} are not the causal ones with "
+                f"{padding} padding; expected keep_sink: false"
+            )
 
 
 def _finite(moved: float, family: str, padding: str) -> float:
@@ -138,9 +171,9 @@ def _finite(moved: float, family: str, padding: str) -> float:
 
 
 @torch.no_grad()
-def layer_leaks(model: PreTrainedModel, padding: str = "none") -> list[float]:
-    """How far each layer alone moves the first token when the last token's input changes."""
-    found: list[float] = []
+def layer_leaks(model: PreTrainedModel, padding: str = "none") -> list[list[float]]:
+    """How far each layer alone moves each token when the last one's input changes."""
+    found: list[list[float]] = []
     first, last = {"none": (0, -1), "left": (3, -1), "right": (0, -4)}[padding]
 
     def look(layer: Any, arguments: tuple[Any, ...], keys: dict[str, Any], output: Any) -> None:
@@ -149,8 +182,9 @@ def layer_leaks(model: PreTrainedModel, padding: str = "none") -> list[float]:
         changed[:, last] += states[:, last].roll(1, dims=-1) - 2 * states[:, last]
         again = layer.forward(changed, *rest, **keys)
         one, other = (each[0] if isinstance(each, tuple) else each for each in (output, again))
-        own = one[0, first].float()
-        found.append(((own - other[0, first]).abs().max() / own.abs().max()).item())
+        own = one[0, first:last].float()
+        moved = (own - other[0, first:last]).abs().amax(-1) / own.abs().amax(-1)
+        found.append(moved.tolist())
 
     inner: Any = model.base_model
     hooks = [layer.register_forward_hook(look, with_kwargs=True) for layer in inner.layers]
@@ -176,8 +210,13 @@ def leak(model: PreTrainedModel, padding: str = "none") -> float:
     """
     *others, one, another = _unlike(model)
     first, second = (_first_states(model, padding, [*others, last]) for last in (one, another))
-    scale = first.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny)
-    return ((first - second).abs().amax(-1) / scale).max().item()
+    return _distance(first, second)
+
+
+def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    """(layers + 1, D) each: the largest difference of any layer, relative to its largest value."""
+    scale = one.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return ((one - other).abs().amax(-1) / scale).max().item()
 
 
 def _unlike(model: PreTrainedModel) -> list[int]:
@@ -193,6 +232,7 @@ def _unlike(model: PreTrainedModel) -> list[int]:
     return tokens[[*range(0, CANDIDATES, CANDIDATES // PROOF_TOKENS), *pair]].tolist()
 
 
+@torch.no_grad()
 def _first_states(model: PreTrainedModel, padding: str, tokens: list[int]) -> torch.Tensor:
     """(layers + 1, D) in fp32: the first real token's states."""
     config = model.config.get_text_config()

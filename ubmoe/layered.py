@@ -1,9 +1,11 @@
-"""Attention in which some layers look both ways, and the others only back.
+"""Masks of our own: some layers are bidirectional and the others causal; the first token is kept.
 
-transformers has one switch for all layers, `config.is_causal`. Here a list in the config,
-`bidirectional_layers`, says which of them it switches; the rest stay causal. One attention
-function, registered through the library's interfaces, asks each layer for its own mask and calls
-sdpa: no model file is copied, and the key is saved in config.json. Stock libraries do not know it.
+transformers has one switch for all layers and tokens, `config.is_causal`. Two keys in the config
+say what it switches: `bidirectional_layers`, a list of layers, of which the rest stay causal; and
+`keep_sink`, under which the first token of each text sees itself alone, as in a causal model, so
+that its states, and the attention sink on them, are the causal ones. One attention function,
+registered through the library's interfaces, asks each layer for its own mask and calls sdpa: no
+model file is copied, and the keys are saved in config.json. Stock libraries do not know them.
 
 Shapes: B texts, Q queries, K keys, H heads, d and e sizes of a head's keys and values.
 """
@@ -21,6 +23,7 @@ from ubmoe.config import Layers, UserError, shown
 
 NAME = "layered_sdpa"
 KEY = "bidirectional_layers"
+SINK = "keep_sink"
 
 
 def chosen(layers: Layers, depth: int, key: str = "bi.layers") -> list[int] | None:
@@ -44,6 +47,17 @@ def partial_layers(config: Any) -> list[int] | None:
     return config.get(KEY) if isinstance(config, dict) else getattr(config, KEY, None)
 
 
+def keeps_sink(config: Any) -> bool:
+    """Whether a config (or config.json) keeps the first token causal where the rest is not."""
+    found = config.get(SINK) if isinstance(config, dict) else getattr(config, SINK, None)
+    return found is True
+
+
+def is_ours(config: Any) -> bool:
+    """Whether a config (or config.json), once bidirectional, needs this module's attention."""
+    return partial_layers(config) is not None or keeps_sink(config)
+
+
 def looks_both_ways(module: nn.Module) -> bool:
     """Whether an attention layer does, as its config is now."""
     config: Any = module.config
@@ -55,10 +69,11 @@ def switch(model: PreTrainedModel, on: bool) -> None:
     """Put our attention function into a model's layers, or its own back. Raises UserError."""
     own = model.config._attn_implementation
     if on and own not in (NAME, "dependence"):  # which asks the layers itself
-        if not model._supports_attention_backend or not hasattr(model.base_model, "layers"):
+        known = model._supports_attention_backend and hasattr(model.base_model, "layers")
+        if not (known and model._supports_sdpa):  # a soft cap, or sinks that are weights
             raise UserError(
-                f"layers: {type(model).__name__} does not use transformers' attention "
-                "interface; expected all"
+                f"{type(model).__name__} has attention that no mask of ours is for; expected "
+                "layers: all and keep_sink: false"
             )
         AttentionInterface.register(NAME, attend)
         AttentionMaskInterface.register(NAME, flash_attention_mask)  # None, or (B, K)
@@ -82,7 +97,29 @@ def attend(
     causal = not looks_both_ways(module)
     window = sliding_window or getattr(module, "sliding_window", None) or None
     mask = layer_mask(attention_mask, query.shape[2], key.shape[2], causal, window, query.device)
-    return sdpa_attention_forward(module, query, key, value, mask, is_causal=causal, **keys)
+    output, _ = sdpa_attention_forward(module, query, key, value, mask, is_causal=causal, **keys)
+    if not causal and keeps_sink(module.config):
+        output = first_alone(output, value, attention_mask)
+    return output, None
+
+
+def first_alone(output: Tensor, value: Tensor, padding: Tensor | None) -> Tensor:
+    """Attention in which the first real token of each text sees itself alone.
+
+    (B, Q, H, e), (B, H', K, e), a (B, K) padding mask -> (B, Q, H, e). The softmax over one key is
+    1, whatever the scores and the window, so that the row is that token's value. No dropout is on
+    it: dropping the only key would drop the whole row, and the sink with it. Where the queries are
+    a later part of a text over a cache, there is no such row.
+    """
+    queries, keys = output.shape[1], value.shape[2]
+    if padding is None:
+        first = torch.zeros(len(value), dtype=torch.long, device=value.device)
+    else:
+        first = padding.int().argmax(1)
+    places = torch.arange(keys - queries, keys, device=value.device)
+    own = value[torch.arange(len(value), device=value.device), :, first]  # (B, H', e)
+    own = own.repeat_interleave(output.shape[2] // value.shape[1], 1)
+    return torch.where((places == first[:, None])[..., None, None], own[:, None], output)
 
 
 def layer_mask(

@@ -39,7 +39,7 @@ PANELS = {"STS": "STS under its own mask"} | {
 PANELS |= {cause: f"{said} (percentage points)" for cause, said in HEADS.items()}
 GAIN = "STS gained"
 CAUSES = PANELS | {GAIN: "STS gained over the untrained model that reads alike"}
-READS = ("attention", "layers", "pooling")  # how an encoder reads
+READS = ("attention", "layers", "keep_sink", "pooling")  # how an encoder reads
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ def tuned(model: str, records: Records, seeds: Sequence[int]) -> list[Tuned]:
 
 
 def _reads(entry: Entry) -> str:
-    return json.dumps([entry.settings.get(name) for name in READS])
+    # older records lack what is false by default
+    return json.dumps([entry.settings.get(name) or None for name in READS])
 
 
 def _tuned(entry: Entry, base: Entry, common: Sequence[str], before: float | None) -> Tuned:

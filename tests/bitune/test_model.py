@@ -175,6 +175,27 @@ def test_ragged_prompts_in_one_batch_are_as_one_at_a_time(family, variant):
     torch.testing.assert_close(scores(bitune, EXAMPLES), alone, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("variant", ["full", "naive"])
+def test_a_second_reading_with_the_sink_kept(variant):
+    """The first token's values are the causal pass's, those between it and the last are not."""
+    settings = BituneSection(variant=variant, rank=2, keep_sink=True)
+    bitune = attach(random_model("llama"), settings, seed=0)
+    ids = torch.tensor([[0, 0, 5, 6, 7], [11, 12, 13, 14, 15]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
+    kind = BIDIRECTIONAL if bitune.variant.own else CAUSAL
+    with torch.no_grad():
+        first, second = (
+            bitune._pass(name, ids, mask, attention).layers[-1]
+            for name, attention in ((CAUSAL, "causal"), (kind, "bidirectional"))
+        )
+        [own] = [bitune._pass(kind, ids[:1, 2:], mask[:1, 2:], "bidirectional").layers[-1].values]
+    for row, start in ((0, 2), (1, 0)):
+        assert torch.equal(first.values[row, :, start], second.values[row, :, start])
+        moved = (first.values - second.values)[row, :, start + 1 : -1].abs().amax((0, 2))
+        assert moved.min() > 1e-3
+    torch.testing.assert_close(second.values[:1, :, 2:], own, atol=1e-5, rtol=1e-4)
+
+
 def test_the_variants_differ():
     found = [scores(tuned(variant), EXAMPLES[:2]) for variant in VARIANTS]
     for number, one in enumerate(found):

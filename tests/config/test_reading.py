@@ -204,6 +204,12 @@ def test_a_prompt_out_of_the_mean_needs_a_mean_and_a_prefix(tmp_path, keys):
     assert "bi: prompt_in_mean false is for pooling mean and a prompt that ends in {text}" in found
 
 
+@pytest.mark.parametrize("keys", ["attention: causal", "layers: none"])
+def test_a_sink_is_kept_only_where_layers_look_both_ways(tmp_path, keys):
+    found = problem(written(tmp_path, f"bi: {{keep_sink: true, {keys}}}"))
+    assert "bi: keep_sink is of layers that look both ways, and there are none; expected" in found
+
+
 @pytest.mark.parametrize("module", ["embedding", "all"])
 def test_lora_is_refused_with_what_it_cannot_train(tmp_path, module):
     found = problem(written(tmp_path, f"bi: {{stages: [{{train: [{module}], lora: {{}}}}]}}"))

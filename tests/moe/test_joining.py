@@ -9,7 +9,7 @@ from builders import IDS, JOINED, WINDOW, drawn, join, logits, pair, random_mode
 from torch.nn.functional import linear, silu, softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ubmoe.bidirectional import set_attention
+from ubmoe.bidirectional import set_attention, set_layers
 from ubmoe.config import UserError
 from ubmoe.moe import routers
 from ubmoe.moe.routers import router_weights
@@ -127,6 +127,21 @@ def test_every_family_is_joined_without_loss(name, tied):
     set_attention(uni, bidirectional=False)
     same = drawn(join(uni, uni))
     torch.testing.assert_close(logits(same), logits(uni), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layers", ["all", [1]])
+def test_a_mixture_reads_under_the_mask_of_its_encoder(layers):
+    uni, bi = pair()
+    plain = set_attention(copy.deepcopy(bi), bidirectional=True)
+    model = join(uni, set_layers(bi, layers, keep_sink=True))
+    assert model.config.keep_sink is True
+    for each in (model, bi):
+        set_attention(each, bidirectional=True)
+    with route_of(model, "mode"):
+        assert torch.equal(logits(model), logits(bi))
+        assert not torch.allclose(logits(bi), logits(plain))
+        set_attention(model, bidirectional=False)
+        assert torch.equal(logits(model), logits(uni))
 
 
 @pytest.mark.parametrize(

@@ -34,13 +34,18 @@ def scanned(config, folder):
     return scores.scan(load_model(config.model), config, sts_task(config.scan.pairs), folder)
 
 
-@pytest.mark.parametrize("keys", [["bi.prompt=null"], ["bi.prompt={text} =", "bi.max_tokens=6"]])
+@pytest.mark.parametrize(
+    "keys",
+    [["bi.prompt=null", "bi.keep_sink=true"], ["bi.prompt={text} =", "bi.max_tokens=6"]],
+)
 def test_a_pattern_scores_what_its_encoder_scores(asked, tmp_path, keys):
     config = with_keys(asked, keys)
     found = scanned(config, tmp_path / "scan")["patterns"]
     for row in (found[0], found[1], found[3], found[-1]):
         for pooling in ("mean", "weighted_mean"):
             own = [f"bi.layers={json.dumps(row['layers'])}", f"bi.pooling={pooling}"]
+            if row["layers"] == "none":
+                own.append("bi.keep_sink=false")
             encoder = load_encoder(with_keys(config, own))
             alone = sts_scores(encoder, [sts_task(config.scan.pairs)], 8)
             assert row[pooling]["score"] == pytest.approx(alone["average"], abs=1e-2), row["name"]

@@ -20,14 +20,15 @@ INPUTS = {
 }
 
 
+@pytest.mark.parametrize("keep_sink", [False, True])
 @pytest.mark.parametrize("family", ["qwen2", "llama", "mistral", "qwen3"])
-def test_each_pattern_is_what_a_model_of_it_gives(family):
+def test_each_pattern_is_what_a_model_of_it_gives(family, keep_sink):
     keys = {"sliding_window": 3} if family == "mistral" else {}
     model = random_model(family, num_hidden_layers=DEPTH, **keys).eval()
-    found = dict(states(model, INPUTS, EVERY))
+    found = dict(states(model, INPUTS, EVERY, keep_sink))
     assert sorted(found) == list(range(len(EVERY)))
     for place, pattern in enumerate(EVERY):
-        alone = set_layers(copy.deepcopy(model), pattern.layers)
+        alone = set_layers(copy.deepcopy(model), pattern.layers, keep_sink)
         set_attention(alone, bidirectional=True)
         for row, ids in enumerate(ROWS):  # without any padding
             with torch.no_grad():
@@ -53,13 +54,13 @@ def test_what_patterns_share_is_computed_once():
     assert len(calls) == DEPTH + len(beginnings) < DEPTH * len(EVERY)
 
 
-@pytest.mark.parametrize("layers", ["all", [1]])
+@pytest.mark.parametrize("mask", [("all",), ([1],), ([1], True)])
 @pytest.mark.parametrize("both", [False, True])
-def test_the_model_is_left_as_it_was(layers, both):
+def test_the_model_is_left_as_it_was(mask, both):
     model = random_model("llama", num_hidden_layers=DEPTH).eval()
-    set_attention(set_layers(model, layers), both)
+    set_attention(set_layers(model, *mask), both)
     before = model.config.to_dict(), model.config._attn_implementation
-    walk = states(model, INPUTS, EVERY)
+    walk = states(model, INPUTS, EVERY, keep_sink=True)
     next(walk)
     walk.close()  # half-way
     assert (model.config.to_dict(), model.config._attn_implementation) == before

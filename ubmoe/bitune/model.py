@@ -235,7 +235,7 @@ def attach(model: PreTrainedModel, settings: BituneSection, seed: int) -> Bitune
     """
     config, variant = _adapter_config(settings), VARIANTS[settings.variant]
     if variant.second == "bidirectional":
-        set_layers(model, settings.layers, "bitune.layers")
+        set_layers(model, settings.layers, settings.keep_sink, "bitune")
         with attending(model, bidirectional=True):
             prove_attention(model, bidirectional=True)
     set_seed(seed)  # a resumed run draws the same first adapters

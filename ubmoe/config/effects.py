@@ -21,7 +21,7 @@ SCORED = {
     "evaluation": ("model", *FORM, "evaluation", *CHATS),
     "generation": ("model", *FORM, "evaluation", *CHATS),
     "sts": ("model", *FORM, "evaluation.sts", "evaluation.bf16", "trajectory"),
-    "dependence": ("model", "dependence", DATE),
+    "dependence": ("model", "dependence", "bi.layers", "bi.keep_sink", DATE),
     "bitune": ("model", "bitune", *ASKED, DATE),
     "swap": ("model", "ubmoe.bi", *CHATS, "swap", "evaluation.bf16"),
     "shift": ("model", "ubmoe.bi", *CHATS, "shift", "evaluation.bf16"),

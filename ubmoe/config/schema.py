@@ -407,6 +407,9 @@ class BiSection(Section):
     layers: Layers = key(
         "all", "layers that look both ways: all, none, {from: N}, {every: K, from: N}, or a list"
     )
+    keep_sink: bool = key(
+        False, "the first token of each text sees itself alone in these layers, as a causal one"
+    )
     form: Form | None = key(
         None,
         "a prompt and its pooling by name: plain (no prompt, mean), eol (PromptEOL, last), echo "
@@ -456,8 +459,17 @@ class BiSection(Section):
         """Whether any layer looks both ways."""
         return self.attention == "bidirectional" and self.layers != "none"
 
+    @property
+    def mask(self) -> tuple[bool, Layers, bool]:
+        """What a model is loaded with: whether, in which layers, and with the first token kept."""
+        return self.bidirectional, self.layers, self.keep_sink
+
     @model_validator(mode="after")
     def _layers_look(self) -> "BiSection":
+        if self.keep_sink and not self.bidirectional:
+            raise ValueError(
+                "keep_sink is of layers that look both ways, and there are none; expected false"
+            )
         if self.attention == "causal" and self.layers not in ("all", "none"):
             raise ValueError("attention causal has no layers that look both ways; expected none")
         return self
@@ -557,6 +569,7 @@ class BituneSection(TrainingSection):
     rank: Positive = key(8, "of lora and dora")
     alpha: Above = key(1.0, "of lora and dora; their scale is alpha / rank")
     layers: Layers = key("all", "as bi.layers: those in which the second reading looks both ways")
+    keep_sink: bool = key(False, "as bi.keep_sink, of the second reading")
     theta_init: Above = key(0.01, "start of theta; the mixing starts at one half whatever it is")
     dataset: str = key("tiny", "chats: hub id[:config[:split]], local .json/.jsonl/..., or tiny")
     template: str | None = key(

@@ -23,7 +23,7 @@ from ubmoe.config import UserError
 from ubmoe.dependence.flow import Rule, batch_flow
 from ubmoe.dependence.kernels import Texts, computed_here, parts_of
 from ubmoe.dependence.shares import ROWS, row_shares, unmasked_attention
-from ubmoe.layered import looks_both_ways, partial_layers
+from ubmoe.layered import first_alone, is_ours, keeps_sink, looks_both_ways
 
 NAME = "dependence"
 SCORE_BYTES = 8  # of a score in fp32, and of the copies that are made of those near the diagonal
@@ -56,12 +56,12 @@ class Recorder:
     ) -> tuple[Tensor, None]:
         """(B, H, T, d), (B, K, T, d), (B, K, T, e), a (B, T) padding mask -> (B, T, H, e)."""
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        config = getattr(module, "config", None)
         if is_causal is None:  # some families do not pass it on; their masks follow the config
-            config = getattr(module, "config", None)
             is_causal = getattr(config, "is_causal", getattr(module, "is_causal", True))
         if sliding_window is None:  # nor this one, though their masks know it
             sliding_window = getattr(module, "sliding_window", None) or None
-        if getattr(module, "config", None) is not None and partial_layers(module.config):
+        if is_ours(config):
             is_causal = not looks_both_ways(module)
         rule = Rule(scaling, is_causal, sliding_window, softcap, s_aux)
         with torch.autocast(query.device.type, enabled=False):  # sums are float32
@@ -70,7 +70,10 @@ class Recorder:
             else:
                 output, shares = self._anywhere(query, key, value, rule, attention_mask)
         self.shares.append(shares)
-        return output.transpose(1, 2).contiguous(), None
+        output = output.transpose(1, 2).contiguous()
+        if not is_causal and keeps_sink(config):
+            output = first_alone(output, value, attention_mask)
+        return output, None
 
     def _batch(
         self, query: Tensor, key: Tensor, value: Tensor, rule: Rule, texts: Texts

@@ -26,7 +26,7 @@ from ubmoe.data import templates, tokens
 from ubmoe.encoder import whitening
 from ubmoe.encoder.echo import EchoTransformer
 from ubmoe.files import replace_directory
-from ubmoe.layered import named_layers, partial_layers
+from ubmoe.layered import is_ours, keeps_sink, named_layers, partial_layers
 from ubmoe.models.loading import (
     best_device,
     context_length,
@@ -78,12 +78,12 @@ def as_encoder(
         )
     tokens.fit(module.tokenizer, rows)
     # what modules.json names is the library's own, where stock libraries can read it
-    some = is_bidirectional(model.config) and partial_layers(model.config) is not None
-    module.__class__ = LayeredTransformer if some else Transformer
+    ours = is_bidirectional(model.config) and is_ours(model.config)
+    module.__class__ = LayeredTransformer if ours else Transformer
     if echo and not tokenizer.is_fast:
         raise UserError("bi.form: echo wants a tokenizer.json; expected another form")
     if echo:
-        module.__class__ = LayeredEchoTransformer if some else EchoTransformer
+        module.__class__ = LayeredEchoTransformer if ours else EchoTransformer
         module.echo = settings.prompt
     width = model.config.get_text_config().hidden_size
     pooling = Pooling(width, POOLING[settings.pooling], include_prompt=prefix is None)
@@ -98,7 +98,7 @@ def as_encoder(
 
 
 class LayeredTransformer(Transformer):
-    """The module of an encoder in which some layers look both ways and others only back.
+    """The module of an encoder under a mask of `ubmoe.layered`: layers, or the first token kept.
 
     Saved encoders name it in modules.json: sentence-transformers has one switch for all layers. It
     asks for trust_remote_code=True before it imports a class of another package; `load_saved` does
@@ -286,7 +286,7 @@ def load_encoder(config: Config) -> SentenceTransformer:
     config = within_context(config, "bi")
     tokenizer = load_tokenizer(config.model)
     unlabelled = whitening.read_sentences(config.bi.whiten, tokenizer)
-    model = load_model(config.model, config.bi.bidirectional, config.bi.layers)
+    model = load_model(config.model, *config.bi.mask)
     encoder = as_encoder(model, tokenizer, config.bi)
     whitening.whiten(encoder, config, unlabelled)
     return encoder
@@ -329,12 +329,11 @@ def save_encoder(
             _make_causal(folder / "config.json")
         path.write_text(json.dumps(form, indent=4, ensure_ascii=False), encoding="utf-8")
         card = folder / "README.md"
-        use = CARD
-        if isinstance(encoder[0], LayeredTransformer):
-            use = LAYERED_CARD
-        layers = named_layers(partial_layers(model.config) or [0])
         text = card.read_text(encoding="utf-8")
-        text += use.format(attention=settings.attention, layers=layers)
+        if isinstance(encoder[0], LayeredTransformer):
+            text += LAYERED_CARD.format(mask=_said(model.config))
+        else:
+            text += CARD.format(attention=settings.attention)
         if isinstance(encoder[0], EchoTransformer):
             text += ECHO_CARD
         if settings.whiten is not None:
@@ -350,14 +349,22 @@ def _make_causal(path: Path) -> None:
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def _said(config: Any) -> str:
+    """A mask of ours, for a card."""
+    layers, said = partial_layers(config), "every layer"
+    if layers is not None:
+        said = f"layers {named_layers(layers)} and only back in the others"
+    alone = "; the first token sees itself alone, as in a causal model"
+    return said + alone * keeps_sink(config)
+
+
 LAYERED_CARD = """
 ## Made with ubmoe
 
-A causal language model as an encoder that looks both ways in layers {layers} and only back in the
-others; its head is still there.
+A causal language model as an encoder that looks both ways in {mask}. Its head is still there.
 
 - As an encoder: `SentenceTransformer(directory, trust_remote_code=True)`, with the package `ubmoe`
-  installed, which knows layers. The prompt, the pooling and the length are saved.
+  installed, which knows this mask. The prompt, the pooling and the length are saved.
 - As a language model: `AutoModelForCausalLM.from_pretrained(directory)`, causal in every layer.
 """
 CARD = """

@@ -28,7 +28,7 @@ from ubmoe.bounds import METADATA, regular
 from ubmoe.config import Config, Layers, ModelSection, Section, UserError, listed
 from ubmoe.data import templates, tokens
 from ubmoe.data.inputs import SUFFIXES
-from ubmoe.layered import partial_layers
+from ubmoe.layered import is_ours
 from ubmoe.models import gguf, lora, precision
 from ubmoe.models.tokenizer_file import as_stored
 from ubmoe.tiny.model import tiny_directory
@@ -161,7 +161,7 @@ def load_tokenizer(config: ModelSection) -> PreTrainedTokenizerBase:
 def saved_attention(config: ModelSection) -> str:
     """The mask that config.json names, causal or bidirectional. Raises UserError."""
     settings = settings_of(config)
-    if partial_layers(settings):  # its config.json is causal, for language models
+    if is_ours(settings):  # its config.json is causal, for language models
         return "bidirectional"
     return attention_name(settings)
 
@@ -187,11 +187,15 @@ def decoder_config(config: ModelSection) -> Any:
 
 
 def load_model(
-    config: ModelSection, bidirectional: bool = False, layers: Layers = "all"
+    config: ModelSection,
+    bidirectional: bool = False,
+    layers: Layers = "all",
+    keep_sink: bool = False,
 ) -> PreTrainedModel:
     """The causal LM in eval mode on its device, its attention as asked and proved by a leak test.
 
-    layers: those that look both ways; `all` leaves what a saved encoder says of itself.
+    layers: those that look both ways; keep_sink: the first token sees itself alone. `all` and false
+    leave what a saved encoder says of itself.
 
     Raises UserError for a missing or broken checkpoint, a model that is not a decoder, tensors that
     the checkpoint lacks (they would be random), and weights that are not finite.
@@ -220,7 +224,8 @@ def load_model(
     model = lora.merged(model, config.adapters, dtype)
     broken = [key for key, value in model.named_parameters() if not is_finite(value)]
     refuse_not_finite(broken, config.name)
-    set_layers(model.eval().to(device), layers if bidirectional else "all")
+    asked = (layers, keep_sink) if bidirectional else ("all", False)
+    set_layers(model.eval().to(device), *asked)
     set_attention(model, bidirectional)
     log.info("%s: %s", config.name, prove_attention(model, bidirectional))
     return model

@@ -66,8 +66,8 @@ def write_mixture(
 
 
 def save_configs(uni: Weights, bi: Weights, config: Any, folder: Path) -> None:
-    """config.json with the layers in which the encoder looks both ways, generation_config.json."""
-    share_layers(bi.config, config)
+    """config.json with the encoder's mask where it is one of ours, generation_config.json."""
+    share_mask(bi.config, config)
     config.dtype = uni.dtype
     config.save_pretrained(folder)
     if uni.model.generation_config is not None:
@@ -130,10 +130,11 @@ def load_mixture(config: ModelSection, attention: str) -> PreTrainedModel:
     return model
 
 
-def share_layers(bi: Any, mixture: Any) -> None:
-    """The mixture looks both ways in the layers in which the encoder does."""
-    if (layers := layered.partial_layers(bi)) is not None:
-        setattr(mixture, layered.KEY, layers)
+def share_mask(bi: Any, mixture: Any) -> None:
+    """The mixture reads as the encoder does: its layers, and its first token."""
+    for key in (layered.KEY, layered.SINK):
+        if (value := getattr(bi, key, None)) is not None:
+            setattr(mixture, key, value)
 
 
 def _in_its_dtype(gate: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

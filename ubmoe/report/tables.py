@@ -95,8 +95,10 @@ def family(result: dict[str, Any]) -> str:
     if settings.get("attention") == "causal" or layers == "none":
         return words + CAUSAL
     if isinstance(layers, dict):
-        return f"{words}, layers {' '.join(f'{word} {n}' for word, n in layers.items())}"
-    return words if layers == "all" else f"{words}, layers {', '.join(map(str, layers))}"
+        words += f", layers {' '.join(f'{word} {n}' for word, n in layers.items())}"
+    elif layers != "all":
+        words += f", layers {', '.join(map(str, layers))}"
+    return words + (", sink kept" if settings.get("keep_sink") else "")
 
 
 def _stage(stage: dict[str, Any]) -> str:

@@ -45,7 +45,7 @@ def scan(model: PreTrainedModel, config: Config, task: AbsTaskSTS, directory: Pa
     if config.resume == "auto":
         kept.load()
     with autocast(config.evaluation.bf16, model.device):
-        _fill(kept, model, encoder, rows, asked, settings.batch_tokens)
+        _fill(kept, model, encoder, rows, asked, config)
     found = [
         {"layers": pattern.layers, "name": pattern.name, **_scores(own, kept.values[0], gold)}
         for pattern, own in zip(asked, kept.values, strict=True)
@@ -75,7 +75,7 @@ def _fill(
     encoder: SentenceTransformer,
     rows: Sequence[tuple[str, str]],
     asked: Sequence[Pattern],
-    batch_tokens: int,
+    config: Config,
 ) -> None:
     sizes = [lengths(encoder, column, "scan.pairs: row") for column in zip(*rows, strict=True)]
     most = encoder.max_seq_length or max(map(max, sizes))
@@ -83,10 +83,10 @@ def _fill(
     order = sorted(kept.missing(), key=lambda row: -longest[row])
     with kept.filling(longest, "scan") as filling:
         while order:
-            count = max(1, batch_tokens // (2 * longest[order[0]]))
+            count = max(1, config.scan.batch_tokens // (2 * longest[order[0]]))
             batch, order = order[:count], order[count:]
             texts = [rows[row][side] for side in (0, 1) for row in batch]
-            filling.put(batch, _cosines(model, encoder, texts, asked))
+            filling.put(batch, _cosines(model, encoder, texts, asked, config.bi.keep_sink))
 
 
 def _cosines(
@@ -94,6 +94,7 @@ def _cosines(
     encoder: SentenceTransformer,
     texts: Sequence[str],
     asked: Sequence[Pattern],
+    keep_sink: bool,
 ) -> np.ndarray:
     """(patterns, poolings, pairs): texts holds the first of each pair, then the second."""
     features = encoder.preprocess(list(texts), prompt=own_prompt(encoder))
@@ -108,7 +109,7 @@ def _cosines(
     ]
     found = np.empty((len(asked), len(pools), len(texts) // 2))
     inputs = {key: features[key] for key in ("input_ids", "attention_mask")}
-    for place, last in states(model, inputs, asked):
+    for place, last in states(model, inputs, asked, keep_sink):
         for column, pool in enumerate(pools):
             with torch.no_grad():
                 pooled = pool({**features, "token_embeddings": last.float()})

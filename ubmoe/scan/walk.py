@@ -37,13 +37,17 @@ def walk(
 
 @torch.no_grad()
 def states(
-    model: PreTrainedModel, inputs: dict[str, Tensor], patterns: Sequence[Pattern]
+    model: PreTrainedModel,
+    inputs: dict[str, Tensor],
+    patterns: Sequence[Pattern],
+    keep_sink: bool = False,
 ) -> Iterator[tuple[int, Tensor]]:
     """(place of a pattern, (B, T, D) last states) of every pattern of masks.
 
-    model: a causal language model. Each equals the states of a model with that `bi.layers`.
+    model: a causal language model. Each equals the states of a model with that `bi.layers`, and
+    with `bi.keep_sink`.
     """
-    with _layered(model) as config:
+    with _layered(model, keep_sink) as config:
         first, calls = given(model, inputs)
         inner: Any = model.base_model
 
@@ -57,18 +61,21 @@ def states(
 
 
 @contextmanager
-def _layered(model: PreTrainedModel) -> Iterator[Any]:
+def _layered(model: PreTrainedModel, keep_sink: bool) -> Iterator[Any]:
     """The model with our attention, which asks its config before each layer; yields that config."""
     config = model.config.get_text_config()
-    key, both = layered.partial_layers(config), is_bidirectional(model.config)
+    own = {key: vars(config)[key] for key in (layered.KEY, layered.SINK) if key in vars(config)}
+    both = is_bidirectional(model.config)
     setattr(config, layered.KEY, [])
+    if keep_sink:
+        setattr(config, layered.SINK, True)
     set_attention(model, bidirectional=True)
     try:
         yield config
     finally:
-        setattr(config, layered.KEY, key)
-        if key is None:
-            delattr(config, layered.KEY)
+        for key in (layered.KEY, layered.SINK):
+            vars(config).pop(key, None)
+        vars(config).update(own)
         set_attention(model, both)
 
 
