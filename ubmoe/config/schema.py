@@ -784,7 +784,10 @@ class ResultsSection(Section):
     timed_steps: Positive | None = running_key(
         None, "plan: run this many steps of each row to estimate its hours and memory; null: none"
     )
-    directory: str = running_key("results", "folder of the recorded runs")
+    directory: str = running_key(
+        "results",
+        "folder of the recorded runs; behind a checkout's own `results`: those in studies/, too",
+    )
 
     @field_validator("seeds", "rows")
     @classmethod

@@ -14,7 +14,7 @@ try:
     from ubmoe.config import Config, UserError
     from ubmoe.report.tables import TEXT
     from ubmoe.results import plan
-    from ubmoe.results.records import existing, read_result, record, recorded
+    from ubmoe.results.records import existing, pack, read_result, record, recorded
 except KeyboardInterrupt:  # before anything was begun
     sys.exit(130)
 
@@ -68,6 +68,7 @@ VERBS = {
     "table": table,
     "figure": figure,
     "record": record,
+    "pack": pack,
     "readme": readme,
     "prefetch": prefetch,
 }

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,14 @@ from ubmoe.bounds import METADATA, read_text
 from ubmoe.config import MADE, SCORED, Config, UserError, leaves, listed
 from ubmoe.files import write_json
 from ubmoe.report.tables import TEXT, model_of
+from ubmoe.results import packed
 from ubmoe.staging import complete_moves
 
 KINDS = tuple(TEXT)  # one JSON a program, so that none overwrites another's
 NAME = re.compile(rf"(?P<label>.+)\.(?P<kind>{'|'.join(KINDS)})\.seed(?P<seed>\d+)")
 EXCHANGES = ("swap", "shift")  # between a model and what was tuned from it
 BENCHMARK = "benchmark."
+ROOT = Path(__file__).resolve().parents[2]  # of a checkout
 
 
 @dataclass(frozen=True)
@@ -92,15 +94,63 @@ class Records:
 
 
 def recorded(config: Config) -> Records:
-    """Every record of `results.directory`."""
-    found = sorted(Path(config.results.directory).glob("*.json"))
-    records = []
-    for path in found:
-        if not path.name.startswith(BENCHMARK):
-            records.append(Record.named(path.stem, as_it_ran(read_result(path))))
-            if not isinstance(records[-1].data.get(records[-1].kind), dict):
-                raise UserError(f"{path}: no {records[-1].kind} in it; remove it, and record again")
-    return Records(records)
+    """Every record of `results.directory`, a file of its own or packed."""
+    return Records(
+        _checked(place, Record.named(place.stem, as_it_ran(result)))
+        for folder in reversed(_folders(config.results.directory))
+        for place, result in _stored(folder)
+    )
+
+
+def stored(directory: str | Path, name: str) -> dict[str, Any] | None:
+    """The record of this name, as `recorded` finds it; None where there is none."""
+    for folder in _folders(directory):
+        if (path := folder / f"{name}.json").exists():
+            return read_result(path)
+        if (result := packed.read(folder).get(name)) is not None:
+            return result
+    return None
+
+
+def _folders(directory: str | Path) -> list[Path]:
+    """The folder; if it is the checkout's own `results`, behind it those of the studies beside."""
+    folder = Path(directory)
+    if folder.resolve() != ROOT / "results":
+        return [folder]
+    return [folder, *sorted(each for each in (ROOT / "studies").glob("*/") if each.is_dir())]
+
+
+def _stored(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """(its place, result) of each; of packed ones as if each were a file; then those that are."""
+    for name, result in packed.read(folder).items():
+        yield folder / packed.LINES / f"{name}.json", result
+    for path in _loose(folder):
+        yield path, read_result(path)
+
+
+def _loose(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.glob("*.json")) if not path.name.startswith(BENCHMARK)]
+
+
+def _checked(path: Path, record: Record) -> Record:
+    if not isinstance(record.data.get(record.kind), dict):
+        raise UserError(f"{path}: no {record.kind} in it; remove it, and record again")
+    return record
+
+
+def pack(config: Config) -> str:
+    """Put the files of `results.directory` into its packed records, and remove them. UserError."""
+    folder = Path(config.results.directory)
+    paths = _loose(folder)
+    if not paths:
+        raise UserError(f"results.directory: {folder} holds no record that is a file of its own")
+    results = {path.stem: read_result(path) for path in paths}
+    for path in paths:
+        _checked(path, Record.named(path.stem, results[path.stem]))
+    packed.write(folder, packed.read(folder) | results)
+    for path in paths:
+        path.unlink()
+    return str(folder / packed.LINES)
 
 
 def read_benchmarks(config: Config) -> dict[str, list[dict[str, Any]]]:
@@ -184,10 +234,11 @@ def record(config: Config, paths: list[Path] | None = None) -> str:
 
 def _check_same_run(target: Path, own: Record) -> None:
     """Raises UserError for a record of another run: two folders may end in one name."""
-    if not target.exists():
+    kept = stored(target.parent, own.name)
+    if kept is None:
         return
     names = (*SCORED[own.kind], *MADE.get(own.kind, ())) if own.kind in SCORED else (own.kind,)
-    old, new = (leaves(each, names) for each in (read_result(target)["config"], own.config))
+    old, new = (leaves(each, names) for each in (kept["config"], own.config))
     unlike = sorted(key for key in old.keys() & new.keys() if old[key] != new[key])
     if unlike:
         raise UserError(

@@ -30,7 +30,7 @@ from ubmoe.config import (
 from ubmoe.data.inputs import MODEL, READ, inputs
 from ubmoe.files import replace, write_text
 from ubmoe.report.tables import CAUSAL
-from ubmoe.results.records import EXCHANGES, Record, as_it_ran, read_result
+from ubmoe.results.records import EXCHANGES, Record, as_it_ran, read_result, stored
 from ubmoe.staging import complete_moves
 
 # The mixtures of Table 4 and the controls that it lacks: their encoder's row, and their own keys.
@@ -115,10 +115,11 @@ class Step:
         """Its result; its record, where the result is gone; or None."""
         folder, path = self.path.parent, self.path
         complete_moves(folder)
-        if not path.exists() and self.records is not None:
-            name = Record(folder.name, self.result, self.config.seed, {}).name
-            path = Path(self.records) / f"{name}.json"
-        return as_it_ran(read_result(path)) if path.exists() else None
+        if path.exists():
+            return as_it_ran(read_result(path))
+        name = Record(folder.name, self.result, self.config.seed, {}).name
+        kept = None if self.records is None else stored(self.records, name)
+        return None if kept is None else as_it_ran(kept)
 
     def _keys(self, config: dict[str, Any]) -> dict[str, str]:
         """The settings that decide its numbers, but for those that say where something lies."""
