@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from ubmoe.bounds import METADATA, read_text
 from ubmoe.config import UserError
 
 MARK = ".ubmoe"
@@ -134,7 +135,7 @@ def is_ours(path: Path) -> bool:
             with path.open("rb") as file:
                 return b"tEXtCreator\0ubmoe" in file.read(2048)
         read: Any = {".json": json.loads, ".yaml": yaml.safe_load}[path.suffix]
-        found = read(path.read_text(encoding="utf-8"))
+        found = read(read_text(path, METADATA))
     except (OSError, KeyError, ValueError, RecursionError, yaml.YAMLError):
         return False
     kinds = (RESULT, FETCHED) if path.suffix == ".json" else (RESOLVED,)

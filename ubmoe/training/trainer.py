@@ -229,8 +229,9 @@ class GuardedTrainer(Trainer):
         path = Path(str(self.args.output_dir)) / f"{CHECKPOINT}{self.state.global_step}"
         if self.args.should_save:
             start_checkpoint(path)
+        PartialState().wait_for_everyone()  # each process writes its random state into it
         super()._save_checkpoint(model, trial)
-        PartialState().wait_for_everyone()  # each process has written its random state
+        PartialState().wait_for_everyone()
         if self.args.should_save:
             finish_checkpoint(path, self.kept)
 
