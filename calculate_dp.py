@@ -22,7 +22,8 @@ def main(config: Config) -> Path:
     from ubmoe.data.rows import read_texts
     from ubmoe.recording import recording
 
-    with recording("calculate_dp", "dependence", config) as run:
+    made = [f"dependence_{what}.png" for what in ("buckets", "heads", "map")]
+    with recording("calculate_dp", "dependence", config, *made) as run:
         texts = read_texts(config.dependence.dataset, config.dependence.max_texts)
 
         from ubmoe.dependence.measure import measure

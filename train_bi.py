@@ -20,7 +20,8 @@ def main(config: Config) -> Path:
     # torch is imported late, so that --help and a mistyped key are answered at once.
     from ubmoe.recording import recording
 
-    with recording("train_bi", "sts", config) as run:
+    made, stages = ("bi", "training.png"), [f"stages/{n}" for n in range(len(config.bi.stages))]
+    with recording("train_bi", "sts", config, *made, working=stages) as run:
         from ubmoe.encoder import whitening
         from ubmoe.encoder.sentence_encoder import (
             as_encoder,

@@ -21,7 +21,10 @@ def main(config: Config) -> Path:
     # torch is imported late, so that --help and a mistyped key are answered at once.
     from ubmoe.recording import recording
 
-    with recording("train_ubmoe", "generation", config) as run:
+    models = ["ubmoe" if each == "mixture" else each for each in config.ubmoe.export]
+    with recording(
+        "train_ubmoe", "generation", config, "routing.png", *models, working=["routers"]
+    ) as run:
         from ubmoe.models.loading import best_device, within_context
         from ubmoe.moe import pipeline
         from ubmoe.moe.joining import save_routers

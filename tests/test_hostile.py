@@ -152,7 +152,7 @@ def interrupted(request, tiny_path, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", ["code", "cut"])
-def test_a_checkpoint_that_was_damaged_is_named_and_runs_no_code(
+def test_a_checkpoint_that_was_damaged_is_said_not_used_and_runs_no_code(
     interrupted, marker, tmp_path, damage
 ):
     import torch
@@ -160,14 +160,70 @@ def test_a_checkpoint_that_was_damaged_is_named_and_runs_no_code(
     script, arguments, whole = interrupted
     arguments = [*arguments, f"output_dir={tmp_path}/run", "resume=auto"]
     shutil.copytree(whole, tmp_path / "run")
-    checkpoints = list((tmp_path / "run").rglob("checkpoint-2"))
-    assert checkpoints
-    for path in checkpoints[0].iterdir():
+    [checkpoint] = (tmp_path / "run").rglob("checkpoint-2")
+    for path in checkpoint.iterdir():
         if damage == "code" and path.suffix in (".pt", ".pth", ".bin"):
             torch.save(Bomb(marker), path)
-        elif damage == "cut" and path.suffix != ".json":
+        elif damage == "cut" and path.suffix not in (".json", ""):
             path.write_bytes(path.read_bytes()[:50])
     code, _, errors = run(*arguments, script=script)
     assert not marker.exists()
-    assert code == 2 and "Traceback" not in errors, errors[-2000:]
-    assert "checkpoint-2" in errors.splitlines()[-1]
+    assert code == 0, errors[-2000:]
+    assert "is not as it was written; not used" in errors and "; starting afresh" in errors
+    models = [path for name in ("bi", "bitune") for path in (whole / name).rglob("*.safetensors")]
+    for path in models:
+        again = tmp_path / "run" / path.relative_to(whole)
+        assert again.read_bytes() == path.read_bytes(), path
+    assert models
+
+
+THEIRS = (
+    *(".venv.new/a", ".photos.old/a", ".finished-books/a", ".unfinished-novel/a", "bi/a"),
+    *("ubmoe/a", "stages/0/checkpoint-mine/a", "checkpoint-mine/a", ".sts.json.1234"),
+    *("dependence.partial-notes.txt", "sts.json", "training.png", "routers"),
+)
+
+
+@pytest.fixture
+def theirs(tmp_path: Path) -> Path:
+    """An output directory that is somebody's folder."""
+    folder = tmp_path / "theirs"
+    for name in THEIRS:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a").write_text("mine")
+    for name in (".finished-swap", "vectors", "dependence.partial-0-of-1.npz"):
+        (folder / name).symlink_to(tmp_path / "elsewhere")
+    return folder
+
+
+def is_as_it_was(folder: Path) -> bool:
+    links = [folder / name for name in (".finished-swap", "vectors")]
+    same = all((folder / name).read_text() == name for name in THEIRS)
+    return same and all((link / "a").read_text() == "mine" for link in links)
+
+
+@pytest.mark.parametrize(
+    ("script", "named"),
+    [
+        ("train_bi.py", "bi"),
+        ("train_ubmoe.py", "ubmoe"),
+        ("-m ubmoe.probing", "vectors"),
+    ],
+)
+def test_a_folder_that_is_not_ours_is_refused_at_once(theirs, script, named):
+    code, output, errors = run(f"output_dir={theirs}", "model.device=cpu", script=script)
+    assert (code, output) == (2, "") and errors.count("\n") == 1, errors
+    assert errors.startswith(f"error: output_dir: {theirs}/{named} is in the way, and not known")
+    assert is_as_it_was(theirs)
+
+
+def test_what_is_nobodys_business_is_left_as_it_was(tiny_path, theirs):
+    code, _, errors = run(f"output_dir={theirs}", *SHORT)
+    assert code == 0, errors
+    assert is_as_it_was(theirs) and (theirs / "dependence.json").is_file()
+    (theirs / "dependence_map.png").write_text("a drawing")
+    code, _, errors = run(f"output_dir={theirs}", *SHORT)
+    assert code == 2 and "dependence_map.png is in the way" in errors
+    assert (theirs / "dependence_map.png").read_text() == "a drawing"

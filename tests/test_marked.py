@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from ubmoe import marked
+from ubmoe.config import UserError
 
 MARK = {"model": "a", "edges": (1, 2)}
 
@@ -42,3 +43,16 @@ def test_half_a_file_is_not_taken(path, size):
 def test_nothing_is_read_where_nothing_was_written(tmp_path, caplog):
     assert marked.read(tmp_path / "none.npz", MARK, "first") is None
     assert not caplog.text
+
+
+@pytest.mark.parametrize("kind", ["array", "link"])
+def test_an_array_of_somebody_elses_does_not_give_way(path, kind):
+    theirs = path.with_name("theirs.npz")
+    np.savez(theirs, mine=np.arange(3))
+    before = theirs.read_bytes()
+    if kind == "link":
+        path.unlink()
+        path.symlink_to(theirs)
+    with pytest.raises(UserError, match="is in the way"):
+        marked.write(path if kind == "link" else theirs, MARK, first=np.arange(3))
+    assert theirs.read_bytes() == before

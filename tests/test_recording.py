@@ -4,6 +4,7 @@ import json
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 from builders import SECTION, random_model, recorded
 
@@ -16,11 +17,14 @@ def test_what_an_interrupted_run_left_goes_when_the_result_is_there(config):
     left = Path(config.output_dir) / "dependence.partial-0-of-1.npz"
     left.parent.mkdir(parents=True)
     left.write_text("")
+    theirs = [left.with_name(f"dependence.partial-{name}") for name in ("notes.txt", "1-of-2.npz")]
+    theirs[0].write_text("mine")
+    np.savez(theirs[1], mine=np.arange(3))
     with pytest.raises(KeyError), run_recording.recording("calculate_dp", "dependence", config):
         raise KeyError
     assert left.exists()
     recorded(config)
-    assert not left.exists()
+    assert not left.exists() and all(path.exists() for path in theirs)
 
 
 def test_a_result_says_what_its_numbers_depend_on(config):

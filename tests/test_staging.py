@@ -1,6 +1,8 @@
 """Killed at any rename, a run has either not happened, or the next start makes it whole."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,18 +13,34 @@ from builders import ROOT
 
 import train_bi
 import train_ubmoe
+from ubmoe import owned
 from ubmoe.bitune import __main__ as bitune
 from ubmoe.config import UserError, load_config
 from ubmoe.evaluate import generation, sts
-from ubmoe.staging import locked, move_into_place, staging
+from ubmoe.staging import complete_moves, locked, move_into_place, staging
 
 FILES = ("bi/config.json", "modes/config.json", "losses.png", "a.config.yaml", "sts.json")
+
+
+KEYS = {".json": owned.RESULT, ".yaml": owned.RESOLVED}
+
+
+def content(name, text):
+    """What says by itself that it is ours; in a folder its mark does."""
+    kind = "" if "/" in name else Path(name).suffix
+    if kind == ".png":
+        return f"tEXtCreator\0ubmoe {text}"
+    return json.dumps(dict.fromkeys(KEYS[kind], text)) if kind else text
 
 
 def write(folder, text):
     for name in FILES:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
+        (folder / name).write_text(content(name, text))
+
+
+def is_all(folder, text):
+    return all((folder / name).read_text() == content(name, text) for name in FILES)
 
 
 def whole_run(directory, text):
@@ -54,7 +72,8 @@ def killed(work, count, monkeypatch):
 def test_a_run_that_is_killed_at_any_rename_is_whole_or_has_not_been(tmp_path, monkeypatch):
     for count in range(20):
         directory = tmp_path / str(count)
-        write(directory, "old")
+        directory.mkdir()
+        whole_run(directory, "old")
         died = killed(lambda at=directory: whole_run(at, "new"), count, monkeypatch)
         again = tmp_path / f"{count}, killed again"
         subprocess.run(["cp", "-r", directory, again], check=True)
@@ -62,7 +81,7 @@ def test_a_run_that_is_killed_at_any_rename_is_whole_or_has_not_been(tmp_path, m
         for each in (directory, again):
             with staging(each, "calculate_dp"):  # another program of the same folder
                 expected = "new" if count or not died else "old"
-                assert {(each / name).read_text() for name in FILES} == {expected}, (count, each)
+                assert is_all(each, expected), (count, each)
             with staging(each, "train_bi"):
                 pass
             assert {path.name for path in each.iterdir()} == {name.split("/")[0] for name in FILES}
@@ -72,25 +91,106 @@ def test_a_run_that_is_killed_at_any_rename_is_whole_or_has_not_been(tmp_path, m
 
 
 def test_nothing_is_moved_where_something_is_in_the_way(tmp_path):
-    write(tmp_path, "old")
+    whole_run(tmp_path, "old")
     (tmp_path / "sts.json").unlink()
     (tmp_path / "sts.json").mkdir()
     with pytest.raises(IsADirectoryError):
         whole_run(tmp_path, "new")
-    assert {(tmp_path / name).read_text() for name in FILES[:-1]} == {"old"}
-    assert not list(tmp_path.glob(".*"))
+    (tmp_path / "sts.json").rmdir()
+    (tmp_path / "sts.json").write_text(content("sts.json", "old"))
+    assert is_all(tmp_path, "old") and not list(tmp_path.glob(".*"))
 
 
-def test_what_an_older_version_was_killed_over_is_put_in_order(tmp_path):
-    for name in (".bi.new", ".modes.old", ".bi.old", "bi"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "a").write_text(name)
-    with staging(tmp_path, "train_bi"):
+def user_adds(kind, folder):
+    """Something of a user's where a run is about to write; returns what it is called."""
+    if kind == "a folder":
+        shutil.rmtree(folder / "bi")
+        (folder / "bi").mkdir()
+        (folder / "bi" / "novel.txt").write_text("mine")
+    elif kind == "a file in a model":
+        (folder / "bi" / "notes.txt").write_text("mine")
+    elif kind == "a link to a folder":
+        (folder / "bi").rename(folder / "elsewhere")
+        (folder / "bi").symlink_to(folder / "elsewhere")
+    elif kind == "a link to a file":
+        (folder / "sts.json").rename(folder / "elsewhere")
+        (folder / "sts.json").symlink_to(folder / "elsewhere")
+    elif kind == "a result":
+        (folder / "sts.json").write_text('{"STS of mine": 84.3}')
+    elif kind == "a picture":
+        (folder / "losses.png").write_bytes(b"\x89PNG\r\n of a dog")
+    else:
+        name = {"what it writes in": ".unfinished-", "what it has written in": ".finished-"}[kind]
+        (folder / f"{name}train_bi").mkdir()
+        (folder / f"{name}train_bi" / "sts.json").write_text("mine")
+
+
+@pytest.mark.parametrize("after_the_start", [False, True])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("a folder", "a file in a model", "a link to a folder", "a link to a file", "a result"),
+        *("a picture", "what it writes in", "what it has written in"),
+    ],
+)
+def test_what_a_user_has_put_there_is_refused_and_stays(tmp_path, kind, after_the_start):
+    whole_run(tmp_path, "old")
+    if after_the_start and kind == "what it writes in":
+        return  # it is the run's own by then
+
+    def again():
+        with staging(tmp_path, "train_bi") as folder:
+            write(folder, "new")
+            if after_the_start:
+                user_adds(kind, tmp_path)
+                before.update(contents(tmp_path, ".unfinished-"))
+            move_into_place(folder)
+
+    before = {}
+    if not after_the_start:
+        user_adds(kind, tmp_path)
+        before.update(contents(tmp_path))
+    with pytest.raises(UserError, match="is in the way, and not known to be made by this version"):
+        again()
+    assert contents(tmp_path) == before
+
+
+def test_what_comes_in_the_way_of_a_killed_run_stays_and_its_result_is_kept(tmp_path, monkeypatch):
+    whole_run(tmp_path, "old")
+    assert killed(lambda: whole_run(tmp_path, "new"), 1, monkeypatch)  # it was finished
+    user_adds("a file in a model", tmp_path)
+    for _ in range(2):
+        with pytest.raises(UserError, match="bi/notes.txt is in the way"):
+            complete_moves(tmp_path)
+    (tmp_path / "bi" / "notes.txt").unlink()
+    complete_moves(tmp_path)
+    assert is_all(tmp_path, "new")
+
+
+def test_folders_that_are_called_like_ours_are_left_alone(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    (tmp_path / "run").mkdir()
+    for name in (".venv.new", ".photos.old", ".finished-books", ".unfinished-novel", "bi"):
+        (tmp_path / "run" / name).mkdir()
+        (tmp_path / "run" / name / "a").write_text(name)
+    elsewhere.mkdir()
+    whole_run(elsewhere, "of another folder")
+    (tmp_path / "run" / ".finished-x").symlink_to(elsewhere)
+    before = contents(tmp_path)
+    with staging(tmp_path / "run", "train_bi"):
         pass
-    assert {each.name: (each / "a").read_text() for each in tmp_path.iterdir()} == {
-        "bi": "bi",
-        "modes": ".modes.old",  # there was no other
-    }
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", ["text", "link", "folder"])
+def test_a_lock_that_is_none_is_left_alone(tmp_path, kind):
+    (tmp_path / "mine").write_text("mine")
+    path = tmp_path / ".a.lock"
+    make = {"text": lambda: path.write_text("mine"), "folder": path.mkdir}
+    make.get(kind, lambda: path.symlink_to(tmp_path / "mine"))()
+    with pytest.raises(UserError, match=r"\.a\.lock is in the way"), locked(tmp_path, "a"):
+        pass
+    assert os.path.lexists(path) and (tmp_path / "mine").read_text() == "mine"
 
 
 def test_two_of_one_program_in_one_folder_are_refused_and_a_killed_one_is_no_obstacle(tmp_path):
@@ -115,8 +215,14 @@ def boom(*_, **__):
     raise UserError("no score")
 
 
-def contents(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def contents(folder, but="none"):
+    """Files and links with what is in them, but for locks and what is below a folder so called."""
+    return {
+        path: os.readlink(path) if path.is_symlink() else path.read_bytes()
+        for path in folder.rglob("*")
+        if (path.is_file() or path.is_symlink()) and path.suffix != ".lock"
+        if but not in str(path.relative_to(folder))
+    }
 
 
 PROGRAMS = {

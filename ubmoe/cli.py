@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 
 from ubmoe.bounds import naming
 from ubmoe.config import Config, UserError, help_text, load_config
@@ -20,6 +21,7 @@ NO_SPACE = (
 )
 Program = Callable[[Config], Path | str | None]
 INTERRUPTED = 130
+LIFELINE = "UBMOE_LIFELINE"  # set where stdin is a pipe that ends with the process that began this
 WAIT = 3.0  # seconds in which torchrun ends the other processes when the first one failed
 
 
@@ -36,6 +38,8 @@ def run(
     the keys to lower when memory runs out. Exit status 0; 2 with one line on stderr for a
     UserError, a full disk or missing memory; 130 after Ctrl-C.
     """
+    if os.environ.pop(LIFELINE, None):
+        Thread(target=_end_with_parent, daemon=True).start()
     with in_one_line(lower):
         logging.basicConfig(stream=sys.stderr, format="%(message)s")
         logging.getLogger("ubmoe").setLevel(logging.INFO)
@@ -70,6 +74,12 @@ def in_one_line(lower: str = "the batch size") -> Iterator[None]:
         if _says(error, NO_SPACE):
             fail("no space left for output_dir or the cache; make some and add resume=auto")
         raise
+
+
+def _end_with_parent() -> None:
+    """What a study runs must not go on when the study was killed."""
+    os.read(0, 1)
+    os._exit(INTERRUPTED)
 
 
 def _open_streams() -> None:

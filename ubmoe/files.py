@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import secrets
 import shutil
 import tempfile
 import warnings
@@ -11,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ubmoe import owned
 from ubmoe.bounds import naming
 from ubmoe.config import UserError
 
@@ -37,7 +39,8 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
 
 def replace_all(writes: dict[Path, Callable[[Path], object]]) -> None:
     """Like `replace`, for files that belong together: none gives way before all are written."""
-    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in writes}
+    unique = f"ubmoe-{os.getpid()}-{secrets.token_hex(4)}"  # nobody's file is called so
+    temporary = {path: path.with_name(f".{path.name}.{unique}") for path in writes}
     try:
         for path, write in writes.items():
             if path.is_dir():
@@ -52,16 +55,20 @@ def replace_all(writes: dict[Path, Callable[[Path], object]]) -> None:
 
 
 def replace_directory(path: Path, write: Callable[[Path], object]) -> None:
-    """Like `replace`, for a folder: the old one gives way only to a whole new one."""
-    temporary, old = (path.with_name(f".{path.name}.{word}") for word in ("new", "old"))
+    """Like `replace`, for a folder: the old one gives way only to a whole new one.
+
+    Raises UserError for an old one that is not ours.
+    """
+    temporary, old = (path.with_name(f".{path.name}.ubmoe-{word}") for word in ("new", "old"))
+    owned.check(path, temporary, old)
     if old.exists() and not path.exists():  # of a process that was killed between the renames
         old.rename(path)
-    for remains in (temporary, old):
-        shutil.rmtree(remains, ignore_errors=True)
+    owned.remove(temporary, old)
     try:
-        temporary.mkdir(parents=True)
+        owned.claim(temporary, "*")
         with naming(path):
             write(temporary)
+        owned.name_all(temporary)
         if path.exists():
             path.rename(old)
         temporary.rename(path)
@@ -87,4 +94,4 @@ def save_figure(figure: Any, path: Path) -> None:
     """Write a matplotlib figure as PNG."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of glyphs that the font lacks
-        figure.savefig(path, format="png")
+        figure.savefig(path, format="png", metadata=owned.CREATOR)

@@ -2,20 +2,34 @@
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 
+from ubmoe import owned
 from ubmoe.config import listed, unlike
 from ubmoe.files import replace
 
 log = logging.getLogger(__name__)
 
 
+def is_ours(path: Path) -> bool:
+    """Whether a file was written here, or is broken; no link, and no array of somebody else's."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    try:
+        return "mark.npy" in ZipFile(path).namelist()
+    except BadZipFile:
+        return True
+
+
 def write(path: Path, mark: dict[str, Any], **arrays: Any) -> None:
-    """Replace the file whole."""
+    """Replace the file whole. Raises UserError for one that is not ours."""
+    if os.path.lexists(path) and not is_ours(path):
+        raise owned.refused(path)
 
     def save(temporary: Path) -> None:
         with temporary.open("wb") as file:

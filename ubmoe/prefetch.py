@@ -10,6 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ubmoe import owned
 from ubmoe.config import Config, UserError
 from ubmoe.data.rows import SUFFIXES, chosen_rows
 from ubmoe.files import write_json
@@ -20,6 +21,8 @@ FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")  # no code, n
 
 def run(config: Config) -> str:
     """Fetch everything; returns the path of prefetch.json, which lists it. Raises UserError."""
+    path = Path(config.output_dir) / "prefetch.json"
+    owned.check(path)
     wanted = list(needs(config))
     fetched = []
     with tqdm(wanted, desc="prefetch", disable=None) as bar:
@@ -27,7 +30,6 @@ def run(config: Config) -> str:
             bar.set_postfix_str(f"{kind} {name}")
             fetched.append({"kind": kind, "name": name.partition("@")[0]} | FETCH[kind](name))
             log.info("%s %s: here", kind, name)
-    path = Path(config.output_dir) / "prefetch.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"fetched": fetched})
     return str(path)

@@ -10,13 +10,14 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ubmoe import marked, owned
 from ubmoe.cli import is_first_process
 from ubmoe.config import Config, dump_config
 from ubmoe.data.bad_rows import dropping
@@ -39,6 +40,8 @@ PACKAGES = (
 )
 # Of git, seen from this package: it and the scripts; a study that records its runs changes neither.
 CODE = (".", ":(top,glob)*.py")
+PARTIAL = re.compile(r"\w+\.partial-\d+(-of-\d+)?\.npz", re.ASCII)  # of an interrupted run
+WORKING = ("stage.json", "checkpoint-[0-9]*", "adapter")  # in a folder of checkpoints
 
 
 @dataclass
@@ -74,8 +77,6 @@ class Run:
 
     def place(self, name: str) -> Path:
         """Where to write, and read, a model that is `<output_dir>/<name>` once the run is whole."""
-        if is_first_process():
-            self.unfinished.mkdir(exist_ok=True)
         return self.unfinished / name
 
     def log(self, message: str, *values: object) -> None:
@@ -100,21 +101,30 @@ class Run:
             save_figure(figure, self.place(name))
         write_text(self.place(self.path.name), text)
         move_into_place(self.unfinished)
-        for pattern in (f"{self.name}.partial-*", f".{self.name}.partial-*"):
-            for leftover in self.directory.glob(pattern):
+        for leftover in self.directory.glob(f"{self.name}.partial-*"):
+            if PARTIAL.fullmatch(leftover.name) and marked.is_ours(leftover):
                 leftover.unlink()
 
 
 @contextmanager
-def recording(program: str, name: str, config: Config) -> Iterator[Run]:
+def recording(
+    program: str, name: str, config: Config, *made: str, working: Sequence[str] = ()
+) -> Iterator[Run]:
     """A run that writes `<output_dir>/<name>.json` when its body ends well, on the main process.
 
-    Bad rows are errors in it, or dropped and counted in the result, as `data.skip_bad_rows` says.
-    Raises UserError at once for an output directory that cannot be written, or in which the program
-    already runs; a failed run leaves earlier results and models as they were.
+    made: models and figures that it will leave, too. working: folders of what it goes on from. Bad
+    rows are errors in it, or dropped and counted in the result, as `data.skip_bad_rows` says.
+    Raises UserError at once for an output directory that cannot be written, in which the program
+    already runs, or where something that is not ours would give way; a failed run leaves earlier
+    results and models as they were.
     """
     directory = Path(config.output_dir)
-    made = make_writable(directory)
+    for place in (*made, f"{name}.json", f"{program}.config.yaml"):
+        owned.check(directory / place)
+    for place in working:
+        owned.check_within(directory / Path(place).parts[0])  # no link
+        owned.check_within(directory / place, *WORKING)
+    new = make_writable(directory)
     there = nullcontext(unfinished_of(directory, program))
     own = staging(directory, program) if is_first_process() else there
     try:
@@ -134,7 +144,7 @@ def recording(program: str, name: str, config: Config) -> Iterator[Run]:
             if run.is_main:
                 run.write()
     except BaseException:
-        for folder in made:  # deepest first; what holds the sums of an interrupted run stays
+        for folder in new:  # deepest first; what holds the sums of an interrupted run stays
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
         raise

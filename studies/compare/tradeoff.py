@@ -20,6 +20,7 @@ from studies.compare import claim, runs, sink, steps, swapped
 from studies.compare.entries import Cells, Entry, common_tasks, entries, main_metrics
 from studies.compare.probed import of_context, probings
 from studies.compare.shifted import shifted
+from ubmoe import owned
 from ubmoe.config import Config, UserError
 from ubmoe.files import replace_all, save_figure
 from ubmoe.report.figures import blank, context, shift, styled
@@ -144,8 +145,10 @@ def draw(config: Config, records: Records) -> str:
         if count >= least:
             figures[name] = drawn()
         else:
-            (folder / name).unlink(missing_ok=True)  # of other records
+            if owned.is_ours(folder / name):
+                (folder / name).unlink()  # of other records
             log.info("%s: not drawn, of %d rows with what it shows", name, count)
+    owned.check(*(folder / name for name in figures))
     replace_all({folder / name: partial(save_figure, each) for name, each in figures.items()})
     return "\n".join(str(folder / name) for name in figures)
 

@@ -2,15 +2,21 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 import zlib
 from pathlib import Path
 
 import pytest
 import torch
-from builders import random_model
+from builders import ROOT, random_model
 
+from ubmoe import owned
 from ubmoe.config import ResultsSection, UserError, load_config
 from ubmoe.recording import recording
 from ubmoe.report import tables
@@ -506,3 +512,172 @@ def test_models_are_removed_once_nothing_missing_reads_them(tmp_path, monkeypatc
     there.clear()
     plan.run(asked)
     assert not there
+
+
+# --- what a row may touch -------------------------------------------------------------------------
+
+
+def one_row(tmp_path, name, *more):
+    row = json.dumps({"name": name, "keys": list(more)})
+    return config(tmp_path, f"results.rows=[{row}]", "results.table=2", "results.seeds=[0]")
+
+
+@pytest.mark.parametrize(
+    "name", ["/some/folder", "../../up", "a/b", "..x", "~", "C:\\\\a", "yes: [1] # no", "3", "null"]
+)
+def test_no_rows_name_becomes_a_path(tmp_path, name, monkeypatch):
+    if name == "~":
+        with pytest.raises(UserError, match="results.rows: '~' cannot be a row's name"):
+            study.steps(one_row(tmp_path, name))
+        return
+    ran = []
+    monkeypatch.setattr(plan, "execute", lambda step, resume: ran.append(step) or finish(step))
+    [step] = study.steps(one_row(tmp_path, name))
+    assert step.config.results.row == step.row == name  # what tables and records call it
+    study_folder = tmp_path / "small" / "study"
+    assert Path(step.folder).parent == study_folder / "seed0"
+    monkeypatch.setattr(plan, "extrapolated", lambda *_: 1.0)
+    plan.estimate(step, 1)
+    [timed] = ran
+    assert Path(timed.config.output_dir).parent == study_folder / "timed"
+    assert ".." not in Path(timed.config.output_dir).parts
+
+
+MOVING = {
+    "output_dir=/some/folder": "output_dir",
+    "seed=5": "seed",
+    "resume=auto": "resume",
+    "dry_run=true": "dry_run",
+    "results.row=other": "results",
+    "results.directory=/some/folder": "results",
+    "results={row: a, keep_models: false}": "results",
+    "model.cache=/some/folder": "model.cache",
+    "model={name: tiny, cache: /some/folder}": "model.cache",
+}
+
+
+@pytest.mark.parametrize("key", MOVING)
+def test_no_rows_key_says_where_it_is_made(tmp_path, key):
+    with pytest.raises(UserError, match=f"results.rows: a: its keys set {MOVING[key]}, which the"):
+        study.steps(one_row(tmp_path, "a", key))
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ("[{name: a/b}, {name: a-b}]", "'a/b' and 'a-b' would both be made in "),
+        ("[{name: FFN}, ffn]", "'FFN' and 'ffn' would both be made in "),
+        ("[{name: x \u0444}, {name: x \u4e2d}]", "would both be made in "),
+        ("[{name: \u0444\u0444\u043d}]", "cannot be a row's name"),
+        ("[ffn, ffn causal, {name: ubmoe}]", "'ubmoe' and 'ubmoe' would both be made in "),
+        ("[ffn, ffn causal, {name: Bitune lora}]", "'Bitune lora' and 'bitune lora' would both"),
+        ("[{name: a, program: bitune}, {name: A}]", "'a' and 'A' would both be made in "),
+        ('[{name: "a\\nrm -r folder"}]', "cannot be a row's name; expected a line"),
+        ('[{name: "a\\u2028b"}]', "cannot be a row's name; expected a line"),
+        (f"[{{name: {'a' * 200}}}]", "cannot be a row's name; expected a line of at most 150"),
+        ('[{name: a, keys: ["bi.prompt=a {text}\\n# b"]}]', "a: a line feed in its keys or in"),
+    ],
+)
+def test_rows_that_collide_or_are_no_line_are_refused_before_anything_runs(
+    tmp_path, rows, said, monkeypatch
+):
+    monkeypatch.setattr(plan, "execute", lambda step: pytest.fail("it runs"))
+    table = "all" if "causal" in rows else 2
+    given = config(tmp_path, f"results.rows={rows}", f"results.table={table}", "results.seeds=[0]")
+    for verb in (plan.plan, plan.run):
+        with pytest.raises(UserError, match=re.escape(said)):
+            verb(given)
+
+
+def test_a_line_feed_in_quotes_is_a_prompt(tmp_path):
+    [step] = study.steps(one_row(tmp_path, "a", 'bi.prompt="Find:\\n{text}"'))
+    assert step.config.bi.prompt == "Find:\n{text}" and "\n" not in step.command
+
+
+@pytest.mark.parametrize("place", ["study", "study/seed0", "study/seed0/small-a"])
+def test_a_study_follows_no_link(tmp_path, place):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "small" / place).parent.mkdir(parents=True)
+    (tmp_path / "small" / place).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=f"small/{place} is in the way"):
+        study.steps(one_row(tmp_path, "a"))
+    assert not list((tmp_path / "elsewhere").glob("**/*.json"))
+
+
+def test_a_study_removes_its_models_and_nothing_of_a_users(tmp_path, monkeypatch):
+    def made(step):
+        finish(step)
+        step.left.rmdir()
+        folder = Path(step.folder)
+        for name in ("bi", "stages/0", "stages/1"):
+            owned.claim(folder / name, "weights")
+            (folder / name / "weights").write_text("1")
+        for name in ("mine/novel.txt", "stages/1/notes.txt", "bi-copy/weights"):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text("mine")
+        (folder / "adapters").symlink_to(folder / "mine")
+
+    monkeypatch.setattr(plan, "execute", made)
+    keys = ("results.rows=[ffn]", "results.table=2", "results.seeds=[0]")
+    plan.run(config(tmp_path, *keys, "results.keep_models=false"))
+    folder = tmp_path / "small" / "study" / "seed0" / "small-ffn"
+    left = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert left == {
+        *("sts.json", "x.config.yaml", "mine/novel.txt", "bi-copy/weights"),
+        *("stages/1/notes.txt", "stages/1/weights", "stages/1/.ubmoe"),
+    }
+    assert (folder / "adapters").is_symlink()
+
+
+PARENT = """
+import sys
+from pathlib import Path
+from ubmoe.config import load_config
+from ubmoe.results import plan, study
+import ubmoe.results.plan
+[step] = study.steps(load_config(None, sys.argv[2:]))
+plan.sys.executable = sys.argv[1]
+plan.execute(step)
+"""
+CHILD = """#!{python}
+import os, sys, time
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from ubmoe import cli
+def main(config):
+    Path({mark!r}).write_text(str(os.getpid()))
+    time.sleep(120)
+sys.argv = ["a"]
+cli.run("a", "", main)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_what_a_study_runs_ends_with_it(tmp_path, number):
+    mark, child = tmp_path / "pid", tmp_path / "child"
+    text = CHILD.format(python=sys.executable, root=str(ROOT), mark=str(mark))
+    child.write_text(text)
+    child.chmod(0o755)
+    keys = [f"output_dir={tmp_path}/small", "results.table=2", "results.rows=[base]"]
+    command = [sys.executable, "-c", PARENT, child, *keys, "results.seeds=[0]"]
+    parent = subprocess.Popen(command, cwd=ROOT)
+    wait_until(lambda: mark.exists() and mark.read_text())
+    process = int(mark.read_text())
+    parent.send_signal(number)
+    parent.wait()
+    wait_until(lambda: not is_running(process))
+
+
+def is_running(process):
+    try:
+        os.kill(process, 0)
+        return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until(true, seconds=60):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)

@@ -1,13 +1,18 @@
 """The same run is the same data and weights, whatever their paths; the log says what is another."""
 
+import hashlib
+import json
+import shutil
+
 import pytest
 import torch
 from builders import join, pair, random_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from ubmoe.bitune import training as instruct
 from ubmoe.bitune.model import attach
-from ubmoe.config import BiSection, BituneSection, MoeSection, StageSection
+from ubmoe.config import BiSection, BituneSection, MoeSection, StageSection, UserError
 from ubmoe.data.chats import Chat
 from ubmoe.data.prompts import Example
 from ubmoe.encoder import contrastive, mntp
@@ -113,3 +118,214 @@ def test_half_a_mark_is_none(tokenizer, tmp_path):
     again = bitune_of(*given, True, SENTENCES, False)
     assert [row.get("loss") for row in again] == [row.get("loss") for row in first]
     assert mark.read_text().endswith("}")
+
+
+# --- what a checkpoint is believed ----------------------------------------------------------------
+
+
+def tuned(tokenizer, directory, resume=False, seed=0):
+    """The FFN's weights after a few steps of a random model, saved at each."""
+    keys = {"max_steps": 4, "save_steps": 1, "save_total_limit": 3, "train": ["ffn"]}
+    (directory.parent / "a.txt").write_text("\n".join(SENTENCES))
+    more = {"objective": "mntp", "dataset": f"{directory.parent}/a.txt", "max_tokens": 8}
+    stage = StageSection(**STEPS | keys | more, lora=None)
+    model = random_model("qwen2", vocab_size=len(tokenizer))
+    chunks = mntp.chunked(stage, tokenizer)
+    mntp.train_stage(model, tokenizer, stage, chunks, Work(directory, seed, resume))
+    return {name: value.clone() for name, value in model.named_parameters() if ".mlp." in name}
+
+
+def same(found, expected):
+    return all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.fixture(scope="module")
+def interrupted(tokenizer, tmp_path_factory):
+    """The weights of an undisturbed run, and the folder of one that ended after its third step."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    expected = tuned(tokenizer, folder / "work")
+    shutil.rmtree(folder / "work" / "checkpoint-4")
+    assert sorted(path.name for path in (folder / "work").glob("checkpoint-*")) == [
+        "checkpoint-2",
+        "checkpoint-3",
+    ]
+    return expected, folder / "work"
+
+
+def weights(change):
+    def damage(checkpoint):
+        path = checkpoint / "trainable.safetensors"
+        save_file({name: change(value) for name, value in load_file(path).items()}, path)
+
+    return damage
+
+
+def stored(name, change):
+    def damage(checkpoint):
+        found = torch.load(checkpoint / name, weights_only=False)
+        change(found)
+        torch.save(found, checkpoint / name)
+
+    return damage
+
+
+def json_of(name, **changes):
+    def damage(checkpoint):
+        found = json.loads((checkpoint / name).read_text())
+        (checkpoint / name).write_text(json.dumps(found | changes))
+
+    return damage
+
+
+def text_of(name, text):
+    return lambda checkpoint: (checkpoint / name).write_text(text)
+
+
+def removed(name):
+    return lambda checkpoint: (checkpoint / name).unlink()
+
+
+def other_moments(found):
+    found["state"][0]["exp_avg"] = torch.zeros(3)
+
+
+DAMAGES = {
+    **{f"no {name}": removed(name) for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth")},
+    **{f"no {name}": removed(name) for name in ("trainable.safetensors", "trainer_state.json")},
+    "one number": weights(lambda value: value.flatten()[:1]),
+    "another shape": weights(lambda value: value.T.contiguous()),
+    "integers": weights(lambda value: value.int()),
+    "half floats": weights(lambda value: value.half()),
+    "other numbers": weights(lambda value: value + 1),
+    "moments of another shape": stored("optimizer.pt", other_moments),
+    "no moments": stored("optimizer.pt", lambda found: found["state"].clear()),
+    "other groups": stored("optimizer.pt", lambda found: found["param_groups"].pop()),
+    "an empty schedule": stored("scheduler.pt", lambda found: found.clear()),
+    "no random state": stored("rng_state.pth", lambda found: found.clear()),
+    "a far step": json_of("trainer_state.json", global_step=10**9),
+    "a step before": json_of("trainer_state.json", global_step=-5),
+    "a step of another": json_of("trainer_state.json", global_step=2),
+    "a list": text_of("trainer_state.json", "[]"),
+    "null": text_of("trainer_state.json", "null"),
+    "brackets": text_of("trainer_state.json", "[" * 100_000),
+    "half": text_of("optimizer.pt", "PK"),
+}
+OF_MANIFEST = {
+    "no manifest": removed("manifest.json"),  # as an earlier version left it
+    "a manifest that is a list": text_of("manifest.json", "[]"),
+    "a manifest of no files": json_of("manifest.json", files={}),
+    "a manifest of other processes": json_of("manifest.json", processes=10**9),
+    "a manifest of paths": json_of("manifest.json", files={"../../a": "0"}),
+}
+
+
+def sealed(damage):
+    """The damage, with a manifest made to fit."""
+
+    def both(checkpoint):
+        damage(checkpoint)
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        for name in list(manifest["files"]):
+            path = checkpoint / name
+            if path.exists():
+                manifest["files"][name] = hashlib.sha256(path.read_bytes()).hexdigest()
+            else:
+                del manifest["files"][name]
+        (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+    return both
+
+
+@pytest.mark.parametrize("kind", [*DAMAGES, *OF_MANIFEST])
+def test_a_damaged_checkpoint_is_said_and_the_run_goes_on_from_the_one_before(
+    kind, interrupted, tokenizer, tmp_path, caplog
+):
+    caplog.set_level("INFO", "ubmoe")
+    expected, work = interrupted
+    shutil.copytree(work, tmp_path / "work")
+    (DAMAGES | OF_MANIFEST)[kind](tmp_path / "work" / "checkpoint-3")
+    assert same(tuned(tokenizer, tmp_path / "work", resume=True), expected)
+    said = [line for line in caplog.messages if "checkpoint-3" in line]
+    assert len(said) == 1 and said[0].endswith("; not used")
+    assert f"{tmp_path}/work/checkpoint-2: going on from it" in caplog.messages
+
+
+SURE = ("other numbers",)  # of which nothing but the digest says that they are not the run's
+
+
+@pytest.mark.parametrize("kind", [each for each in DAMAGES if each not in SURE])
+def test_a_manifest_that_was_made_to_fit_does_not_help(kind, interrupted, tokenizer, tmp_path):
+    expected, work = interrupted
+    shutil.copytree(work, tmp_path / "work")
+    for number in (2, 3):
+        sealed(DAMAGES[kind])(tmp_path / "work" / f"checkpoint-{number}")
+    try:
+        assert same(tuned(tokenizer, tmp_path / "work", resume=True), expected)
+    except UserError as error:
+        assert "checkpoint-" in str(error)
+
+
+def test_with_no_whole_checkpoint_a_run_starts_afresh(interrupted, tokenizer, tmp_path, caplog):
+    caplog.set_level("INFO", "ubmoe")
+    expected, work = interrupted
+    shutil.copytree(work, tmp_path / "work")
+    shutil.rmtree(tmp_path / "work" / "checkpoint-2")
+    removed("optimizer.pt")(tmp_path / "work" / "checkpoint-3")
+    assert same(tuned(tokenizer, tmp_path / "work", resume=True), expected)
+    assert f"{tmp_path}/work: no whole checkpoint of this run; starting afresh" in caplog.messages
+    assert {path.name for path in (tmp_path / "work").glob("*-*")} == {
+        f"checkpoint-{number}" for number in (2, 3, 4)
+    }
+
+
+def test_a_checkpoint_of_another_place_is_not_this_runs(interrupted, tokenizer, tmp_path, caplog):
+    caplog.set_level("INFO", "ubmoe")
+    expected, work = interrupted
+    shutil.copytree(work, tmp_path / "work")
+    shutil.rmtree(tmp_path / "work" / "checkpoint-3")
+    (tmp_path / "work" / "checkpoint-2").rename(tmp_path / "work" / "checkpoint-3")
+    assert same(tuned(tokenizer, tmp_path / "work", resume=True), expected)
+    (tmp_path / "other").mkdir()
+    tuned(tokenizer, tmp_path / "other" / "work", seed=1)
+    shutil.rmtree(tmp_path / "work" / "checkpoint-4")
+    shutil.rmtree(tmp_path / "work" / "checkpoint-3")
+    shutil.copytree(tmp_path / "other" / "work" / "checkpoint-3", tmp_path / "work/checkpoint-3")
+    assert same(tuned(tokenizer, tmp_path / "work", resume=True), expected)
+    assert caplog.text.count("checkpoint-3: of another run or step; not used") == 2
+
+
+def test_what_a_user_keeps_beside_checkpoints_stays(interrupted, tokenizer, tmp_path, caplog):
+    expected, work = interrupted
+    shutil.copytree(work, tmp_path / "work")
+    for name in ("checkpoint-mine", "checkpoint-abc", "checkpoint-\u0663"):
+        (tmp_path / "work" / name).mkdir()
+        (tmp_path / "work" / name / "a").write_text(name)
+    shutil.copytree(work / "checkpoint-2", tmp_path / "work" / "checkpoint-best")
+    (tmp_path / "work" / "checkpoint-2" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"checkpoint-2/notes.txt is in the way"):
+        tuned(tokenizer, tmp_path / "work", resume=True)
+    (tmp_path / "work" / "checkpoint-2" / "notes.txt").unlink()
+    assert same(tuned(tokenizer, tmp_path / "work", resume=True), expected)
+    tuned(tokenizer, tmp_path / "work", seed=1)  # another run removes the first one's
+    for name in ("checkpoint-mine", "checkpoint-abc", "checkpoint-\u0663"):
+        assert (tmp_path / "work" / name / "a").read_text() == name
+    assert (tmp_path / "work" / "checkpoint-best" / "optimizer.pt").exists()
+
+
+def test_a_link_in_a_checkpoint_is_not_followed(interrupted, tokenizer, tmp_path):
+    shutil.copytree(interrupted[1], tmp_path / "work")
+    path = tmp_path / "work" / "checkpoint-3" / "optimizer.pt"
+    path.rename(tmp_path / "elsewhere.pt")
+    path.symlink_to(tmp_path / "elsewhere.pt")
+    with pytest.raises(UserError, match=r"checkpoint-3/optimizer.pt is in the way"):
+        tuned(tokenizer, tmp_path / "work", resume=True)
+    assert path.is_symlink() and (tmp_path / "elsewhere.pt").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", ["checkpoint-3", "stage.json"])
+def test_what_is_called_like_ours_and_is_not_is_refused(tokenizer, tmp_path, name):
+    (tmp_path / "work" / name).mkdir(parents=True)
+    (tmp_path / "work" / name / "a").write_text("mine")
+    with pytest.raises(UserError, match=f"{name} is in the way, and not known to be made by this"):
+        tuned(tokenizer, tmp_path / "work")
+    assert [path.name for path in (tmp_path / "work").rglob("*")] == [name, "a"]

@@ -19,7 +19,8 @@ def main(config: Config) -> Path | None:
     # torch is imported late, so that --help and a mistyped key are answered at once.
     from ubmoe.recording import recording
 
-    with recording("bitune", "bitune", config) as run:
+    made = ("bitune", "bitune.png")
+    with recording("bitune", "bitune", config, *made, working=["adapters"]) as run:
         from ubmoe.bitune import model, saving, training
         from ubmoe.bitune.examples import read_examples
         from ubmoe.bitune.likelihoods import Likelihoods

@@ -20,7 +20,8 @@ def main(config: Config) -> Path | None:
     from ubmoe.recording import recording
 
     cli.in_one_process("probing")
-    with recording("probing", "probing", config) as run:
+    made = ("probing_context.png", "probing_anisotropy.png")
+    with recording("probing", "probing", config, *made, working=["vectors"]) as run:
         from ubmoe.probing import experiment
         from ubmoe.probing.tasks import read_tasks
         from ubmoe.report import figures

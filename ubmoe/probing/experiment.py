@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ubmoe import owned
 from ubmoe.config import Config, ProbedModel, ProbingSection, UserError
 from ubmoe.files import replace
 from ubmoe.models.digests import digest_of_rows, digest_of_tokenizer, mark_of
@@ -79,6 +80,7 @@ def probe(
     count = model.config.get_text_config().num_hidden_layers + 1
     layers = _layers(settings, count)
     path = folder / file_name(label)
+    owned.claim(folder, f"{path.name}*", f".{path.name}*")
     attention = _attention(config, which)
     key = digest_of_rows([mark_of(model), digest_of_tokenizer(tokenizer), attention, which.route])
     done = path.with_suffix(".report.json")

@@ -5,7 +5,7 @@ Nothing here imports torch.
 
 import dataclasses
 import logging
-import shutil
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,15 +13,19 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ubmoe import owned
+from ubmoe.cli import LIFELINE
 from ubmoe.config import Config, TrainingSection, UserError
 from ubmoe.data.bad_rows import dropping
 from ubmoe.data.rows import read_texts
 from ubmoe.results.records import read_result, record
-from ubmoe.results.study import LEFT, Step, steps
+from ubmoe.results.study import LEFT, Step, slug, steps
 from ubmoe.staging import locked
 
 log = logging.getLogger(__name__)
 ROOT = Path(__file__).parent.parent.parent  # where the three scripts are
+# Folders of models, of checkpoints and of word vectors.
+LARGE = ("bi", "ubmoe", "modes", "adapter", "bitune", "stages", "routers", "adapters", "vectors")
 
 
 def plan(config: Config) -> str:
@@ -105,10 +109,14 @@ def _make_room(step: Step, planned: list[Step]) -> None:
 
 
 def _remove_folders(folder: Path) -> None:
-    """Models and checkpoints of a run; what it found stays."""
-    for each in folder.iterdir() if folder.exists() else ():
-        if each.is_dir():
-            shutil.rmtree(each)
+    """Models and checkpoints of a run; what it found stays, and what is not all ours."""
+    stages = folder / "stages"
+    inside = [] if stages.is_symlink() else sorted(stages.glob("*"))
+    for each in (*inside, *(folder / name for name in LARGE)):
+        if any(owned.strangers(each)):
+            log.info("%s: kept, for what is not ours in it", each)
+        else:
+            owned.remove(each)
 
 
 def _record(step: Step, config: Config) -> None:
@@ -120,6 +128,8 @@ def execute(step: Step, resume: str = "auto") -> None:
     folder = Path(step.config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     log_file = folder / f"{step.result}.log"
+    if log_file.is_symlink():
+        raise owned.refused(log_file)
     program = [str(ROOT / each) if each.endswith(".py") else each for each in step.program]
     if program[0] != "-m" and not Path(program[0]).is_file():
         raise UserError(
@@ -127,8 +137,14 @@ def execute(step: Step, resume: str = "auto") -> None:
             "in which the study runs"
         )
     command = [sys.executable, *program, step.config_file, *step.keys, f"resume={resume}"]
-    with log_file.open("a") as file:
-        done = subprocess.run(command, stdout=file, stderr=file)
+    environment = os.environ | {LIFELINE: "1"}
+    with (
+        log_file.open("a") as file,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=file, stderr=file, env=environment
+        ) as done,
+    ):
+        done.wait()  # its stdin is open until then
     if done.returncode:
         last: Any = log_file.read_text(encoding="utf-8").strip().splitlines()[-1:]
         raise UserError(f"{step.command} failed ({' '.join(last)}); see {log_file}")
@@ -144,7 +160,7 @@ def estimate(step: Step, count: int) -> str:
         return "not timed: it only scores"
     if step.after is not None and not step.after.left.exists():
         return f"not timed: {step.after.left} is not there yet"
-    folder = Path(step.config.output_dir).parent.parent / "timed" / step.row
+    folder = Path(step.config.output_dir).parent.parent / "timed" / slug(step.row)
     timed = dataclasses.replace(
         step, keys=(*step.keys, *keys, f"output_dir={folder}"), after=None, records=None
     )

@@ -1,6 +1,7 @@
 """Results of runs, and records: what is kept of them, one file a program, run and seed."""
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -222,14 +223,21 @@ def record(config: Config, paths: list[Path] | None = None) -> str:
     for path in paths or existing(config):
         result = read_result(path)
         seed = result["config"]["seed"]
-        own = Record(Path(config.output_dir).name, path.stem, seed, without_paths(result))
+        own = Record(label(config), path.stem, seed, without_paths(result))
         target = Path(config.results.directory) / f"{own.name}.json"
         if paths is None:  # a study's runs are its own, and run again where they differ
             _check_same_run(target, own)
+        elif target.exists():
+            read_result(target)  # what is none is not ours
         target.parent.mkdir(parents=True, exist_ok=True)
         write_json(target, own.data)
         written.append(str(target))
     return "\n".join(written)
+
+
+def label(config: Config) -> str:
+    """What a run or a study is called: its output_dir's last part."""
+    return Path(os.path.abspath(config.output_dir)).name
 
 
 def _check_same_run(target: Path, own: Record) -> None:

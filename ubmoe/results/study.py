@@ -14,6 +14,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ubmoe.config import (
     MADE,
     SCORED,
@@ -29,8 +31,9 @@ from ubmoe.config import (
 )
 from ubmoe.data.inputs import MODEL, READ, inputs
 from ubmoe.files import replace, write_text
+from ubmoe.owned import refused
 from ubmoe.report.tables import CAUSAL
-from ubmoe.results.records import EXCHANGES, Record, as_it_ran, read_result, stored
+from ubmoe.results.records import EXCHANGES, Record, as_it_ran, label, read_result, stored
 from ubmoe.staging import complete_moves
 
 # The mixtures of Table 4 and the controls that it lacks: their encoder's row, and their own keys.
@@ -67,20 +70,23 @@ ELSEWHERE = ("ubmoe.bi", "evaluation.data")
 LEFT_NAMES = ("probing.models.N.name",)  # of what the step before has left
 # What a later step reads of an earlier one.
 LEFT = {"sts": "bi", "generation": "ubmoe"}
+MAKES = ("sts", "generation", "bitune")  # results of what makes a row, and not of its measures
+LONGEST = 150  # characters of a row's name
 
 
 @dataclass(frozen=True)
 class Step:
     """One run of one program; `row` names its line in the tables, over the seeds.
 
-    after: the step whose model this one reads; None: it reads the base alone. records: the folder
-    in which its record may be, where its output_dir is gone.
+    folder: its output_dir. after: the step whose model this one reads; None: it reads the base
+    alone. records: the folder in which its record may be, where its output_dir is gone.
     """
 
     program: tuple[str, ...]
     row: str
     result: str
     config_file: str
+    folder: str
     keys: tuple[str, ...]
     after: "Step | None" = None
     records: str | None = None
@@ -172,11 +178,69 @@ def steps(config: Config) -> list[Step]:
     replace(file, partial(write_text, text=text))
     rows = [_row(config, given) for given in config.results.rows]
     seeds = dict.fromkeys(seed for row in rows for seed in row.seeds)
-    return [
+    found = [
         each
         for seed in seeds
         for each in _of_seed(config, str(file), seed, [row for row in rows if seed in row.seeds])
     ]
+    _check_apart(found)
+    for each in found:
+        _check_place(config, each)
+    return found
+
+
+def slug(row: str) -> str:
+    """A row's name as part of a folder's. Raises UserError for a name that has none."""
+    found = re.sub("[^a-z0-9.]+", "-", row.lower()).strip("-")
+    if not found.strip(".") or len(found) > LONGEST or not row.isprintable():
+        raise UserError(
+            f"results.rows: {row!r} cannot be a row's name; expected a line of at most {LONGEST} "
+            "characters, with one at least of a-z and 0-9, by which its folder is called"
+        )
+    return found
+
+
+def _check_apart(found: Sequence[Step]) -> None:
+    """Raises UserError for two rows that would be made in one folder."""
+    rows: dict[str, str] = {}
+    for step in found:
+        folder = step.folder
+        if step.result in MAKES and folder in rows:
+            raise UserError(
+                f"results.rows: {rows[folder]!r} and {step.row!r} would both be made in {folder}; "
+                "expected names that differ in their letters a-z and digits"
+            )
+        if step.result in MAKES:
+            rows[folder] = step.row
+
+
+def _check_place(config: Config, step: Step) -> None:
+    """Raises UserError for a row whose keys say where it is made, and for a link on the way."""
+    given, plain = step.config, ResultsSection(row=step.config.results.row)
+    moved = {
+        "output_dir": given.output_dir != step.folder,
+        "seed": f"seed={given.seed}" != step.keys[0],
+        "results": given.results != plain
+        or sum(key.startswith("results") for key in step.keys) > 1,
+        "resume": given.resume != config.resume,
+        "dry_run": given.dry_run != config.dry_run,
+        "model.cache": given.model.cache != config.model.cache,
+    }
+    if names := [name for name, is_moved in moved.items() if is_moved]:
+        raise UserError(
+            f"results.rows: {step.row}: its keys set {' and '.join(names)}, which the study sets; "
+            "expected keys of what is run"
+        )
+    if len(step.command.splitlines()) > 1:
+        raise UserError(
+            f"results.rows: {step.row}: a line feed in its keys or in output_dir; expected one "
+            'line, as key="a\\nb"'
+        )
+    place = Path(config.output_dir)
+    for part in Path(step.folder).relative_to(place).parts:
+        place /= part
+        if place.is_symlink():
+            raise refused(place)
 
 
 @dataclass(frozen=True)
@@ -212,20 +276,29 @@ def _row(config: Config, given: str | RowSection) -> Row:
             f"{given.program}; expected no of"
         )
     own = measured if given.measured is None else tuple(given.measured)
-    keys = (*given.keys, f"results.row={given.name}")
+    keys = (*given.keys, f"results.row={_word(given.name)}")
     program = (given.program, given.of)
     return Row(given.name, keys, tuple(given.seeds or seeds), own, keys, *program)
+
+
+def _word(name: str) -> str:
+    """A text as the value of a key, which is YAML: as it is, or in quotes where it has to be."""
+    try:
+        return name if yaml.safe_load(name) == name else json.dumps(name)
+    except yaml.YAMLError:
+        return json.dumps(name)
 
 
 def _of_seed(config: Config, config_file: str, seed: int, rows: Sequence[Row]) -> Iterator[Step]:
     table = config.results.table
 
     def step(program: str, name: str, result: str, *keys: str, after: Step | None = None) -> Step:
-        slug = re.sub("[^a-z0-9.]+", "-", name.lower()).strip("-")
-        folder = Path(config.output_dir) / "study" / f"seed{seed}" / f"{label(config)}-{slug}"
-        given = (f"seed={seed}", f"output_dir={folder}", *keys)
+        place = Path(config.output_dir) / "study" / f"seed{seed}"
+        folder = str(place / f"{label(config)}-{slug(name)}")
+        given = (f"seed={seed}", f"output_dir={_word(folder)}", *keys)
         records = config.results.directory
-        return Step(tuple(program.split()), name, result, config_file, given, after, records)
+        command = tuple(program.split())
+        return Step(command, name, result, config_file, folder, given, after, records)
 
     encoders: dict[str, Step] = {}
     mixed = {encoder for encoder, _ in MIXTURES.values()}
@@ -233,7 +306,7 @@ def _of_seed(config: Config, config_file: str, seed: int, rows: Sequence[Row]) -
         if row.program != "train_bi":
             program, result = PROGRAMS[row.program]
             after = _joined(row, encoders) if row.program == "train_ubmoe" else None
-            read = [] if after is None else [f"ubmoe.bi={after.left}"]
+            read = [] if after is None else [f"ubmoe.bi={_word(str(after.left))}"]
             yield step(program, row.name, result, *read, *row.keys, after=after)
             continue
         encoders[row.name] = made = step("train_bi.py", row.name, "sts", *row.keys)
@@ -248,13 +321,17 @@ def _of_seed(config: Config, config_file: str, seed: int, rows: Sequence[Row]) -
             if needed not in encoders:
                 raise UserError(f"results.rows: {name} needs {needed!r}; add it")
             after = encoders[needed]
-            bi = f"ubmoe.bi={after.left}"
+            bi = f"ubmoe.bi={_word(str(after.left))}"
             mixtures[name] = step("train_ubmoe.py", name, "generation", bi, *keys, after=after)
             yield mixtures[name]
     if mixtures and table == "all":
         after = mixtures["ubmoe"]
         yield step(
-            "calculate_dp.py", "ubmoe", "dependence", f"model.name={after.left}", after=after
+            "calculate_dp.py",
+            "ubmoe",
+            "dependence",
+            f"model.name={_word(str(after.left))}",
+            after=after,
         )
         for variant in BITUNE:
             key = f"bitune.variant={variant}"
@@ -265,7 +342,8 @@ def _measuring(row: Row, measured: str, after: Step | None) -> tuple[str, list[s
     """The program that measures what a row has made, and its keys. Raises UserError."""
     program, *keys = MEASURED[measured]
     if after is not None:
-        keys.append(f"{'ubmoe.bi' if measured in EXCHANGES else 'model.name'}={after.left}")
+        read = "ubmoe.bi" if measured in EXCHANGES else "model.name"
+        keys.append(f"{read}={_word(str(after.left))}")
     elif measured in EXCHANGES:
         raise UserError(f"results.rows: {row.name} tunes nothing that {measured} could exchange")
     if measured == "probing" and after is not None:
@@ -294,8 +372,3 @@ def _trains(config: Config, row: str) -> tuple[str, ...]:
     modules = row.removesuffix(CAUSAL).replace("+", ", ")
     keys = [f"bi.stages.{number}.train=[{modules}]" for number in range(len(config.bi.stages))]
     return (*keys, *(["bi.attention=causal"] if row.endswith(CAUSAL) else []))
-
-
-def label(config: Config) -> str:
-    """What a study is called: its output_dir's last part."""
-    return Path(config.output_dir).name

@@ -20,7 +20,7 @@ def main(config: Config) -> Path | None:
     from ubmoe.recording import recording
 
     cli.in_one_process("scan")
-    with recording("scan", "scan", config) as run:
+    with recording("scan", "scan", config, "scan.png") as run:
         from ubmoe.evaluate.sts import sts_tasks
         from ubmoe.models.loading import load_model, within_context
         from ubmoe.report import figures

@@ -19,7 +19,7 @@ def main(config: Config) -> Path | None:
     from ubmoe.recording import recording
 
     cli.in_one_process("shift")
-    with recording("shift", "shift", config) as run:
+    with recording("shift", "shift", config, "shift.png") as run:
         from ubmoe.data.rows import spaced
         from ubmoe.evaluate.generation import held_out_chats
         from ubmoe.models.digests import fingerprint

@@ -1,11 +1,13 @@
 """Checkpoints of a training run: what trains, by name, and the marks that say of which run.
 
-What is frozen is already on disk where it came from, so it is in no checkpoint.
+What is frozen is already on disk where it came from, so it is in no checkpoint. A manifest, written
+last, has a digest of every file: a checkpoint is gone on from if each is as it was written.
 """
 
+import hashlib
 import json
 import logging
-import shutil
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +20,9 @@ from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.optim import Optimizer
 
+from ubmoe import owned
 from ubmoe.config import (
     StageSection,
     TrainingSection,
@@ -27,10 +31,17 @@ from ubmoe.config import (
     listed,
     unlike,
 )
+from ubmoe.files import write_json
+from ubmoe.models.tensors import DTYPES
 from ubmoe.training.sharding import alike, whole
 
 log = logging.getLogger(__name__)
-WEIGHTS = "trainable.safetensors"
+WEIGHTS, STATE, MANIFEST = "trainable.safetensors", "trainer_state.json", "manifest.json"
+NEEDED = (WEIGHTS, "optimizer.pt", "scheduler.pt", STATE)
+FILES = (*NEEDED, "rng_state*.pth", MANIFEST, f".{MANIFEST}*")
+BROKEN = ("PytorchStreamReader", "mmap can only be used")  # how torch says it of its own files
+STAGE, CHECKPOINT = "stage.json", "checkpoint-"
+NAME = re.compile(rf"{CHECKPOINT}(\d+)", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -48,54 +59,146 @@ class Work:
     distributed: str = "ddp"
 
 
-def begin(stage: TrainingSection, work: Work, **mark: Any) -> Path | None:
+def begin(stage: TrainingSection, work: Work, model: nn.Module, **mark: Any) -> Path | None:
     """The checkpoint to go on from: of the same run, stage, data and earlier stages, or none.
 
     mark: digests of the data and of the weights that the stage starts from, and what else tells
     its run from others. Checkpoints of another run are removed, so that nothing later can take
-    them for this one's; the log says in what that run was another.
+    them for this one's; the log says in what that run was another. Raises UserError for what is
+    not ours and would be removed.
     """
     directory, state = work.directory, PartialState()
     stages = [deciding_weights(each) for each in (*work.before, stage)]
     mark |= {"stages": stages, "seed": work.seed, "given": work.given}
-    path, text = directory / "stage.json", json.dumps(mark, indent=1)
+    path, text = directory / STAGE, json.dumps(mark, indent=1)
+    owned.check_within(directory, STAGE, f"{CHECKPOINT}[0-9]*")
     before = _mark_in(path)
     other = None if before is None else unlike(before, json.loads(text))
     state.wait_for_everyone()
     if not (work.resume and other == []) and state.is_main_process:
         path.unlink(missing_ok=True)  # first: what is left of a checkpoint must not have a mark
-        for checkpoint in directory.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
-        directory.mkdir(parents=True, exist_ok=True)
+        owned.remove(*_checkpoints(directory))
+        owned.claim(directory, STAGE)
         path.write_text(text)
     state.wait_for_everyone()
+    if work.resume and other == []:
+        return newest_checkpoint(directory, model)
     if work.resume and other is None:
         log.info("%s: no checkpoint of this run; starting afresh", directory)
     elif work.resume and other:
         log.info("%s: of another run (other %s); starting afresh", directory, listed(other))
-    return newest_checkpoint(directory) if work.resume and other == [] else None
+    return None
 
 
 def _mark_in(path: Path) -> dict[str, Any] | None:
     """The mark of an earlier run; none where there is none, or only half of one."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 
 
-def newest_checkpoint(directory: Path) -> Path | None:
-    """The latest checkpoint whose trainer_state.json parses: it is written last."""
-    found = sorted(directory.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1]))
-    for path in found:
-        try:
-            json.loads((path / "trainer_state.json").read_text())
-        except (OSError, ValueError):
-            log.info("%s: incomplete, not used", path)
-            continue
-        return path
+def _checkpoints(directory: Path) -> list[Path]:
+    """Those that this program has made, or begun to, the latest last."""
+    names = owned.claimed(directory) or []
+    steps = sorted(int(found[1]) for name in names if (found := NAME.fullmatch(name)))
+    every = (directory / f"{CHECKPOINT}{step}" for step in steps)
+    return [path for path in every if path.is_dir() and not path.is_symlink()]
+
+
+def newest_checkpoint(directory: Path, model: nn.Module) -> Path | None:
+    """The latest checkpoint that is as it was written, and fits the model.
+
+    The log says what is wrong with later ones. Raises UserError for one of so many processes that
+    none of now has its random state.
+    """
+    for path in reversed(_checkpoints(directory)):
+        flaw = _flaw(path, model)
+        if flaw is None:
+            log.info("%s: going on from it", path)
+            return path
+        log.info("%s: %s; not used", path, flaw)
+    log.info("%s: no whole checkpoint of this run; starting afresh", directory)
     return None
+
+
+def _flaw(checkpoint: Path, model: nn.Module) -> str | None:
+    """What is wrong with a checkpoint; None if nothing is."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        files = {str(name): str(digest) for name, digest in manifest["files"].items()}
+        run, made_at, processes = (manifest[each] for each in ("run", "step", "processes"))
+        if not (isinstance(processes, int) and 0 < processes <= len(files)):
+            raise ValueError("no number of processes")
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        return "no whole manifest.json, so it is incomplete or of an older version"
+    step = int(checkpoint.name.removeprefix(CHECKPOINT))
+    if (run, made_at) != (_digest(checkpoint.parent / STAGE), step):
+        return "of another run or step"
+    states = [f"rng_state_{number}.pth" for number in range(processes)]
+    if processes == 1:
+        states = ["rng_state.pth"]
+    for name in dict.fromkeys((*NEEDED, *states, *files)):
+        path = checkpoint / name
+        if name not in files or Path(name).name != name or path.is_symlink() or not path.is_file():
+            return f"{name} is missing"
+        if _digest(path) != files[name]:
+            return f"{name} is not as it was written"
+    with readable(checkpoint), safe_open(checkpoint / WEIGHTS, "pt") as saved:
+        if flaw := _misfit(model, saved):
+            return flaw
+        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        if not step == state["global_step"] <= state["max_steps"]:
+            return f"{STATE} is of another step"
+    count = PartialState().num_processes
+    if processes != count and step < state["max_steps"]:
+        raise UserError(
+            f"{checkpoint}: of a run of {processes} processes, and this is one of {count}, which "
+            "would go on to other weights; expected as many, or resume=never"
+        )
+    return None
+
+
+def _misfit(model: nn.Module, saved: Any) -> str | None:
+    """In what the saved weights are not those of the model that train."""
+    own = {name: (list(value.shape), value.dtype) for name, value in trainable(model).items()}
+    there = {name: saved.get_slice(name) for name in saved.keys()}  # noqa: SIM118
+    if own.keys() != there.keys():
+        return "of other modules"
+    for name, (shape, dtype) in own.items():
+        found = there[name]
+        if (found.get_shape(), DTYPES.get(found.get_dtype())) != (shape, dtype):
+            return f"{name} has another shape or dtype than in the model"
+    return None
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def start_checkpoint(path: Path) -> None:
+    """The folder of a new checkpoint, empty but for its mark; half a one gives way."""
+    owned.claim(path.parent, path.name)
+    owned.remove(path)
+    owned.claim(path, *FILES)
+
+
+def finish_checkpoint(path: Path, kept: int) -> None:
+    """Write its manifest, from which on it counts; then remove older ones, so that `kept` stay."""
+    step = int(path.name.removeprefix(CHECKPOINT))
+    files = {each.name: _digest(each) for each in sorted(path.iterdir()) if each.suffix}
+    manifest = {"run": _digest(path.parent / STAGE), "step": step}
+    write_json(
+        path / MANIFEST, manifest | {"processes": PartialState().num_processes, "files": files}
+    )
+    every = _checkpoints(path.parent)
+    for old in every[: every.index(path)][: 1 - kept or None]:
+        if any(owned.strangers(old)):
+            log.info("%s: kept, for what is not ours in it", old)
+        else:
+            owned.remove(old)
 
 
 def trainable(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -120,11 +223,14 @@ def readable(checkpoint: Path | str | None) -> Iterator[None]:
 
     They read with `weights_only`, so that nothing in it is called.
     """
+    odd = (KeyError, TypeError, ValueError, AttributeError, IndexError, OSError)
     try:
         yield
-    except (UnpicklingError, SafetensorError, EOFError, RuntimeError) as error:
-        zipped = "PytorchStreamReader" in str(error)  # of torch's own files
-        if isinstance(error, RuntimeError) and not zipped:
+    except UserError:
+        raise
+    except (UnpicklingError, SafetensorError, EOFError, RuntimeError, *odd) as error:
+        broken = isinstance(error, RecursionError) or any(each in str(error) for each in BROKEN)
+        if isinstance(error, RuntimeError) and not broken:
             raise
         raise UserError(
             f"{checkpoint}: cannot be read ({type(error).__name__}); remove it, and the run goes "
@@ -134,10 +240,36 @@ def readable(checkpoint: Path | str | None) -> Iterator[None]:
 
 @torch.no_grad()
 def load_trainable(model: nn.Module, checkpoint: Path) -> None:
-    """Raises UserError for a checkpoint of other modules."""
-    own = trainable(model)
+    """Copies none, and raises UserError, for a checkpoint of other modules, shapes or dtypes."""
     with readable(checkpoint), safe_open(checkpoint / WEIGHTS, "pt") as saved:
-        if own.keys() != set(saved.keys()):
-            raise UserError(f"{checkpoint}: of other modules; remove it")
-        for name, value in own.items():  # one at a time: all of them would be all on each process
+        if flaw := _misfit(model, saved):
+            raise UserError(f"{checkpoint}: {flaw}; remove it")
+        for name, value in trainable(model).items():  # one at a time: each process has all
             value.copy_(alike(saved.get_tensor(name), value))
+
+
+def check_states(checkpoint: Path, saved: Any, optimizer: Optimizer) -> None:
+    """Raises UserError for an optimiser's states of other weights, over which kernels may crash.
+
+    saved: what `optimizer.state_dict` gave. Of other optimisers than Adam only the groups are
+    looked at.
+    """
+
+    def groups(state: dict[str, Any]) -> list[tuple[Any, set[str]]]:
+        return [(each["params"], set(each)) for each in state["param_groups"]]
+
+    weights = [value for group in optimizer.param_groups for value in group["params"]]
+    adam = isinstance(getattr(optimizer, "optimizer", optimizer), torch.optim.Adam)
+    with readable(checkpoint):
+        fits = groups(saved) == groups(optimizer.state_dict())
+        fits &= not adam or saved["state"].keys() == set(range(len(weights)))
+        for number, state in saved["state"].items() if fits and adam else ():
+            value = weights[number]
+            moments = [(state[name].shape, state[name].dtype) for name in ("exp_avg", "exp_avg_sq")]
+            fits &= moments == [(value.shape, value.dtype)] * 2
+            fits &= state.keys() == {"step", "exp_avg", "exp_avg_sq"} and state["step"].ndim == 0
+    if not fits:
+        raise UserError(
+            f"{checkpoint}: its optimizer.pt is of other weights than these; remove it, and the "
+            "run goes on from the one before"
+        )

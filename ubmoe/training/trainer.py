@@ -21,7 +21,17 @@ from transformers.utils import is_bitsandbytes_available
 
 from ubmoe.config import TrainingSection, UserError
 from ubmoe.models.precision import uses_bfloat16
-from ubmoe.training.checkpoints import Work, begin, load_trainable, readable, save_trainable
+from ubmoe.training.checkpoints import (
+    CHECKPOINT,
+    Work,
+    begin,
+    check_states,
+    finish_checkpoint,
+    load_trainable,
+    readable,
+    save_trainable,
+    start_checkpoint,
+)
 from ubmoe.training.sharding import gathered, is_sharded, scattered, whole
 
 log = logging.getLogger(__name__)
@@ -46,6 +56,7 @@ def arguments(section: TrainingSection, work: Work, device: torch.device) -> dic
     flat = {name: getattr(section, name) for name in TrainingSection.model_fields}
     flat["bf16"] = uses_bfloat16(section.bf16, device)
     flat["activation_checkpointing_kwargs"] = {"use_reentrant": False}
+    flat["save_total_limit"] = None  # the library would remove whatever is called checkpoint-
     return flat | {
         "output_dir": str(work.directory),
         "seed": work.seed,
@@ -70,7 +81,7 @@ def enough_rows(rows: int, section: TrainingSection, key: str) -> None:
 
 
 def run_trainer(
-    build: Callable[..., Trainer],
+    build: Callable[..., "GuardedTrainer"],
     section: TrainingSection,
     work: Work,
     data: Any,
@@ -91,8 +102,10 @@ def run_trainer(
             args=kind(**arguments(section, work, device), **more),
             train_dataset=data,
         )
+        trainer.kept = section.save_total_limit
         bf16 = uses_bfloat16(section.bf16, device)  # what auto was, when the checkpoint was made
-        return fit(trainer, begin(section, work, rows=len(data), bf16=bf16, **mark))
+        model: Any = trainer.model
+        return fit(trainer, begin(section, work, model, rows=len(data), bf16=bf16, **mark))
 
 
 def fit(trainer: Trainer, checkpoint: Path | None) -> list[dict[str, Any]]:
@@ -181,6 +194,7 @@ class GuardedTrainer(Trainer):
     """
 
     announced = False
+    kept = 1  # checkpoints
 
     def __init__(self, *arguments: Any, **keys: Any) -> None:
         for each in (*arguments, *keys.values()):
@@ -211,6 +225,16 @@ class GuardedTrainer(Trainer):
         self.guard.loss = self.guard.loss + loss.detach()
         return loss
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        path = Path(str(self.args.output_dir)) / f"{CHECKPOINT}{self.state.global_step}"
+        if self.args.should_save:
+            start_checkpoint(path)
+        PartialState().wait_for_everyone()  # each process writes its random state into it
+        super()._save_checkpoint(model, trial)
+        PartialState().wait_for_everyone()
+        if self.args.should_save:
+            finish_checkpoint(path, self.kept)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         save_trainable(self.accelerator.unwrap_model(self.model), folder)
@@ -231,14 +255,17 @@ class GuardedTrainer(Trainer):
             torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
         with readable(checkpoint):
-            if checkpoint is None or not self.sharded:
-                super()._load_optimizer_and_scheduler(checkpoint)
-                return
             optimizer: Any = self.optimizer
             scheduler: Any = self.lr_scheduler
             read = partial(torch.load, map_location="cpu", weights_only=True)
             saved = read(Path(checkpoint) / OPTIMIZER_NAME, mmap=True)
+            check_states(Path(checkpoint), saved, optimizer)
+            if not self.sharded:
+                super()._load_optimizer_and_scheduler(checkpoint)
+                return
             optimizer.load_state_dict(scattered(saved, optimizer))
             scheduler.load_state_dict(read(Path(checkpoint) / SCHEDULER_NAME))
 

@@ -6,9 +6,11 @@ import pytest
 from builders import MODEL, RECORDS, ROWS, SEEDS, causal, encoder, measured, shares, study
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 
 from studies.compare import tradeoff
 from ubmoe.config import UserError, load_config
+from ubmoe.files import save_figure
 from ubmoe.results.records import Records
 
 NUMBERS = st.integers(0, 9)
@@ -44,7 +46,7 @@ def test_without_tasks_the_plane_is_of_perplexity_alone(tmp_path):
 def test_a_claim_of_too_few_rows_leaves_no_old_picture(tmp_path):
     keys = [f"model.name=Qwen/{MODEL}", f"output_dir={tmp_path}"]
     tradeoff.draw(load_config(None, keys), Records.of_names(study(ROWS)))
-    (tmp_path / "sink.png").write_text("of other records")
+    save_figure(Figure(), tmp_path / "sink.png")  # of other records
     said = tradeoff.draw(load_config(None, keys), Records.of_names(study({"ffn": (31.0, 5.0)})))
     assert said == f"{tmp_path}/tradeoff.png" and len(list(tmp_path.iterdir())) == 1
 
