@@ -1,6 +1,7 @@
 """However a program fails, its user reads one line."""
 
 import errno
+import os
 import re
 import subprocess
 import sys
@@ -157,3 +158,45 @@ def test_without_the_repository_a_config_is_asked_for(monkeypatch, capsys, tmp_p
     (tmp_path / "own.yaml").write_text("")
     given = [str(tmp_path / "own.yaml")]
     assert outcome(monkeypatch, capsys, arguments=given) == (0, "runs/own/x.json\n", "")
+
+
+class PanicException(BaseException):  # noqa: N818  # as libraries in Rust call theirs
+    pass
+
+
+@pytest.mark.parametrize("error", [PanicException("no entry found"), Exception("Missing [UNK]")])
+def test_a_tokenizer_that_panics_is_one_line(monkeypatch, capsys, error):
+    code, output, errors = outcome(monkeypatch, capsys, error)
+    assert (code, output) == (2, "") and errors.count("\n") == 1
+    assert errors.startswith("error: model.name: its tokenizer") and str(error) in errors
+
+
+@pytest.mark.parametrize(
+    ("given", "culprit"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: got 'two'"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE: got ''"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE: got '0'"),
+        ({"WORLD_SIZE": "٢"}, "WORLD_SIZE: got '٢'"),
+        ({"RANK": "a"}, "RANK: got 'a'"),
+        ({"RANK": "1"}, "RANK: got '1'"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK: got '-1'"),
+        ({"LOCAL_RANK": "3", "WORLD_SIZE": "2"}, "LOCAL_RANK: got '3'"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE: got 2 in the environment, without RANK"),
+    ],
+)
+def test_processes_that_no_torchrun_started_are_one_line(monkeypatch, capsys, given, culprit):
+    monkeypatch.setenv("RANK", "0")  # put back afterwards
+    for name in command.PROCESSES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    code, output, errors = outcome(monkeypatch, capsys)
+    assert (code, output) == (2, "") and errors.count("\n") == 1
+    assert errors.startswith(f"error: {culprit}") and "torchrun" in errors
+
+
+def test_a_shell_s_backend_of_pictures_is_not_used(monkeypatch, capsys):
+    monkeypatch.setenv("MPLBACKEND", "no such thing")
+    assert outcome(monkeypatch, capsys)[0] == 0
+    assert os.environ["MPLBACKEND"] == "agg"

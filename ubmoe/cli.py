@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -10,7 +11,7 @@ from pathlib import Path
 from threading import Thread
 
 from ubmoe.bounds import naming
-from ubmoe.config import Config, UserError, help_text, load_config
+from ubmoe.config import Config, UserError, error_reason, help_text, load_config, shown
 
 # How Python, torch's CPU allocator, and CUDA before accelerate is there, say it.
 NO_MEMORY = ("MemoryError", "OutOfMemoryError", "out of memory", "can't allocate memory")
@@ -43,6 +44,7 @@ def run(
     with in_one_line(lower):
         logging.basicConfig(stream=sys.stderr, format="%(message)s")
         logging.getLogger("ubmoe").setLevel(logging.INFO)
+        _check_environment()
         arguments = sys.argv[1:]
         if {"-h", "--help"} & set(arguments):
             print(help_text(name, purpose, () if callable(main) else tuple(main)))
@@ -73,7 +75,40 @@ def in_one_line(lower: str = "the batch size") -> Iterator[None]:
             fail(f"out of memory: lower {lower}, or take a smaller dtype or model")
         if _says(error, NO_SPACE):
             fail("no space left for output_dir or the cache; make some and add resume=auto")
+        if type(error) is Exception:  # as the tokenizers' library raises; ours never do
+            fail(f"model.name: its tokenizer, or another library, fails: {error_reason(error)}")
         raise
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of a library in Rust
+            raise
+        fail(f"model.name: its tokenizer fails ({error_reason(error)}); expected one that works")
+
+
+PROCESSES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+
+def _check_environment() -> None:
+    """Raises UserError for variables of torchrun's that say no number, or do not fit together."""
+    os.environ["MPLBACKEND"] = "agg"  # pictures are written, whatever a shell may show
+    given = {name: os.environ[name] for name in PROCESSES if name in os.environ}
+    size = given.get("WORLD_SIZE", "1")
+    for name, value in given.items():
+        is_number = re.fullmatch("[0-9]{1,6}", value) and re.fullmatch("[0-9]{1,6}", size)
+        least = int("SIZE" in name)
+        if not is_number or not least <= int(value) < int(size) + least:
+            os.environ["RANK"] = "0"  # to say it
+            raise UserError(
+                f"{name}: got {shown(value)} in the environment, of WORLD_SIZE {size}; expected "
+                "what torchrun sets, or none of them"
+            )
+    if int(size) > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise UserError(
+            f"WORLD_SIZE: got {size} in the environment, without RANK, MASTER_ADDR or MASTER_PORT; "
+            "expected what torchrun sets, or none of them"
+        )
+    if "MASTER_ADDR" not in os.environ:  # else what another program left would be waited for
+        for name in given:
+            del os.environ[name]
 
 
 def _end_with_parent() -> None:

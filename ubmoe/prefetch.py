@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ubmoe import owned
-from ubmoe.config import Config, UserError
+from ubmoe.config import Config, UserError, error_reason
 from ubmoe.data.rows import SUFFIXES, chosen_rows
 from ubmoe.files import write_json
 
@@ -106,8 +106,9 @@ def _generation(name: str) -> dict[str, Any]:
 
 
 def _missing(key: str, name: str, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return UserError(f"{key}: {name} cannot be had ({reason}); check the name and the network")
+    return UserError(
+        f"{key}: {name} cannot be had ({error_reason(error)}); check the name and the network"
+    )
 
 
 FETCH = {"model": _model, "dataset": _dataset, "sts": _sts, "generation": _generation}

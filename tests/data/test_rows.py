@@ -5,8 +5,8 @@ import json
 import pytest
 
 from ubmoe.config import UserError
-from ubmoe.data.bad_rows import dropping
-from ubmoe.data.rows import Row, read_rows, read_texts, spaced, training_rows
+from ubmoe.data.bad_rows import RowError, dropping
+from ubmoe.data.rows import Row, finite_number, read_rows, read_texts, spaced, training_rows
 
 CHAT = {
     "messages": [
@@ -263,3 +263,16 @@ def test_an_empty_hub_data_set(hub):
     hub(Table([]))
     with pytest.raises(UserError, match="org/set: empty; expected rows"):
         read_texts("org/set", 3)
+
+
+@pytest.mark.parametrize(
+    "text", ["1_0", "٣", "inf", "-infinity", "nan", "1e400", "0x1", "1e", ".", ""]
+)
+def test_a_score_is_a_number_as_everybody_writes_it(text):
+    with pytest.raises(RowError, match="a.tsv:2: got .*; expected a number"):
+        finite_number("a.tsv:2", text)
+
+
+def test_usual_numbers_are_read():
+    found = [finite_number("", text) for text in ("3", "-1.5", "+.5", "4.", "1e-3", " 2 ")]
+    assert found == [3, -1.5, 0.5, 4, 0.001, 2]

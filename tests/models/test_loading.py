@@ -234,3 +234,13 @@ def test_models_that_are_not_alike_are_refused(config, tmp_path, tiny_path):
     asked = with_keys(config, [f"model.name={tiny_path}", f"ubmoe.bi={tmp_path / 'other'}"])
     with pytest.raises(UserError, match="ubmoe.bi: .*other has other weights than .*tuned from it"):
         load_with_encoder(asked)
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.int64, torch.uint8])
+def test_weights_that_are_whole_numbers_are_named(saved, kind):
+    tensors = load_file(saved / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file(
+        tensors | {name: tensors[name].to(kind)}, saved / "model.safetensors", {"format": "pt"}
+    )
+    assert f"{saved}/model.safetensors: {name} is stored as " in refused(saved)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel, set_seed
 
 from ubmoe.bidirectional import attending, prove_attention, set_layers
-from ubmoe.config import BituneSection, UserError
+from ubmoe.config import BituneSection, UserError, error_reason
 from ubmoe.data.prompts import answer_inputs, prompt_inputs
 from ubmoe.training.losses import predictions
 
@@ -248,7 +248,8 @@ def attach(model: PreTrainedModel, settings: BituneSection, seed: int) -> Bitune
     except (AttributeError, ValueError) as error:
         raise UserError(
             f"model.name: {type(model).__name__} does not take {settings.adapter} adapters, or its "
-            f"cache is more than keys and values ({error}); expected attention in every layer"
+            f"cache is more than keys and values ({error_reason(error)}); expected attention in "
+            "every layer"
         ) from error
     return bitune
 

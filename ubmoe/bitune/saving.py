@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ubmoe.bitune.model import BIDIRECTIONAL, CAUSAL, VARIANTS, Bitune
-from ubmoe.config import UserError
+from ubmoe.config import UserError, error_reason
 from ubmoe.files import replace_directory, write_json
 from ubmoe.models.digests import fingerprint
 from ubmoe.models.lora import check_base, strict, write_mode
@@ -58,7 +58,7 @@ def load(model: PreTrainedModel, directory: Path) -> Bitune:
         if bitune.variant.mixed:
             bitune.take(load_file(directory / THETA))
     except Exception as error:  # the libraries raise nearly every type here
-        reason = " ".join(str(error).split())[:300]
+        reason = error_reason(error)
         raise UserError(
             f"{directory}: no Bitune model of {model.name_or_path} ({reason}); expected the "
             "directory that python -m ubmoe.bitune saved"

@@ -39,7 +39,7 @@ def _json(value: Any) -> str:
 
 def error_reason(error: BaseException, most: int = 300) -> str:
     """What a library's error says, in one line, where it says it to people."""
-    said = " ".join(str(error).split())
+    said = " ".join(str(getattr(error, "strerror", None) or error).split())
     if isinstance(error, KeyError):
         return f"{said[:most]} is missing"
     if isinstance(error, RecursionError):

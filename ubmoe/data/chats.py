@@ -11,11 +11,10 @@ from functools import partial
 from itertools import groupby
 from typing import Any
 
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ubmoe.config import UserError
+from ubmoe.config import UserError, error_reason
 from ubmoe.data import plain, templates
 from ubmoe.data.answers import HiddenError, Span, located
 from ubmoe.data.bad_rows import RowError, usable
@@ -222,9 +221,7 @@ def _rendered(
             f"{templates.MEMORY >> 30} GiB for one chat; expected another template"
         ) from error
     except Exception as error:  # a template is a program, and may fail in any way
-        said = isinstance(error, TemplateError)  # its own words; others know nothing of chats
-        reason = " ".join(str(error).split()) if said else type(error).__name__
-        raise RowError(text.where, f"the chat template fails ({reason})") from error
+        raise RowError(text.where, f"the chat template fails ({error_reason(error)})") from error
 
 
 STAND_IN = "\u2063content\u2063"  # of a message; invisible separators are in no template

@@ -7,7 +7,7 @@ list of text parts.
 import json
 from typing import Any
 
-from ubmoe.config import shown
+from ubmoe.config import error_reason, shown
 from ubmoe.data.bad_rows import RowError
 
 Message = dict[str, Any]
@@ -127,7 +127,7 @@ def parsed(text: str, where: str) -> Any:
         reason = f"{error.msg}, column {error.colno}"
         raise RowError(f"{where}{line}", f"malformed JSON ({reason})") from error
     except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
-        raise RowError(where, f"malformed JSON ({error})") from error
+        raise RowError(where, f"malformed JSON ({error_reason(error)})") from error
     return found
 
 

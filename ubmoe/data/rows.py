@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ubmoe.bounds import DATA, read_bytes
-from ubmoe.config import UserError, shown
+from ubmoe.config import UserError, error_reason, shown
 from ubmoe.data.bad_rows import RowError, usable
 from ubmoe.data.messages import (
     CHATS,
@@ -30,6 +30,8 @@ TINY_CHATS = 400  # held out of the embedded language
 TINY_HELD_OUT_SEED = 1  # unlike the seed that the embedded model was trained with
 TINY_SENTENCES, TINY_SENTENCES_SEED = 8000, 3
 Item = TypeVar("Item")
+# As everybody writes one: Python also takes 1_0, infinity and the digits of other scripts.
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 SENTENCE = ("text", "sentence")  # what the column of sentences is called
 
 
@@ -146,10 +148,7 @@ def cell(row: Row, names: Iterable[str], blank: bool = False) -> str:
 
 def finite_number(where: str, text: str, name: str = "") -> float:
     """The finite number that a text is. Raises RowError, naming the column if said."""
-    try:
-        found = float(text)
-    except ValueError:
-        found = math.nan
+    found = float(text) if NUMBER.fullmatch(text.strip()) else math.nan
     if not math.isfinite(found):
         said = f"the {name} {text!r}" if name else repr(text)
         raise RowError(where, f"got {said}; expected a number")
@@ -305,7 +304,7 @@ def _hub_table(dataset: str) -> Any:
     try:
         return datasets.load_dataset(name, config or None, split=split or "train")
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = error_reason(error)
         raise UserError(
             f"{dataset}: cannot be had ({reason}); check the id[:config[:split]] and the network"
         ) from error

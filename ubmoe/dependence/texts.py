@@ -5,7 +5,7 @@ import os
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ubmoe.bounds import read_text
-from ubmoe.config import UserError
+from ubmoe.config import UserError, error_reason
 from ubmoe.data.bad_rows import RowError, usable
 from ubmoe.data.chats import render
 from ubmoe.data.plain import is_plain
@@ -47,10 +47,9 @@ def _template(named: str | None) -> str | None:
     try:
         return read_text(named)
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"dependence.chat_template: {named} cannot be read ({reason}); expected a Jinja file "
-            "or string"
+            f"dependence.chat_template: {named} cannot be read ({error_reason(error)}); expected a "
+            "Jinja file or string"
         ) from error
 
 

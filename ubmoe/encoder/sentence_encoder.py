@@ -21,7 +21,7 @@ from sentence_transformers.util import is_sentence_transformer_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ubmoe.bidirectional import is_bidirectional, set_attention
-from ubmoe.config import BiSection, Config, UserError
+from ubmoe.config import BiSection, Config, UserError, shown
 from ubmoe.data import templates, tokens
 from ubmoe.encoder import whitening
 from ubmoe.encoder.echo import EchoTransformer
@@ -148,9 +148,15 @@ def _fitted(encoder: SentenceTransformer, revision: str | None) -> SentenceTrans
     if not lowered and isinstance(getattr(first, "processor", None), PreTrainedTokenizerBase):
         first.processor = as_stored(first.processor, revision)
     inner, tokenizer = getattr(encoder[0], "model", None), encoder.tokenizer
+    limit: Any = encoder.max_seq_length
+    if limit is not None and not (isinstance(limit, int) and limit > 0):
+        raise UserError(
+            f"max_seq_length of the encoder's sentence_bert_config.json: got {shown(limit)}; "
+            "expected 1 token or more, or null"
+        )
     if isinstance(inner, PreTrainedModel) and isinstance(tokenizer, PreTrainedTokenizerBase):
         tokens.fit(tokenizer, len(inner.get_input_embeddings().weight))  # type: ignore
-        context, limit = context_length(inner.config), encoder.max_seq_length
+        context = context_length(inner.config)
         if context and (limit is None or limit > context):
             log.info("an encoder of %s tokens: %d, its model's context", limit, context)
             encoder.max_seq_length = context

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ubmoe.bidirectional import is_bidirectional
 from ubmoe.bootstrap import interval, means
 from ubmoe.bounds import read_text
-from ubmoe.config import TABLE4, TASKS_OF_BITUNE, Config, EvaluationSection, UserError
+from ubmoe.config import TABLE4, TASKS_OF_BITUNE, Config, EvaluationSection, UserError, error_reason
 from ubmoe.data.chats import Chat, collate, read_chats
 from ubmoe.data.padding import batches_by_length
 from ubmoe.data.rows import spaced
@@ -82,8 +82,8 @@ def _name_in(path: Path) -> str:
     Loader.add_multi_constructor("!", lambda *_: None)
     try:
         name = yaml.load(read_text(path), Loader=Loader)["task"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
-        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError) as error:
+        reason = error_reason(error)
         raise UserError(
             f"evaluation.generation: {path}: no lm-eval task YAML with a task: name ({reason})"
         ) from error
@@ -103,9 +103,8 @@ def _check_yaml(path: Path, data: str) -> None:
     except UserError:
         raise
     except Exception as error:  # lm-eval raises nearly every type here
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
-            f"evaluation.generation: {path}: no lm-eval task ({type(error).__name__}: {reason})"
+            f"evaluation.generation: {path}: no lm-eval task ({error_reason(error)})"
         ) from error
 
 
@@ -259,7 +258,7 @@ def _evaluated(lm: Any, settings: EvaluationSection) -> dict[str, Any]:
         )
     except (OSError, KeyError, TypeError, ValueError, AssertionError) as error:
         # a data set that is not here, and no network; or a task that is wrong in itself
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = error_reason(error)
         raise UserError(f"evaluation.generation: {', '.join(asked)}: {reason}") from error
     return dict(found or {})
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,7 +26,7 @@ from transformers import (
 
 from ubmoe.bidirectional import attention_name, prove_attention, set_attention, set_layers
 from ubmoe.bounds import METADATA, regular
-from ubmoe.config import Config, Layers, ModelSection, Section, UserError, listed
+from ubmoe.config import Config, Layers, ModelSection, Section, UserError, error_reason, listed
 from ubmoe.data import templates, tokens
 from ubmoe.data.inputs import SUFFIXES
 from ubmoe.layered import is_ours
@@ -58,7 +59,7 @@ def best_device(name: str | None = None) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = error_reason(error)
         raise UserError(f"model.device: {name} is not here ({reason}); {expected}") from error
     return device
 
@@ -149,8 +150,9 @@ def load_tokenizer(config: ModelSection) -> PreTrainedTokenizerBase:
             tokenizer = AutoTokenizer.from_pretrained(source(config), **keywords(config))
             if tokenizer("any text", add_special_tokens=False)["input_ids"]:
                 tokenizer = as_stored(tokenizer, config.revision)
+        some = tokenizer("any text", add_special_tokens=False)["input_ids"]  # it may fail only now
     # Without tokenizer files transformers 5 makes an empty tokenizer, and says nothing.
-    if not tokenizer("any text", add_special_tokens=False)["input_ids"]:
+    if not some:
         raise UserError(f"model.name: {config.name} has no tokenizer; expected tokenizer.json")
     tokens.fit(tokenizer, getattr(whole.get_text_config(), "vocab_size", None))
     context = context_length(whole) or tokenizer.model_max_length
@@ -221,6 +223,8 @@ def load_model(
             "language model"
         )
     check_layers(model.config, report["unexpected_keys"], config.name)
+    if gguf_file(config) is None:
+        _refuse_whole_numbers(model, Path(source(config)))
     model = lora.merged(model, config.adapters, dtype)
     broken = [key for key, value in model.named_parameters() if not is_finite(value)]
     refuse_not_finite(broken, config.name)
@@ -247,6 +251,20 @@ def load_with_encoder(config: Config) -> tuple[PreTrainedModel, PreTrainedModel]
     return base, encoder
 
 
+def _refuse_whole_numbers(model: PreTrainedModel, folder: Path) -> None:
+    """The library casts them without a word. Raises UserError, naming file and tensor."""
+    names = {name for name, value in model.named_parameters() if value.is_floating_point()}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            kinds = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+        for key, kind in kinds.items():
+            ours = key in names or f"{model.base_model_prefix}.{key}" in names
+            if ours and not kind.startswith(("F", "BF")):
+                raise UserError(
+                    f"model.name: {path}: {key} is stored as {kind}; expected floating point"
+                )
+
+
 @contextmanager
 def explained(config: ModelSection, kind: str = "a decoder") -> Iterator[None]:
     """The libraries' many ways to say that a model cannot be loaded, as one line, and nothing else.
@@ -263,8 +281,10 @@ def explained(config: ModelSection, kind: str = "a decoder") -> Iterator[None]:
         yield
     except (UserError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # the libraries raise nearly every type here
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # the libraries raise nearly every type; tokenizers may panic
+        reason = error_reason(error)
         if "trust_remote_code" in str(error):
             reason = (
                 "it needs code of its own (auto_map in its .json files), which is never run; "

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from ubmoe.bidirectional import Attention, attention_name
 from ubmoe.bounds import METADATA, limited, read_text
-from ubmoe.config import LoraSection, UserError
+from ubmoe.config import LoraSection, UserError, error_reason
 from ubmoe.files import replace_directory, write_json
 from ubmoe.models.digests import fingerprint
 from ubmoe.models.precision import cast
@@ -184,7 +184,7 @@ def adapter_attention(adapter: str, merged_before: int = 0) -> str:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"model.adapter: {path} does not say how the adapter was trained "
-            f"({getattr(error, 'strerror', None) or type(error).__name__}); {expected}"
+            f"({error_reason(error)}); {expected}"
         ) from error
     if attention not in get_args(Attention):
         raise UserError(f"model.adapter: {path}: got {attention!r}; {expected}")
@@ -214,7 +214,7 @@ def merged(model: PreTrainedModel, adapters: Sequence[str], dtype: torch.dtype) 
         try:
             model = _merged(model, adapter)
         except Exception as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = error_reason(error)
             raise UserError(
                 f"model.adapter: {adapter} does not fit {model.name_or_path}: {reason}"
             ) from error

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ubmoe.bidirectional import attention_name
-from ubmoe.config import UserError
+from ubmoe.config import UserError, error_reason
 from ubmoe.files import replace_directory
 from ubmoe.models import lora
 from ubmoe.models.streams import Weights
@@ -49,8 +49,9 @@ def encoder_attention(directory: Path) -> str:
     for name in ("config.json", FORM, MODULES):
         try:
             read[name] = json.loads((directory / name).read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"ubmoe.bi: {directory / name}: no JSON ({error})") from error
+        except (OSError, ValueError, RecursionError) as error:
+            said = error_reason(error)
+            raise UserError(f"ubmoe.bi: {directory / name}: no JSON ({said})") from error
     if not isinstance(read["config.json"], dict) or not isinstance(read[FORM], dict):
         raise UserError(f"ubmoe.bi: {directory}: config.json and {FORM} must hold an object each")
     if "adapter_kwargs" in (read[FORM].get("model_kwargs") or {}):

@@ -61,7 +61,7 @@ def _columns(where: str, line: str, count: int) -> list[str]:
 
 
 def _whole(where: str, value: str) -> int:
-    if not re.fullmatch(r"\d+", value.strip()):
+    if not re.fullmatch("[0-9]{1,9}", value.strip()):
         raise RowError(where, f"got {value!r}, expected a whole number")
     return int(value)
 

@@ -24,7 +24,7 @@ from platformdirs import user_cache_path
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from ubmoe.config import UserError
+from ubmoe.config import UserError, error_reason
 from ubmoe.tiny import language
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def tiny_directory(cache: str | Path | None = None, steps: int = STEPS) -> Path:
                 _build_anew(directory, steps)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"the embedded model cannot be written to {directory.parent} ({error}): "
+            f"the embedded model cannot be written to {directory.parent} ({error_reason(error)}): "
             "set model.cache or UBMOE_CACHE to a folder that can be written"
         ) from error
     return directory

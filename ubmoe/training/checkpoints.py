@@ -28,6 +28,7 @@ from ubmoe.config import (
     TrainingSection,
     UserError,
     deciding_weights,
+    error_reason,
     listed,
     unlike,
 )
@@ -233,8 +234,8 @@ def readable(checkpoint: Path | str | None) -> Iterator[None]:
         if isinstance(error, RuntimeError) and not broken:
             raise
         raise UserError(
-            f"{checkpoint}: cannot be read ({type(error).__name__}); remove it, and the run goes "
-            "on from the one before"
+            f"{checkpoint}: cannot be read ({error_reason(error)}); remove it, and the run goes on "
+            "from the one before"
         ) from error
 
 
