@@ -55,12 +55,16 @@ def _too_large(path: str | os.PathLike[str], size: int, most: int) -> OSError:
 
 @contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """An error of the disk inside that names no file, as those of writing, names this one."""
+    """An error of the disk inside that names no file, as those of writing, names this one.
+
+    As its `filename`, which the libraries' own errors get too: they say a full disk as they like.
+    """
     try:
         yield
-    except OSError as error:
-        if error.filename is None and error.errno in DISK:
-            error.filename = str(path)
+    except Exception as error:
+        of_disk = not isinstance(error, OSError) or error.errno in DISK
+        if of_disk and getattr(error, "filename", None) is None:
+            error.filename = str(path)  # type: ignore[attr-defined]
         raise
 
 
@@ -85,6 +89,8 @@ def limited(seconds: float, memory: int) -> Iterator[None]:
         if in_time:
             signal.setitimer(signal.ITIMER_REAL, seconds)
         yield
+    except _OutOfTime as error:
+        raise TimeoutError(f"more than {seconds:g} s") from error
     finally:
         if in_time:
             signal.setitimer(signal.ITIMER_REAL, 0)
@@ -92,5 +98,9 @@ def limited(seconds: float, memory: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
+class _OutOfTime(BaseException):  # noqa: N818  # which no library takes for a failure of its own
+    pass
+
+
 def _out_of_time(*_: object) -> None:
-    raise TimeoutError
+    raise _OutOfTime
