@@ -15,7 +15,8 @@ from pathlib import Path
 
 SMALL = 2**20  # bytes of what people write by hand: configurations, templates, tasks
 METADATA = 2**28  # of a model's JSON; the largest tokenizers have 40 MB
-DATA = 2**32  # of a data file, which is read whole
+MACHINE = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+DATA = min(2**32, MACHINE // 16)  # of a data file: read whole, its rows are as many times larger
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 

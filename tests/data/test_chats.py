@@ -190,7 +190,7 @@ def test_an_answer_of_weight_zero_is_read_and_not_learned(
     ("turn", "fields", "expected"),
     [
         (1, {"weight": 0.5}, "turn 2: weight is 0.5; expected 0 or 1"),
-        (1, {"train": "no"}, 'turn 2: train is "no"; expected 0 or 1'),
+        (1, {"train": "no"}, "turn 2: train is 'no'; expected 0 or 1"),
         (1, {"train_detail": [{"begin_offset": 0}]}, "turn 2: train_detail is of parts"),
         (0, {"train": True}, "turn 1: train is true of user; only answers are learned"),
         (3, {"loss_scale": 2}, "turn 4: loss_scale is 2"),
