@@ -86,16 +86,18 @@ def limited(seconds: float, memory: int) -> Iterator[None]:
     in_time = threading.current_thread() is threading.main_thread()
     earlier = signal.signal(signal.SIGALRM, _out_of_time) if in_time else None
     resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+    timer = (0.0, 0.0)
     try:
         if in_time:
-            signal.setitimer(signal.ITIMER_REAL, seconds)
+            timer = signal.setitimer(signal.ITIMER_REAL, seconds)
         yield
     except _OutOfTime as error:
         raise TimeoutError(f"more than {seconds:g} s") from error
     finally:
         if in_time:
             signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, earlier)
+            signal.signal(signal.SIGALRM, earlier or signal.SIG_DFL)
+            signal.setitimer(signal.ITIMER_REAL, *timer)  # of whoever has us inside one
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 

@@ -107,6 +107,11 @@ def test_limits_are_taken_back():
     with pytest.raises(TimeoutError), limited(0.1, 2**30):
         while True:
             pass
+    with pytest.raises(TimeoutError), limited(0.3, 2**30):
+        with limited(9, 2**30):
+            pass
+        while True:
+            pass
     with pytest.raises(MemoryError), limited(5, 2**20):
         bytearray(2**27)
     assert len(bytearray(2**27)) == 2**27

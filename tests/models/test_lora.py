@@ -195,7 +195,7 @@ def test_adapters_that_are_not_lora_or_know_other_modules_are_refused(saved, tmp
 @pytest.mark.parametrize(
     ("mode", "expected"),
     [
-        (None, "does not say how the adapter was trained (FileNotFoundError)"),
+        (None, "does not say how the adapter was trained (No such file or directory)"),
         ("{}", "does not say how the adapter was trained (KeyError)"),
         ("[1]", "does not say how the adapter was trained (TypeError)"),
         ("{", "does not say how the adapter was trained (JSONDecodeError)"),
