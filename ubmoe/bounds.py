@@ -15,7 +15,8 @@ from pathlib import Path
 
 SMALL = 2**20  # bytes of what people write by hand: configurations, templates, tasks
 METADATA = 2**28  # of a model's JSON; the largest tokenizers have 40 MB
-DATA = 2**32  # of a data file, which is read whole
+MACHINE = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+DATA = min(2**32, MACHINE // 16)  # of a data file: read whole, its rows are as many times larger
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
@@ -55,12 +56,16 @@ def _too_large(path: str | os.PathLike[str], size: int, most: int) -> OSError:
 
 @contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """An error of the disk inside that names no file, as those of writing, names this one."""
+    """An error of the disk inside that names no file, as those of writing, names this one.
+
+    As its `filename`, which the libraries' own errors get too: they say a full disk as they like.
+    """
     try:
         yield
-    except OSError as error:
-        if error.filename is None and error.errno in DISK:
-            error.filename = str(path)
+    except Exception as error:
+        of_disk = not isinstance(error, OSError) or error.errno in DISK
+        if of_disk and getattr(error, "filename", None) is None:
+            error.filename = str(path)  # type: ignore[attr-defined]
         raise
 
 
@@ -81,16 +86,24 @@ def limited(seconds: float, memory: int) -> Iterator[None]:
     in_time = threading.current_thread() is threading.main_thread()
     earlier = signal.signal(signal.SIGALRM, _out_of_time) if in_time else None
     resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+    timer = (0.0, 0.0)
     try:
         if in_time:
-            signal.setitimer(signal.ITIMER_REAL, seconds)
+            timer = signal.setitimer(signal.ITIMER_REAL, seconds)
         yield
+    except _OutOfTime as error:
+        raise TimeoutError(f"more than {seconds:g} s") from error
     finally:
         if in_time:
             signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, earlier)
+            signal.signal(signal.SIGALRM, earlier or signal.SIG_DFL)
+            signal.setitimer(signal.ITIMER_REAL, *timer)  # of whoever has us inside one
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
+class _OutOfTime(BaseException):  # noqa: N818  # which no library takes for a failure of its own
+    pass
+
+
 def _out_of_time(*_: object) -> None:
-    raise TimeoutError
+    raise _OutOfTime

@@ -74,7 +74,8 @@ def in_one_line(lower: str = "the batch size") -> Iterator[None]:
         if _is_out_of_memory(error):
             fail(f"out of memory: lower {lower}, or take a smaller dtype or model")
         if _says(error, NO_SPACE):
-            fail("no space left for output_dir or the cache; make some and add resume=auto")
+            place = getattr(error, "filename", "output_dir")
+            fail(f"no space left for {place} or the cache; make some and add resume=auto")
         if type(error) is Exception:  # as the tokenizers' library raises; ours never do
             fail(f"model.name: its tokenizer, or another library, fails: {error_reason(error)}")
         raise

@@ -149,6 +149,30 @@ def test_a_merge_that_changes_what_is_computed_is_refused(saved, tmp_path, monke
     assert "merged it would compute something else" in refused(saved, tmp_path / "a")
 
 
+ENDLESS = "([a-z_.0-9]+)+!"  # twice as long for each letter of a name
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ENDLESS},
+        {"exclude_modules": ENDLESS},
+        {"rank_pattern": {ENDLESS: 4}},
+        {"alpha_pattern": {ENDLESS: 4}},
+        {"layers_pattern": [ENDLESS], "layers_to_transform": [0]},
+    ],
+)
+def test_a_regular_expression_without_an_end_is_refused_in_time(
+    saved, tmp_path, monkeypatch, settings
+):
+    monkeypatch.setattr(lora, "SECONDS", 0.2)
+    write_adapter(load_model(section(saved)), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    said = refused(saved, tmp_path)
+    assert "its adapter_config.json has a regular expression that takes more than 0.2 s" in said
+
+
 def test_an_adapter_of_another_shape_or_without_weights_is_refused(saved, tmp_path):
     write_adapter(random_model("qwen2", hidden_size=16), tmp_path / "other")
     assert "does not fit" in refused(saved, tmp_path / "other")
@@ -171,7 +195,7 @@ def test_adapters_that_are_not_lora_or_know_other_modules_are_refused(saved, tmp
 @pytest.mark.parametrize(
     ("mode", "expected"),
     [
-        (None, "does not say how the adapter was trained (FileNotFoundError)"),
+        (None, "does not say how the adapter was trained (No such file or directory)"),
         ("{}", "does not say how the adapter was trained (KeyError)"),
         ("[1]", "does not say how the adapter was trained (TypeError)"),
         ("{", "does not say how the adapter was trained (JSONDecodeError)"),

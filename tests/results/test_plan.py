@@ -480,6 +480,26 @@ def test_rows_of_ones_own_are_not_run_twice(tmp_path, monkeypatch):
         study.steps(config(tmp_path, rows, "results.table=2"))
 
 
+def test_rows_that_are_none_leave_nothing_and_nothing_of_an_earlier_plan_goes(tmp_path):
+    given = [
+        "results.rows=[{name: a, keys: [bi.stage=3]}]",
+        "results.rows=[base, {name: a, keys: [seed=x]}]",
+        "results.rows=[{name: a, measured: [swap], keys: ['bi.stages=[]']}]",
+        "results.rows=[{name: a, program: train_ubmoe}]",
+    ]
+    for rows in given:
+        with pytest.raises(UserError):
+            study.steps(config(tmp_path, "results.table=2", rows))
+        assert not list(tmp_path.iterdir())
+    study.steps(config(tmp_path, "results.table=2"))
+    before = sorted(tmp_path.rglob("*"))
+    assert any(each.suffix == ".yaml" for each in before)
+    for rows in given:
+        with pytest.raises(UserError):
+            study.steps(config(tmp_path, "results.table=2", "seed=9", rows))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 @pytest.mark.parametrize(
     ("rows", "said"),
     [

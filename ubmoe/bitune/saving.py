@@ -8,10 +8,11 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ubmoe.bitune.model import BIDIRECTIONAL, CAUSAL, VARIANTS, Bitune
+from ubmoe.bounds import read_text
 from ubmoe.config import UserError, error_reason
 from ubmoe.files import replace_directory, write_json
 from ubmoe.models.digests import fingerprint
-from ubmoe.models.lora import check_base, strict, write_mode
+from ubmoe.models.lora import check_base, check_patterns, strict, write_mode
 
 FORM, THETA = "bitune.json", "theta.safetensors"
 
@@ -45,11 +46,12 @@ def save(
 def load(model: PreTrainedModel, directory: Path) -> Bitune:
     """A saved Bitune model on its base, ready to generate. Raises UserError for what is none."""
     try:
-        metadata = json.loads((directory / FORM).read_text())
+        metadata = json.loads(read_text(directory / FORM))
         own = VARIANTS[metadata["variant"]].own
         kinds = [CAUSAL, *([BIDIRECTIONAL] if own else [])]
         for kind in kinds:
             check_base(model, directory / kind)
+            check_patterns(model, directory / kind)
         with strict():
             wrapped = PeftModel.from_pretrained(model, str(directory / CAUSAL), adapter_name=CAUSAL)
             for kind in kinds[1:]:

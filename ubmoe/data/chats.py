@@ -157,13 +157,19 @@ def _chat(
     return Chat(text.where, encoded["input_ids"], answer, roles)
 
 
-def render(tokenizer: PreTrainedTokenizerBase, text: Text, template: str | None = None) -> str:
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    text: Text,
+    template: str | None = None,
+    called: str | None = None,
+) -> str:
     """A whole chat through the tokenizer's chat template or the one given, or in the plain form.
 
-    Raises RowError where the template fails, or leaves a content or a call out.
+    called: what the one given is called in errors. Raises UserError where one takes too long or too
+    much memory, and RowError where it fails, or leaves a content or a call out.
     """
     messages: Any = text.content
-    rendered = _rendered(tokenizer, text, messages, chat_template=template)
+    rendered = _rendered(tokenizer, text, messages, called, chat_template=template)
     hidden = _left_out(tokenizer, text, messages, rendered, template)
     if hidden is not None:
         turn, name = hidden
@@ -204,7 +210,11 @@ def _left_out(
 
 
 def _rendered(
-    tokenizer: PreTrainedTokenizerBase, text: Text, messages: list[Message], **keys: Any
+    tokenizer: PreTrainedTokenizerBase,
+    text: Text,
+    messages: list[Message],
+    called: str | None = None,
+    **keys: Any,
 ) -> str:
     templates.install()
     if is_plain(tokenizer, keys.get("chat_template")):
@@ -213,12 +223,10 @@ def _rendered(
         tools: Any = text.tools
         return str(tokenizer.apply_chat_template(messages, tools, tokenize=False, **keys))
     except (TimeoutError, MemoryError) as error:  # the next row would be no better
-        whose = f"the chat template of {tokenizer.name_or_path}"
-        if keys.get("chat_template") is not None:
-            whose = "dependence.chat_template"
         raise UserError(
-            f"{text.where}: {whose} takes more than {templates.SECONDS:g} s or "
-            f"{templates.MEMORY >> 30} GiB for one chat; expected another template"
+            f"{called or f'the chat template of {tokenizer.name_or_path}'}: takes more than "
+            f"{templates.SECONDS:g} s or {templates.MEMORY >> 20:,} MiB for the chat of "
+            f"{text.where}; expected another template"
         ) from error
     except Exception as error:  # a template is a program, and may fail in any way
         raise RowError(text.where, f"the chat template fails ({error_reason(error)})") from error

@@ -35,6 +35,7 @@ READ: dict[str, tuple[str, ...]] = {
     "bitune": ("bitune.dataset", "bitune.generation"),
 }
 MODEL = ("model.name", "model.adapter")
+OF_MODEL = ("config.json", "adapter_config.json", "*.safetensors", "*.bin")  # one at least
 FOLDERS = ("probing.data",)  # keys that name a folder of data
 MOST = 10_000  # files of one; more are nobody's data, but somebody's disk
 # Of a model's folder: no cards, no pictures, no states of trainers.
@@ -96,7 +97,7 @@ def _of_model(config: ModelSection) -> str | None:
 def _of_path(path: Path) -> str | None:
     if path.is_file():
         return _of_files([path])
-    if not any(_is(Path.is_file, path / name) for name in ("config.json", "adapter_config.json")):
+    if not any(_is(Path.is_file, each) for form in OF_MODEL for each in path.glob(form)):
         return None  # no model, and perhaps all of a disk
     files = [each for each in path.rglob("*") if each.suffix in SUFFIXES and each.is_file()]
     return _of_files(sorted(files), path) if files else None

@@ -24,15 +24,18 @@ def tokenize(
     without tokens.
     """
     template = _template(chat_template)  # None: the tokenizer's own, which may be a named set
-    ids = list(usable(lambda text: _tokens(tokenizer, text, template), texts))
+    called = None if template is None else f"dependence.chat_template: {chat_template}"
+    ids = list(usable(lambda text: _tokens(tokenizer, text, template, called), texts))
     return left("dependence.dataset", ids, len(texts))
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: Text, template: str | None) -> list[int]:
+def _tokens(
+    tokenizer: PreTrainedTokenizerBase, text: Text, template: str | None, called: str | None
+) -> list[int]:
     if isinstance(text.content, str):
         ids = tokenizer(text.content, truncation=False)["input_ids"]
     else:
-        rendered = render(tokenizer, text, template)
+        rendered = render(tokenizer, text, template, called)
         own = is_plain(tokenizer, template)
         ids = tokenizer(rendered, add_special_tokens=own, truncation=False)["input_ids"]
     if not ids:

@@ -291,8 +291,9 @@ def _check_whole_weights(model: nn.Module, shapes: dict[str, list[int]]) -> None
             )
 
 
-def _check_patterns(model: nn.Module, settings: dict[str, Any]) -> None:
+def check_patterns(model: nn.Module, adapter: Path) -> None:
     """Raises ValueError for regular expressions that would match the modules' names for ever."""
+    settings = json.loads(read_text(adapter / "adapter_config.json", METADATA))
     whole = [settings.get(name) for name in ("target_modules", "exclude_modules")]
     ends = [*(settings.get("rank_pattern") or ()), *(settings.get("alpha_pattern") or ())]
     layers = settings.get("layers_pattern") or ()
@@ -333,7 +334,7 @@ def _wrapped(model: PreTrainedModel, adapter: str) -> tuple[PeftModel, bool]:
     headed = any(name.startswith((inside, "base_model.model.lm_head.")) for name in shapes)
     below = model if headed else model.base_model
     _check_whole_weights(below, shapes)
-    _check_patterns(below, settings)
+    check_patterns(below, Path(adapter))
     wrapped = PeftModel.from_pretrained(below, adapter)
     if shapes.keys() - get_peft_model_state_dict(wrapped, save_embedding_layers=True).keys():
         raise ValueError("it has tensors for modules that the model lacks")

@@ -8,9 +8,10 @@ import hashlib
 import json
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,31 @@ class Step:
         return own == upstream["environment"]["weights"]
 
 
+def _whole(planned: Callable[[Config], list[Step]]) -> Callable[[Config], list[Step]]:
+    """All rows are read, or what their reading has written is gone: the commands name a file."""
+
+    @wraps(planned)
+    def wrapped(config: Config) -> list[Step]:
+        folder = Path(config.output_dir) / "study"
+        missing = [each for each in (folder, *folder.parents) if not each.exists()]
+        before = {*folder.glob("study-*.yaml")}
+        try:
+            found = planned(config)
+            for step in found:
+                _ = step.config  # raises UserError for a key that is none
+        except UserError:
+            for file in {*folder.glob("study-*.yaml")} - before:
+                file.unlink()
+            with suppress(OSError):  # the first one that holds something stays
+                for each in missing:
+                    each.rmdir()
+            raise
+        return found
+
+    return wrapped
+
+
+@_whole
 def steps(config: Config) -> list[Step]:
     """The runs of `results.table`, in an order in which each finds what it needs.
 
