@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 from builders import run
+from scipy.stats import spearmanr
+from sklearn.decomposition import PCA
 
 from ubmoe import bootstrap
 from ubmoe.config import UserError, with_keys
@@ -51,6 +53,46 @@ def test_a_pattern_scores_what_its_encoder_scores(asked, tmp_path, keys):
             assert row[pooling]["score"] == pytest.approx(alone["average"], abs=1e-2), row["name"]
 
 
+def test_every_form_scores_what_its_encoder_scores(asked, tmp_path):
+    forms = ["eol", "echo"]
+    config = with_keys(asked, [f"scan.forms={forms}", "scan.patterns=[from]", "scan.centre=true"])
+    found = scanned(config, tmp_path / "scan")["patterns"]
+    assert [row["form"] for row in found[::5]] == forms and len(found) == 10
+    task = sts_task(config.scan.pairs)
+    for row in (found[0], found[3], found[-4]):  # none, from 2, all
+        for pooling in ("mean", "last"):
+            keys = [f"bi.form={row['form']}", f"bi.pooling={pooling}"]
+            encoder = load_encoder(
+                with_keys(config, [*keys, f"bi.layers={row['layers']}".replace("'", "")])
+            )
+            alone = sts_scores(encoder, [task], 8)
+            assert row[pooling]["score"] == pytest.approx(alone["average"], abs=1e-2), row
+            vectors = [encoder.encode(task.dataset["test"][f"sentence{n}"]) for n in (1, 2)]
+            every = np.concatenate(vectors).astype(float)
+            components = PCA(1).fit(every)
+            every -= components.inverse_transform(components.transform(every))
+            one, other = np.split(every / np.linalg.norm(every, axis=1, keepdims=True), 2)
+            expected = spearmanr((one * other).sum(1), task.dataset["test"]["score"]).statistic
+            assert row[pooling]["centred"] == pytest.approx(100 * expected, abs=0.1), row
+
+
+def test_a_form_alone_goes_on(asked, tmp_path, monkeypatch):
+    keys = [
+        "scan.forms=[eol, echo]",
+        "scan.patterns=[from]",
+        "scan.centre=true",
+        "scan.max_pairs=6",
+    ]
+    config = with_keys(asked, keys)
+    monkeypatch.setattr(kept, "SAVE_EVERY", 0)
+    whole = scanned(config, tmp_path / "scan")
+    (tmp_path / "scan" / "scan.partial-echo.npz").unlink()
+    read, real = [], scores._read
+    monkeypatch.setattr(scores, "_read", lambda *a: read.append(a[1]) or real(*a))
+    assert scanned(config, tmp_path / "scan") == whole
+    assert read and all(type(each[0]).__name__ == "EchoTransformer" for each in read)
+
+
 def test_pairs_are_evenly_spaced(asked):
     rows, gold = scores.pairs(
         sts_task(asked.scan.pairs), with_keys(asked, ["scan.max_pairs=3"]).scan
@@ -62,7 +104,7 @@ def test_pairs_are_evenly_spaced(asked):
 
 def test_an_interrupted_scan_goes_on(asked, tmp_path, monkeypatch):
     whole = scanned(asked, tmp_path / "whole")
-    real, batches = scores._cosines, []
+    real, batches = scores._read, []
 
     def dying(*arguments):
         batches.append(len(arguments[2]))
@@ -71,11 +113,11 @@ def test_an_interrupted_scan_goes_on(asked, tmp_path, monkeypatch):
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(scores, "_cosines", dying)
+        patch.setattr(scores, "_read", dying)
         with pytest.raises(KeyboardInterrupt):
             scanned(asked, tmp_path / "scan")
     done, before = sum(batches[:2]), len(batches)
-    monkeypatch.setattr(scores, "_cosines", lambda *a: batches.append(len(a[2])) or real(*a))
+    monkeypatch.setattr(scores, "_read", lambda *a: batches.append(len(a[2])) or real(*a))
     assert scanned(asked, tmp_path / "scan") == whole
     assert sum(batches[before:]) == 2 * 24 - done
 
@@ -118,7 +160,7 @@ def test_cosines_that_are_not_finite_are_refused():
 
 @pytest.mark.slow
 def test_the_program_writes_a_record_a_table_and_a_picture(tmp_path):
-    keys = [f"output_dir={tmp_path}/some", "scan.max_pairs=12"]
+    keys = [f"output_dir={tmp_path}/some", "scan.max_pairs=12", "scan.forms=[plain, eol]"]
     status, said, _ = run("configs/tiny.yaml", *keys, script="-m ubmoe.scan")
     result = json.loads((tmp_path / "some" / "scan.json").read_text())
     assert status == 0 and said.strip().endswith("scan.json")

@@ -654,7 +654,7 @@ class ProbingSection(Section):
 
 
 class ScanSection(Section):
-    """Which layers may look both ways, untrained (python -m ubmoe.scan)."""
+    """Which layers may look both ways, in which form, untrained (python -m ubmoe.scan)."""
 
     pairs: str = score_key(
         "tiny", "pairs to compare on: an mteb STS task, a .tsv (score sentence1 sentence2), or tiny"
@@ -668,6 +668,14 @@ class ScanSection(Section):
         "second and so on",
     )
     every: Annotated[int, Field(ge=2)] = score_key(4, "the largest step of every", "layers")
+    forms: list[Form] = score_key(
+        [], "forms that the texts are read in, as bi.form; empty: in that of bi alone"
+    )
+    centre: bool = score_key(
+        False,
+        "also score the vectors without their mean and their first principal component, both of "
+        "these very texts; all vectors are then in memory, and in what an interrupted scan leaves",
+    )
     batch_tokens: Positive = running_key(4096, "padded tokens of one forward", "tokens")
 
 

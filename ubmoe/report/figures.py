@@ -12,6 +12,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
+from ubmoe.config import FORMS
+
 STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -340,13 +342,33 @@ WORDS = {"from": "from layer N on", "to": "up to layer N", "only": "layer N alon
 
 
 @styled
-def scan(section: dict[str, Any], pooling: str = "mean") -> dict[str, Figure]:
-    """STS by where the layers that look both ways begin or end; bars: every K-th of them."""
-    rows = section["patterns"]
-    every = [row for row in rows if isinstance(row["layers"], dict) and "every" in row["layers"]]
-    figure = blank(8.6 if every else 5.6, 3.6)
-    axes = figure.subplots(1, 2 if every else 1, sharey=True, squeeze=False)[0]
-    axes[0].set(xlabel="N", ylabel=f"Spearman x 100, {section['pairs']} pairs of {section['task']}")
+def scan(section: dict[str, Any]) -> dict[str, Figure]:
+    """STS by where the layers that look both ways begin or end; bars: every K-th of them.
+
+    A row of panels for each form that was scanned, in the form's own pooling.
+    """
+    forms: dict[str | None, list[dict[str, Any]]] = {}
+    for row in section["patterns"]:
+        forms.setdefault(row.get("form"), []).append(row)
+    bars = any(_every(rows) for rows in forms.values())
+    figure = blank(8.6 if bars else 5.6, 3.6 * len(forms))
+    panels = figure.subplots(len(forms), 2 if bars else 1, sharey="row", squeeze=False)
+    for (form, rows), axes in zip(forms.items(), panels, strict=True):
+        pooling = FORMS[form][1] if form else "mean"  # type: ignore[index]
+        _scan_panels(axes, rows, pooling)
+        said = f"Spearman x 100, {section['pairs']} pairs of {section['task']}"
+        axes[0].set(xlabel="N", ylabel=said)
+        if form:
+            axes[0].set_title(f"{form}, {pooling.replace('_', ' ')}")
+    return {"scan.png": figure}
+
+
+def _every(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of a scan's rows that are of every K-th layer."""
+    return [row for row in rows if isinstance(row["layers"], dict) and "every" in row["layers"]]
+
+
+def _scan_panels(axes: Any, rows: Sequence[dict[str, Any]], pooling: str) -> None:
     axes[0].xaxis.get_major_locator().set_params(integer=True)
     for kind, colour in SCANNED.items():
         line = [
@@ -357,7 +379,7 @@ def scan(section: dict[str, Any], pooling: str = "mean") -> dict[str, Figure]:
             style: Any = {"marker": ".", "color": colour, "lw": 1.3, "elinewidth": 0.5}
             heights = [each["score"] for each in scores]
             axes[0].errorbar(places, heights, _reach(scores), label=WORDS[kind], **style)
-    if every:
+    if every := _every(rows):
         names = [row["name"].replace("every ", "").replace(" from ", "\nfrom ") for row in every]
         heights = [row[pooling]["score"] for row in every]
         reach = _reach([row[pooling] for row in every])
@@ -369,7 +391,6 @@ def scan(section: dict[str, Any], pooling: str = "mean") -> dict[str, Figure]:
         for each in axes:
             each.axhline(score, color="black", lw=0.9, ls=style, label=f"{name} ({score:.1f})")
     axes[0].legend()
-    return {"scan.png": figure}
 
 
 def _scanned(layers: Any, kind: str) -> int | None:

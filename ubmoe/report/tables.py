@@ -215,20 +215,57 @@ def probed(row: dict[str, Any]) -> str:
 
 
 def scan_rows(section: dict[str, Any], pooling: str = "mean") -> list[list[str]]:
-    """Header and a row for each pattern, best first: the score, and its gain over none."""
+    """Header and a row for each pattern, best first: the score, and its gain over none.
+
+    Where vectors were centred, the score of these.
+    """
     ordered = sorted(section["patterns"], key=lambda each: -each[pooling]["score"])
     body = [
         [each["name"], f"{own['score']:.2f}", "{:+.2f} ({:+.2f} to {:+.2f})".format(*gain)]
+        + ([f"{own['centred']:.2f}"] if "centred" in own else [])
         for each in ordered
         for own in [each[pooling]]
         for gain in [(own["gain"], *own["interval"])]
     ]
-    return [["layers that look both ways", "Spearman x 100", "above none (95 %)"], *body]
+    more = ["centred"] if any("centred" in each[pooling] for each in ordered) else []
+    return [["layers that look both ways", "Spearman x 100", "above none (95 %)", *more], *body]
+
+
+def has_forms(section: dict[str, Any]) -> bool:
+    """Whether a scan read its pairs in forms that it names; older ones did not."""
+    return "form" in section["patterns"][0]
+
+
+def scan_form_rows(section: dict[str, Any], most: int) -> list[list[str]]:
+    """Header and the `most` best patterns of each form, with none and all, by any pooling.
+
+    A cell is Spearman x 100, and behind a slash that of the centred vectors, where these are there.
+    """
+    first = section["patterns"][0]
+    poolings = [name for name, own in first.items() if isinstance(own, dict) and "score" in own]
+    words = [name.replace("_", " ") for name in poolings]
+    body: list[list[str]] = []
+    for form in dict.fromkeys(each["form"] for each in section["patterns"]):
+        own = [each for each in section["patterns"] if each["form"] == form]
+        best = sorted(own, key=lambda each: -max(each[name]["score"] for name in poolings))
+        shown = [each for each in best if each in best[:most] or each in own[:2]]
+        body += [
+            [form, each["name"], *(_scanned(each[name]) for name in poolings)] for each in shown
+        ]
+    return [["form", "layers that look both ways", *words], *body]
+
+
+def _scanned(own: dict[str, Any]) -> str:
+    return f"{own['score']:.2f}" + (f" / {own['centred']:.2f}" if "centred" in own else "")
 
 
 def scan_text(result: dict[str, Any]) -> str:
     section = result["scan"]
     caption = f"{model_of(result)} without training, {section['pairs']} pairs of {section['task']}"
+    if has_forms(section):
+        behind = "; behind a slash centred" if result["config"]["scan"]["centre"] else ""
+        table = aligned(scan_form_rows(section, len(section["patterns"])))
+        return f"{caption}, Spearman x 100{behind}.\n{table}"
     return f"{caption}, mean pooling.\n{aligned(scan_rows(section))}"
 
 

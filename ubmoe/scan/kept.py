@@ -22,9 +22,11 @@ class Kept:
     mark: what the values depend on; those of another mark are not taken.
     """
 
-    def __init__(self, path: Path, mark: dict[str, Any], shape: tuple[int, ...]) -> None:
+    def __init__(
+        self, path: Path, mark: dict[str, Any], shape: tuple[int, ...], dtype: type = np.float64
+    ) -> None:
         self.path, self.mark = path, mark
-        self.values = np.full(shape, np.nan)
+        self.values: np.ndarray = np.full(shape, np.nan, dtype)
         self.saved = time.monotonic()
 
     def missing(self) -> list[int]:

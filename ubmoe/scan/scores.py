@@ -1,4 +1,4 @@
-"""STS of every pattern, with its difference to the causal model and an interval, resumable."""
+"""STS of every pattern in every form, with its difference to the causal model, resumable."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +11,12 @@ from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
 from ubmoe.bootstrap import gains, interval
-from ubmoe.config import Config, ScanSection, UserError
+from ubmoe.config import BiSection, Config, Form, ScanSection, UserError
+from ubmoe.encoder import whitening
+from ubmoe.encoder.echo import pooled
 from ubmoe.encoder.sentence_encoder import POOLING, as_encoder, lengths, own_prompt
 from ubmoe.models.digests import digest_of_rows, mark_of
 from ubmoe.models.loading import load_tokenizer
@@ -24,33 +25,52 @@ from ubmoe.scan.kept import Kept
 from ubmoe.scan.patterns import Pattern, patterns
 from ubmoe.scan.walk import states
 
+# Keys of bi that a scan chooses itself, or has no use of.
+CHOSEN = {"stages", "attention", "layers", "pooling", "whiten"}
+
 
 def scan(model: PreTrainedModel, config: Config, task: AbsTaskSTS, directory: Path) -> Any:
-    """The `scan` section of the result.
+    """The `scan` section of the result: every pattern in every form, form after form.
 
-    An interrupted scan leaves its cosines in `directory`, where `resume=auto` finds them.
+    An interrupted scan leaves what it computed in `directory`, where `resume=auto` finds it.
     """
-    settings = config.scan
-    encoder = as_encoder(model, load_tokenizer(config.model), config.bi)
-    depth = model.config.get_text_config().num_hidden_layers
-    asked = patterns(settings, depth)
+    settings, tokenizer = config.scan, load_tokenizer(config.model)
+    forms = [in_form(config.bi, form) for form in settings.forms] or [config.bi]
+    encoders = [as_encoder(model, tokenizer, bi) for bi in forms]
+    text_config = model.config.get_text_config()
+    asked = patterns(settings, text_config.num_hidden_layers)
     rows, gold = pairs(task, settings)
     mark = mark_of(model) | {
         "pairs": digest_of_rows(rows),
-        "bi": config.bi.model_dump(exclude={"stages", "attention", "layers", "pooling"}),
         "patterns": [pattern.both for pattern in asked],
         "bf16": uses_bfloat16(config.evaluation.bf16, model.device),
+        "centre": settings.centre,
     }
-    kept = Kept(directory / "scan.partial-0.npz", mark, (len(asked), len(POOLING), len(rows)))
-    if config.resume == "auto":
-        kept.load()
-    with autocast(config.evaluation.bf16, model.device):
-        _fill(kept, model, encoder, rows, asked, config)
-    found = [
-        {"layers": pattern.layers, "name": pattern.name, **_scores(own, kept.values[0], gold)}
-        for pattern, own in zip(asked, kept.values, strict=True)
-    ]
+    vectors = [2, text_config.hidden_size] if settings.centre else []
+    shape = (len(asked), len(POOLING), *vectors, len(rows))
+    found: list[dict[str, Any]] = []
+    for bi, encoder in zip(forms, encoders, strict=True):
+        path = directory / f"scan.partial-{bi.form or 0}.npz"
+        own = mark | {"bi": bi.model_dump(exclude=CHOSEN)}
+        kept = Kept(path, own, shape, np.float32 if vectors else np.float64)
+        if config.resume == "auto":
+            kept.load()
+        with autocast(config.evaluation.bf16, model.device):
+            _fill(kept, model, encoder, rows, asked, config)
+        named = {"form": bi.form} if settings.forms else {}
+        causal = cosines(kept.values[0]) if vectors else kept.values[0]
+        found += [
+            {**named, "layers": pattern.layers, "name": pattern.name, **_scores(each, causal, gold)}
+            for pattern, each in zip(asked, kept.values, strict=True)
+        ]
+    depth = text_config.num_hidden_layers
     return {"task": task.metadata.name, "pairs": len(rows), "depth": depth, "patterns": found}
+
+
+def in_form(bi: BiSection, form: Form) -> BiSection:
+    """The same section in another form."""
+    rest = bi.model_dump(exclude={"prompt", "pooling", "prompt_in_mean"})
+    return BiSection.model_validate(rest | {"form": form})
 
 
 def pairs(task: AbsTaskSTS, settings: ScanSection) -> tuple[list[tuple[str, str]], np.ndarray]:
@@ -86,17 +106,20 @@ def _fill(
             count = max(1, config.scan.batch_tokens // (2 * longest[order[0]]))
             batch, order = order[:count], order[count:]
             texts = [rows[row][side] for side in (0, 1) for row in batch]
-            filling.put(batch, _cosines(model, encoder, texts, asked, config.bi.keep_sink))
+            filling.put(batch, _read(model, encoder, texts, asked, config))
 
 
-def _cosines(
+def _read(
     model: PreTrainedModel,
     encoder: SentenceTransformer,
     texts: Sequence[str],
     asked: Sequence[Pattern],
-    keep_sink: bool,
+    config: Config,
 ) -> np.ndarray:
-    """(patterns, poolings, pairs): texts holds the first of each pair, then the second."""
+    """(patterns, poolings, pairs) cosines; to centre, (patterns, poolings, 2, D, pairs) vectors.
+
+    texts: the first of each pair, then the second.
+    """
     features = encoder.preprocess(list(texts), prompt=own_prompt(encoder))
     features = {
         key: value.to(model.device) if isinstance(value, Tensor) else value
@@ -107,27 +130,53 @@ def _cosines(
         Pooling(given.embedding_dimension, word, include_prompt=given.include_prompt)
         for word in POOLING.values()
     ]
-    found = np.empty((len(asked), len(pools), len(texts) // 2))
     inputs = {key: features[key] for key in ("input_ids", "attention_mask")}
-    for place, last in states(model, inputs, asked, keep_sink):
-        for column, pool in enumerate(pools):
-            with torch.no_grad():
-                pooled = pool({**features, "token_embeddings": last.float()})
-            first, second = pooled["sentence_embedding"].chunk(2)
-            found[place, column] = cosine_similarity(first, second).cpu().numpy()
-    return found
+    features = pooled(features)
+    found: dict[int, list[np.ndarray]] = {}
+    for place, last in states(model, inputs, asked, config.bi.keep_sink):
+        with torch.no_grad():
+            embedded = [
+                pool({**features, "token_embeddings": last.float()})["sentence_embedding"]
+                for pool in pools
+            ]
+        both = [torch.stack(each.chunk(2)).transpose(1, 2).cpu().numpy() for each in embedded]
+        found[place] = both if config.scan.centre else [cosines(each) for each in both]
+    return np.array([found[place] for place in range(len(asked))])
+
+
+def cosines(vectors: np.ndarray) -> np.ndarray:
+    """(..., 2, D, pairs) -> (..., pairs)."""
+    first, second = (vectors[..., side, :, :].astype(np.float64) for side in (0, 1))
+    norms = np.linalg.norm(first, axis=-2) * np.linalg.norm(second, axis=-2)
+    return (first * second).sum(-2) / np.maximum(norms, 1e-12)
+
+
+def centred(vectors: np.ndarray) -> np.ndarray:
+    """(2, D, pairs) without the mean and the first principal component of all 2 x pairs."""
+    columns = np.concatenate(vectors, axis=1).astype(np.float64)
+    weight, bias, _ = whitening.fitted(columns.T, 1)
+    return np.stack(np.split(weight @ columns + bias[:, None], 2, axis=1))
 
 
 def _scores(own: np.ndarray, causal: np.ndarray, gold: np.ndarray) -> dict[str, Any]:
     """By pooling: Spearman x 100, and what it is above the causal model's, with a 95 % interval.
 
-    own, causal: (poolings, pairs). Raises UserError for cosines that are not finite.
+    own: (poolings, pairs) cosines, or (poolings, 2, D, pairs) vectors, which are scored centred,
+    too. causal: (poolings, pairs). Raises UserError for cosines that are not finite.
     """
-    if not np.isfinite(own).all():
+    whole = own.ndim > 2
+    mine = cosines(own) if whole else own
+    if not np.isfinite(mine).all():
         raise UserError("scan: cosines that are not finite; expected another model.dtype")
     found: dict[str, Any] = {}
-    for pooling, mine, theirs in zip(POOLING, own, causal, strict=True):
-        score, base = (float(spearmanr(each, gold).statistic) for each in (mine, theirs))
-        gain = {"gain": 100 * (score - base), "interval": interval(100 * gains(mine, theirs, gold))}
-        found[pooling] = {"score": 100 * score, **gain}
+    for place, (pooling, ours, theirs) in enumerate(zip(POOLING, mine, causal, strict=True)):
+        score, base = (_spearman(each, gold) for each in (ours, theirs))
+        gain = {"gain": score - base, "interval": interval(100 * gains(ours, theirs, gold))}
+        found[pooling] = {"score": score, **gain}
+        if whole:
+            found[pooling]["centred"] = _spearman(cosines(centred(own[place])), gold)
     return found
+
+
+def _spearman(scores: np.ndarray, gold: np.ndarray) -> float:
+    return 100 * float(spearmanr(scores, gold).statistic)

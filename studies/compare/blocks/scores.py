@@ -11,7 +11,9 @@ from ubmoe.report.tables import (
     ROUTES,
     dependence_caption,
     dependence_rows,
+    has_forms,
     markdown,
+    scan_form_rows,
     scan_rows,
     spread,
     variant,
@@ -101,14 +103,17 @@ def scan_block(name: str, records: Records, _: Sequence[int]) -> str:
 
 
 def _scan_table(section: dict[str, Any]) -> str:
+    caption = f"{section['pairs']} pairs of {section['task']}"
+    if has_forms(section):
+        return f"{caption}, Spearman x 100:\n\n{markdown(scan_form_rows(section, BEST))}"
     patterns = section["patterns"]
     ordered = sorted(patterns, key=lambda each: -each["mean"]["score"])
     shown = [each for each in ordered if each in ordered[:BEST] or each in patterns[:2]]
     columns = [scan_rows({"patterns": shown}, pooling) for pooling in ("mean", "weighted_mean")]
     weighted = {row[0]: row[1:] for row in columns[1][1:]}
     body = [[*row, *weighted[row[0]]] for row in columns[0][1:]]
-    header = [*columns[0][0], "weighted mean", columns[1][0][2]]
-    return f"{section['pairs']} pairs of {section['task']}:\n\n{markdown([header, *body])}"
+    header = [*columns[0][0], "weighted mean", *columns[1][0][2:]]
+    return f"{caption}:\n\n{markdown([header, *body])}"
 
 
 def _by_route(entry: Entry) -> tuple[bool, int, str]:

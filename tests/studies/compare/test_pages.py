@@ -379,6 +379,27 @@ def test_a_block_may_say_its_own_seeds():
         renewed("<!-- sts: small seeds 7 -->\n<!-- end -->", records, SEEDS)
 
 
+def test_a_scan_of_forms_shows_each_with_every_pooling():
+    def pattern(form, name, mean, last):
+        own = {"gain": 1.0, "interval": [0.0, 2.0]}
+        both = {"mean": {"score": mean, "centred": mean + 9} | own, "last": {"score": last} | own}
+        return {"form": form, "name": name, "layers": {"from": 1}} | both
+
+    patterns = [pattern("eol", "none", 40, 77), pattern("eol", "all", 30, 3)]
+    patterns += [pattern("plain", "none", 57, 20), pattern("plain", "all", 64, 10)]
+    section = {"task": "dev", "pairs": 9, "depth": 30, "patterns": patterns}
+    config = {"model": {"name": "small"}, "seed": 0, "scan": {"centre": True}}
+    records = Records.of_names({"x.scan.seed0": {"scan": section, "config": config}})
+    found = renewed_squeezed("<!-- scan: x -->\n<!-- end -->", records, SEEDS).splitlines()
+    assert found[1] == "9 pairs of dev, Spearman x 100:"
+    assert found[-5:-1] == [
+        "| eol | none | 40.00 / 49.00 | 77.00 |",
+        "| eol | all | 30.00 / 39.00 | 3.00 |",
+        "| plain | all | 64.00 / 73.00 | 10.00 |",
+        "| plain | none | 57.00 / 66.00 | 20.00 |",
+    ]
+
+
 def test_a_scan_shows_its_best_patterns_and_both_ends():
     def pattern(name, score):
         own = {"score": score, "gain": score - 50, "interval": [score - 55, score - 45]}
