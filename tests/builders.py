@@ -86,7 +86,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "gemma": {"num_key_value_heads": 1},
     "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 8},
-    "gemma3_text": {"sliding_window": 16, "query_pre_attn_scalar": 8},
+    # a window in every other layer, and two bases of its positions
+    "gemma3_text": {
+        "sliding_window": 16,
+        "query_pre_attn_scalar": 8,
+        "sliding_window_pattern": 2,
+    },
 }
 
 

@@ -115,6 +115,80 @@ def test_a_window_is_proved_within_its_reach(window):
     assert leak(model) < 1e-6 < 1e-3 < leak(make_bidirectional(model))
 
 
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("layer", [2, 3])  # one with a window, one without
+def test_a_layer_of_another_kind_than_its_config_says_is_found_out(layer, bidirectional):
+    """A window of 512 hides nothing of a short proof; the first layers read as they should."""
+    model = random_model("gemma3_text", num_hidden_layers=4, sliding_window=512)
+    set_attention(model, bidirectional)
+    said = prove_attention(model, bidirectional)
+    kinds = dict(enumerate(model.config.layer_types))
+    masks = {}
+
+    def keep(module, arguments, keys):
+        masks[module] = keys["attention_mask"]
+
+    def swapped(module, arguments, keys):
+        return arguments, keys | {"attention_mask": masks[model.model.layers[1 - layer % 2]]}
+
+    for each in model.model.layers[:2]:
+        each.register_forward_pre_hook(keep, with_kwargs=True)
+    model.model.layers[layer].register_forward_pre_hook(swapped, with_kwargs=True)
+    assert kinds[2] != kinds[3] and "verified" in said
+    with pytest.raises(UserError, match=f"layer {layer} .{kinds[layer]}. of Gemma3ForCausalLM"):
+        prove_attention(model, bidirectional)
+    assert model.config.sliding_window == model.model.layers[0].self_attn.sliding_window == 512
+
+
+def test_a_layer_of_one_kind_that_stays_causal_is_found_out():
+    model = set_attention(random_model("gemma3_text", num_hidden_layers=4), bidirectional=True)
+    causal = torch.full((6, 6), float("-inf")).triu(1)[None, None]
+    model.set_attn_implementation("eager")
+
+    def masked(module, arguments, keys):
+        size = arguments[0].shape[1]
+        return arguments, keys | {"attention_mask": causal[..., :size, :size]}
+
+    model.model.layers[3].register_forward_pre_hook(masked, with_kwargs=True)
+    with pytest.raises(UserError, match="layer 3 .full_attention. of Gemma3ForCausalLM"):
+        prove_attention(model, bidirectional=True)
+
+
+def test_a_model_that_is_bidirectional_by_another_key_is_refused():
+    model = random_model("gemma3_text", use_bidirectional_attention=True)
+    with pytest.raises(UserError, match="sees other tokens than its causal mask"):
+        prove_attention(model, bidirectional=False)
+    with pytest.raises(UserError, match="by use_bidirectional_attention.*expected a decoder"):
+        make_bidirectional(model)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "layered_sdpa"])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_gemmas_masks_are_those_that_are_written_down(attention, bidirectional):
+    """A causal window counts the token itself; a bidirectional one does not."""
+    model = random_model("gemma3_text", num_hidden_layers=2, sliding_window=3)
+    set_attention(model, bidirectional)
+    if attention == "layered_sdpa":
+        model.config.bidirectional_layers = [0, 1] if bidirectional else []
+        set_attention(model, bidirectional=True)
+    else:
+        model.set_attn_implementation(attention)
+    ids, rows = torch.arange(9)[None], torch.arange(9)
+    away = rows - rows[:, None]
+    windowed = away.abs() <= 3 if bidirectional else (away <= 0) & (away > -3)
+    whole = torch.ones(9, 9, dtype=torch.bool) if bidirectional else away <= 0
+    with torch.no_grad():
+        found = model(ids, use_cache=False).logits
+        masks = {"full_attention": whole, "sliding_attention": windowed}
+        model.set_attn_implementation("eager")
+        added = {
+            kind: torch.zeros(9, 9).masked_fill(~mask, float("-inf"))[None, None]
+            for kind, mask in masks.items()
+        }
+        expected = model.model(ids, attention_mask=added, use_cache=False).last_hidden_state
+    torch.testing.assert_close(found, model.lm_head(expected), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_proved_too(dtype):
     model = random_model("qwen2").to(dtype)

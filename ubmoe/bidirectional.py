@@ -19,6 +19,7 @@ from ubmoe.config import Layers, UserError
 
 Attention = Literal["causal", "bidirectional"]
 PROOF_TOKENS = 8
+SHORT = 3  # tokens of a window while it is proved
 CANDIDATES = 64  # tokens that they are taken from
 SIGHT = 1e-5  # relative change of a token in a layer that sees another: real models' is 5e-4
 PADDINGS = ("none", "left", "right")
@@ -99,6 +100,12 @@ def prove_attention(model: PreTrainedModel, bidirectional: bool) -> str:
             f"{family} has {', '.join(recurrent)} layers, which read left to right; it cannot be "
             "bidirectional"
         )
+    if bidirectional and getattr(model.config, "use_bidirectional_attention", None):
+        raise UserError(
+            f"{family} is bidirectional by use_bidirectional_attention, with windows of its own; "
+            "expected a decoder"
+        )
+    _prove_windows(model, family, bidirectional)
     if bidirectional and layered.is_ours(model.config.get_text_config()):
         return _prove_ours(model, family)
     for padding in PADDINGS:
@@ -155,6 +162,102 @@ def _prove_sink(model: PreTrainedModel, family: str, padding: str) -> None:
                 f"the first token's states of {family} are not the causal ones with "
                 f"{padding} padding; expected keep_sink: false"
             )
+
+
+def _prove_windows(model: PreTrainedModel, family: str, bidirectional: bool) -> None:
+    """Raises UserError unless every layer of a model with windows sees as far as its mask says.
+
+    Kinds of layers may differ, and tokens beyond a window: layer by layer, on shorter windows.
+    """
+    config = model.config.get_text_config()
+    if not hasattr(model.base_model, "layers") or getattr(config, "num_kv_shared_layers", 0):
+        return
+    some = layered.partial_layers(config)
+    with _short_windows(model) as window:
+        places = torch.arange((window or 0) + SHORT)
+        # a config without kinds of layers may name a window that the class does not have
+        reaches = {"sliding_attention": [window], "full_attention": [None], None: [window, None]}
+        for padding in PADDINGS if window else ():
+            for number, moved in enumerate(_sights(model, padding, len(places))):
+                _finite(moved.max().item(), family, padding)
+                kind = (getattr(config, "layer_types", None) or [None] * (number + 1))[number]
+                causal = not bidirectional or (some is not None and number not in some)
+                masks = [
+                    layered.visible(places[:, None], places[[0, -1]], causal, reach)
+                    for reach in reaches.get(kind, [])
+                ]
+                for mask in masks if layered.keeps_sink(config) else []:
+                    mask[0, 1] = False  # the first token sees itself alone
+                if kind in reaches and not any(_is_of(moved, mask, model) for mask in masks):
+                    word = "causal" if causal else "bidirectional"
+                    raise UserError(
+                        f"layer {number} ({kind or 'attention'}) of {family} sees other tokens "
+                        f"than its {word} mask and its window say, with {padding} padding; "
+                        "expected another model.attn_implementation"
+                    )
+
+
+def _is_of(moved: torch.Tensor, seen: torch.Tensor, model: PreTrainedModel) -> bool:
+    """Whether tokens moved, (T, 2), where the first and the last one are seen, and nowhere else.
+
+    What is not seen changes nothing but by rounding; what is seen may change little, and in half
+    precision some of it nothing.
+    """
+    others = seen.clone()
+    others[0, 0] = others[-1, 1] = False  # they themselves
+    found = (moved > 0) & others
+    whole = found if model.dtype == torch.float32 else found.any(0)
+    expected = others if model.dtype == torch.float32 else others.any(0)
+    return whole.equal(expected) and bool((moved[~seen] <= tolerance(model)).all())
+
+
+@contextmanager
+def _short_windows(model: PreTrainedModel) -> Iterator[int | None]:
+    """Inside, windows are of SHORT tokens at most; yields that, or None for a model without."""
+    holders = [model.config.get_text_config(), *model.base_model.modules()]
+    own = [(each, getattr(each, "sliding_window", None)) for each in holders]
+    own = [(each, size) for each, size in own if isinstance(size, int) and size > 0]
+    for each, size in own:
+        each.sliding_window = min(size, SHORT)
+    try:
+        yield min((SHORT, *(size for _, size in own))) if own else None
+    finally:
+        for each, size in own:
+            each.sliding_window = size
+
+
+@torch.no_grad()
+def _sights(model: PreTrainedModel, padding: str, count: int) -> torch.Tensor:
+    """(L, T, 2) how far each layer alone moves each of T tokens when the input of the first or of
+    the last changes; the most of two texts, as one may hardly attend.
+    """
+    found: list[torch.Tensor] = []
+    start = 3 if padding == "left" else 0
+    real = slice(start, start + count)
+
+    def look(layer: Any, arguments: tuple[Any, ...], keys: dict[str, Any], output: Any) -> None:
+        states, *rest = arguments
+        one, moved = _states(output)[0, real].float(), []
+        for place in (start, start + count - 1):
+            changed = states.clone()
+            changed[:, place] = states[:, place].roll(1, dims=-1) - states[:, place]
+            other = _states(layer.forward(changed, *rest, **keys))[0, real].float()
+            moved.append((one - other).abs().amax(-1) / one.abs().amax(-1))
+        found.append(torch.stack(moved, 1).cpu())
+
+    inner: Any = model.base_model
+    hooks = [layer.register_forward_hook(look, with_kwargs=True) for layer in inner.layers]
+    try:
+        for tokens in (_unlike(model), _unlike(model)[::-1]):
+            _first_states(model, padding, tokens, count)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(found).unflatten(0, (2, -1)).amax(0)
+
+
+def _states(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _finite(moved: float, family: str, padding: str) -> float:
@@ -233,10 +336,13 @@ def _unlike(model: PreTrainedModel) -> list[int]:
 
 
 @torch.no_grad()
-def _first_states(model: PreTrainedModel, padding: str, tokens: list[int]) -> torch.Tensor:
-    """(layers + 1, D) in fp32: the first real token's states."""
+def _first_states(
+    model: PreTrainedModel, padding: str, tokens: list[int], length: int | None = None
+) -> torch.Tensor:
+    """(layers + 1, D) in fp32: the first real token's states; length: None, a window's at most."""
     config = model.config.get_text_config()
-    length = min(PROOF_TOKENS, getattr(config, "sliding_window", None) or PROOF_TOKENS)
+    window = getattr(config, "sliding_window", None) or PROOF_TOKENS
+    length = length or min(PROOF_TOKENS, window)
     ids = torch.tensor(tokens[-length:])
     real = torch.ones(length, dtype=torch.long)
     pad = torch.zeros(3 if padding != "none" else 0, dtype=torch.long)
