@@ -104,7 +104,9 @@ def _check_files(folder: Path) -> None:
             try:
                 regular(path, METADATA if path.suffix not in (".safetensors", ".bin") else None)
             except OSError as error:
-                raise UserError(f"model.name: {path} {error.strerror}") from error
+                raise UserError(
+                    f"model.name: {path} {error.strerror}; expected a file of the model"
+                ) from error
 
 
 def _check_index(path: Path) -> None:
