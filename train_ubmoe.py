@@ -33,20 +33,21 @@ def main(config: Config) -> Path:
         config = within_context(config, "ubmoe")
         inputs = pipeline.read(config)
         best_device(config.model.device)  # where the processes meet, before one is asked which
-        mixture = run.place("ubmoe")
         joined = pipeline.join(config, inputs, run.place) if run.is_main else {}
-        run.model = model = pipeline.load(config, inputs, mixture)
+        run.model = model = pipeline.load(config, inputs, run.place)
         router = pipeline.train(config, inputs, model)
         if run.is_main:
             if "mixture" in config.ubmoe.export:
-                save_routers(model, mixture)
-            else:
-                shutil.rmtree(mixture)
+                save_routers(model, run.place("ubmoe"))
+            elif inputs.joins:
+                shutil.rmtree(run.place("ubmoe"))
             scores = pipeline.generation_of(config, inputs, model)
-            run.section = scores | {"router": router, "bi_weights": joined.pop("bi_weights")}
+            run.section = scores | {"bi_weights": joined.pop("bi_weights")}
             run.more |= joined
             run.more["sts"] = pipeline.sts_of(config, inputs, model, run.place("adapter"))
-            run.figures = figures.routing(router["log"], router["bi_weight_by_role"])
+            if router:
+                run.section["router"] = router
+                run.figures = figures.routing(router["log"], router["bi_weight_by_role"])
     return run.path
 
 

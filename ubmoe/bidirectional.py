@@ -170,18 +170,20 @@ def _prove_windows(model: PreTrainedModel, family: str, bidirectional: bool) -> 
     Kinds of layers may differ, and tokens beyond a window: layer by layer, on shorter windows.
     """
     config = model.config.get_text_config()
-    if not hasattr(model.base_model, "layers") or getattr(config, "num_kv_shared_layers", 0):
+    if not hasattr(model.base_model, "layers") or getattr(config, "num_kv_shared_layers", None):
         return
     some = layered.partial_layers(config)
     with _short_windows(model) as window:
         places = torch.arange((window or 0) + SHORT)
         # a config without kinds of layers may name a window that the class does not have
-        reaches = {"sliding_attention": [window], "full_attention": [None], None: [window, None]}
+        reaches: dict[str | None, list[int | None]] = {None: [window, None]}
+        reaches |= {"sliding_attention": [window], "full_attention": [None]}
         for padding in PADDINGS if window else ():
             for number, moved in enumerate(_sights(model, padding, len(places))):
                 _finite(moved.max().item(), family, padding)
-                kind = (getattr(config, "layer_types", None) or [None] * (number + 1))[number]
-                causal = not bidirectional or (some is not None and number not in some)
+                kinds: Any = getattr(config, "layer_types", None)
+                kind = kinds[number] if kinds else None
+                causal = not (bidirectional and (some is None or number in some))
                 masks = [
                     layered.visible(places[:, None], places[[0, -1]], causal, reach)
                     for reach in reaches.get(kind, [])
@@ -214,9 +216,9 @@ def _is_of(moved: torch.Tensor, seen: torch.Tensor, model: PreTrainedModel) -> b
 @contextmanager
 def _short_windows(model: PreTrainedModel) -> Iterator[int | None]:
     """Inside, windows are of SHORT tokens at most; yields that, or None for a model without."""
-    holders = [model.config.get_text_config(), *model.base_model.modules()]
-    own = [(each, getattr(each, "sliding_window", None)) for each in holders]
-    own = [(each, size) for each, size in own if isinstance(size, int) and size > 0]
+    holders: list[Any] = [model.config.get_text_config(), *model.base_model.modules()]
+    named = ((each, getattr(each, "sliding_window", None)) for each in holders)
+    own = [(each, size) for each, size in named if isinstance(size, int) and size > 0]
     for each, size in own:
         each.sliding_window = min(size, SHORT)
     try:

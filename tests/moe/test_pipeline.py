@@ -9,13 +9,16 @@ import pytest
 import torch
 from builders import ROOT, random_model, run
 from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ubmoe.bidirectional import make_bidirectional
 from ubmoe.config import BiSection, load_config
 from ubmoe.encoder.sentence_encoder import as_encoder, save_encoder
 from ubmoe.models.loading import load_model
 from ubmoe.models.streams import open_weights
 from ubmoe.moe.joining import write_mixture
+from ubmoe.results.__main__ import table
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +82,60 @@ def test_a_mixture_that_nobody_asked_for_is_trained_and_not_kept(encoder, tmp_pa
     assert result["environment"]["model_class"] == "Qwen2MoeForCausalLM"
     assert "route uni: attention causal, verified" in errors
     assert "route bi: attention bidirectional, verified" in errors
+
+
+@pytest.fixture(scope="module")
+def gemma(tiny_path, tmp_path_factory):
+    """A small Gemma 3, with a window in every other layer, and an encoder of it: (uni, bi)."""
+    folder, tokenizer = tmp_path_factory.mktemp("gemma"), AutoTokenizer.from_pretrained(tiny_path)
+    model = random_model("gemma3_text", vocab_size=len(tokenizer), tie_word_embeddings=True)
+    for each in (model, tokenizer):
+        each.save_pretrained(folder / "uni")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight *= 1.1
+    make_bidirectional(model)
+    settings = BiSection(prompt=None)
+    encoder = as_encoder(model, tokenizer, settings)
+    save_encoder(encoder, model, tokenizer, settings, folder / "bi")
+    return folder / "uni", folder / "bi"
+
+
+def test_a_model_without_a_mixture_is_exported_as_an_adapter(gemma, tmp_path):
+    uni, bi = gemma
+    more = [f"model.name={uni}", "ubmoe.export=[adapter]", "ubmoe.rank=32", "evaluation.sts=[tiny]"]
+    given = keys(bi, tmp_path / "run", *more)
+    code, _, errors = run(*given, script="train_ubmoe.py")
+    assert code == 0, errors
+    found = {path.name for path in (tmp_path / "run").iterdir()}
+    assert found == {"generation.json", "train_ubmoe.config.yaml", "adapter"}
+    result = json.loads((tmp_path / "run" / "generation.json").read_text())
+    assert list(result["generation"]["routes"]) == ["uni"] and "router" not in result["generation"]
+    [row] = result["sts"]
+    adapter, ids = tmp_path / "run" / "adapter", torch.arange(60)[None]  # longer than the window
+    with torch.no_grad():
+        own, kept = (
+            AutoModelForCausalLM.from_pretrained(each)(ids).logits for each in (uni, adapter)
+        )
+    assert torch.equal(own, kept) and row["route"] == "adapter"
+    texts = ["Anna sleeps.", "The dog sees " * 20]
+    one, other = (
+        SentenceTransformer(str(each), device="cpu").encode(texts) for each in (bi, adapter)
+    )
+    torch.testing.assert_close(torch.tensor(other), torch.tensor(one), atol=1e-3, rtol=1e-3)
+    base = SentenceTransformer(str(bi), device="cpu", config_kwargs={"is_causal": True})
+    assert abs(base.encode(texts) - one).max() > 1e-2
+    assert list(table(load_config(None, given)))
+
+
+def test_a_mixture_of_a_class_that_has_none_is_refused_before_anything_is_loaded(gemma, tmp_path):
+    uni, bi = gemma
+    given = keys(bi, tmp_path / "run", f"model.name={uni}", "ubmoe.export=[adapter, modes]")
+    code, _, errors = run(*given, script="train_ubmoe.py")
+    assert code == 2 and errors.strip().splitlines()[-1] == (
+        "error: ubmoe.export: gemma3_text has no stock mixture of experts, as qwen2, llama, "
+        "mistral, qwen3 have; got adapter, modes, expected [adapter]"
+    )
 
 
 # --- memory ---------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from ubmoe.dry_run import batches, memory
 from ubmoe.dry_run.memory import Batch, shapes
 from ubmoe.encoder import whitening
 from ubmoe.encoder.stages import read_data
-from ubmoe.models.loading import best_device, load_tokenizer, within_context
+from ubmoe.models.loading import best_device, decoder_config, load_tokenizer, within_context
 from ubmoe.models.precision import uses_bfloat16
 from ubmoe.moe import joining, routers, routes
 from ubmoe.report.tables import aligned
@@ -126,8 +126,12 @@ def train_bi(config: Config) -> str:
 
 @reading
 def train_ubmoe(config: Config) -> str:
-    """The mixture's routers; it is joined tensor by tensor, and loaded once."""
+    """The mixture's routers; it is joined tensor by tensor, and loaded once.
+
+    Of a model without a mixture nothing trains: it is the adapter's.
+    """
     config = within_context(config, "bi", "ubmoe")
+    joins = joining.check_joins(decoder_config(config.model).model_type, config.ubmoe.export)
     settings, tokenizer = config.ubmoe, load_tokenizer(config.model)
     found = read_chats(settings.dataset, tokenizer, settings.max_tokens, settings.max_rows)
     chats, _ = found.held_out(settings.held_out, "ubmoe.held_out")
@@ -143,16 +147,16 @@ def train_ubmoe(config: Config) -> str:
         if lengths:
             step.append(Batch(settings.per_device_train_batch_size, max(lengths)))
         with shapes():
-            mixture = _mixture(config, device)
-            training = memory.of_training(mixture, settings, step, 0.0, casts)
+            mixture = _mixture(config, device) if joins else memory.fake(config, device)
+            training = memory.of_training(mixture, settings, step, 0.0, casts) if joins else {}
             scoring = _scoring(mixture, config)
         most = max(training, scoring, key=lambda each: sum(each.values()))
         most |= memory.baseline(device, "ubmoe.evaluate.sts", "lm_eval.models.huggingface")
         count = sum(value.numel() for value in routers.router_weights(mixture).values())
         saved = {"mixture": "ubmoe/", "modes": "modes/", "adapter": "adapter/"}
         files = [saved[name] for name in settings.export]
-        files += ["routers/", "generation.json", "routing.png"]
-        work = f"routers: {_steps(settings, len(chats))}"
+        files += ["routers/", "generation.json", "routing.png"] if joins else ["generation.json"]
+        work = f"routers: {_steps(settings, len(chats))}" if joins else "no routers"
         return Plan(mixture, [f"trains routers {count:,}"], [work], most, files)
 
     half = _half(settings.per_device_train_batch_size)

@@ -9,6 +9,7 @@ It is written from the two models' tensors as they are read, and no dense model 
 """
 
 import logging
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,11 @@ from ubmoe.moe.routes import BI, UNI, blocks, route_of, set_route
 log = logging.getLogger(__name__)
 ROUTERS = "routers"  # the files of a mixture's routers
 SHARED_SIZE = 16  # of the zero expert; size 0 loads in transformers, but not in other engines
-FREE = ("dtype", "transformers_version", "_name_or_path")  # may differ between uni and bi
+# What may differ between uni and bi.
+FREE = (
+    *("dtype", "transformers_version", "_name_or_path", "architectures", "is_causal", "use_cache"),
+    layered.KEY,
+)
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # The mixture's class, by the dense model's type: what is not here would lose something.
 MIXTURES: dict[str, type] = {
@@ -182,6 +187,26 @@ def _window(dense: Any, kind: type) -> dict[str, Any]:
     return {"sliding_window": window if slides else None, "use_sliding_window": slides}
 
 
+def check_joins(model_type: str, export: Sequence[str]) -> bool:
+    """Whether models of a type have a mixture. Raises UserError where they have none and one is
+    asked for: an adapter alone needs no other class.
+
+    Of Gemma's types Gemma 4 alone has a sparse class, and it normalises values, too.
+    """
+    if model_type not in MIXTURES and list(export) != ["adapter"]:
+        raise UserError(
+            f"ubmoe.export: {model_type} has no stock mixture of experts, as {', '.join(MIXTURES)} "
+            f"have; got {', '.join(export)}, expected [adapter]"
+        )
+    return model_type in MIXTURES
+
+
+def check_pair(uni: Weights, bi: Weights) -> None:
+    """As `check_alike`, of two models for which no mixture is known."""
+    _check_same(uni, bi, lambda config: config.to_dict())
+    _check_numbers(uni, bi)
+
+
 def check_alike(uni: Weights, bi: Weights) -> None:
     """Raises UserError unless both can be joined, are finite, and equal outside the FFN by tensor.
 
@@ -193,6 +218,17 @@ def check_alike(uni: Weights, bi: Weights) -> None:
                 f"{word}: {each.model.name_or_path} is {each.config.model_type}; expected one of "
                 f"{', '.join(MIXTURES)}, of which a stock mixture of experts is known"
             )
+    _check_same(uni, bi, lambda config: mixture_config(config, 1).to_dict())
+    if lost := _lost(uni):
+        raise UserError(
+            f"model.name: {uni.model.name_or_path} has {listed(lost)}, which the class of its "
+            "mixture does not know; expected a model without"
+        )
+    _check_numbers(uni, bi)
+
+
+def _check_same(uni: Weights, bi: Weights, settings: Callable[[Any], dict[str, Any]]) -> None:
+    """Raises UserError for other types, shapes or settings of their configs."""
     if uni.config.model_type != bi.config.model_type:
         raise UserError(
             f"ubmoe.bi: {bi.model.name_or_path} is {bi.config.model_type}, and model.name is "
@@ -203,16 +239,10 @@ def check_alike(uni: Weights, bi: Weights) -> None:
     shapes += [name for name in theirs if name not in ours]
     if shapes:
         raise UserError(f"ubmoe.bi: other shapes than model.name in {listed(shapes)}")
-    configs = [mixture_config(each.config, 1).to_dict() for each in (uni, bi)]
-    other = [key for key, value in configs[0].items() if value != configs[1][key]]
+    given = settings(bi.config)
+    other = [key for key, value in settings(uni.config).items() if value != given.get(key)]
     if own := [key for key in other if key not in FREE]:
         raise UserError(f"ubmoe.bi: another {listed(own)} than model.name; expected the same")
-    if lost := _lost(uni):
-        raise UserError(
-            f"model.name: {uni.model.name_or_path} has {listed(lost)}, which the class of its "
-            "mixture does not know; expected a model without"
-        )
-    _check_numbers(uni, bi)
 
 
 def _check_numbers(uni: Weights, bi: Weights) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,13 @@ from ubmoe.data.tokens import sentences_of
 from ubmoe.encoder.sentence_encoder import load_saved
 from ubmoe.evaluate import generation
 from ubmoe.evaluate.sts import sts_scores, sts_tasks
-from ubmoe.models.loading import best_device, load_tokenizer
+from ubmoe.models.loading import best_device, decoder_config, load_model, load_tokenizer
 from ubmoe.models.precision import weights_dtype
 from ubmoe.models.streams import open_weights
 from ubmoe.moe import export, router_training, routers
 from ubmoe.moe.distillation import Distillation
 from ubmoe.moe.export import encoder_attention
-from ubmoe.moe.joining import check_alike, load_mixture
+from ubmoe.moe.joining import check_alike, check_joins, check_pair, load_mixture
 from ubmoe.moe.routes import route_of
 from ubmoe.training.checkpoints import Work
 
@@ -43,6 +44,7 @@ class Inputs:
     sentences: list[str]
     sts: list[AbsTaskSTS]
     counts: dict[str, int]
+    joins: bool = True  # whether a mixture is known for the model's class; else it is left out
 
 
 def read(config: Config) -> Inputs:
@@ -50,6 +52,7 @@ def read(config: Config) -> Inputs:
     encoder = Path(config.ubmoe.bi or f"{config.output_dir}/bi").expanduser().resolve()
     attention = encoder_attention(encoder)
     generation.check_tasks(config.evaluation.generation, config.evaluation.data)
+    joins = check_joins(decoder_config(config.model).model_type, config.ubmoe.export)
     sts = sts_tasks(config.evaluation.sts)
     tokenizer = load_tokenizer(config.model)
     if load_tokenizer(_stored_at(config, encoder)).get_vocab() != tokenizer.get_vocab():
@@ -63,7 +66,7 @@ def read(config: Config) -> Inputs:
     counts = {"chats": len(chats), "held_out": len(kept), "truncated": found.truncated}
     log.info("chats: %s", counts)
     counts |= {"dropped": found.dropped, "max_tokens": settings.max_tokens}
-    return Inputs(encoder, attention, tokenizer, chats, kept, sentences, sts, counts)
+    return Inputs(encoder, attention, tokenizer, chats, kept, sentences, sts, counts, joins)
 
 
 def _stored_at(config: Config, folder: Path) -> ModelSection:
@@ -81,11 +84,12 @@ def join(config: Config, inputs: Inputs, place: Callable[[str], Path]) -> dict[s
     dtype = weights_dtype(config.model.dtype, best_device(config.model.device))
     uni = open_weights(config.model, dtype)
     bi = open_weights(_stored_at(config, inputs.encoder), uni.dtype)
-    check_alike(uni, bi)
+    (check_alike if inputs.joins else check_pair)(uni, bi)
     settings, common = config.ubmoe, (uni, bi, inputs.tokenizer, inputs.encoder)
-    said = made(config, inputs, routed=True)
-    top_k, renormalised = settings.top_k, settings.norm_topk_prob
-    export.save_mixture(*common, place("ubmoe"), said, top_k, renormalised)
+    if inputs.joins:
+        said = made(config, inputs, routed=True)
+        top_k, renormalised = settings.top_k, settings.norm_topk_prob
+        export.save_mixture(*common, place("ubmoe"), said, top_k, renormalised)
     report: dict[str, Any] = {"bi_weights": bi.fingerprint()}
     said = made(config, inputs, routed=False)
     if "modes" in settings.export:
@@ -96,8 +100,11 @@ def join(config: Config, inputs: Inputs, place: Callable[[str], Path]) -> dict[s
     return report
 
 
-def load(config: Config, inputs: Inputs, folder: Path) -> PreTrainedModel:
-    """The mixture that the first process has written, in every process. Raises UserError."""
+def load(config: Config, inputs: Inputs, place: Callable[[str], Path]) -> PreTrainedModel:
+    """The mixture that the first process has written, in every process; or the language model of
+    the adapter where there is none. Raises UserError.
+    """
+    folder = place("ubmoe" if inputs.joins else "adapter")
     state = PartialState()
     state.wait_for_everyone()
     if not folder.is_dir():
@@ -105,13 +112,16 @@ def load(config: Config, inputs: Inputs, folder: Path) -> PreTrainedModel:
             f"output_dir: process {state.process_index} does not see {folder}; expected a folder "
             "that all processes share"
         )
-    model = load_mixture(_stored_at(config, folder), inputs.attention)
+    stored = _stored_at(config, folder)
+    model = load_mixture(stored, inputs.attention) if inputs.joins else load_model(stored)
     state.wait_for_everyone()  # what the run moves at its end has been read by all
     return model
 
 
 def train(config: Config, inputs: Inputs, model: PreTrainedModel) -> dict[str, Any]:
-    """Start and train the routers; returns what the record says of them."""
+    """Start and train the routers; returns what the record says of them, {} without a mixture."""
+    if not inputs.joins:
+        return {}
     report = routers.start(model, config.ubmoe, inputs.chats, inputs.held_out, config.seed)
     directory, resume = Path(config.output_dir) / "routers", config.resume == "auto"
     work = Work(directory, config.seed, resume, distributed=config.distributed)
@@ -173,13 +183,13 @@ def generation_of(config: Config, inputs: Inputs, model: PreTrainedModel) -> dic
     """
     set_attention(model, bidirectional=False)
     routes = {}
-    for route in _routes(config):
-        with route_of(model, route):
+    own: Route = config.ubmoe.route if inputs.joins else "uni"
+    for route in _routes(config) if inputs.joins else [own]:
+        with route_of(model, route) if inputs.joins else nullcontext():
             scores = generation.generation_scores(model, inputs.tokenizer, config.evaluation)
             lost = generation.perplexity(model, inputs.held_out, config.evaluation.bf16)
         routes[route] = scores | lost
         log.info("route %s: average %s, perplexity %s", route, *map(routes[route].get, SAID))
-    own = config.ubmoe.route
     brief = {route: {name: each[name] for name in KEPT} for route, each in routes.items()}
     metadata = {"route": own, "attention": "causal", "bi_attention": inputs.attention}
     return routes[own] | metadata | {"routes": brief}
@@ -195,7 +205,7 @@ def sts_of(
     if not inputs.sts:
         return []
     encoder, rows, settings = encoder_of(inputs, model), [], config.evaluation
-    for attention in ("bidirectional", "causal"):
+    for attention in ("bidirectional", "causal") if inputs.joins else ():
         set_attention(model, bidirectional=attention == "bidirectional")
         for route in _routes(config):
             with route_of(model, route):
