@@ -27,6 +27,7 @@ def main(config: Config) -> Path:
         texts = read_texts(config.dependence.dataset, config.dependence.max_texts)
 
         from ubmoe.dependence.measure import measure
+        from ubmoe.dependence.norms import norms
         from ubmoe.dependence.recorder import mean_attention
         from ubmoe.dependence.texts import cut, tokenize
         from ubmoe.models.loading import load_model, load_tokenizer, within_context
@@ -43,6 +44,7 @@ def main(config: Config) -> Path:
         section = measure(model, ids, config.dependence, run.directory, resume)
         run.model = model
         seconds = round(time.monotonic() - began, 3)  # the run's has the loading, too
+        section["norms"] = norms(model, ids, config.dependence.bf16)
         used = {"max_tokens": config.dependence.max_tokens, "truncated": truncated}
         run.section = section | used | {"seconds": seconds}
         shortest = min(ids, key=len)

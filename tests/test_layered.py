@@ -504,9 +504,7 @@ def test_a_sink_that_is_not_kept_is_found_out(monkeypatch, broken, said):
 @pytest.mark.parametrize("mask", [("all", True), ([1], False)])
 def test_attention_that_is_no_plain_softmax_is_refused(family, name, sizes, mask):
     model = set_layers(random_model(family, **sizes), *mask)
-    with pytest.raises(
-        UserError, match=f"^{name}.* no mask of ours.*; expected layers: all and"
-    ):
+    with pytest.raises(UserError, match=f"^{name}.* no mask of ours.*; expected layers: all and"):
         set_attention(model, bidirectional=True)
 
 

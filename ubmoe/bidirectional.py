@@ -66,12 +66,12 @@ def make_bidirectional(model: PreTrainedModel) -> PreTrainedModel:
 
 def set_attention(model: PreTrainedModel, bidirectional: bool) -> PreTrainedModel:
     """Write `is_causal` into the config (a composite model's text config too): it is saved."""
+    ours = layered.is_ours(model.config.get_text_config())
+    layered.switch(model, on=bidirectional and ours)  # first: it may refuse
     for config in {
         id(each): each for each in (model.config, model.config.get_text_config())
     }.values():
         config.is_causal = not bidirectional
-    ours = layered.is_ours(model.config.get_text_config())
-    layered.switch(model, on=bidirectional and ours)
     return model
 
 
@@ -84,6 +84,25 @@ def attending(model: PreTrainedModel, bidirectional: bool) -> Iterator[PreTraine
         yield model
     finally:
         set_attention(model, before)
+
+
+@contextmanager
+def masked(
+    model: PreTrainedModel, bidirectional: bool, keys: dict[str, Any]
+) -> Iterator[PreTrainedModel]:
+    """As `attending`, with these keys of `layered` alone; those before it come back, too."""
+    config = vars(model.config.get_text_config())
+    names = (layered.KEY, layered.SINK)
+    own = {name: config.pop(name) for name in names if name in config}
+    config.update(keys)
+    try:
+        with attending(model, bidirectional):
+            yield model
+    finally:
+        for name in names:
+            config.pop(name, None)
+        config.update(own)
+        set_attention(model, is_bidirectional(model.config))
 
 
 def prove_attention(model: PreTrainedModel, bidirectional: bool) -> str:

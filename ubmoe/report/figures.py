@@ -48,8 +48,11 @@ SHARES = {
 
 @styled
 def dependence(section: dict[str, Any]) -> dict[str, Figure]:
-    """DP by length bucket, and DP-after by layer and head."""
-    return {"dependence_buckets.png": _buckets(section), "dependence_heads.png": _heads(section)}
+    """DP by length bucket, DP-after by layer and head, and norms where they were measured."""
+    found = {"dependence_buckets.png": _buckets(section), "dependence_heads.png": _heads(section)}
+    if section.get("norms"):  # older results have none
+        found["dependence_norms.png"] = _norms(section["norms"])
+    return found
 
 
 @styled
@@ -333,6 +336,22 @@ def _heads(section: dict[str, Any]) -> Figure:
     for axis, count in ((axes.xaxis, after.shape[1]), (axes.yaxis, after.shape[0])):
         axis.set_ticks(range(0, count, max(1, count // 12)))
     figure.colorbar(image)
+    return figure
+
+
+def _norms(masks: dict[str, Any]) -> Figure:
+    """The first token's states by layer, a line a mask, and thin the other tokens'."""
+    figure = blank(6.4, 3.6)
+    axes: Any = figure.subplots()
+    for colour, (mask, own) in zip(PALETTE, masks.items(), strict=False):
+        # where the sink is kept, the first token's line is the causal one
+        style = "--" if mask == "sink kept" else "-"
+        axes.plot(own["first"], color=colour, lw=2, ls=style, label=f"first token, {mask}")
+        if None not in own["others"]:
+            axes.plot(own["others"], color=colour, lw=0.8, ls=style, label=f"others, {mask}")
+    axes.set(yscale="log", xlabel="layer (0: embeddings)", ylabel="mean norm of the state")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(loc="outside right center")
     return figure
 
 

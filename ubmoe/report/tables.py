@@ -1,5 +1,6 @@
 """Tables of results as text for a terminal, and what their rows and cells are called."""
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
@@ -55,7 +56,23 @@ def dependence_caption(result: dict[str, Any]) -> str:
 
 
 def dependence_text(result: dict[str, Any]) -> str:
-    return f"{dependence_caption(result)}\n{aligned(dependence_rows(result))}"
+    parts = [dependence_caption(result), aligned(dependence_rows(result))]
+    if found := result["dependence"].get("norms"):  # older results have none
+        said = "Mean norm of the states, in the layer with the largest, of first tokens (others)"
+        parts.append(f"{said}: {norms_line(found)}.")
+    return "\n".join(parts)
+
+
+def norms_line(found: Mapping[str, Mapping[str, Sequence[float | None]]]) -> str:
+    """By mask, over the layers: the first token's (the others')."""
+    most = {
+        mask: [
+            max((each for each in own[who] if each is not None), default=math.nan)
+            for who in ("first", "others")
+        ]
+        for mask, own in found.items()
+    }
+    return ", ".join(f"{mask} {first:.0f} ({rest:.0f})" for mask, (first, rest) in most.items())
 
 
 def sts_rows(section: dict[str, Any], what: str, label: str) -> list[list[str]]:

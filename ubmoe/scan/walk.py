@@ -7,7 +7,6 @@ those that go the other. SmolLM2's 69 patterns of masks are 1,200 runs of a laye
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ubmoe import layered
-from ubmoe.bidirectional import is_bidirectional, set_attention
+from ubmoe.bidirectional import masked
 from ubmoe.scan.patterns import Pattern
 
 Choice = tuple[bool, ...]  # a way for each layer
@@ -47,7 +46,9 @@ def states(
     model: a causal language model. Each equals the states of a model with that `bi.layers`, and
     with `bi.keep_sink`.
     """
-    with _layered(model, keep_sink) as config:
+    config = model.config.get_text_config()
+    keys = {layered.KEY: [], layered.SINK: keep_sink or layered.keeps_sink(config)}
+    with masked(model, bidirectional=True, keys=keys):
         first, calls = given(model, inputs)
         inner: Any = model.base_model
 
@@ -58,25 +59,6 @@ def states(
         choices = [pattern.both for pattern in patterns]
         for places, last in walk(first, layer, choices, range(len(choices))):
             yield from ((place, inner.norm(last)) for place in places)
-
-
-@contextmanager
-def _layered(model: PreTrainedModel, keep_sink: bool) -> Iterator[Any]:
-    """The model with our attention, which asks its config before each layer; yields that config."""
-    config = model.config.get_text_config()
-    own = {key: vars(config)[key] for key in (layered.KEY, layered.SINK) if key in vars(config)}
-    both = is_bidirectional(model.config)
-    setattr(config, layered.KEY, [])
-    if keep_sink:
-        setattr(config, layered.SINK, True)
-    set_attention(model, bidirectional=True)
-    try:
-        yield config
-    finally:
-        for key in (layered.KEY, layered.SINK):
-            vars(config).pop(key, None)
-        vars(config).update(own)
-        set_attention(model, both)
 
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
