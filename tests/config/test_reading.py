@@ -237,7 +237,7 @@ def test_a_form_is_a_prompt_and_its_pooling(tmp_path):
         (["bi.form=echo", "bi.prompt='{text} again'"], "form echo has a prompt of its own"),
         (["bi.form=echo", "bi.prompt_in_mean=false"], "expected prompt_in_mean: true"),
         (["bi.form=both"], "bi.form: got 'both', expected 'plain', 'eol', 'echo' or 'paper'"),
-        (["bi.form=[eol]"], "bi.form: got ['eol'], expected 'plain'"),
+        (["bi.form=[eol]"], "bi.form: got [\"eol\"], expected 'plain'"),
         ([f"bi.prompt={json.dumps(ECHO)}"], "the prompt reads the text twice; expected form: echo"),
         (["bi.prompt='{text} and {text}'"], "expected {text} once"),
     ],

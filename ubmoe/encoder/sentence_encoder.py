@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Dense, Transformer
+from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from sentence_transformers.util import is_sentence_transformer_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,7 +46,8 @@ POOLING = {"mean": "mean", "weighted_mean": "weightedmean", "last": "lasttoken"}
 OWN = "own"  # name of the prompt that every text gets
 PROBES = (" a", *string.ascii_letters, *string.digits, *string.punctuation, "é", "你", "ж")
 UNCUT, AT_ONCE = 10**6, 1000  # tokens of a text; texts that are tokenised together
-STOCK = {"Pooling": Pooling, "Dense": Dense}  # what stands behind our own modules
+# What may stand behind a module of ours.
+STOCK: dict[str, Any] = {each.__name__: each for each in (Pooling, Dense, Normalize)}
 TEXT_FORM = {"method": "forward", "method_output_name": "last_hidden_state"}
 
 
