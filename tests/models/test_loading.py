@@ -74,6 +74,24 @@ def test_tensors_that_the_checkpoint_lacks_are_an_error(saved):
     assert "lacks lm_head.weight; expected a whole causal language model" in refused(saved)
 
 
+def test_a_head_of_its_own_is_kept_where_the_config_says_that_it_is_tied(saved, tmp_path):
+    """As the library loads it; what is saved of it says so."""
+    ids = torch.arange(30)[None]
+    with torch.no_grad():
+        expected = random_model("qwen2", tie_word_embeddings=False)(ids).logits
+        say_tied(saved)
+        model = load_model(section(saved))
+        assert torch.equal(model(ids).logits, expected)
+        assert model.config.tie_word_embeddings is False
+        model.save_pretrained(tmp_path / "again")
+        assert torch.equal(load_model(section(tmp_path / "again"))(ids).logits, expected)
+
+
+def say_tied(path):
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+
+
 def test_weights_of_more_layers_than_the_config_names_are_an_error(saved):
     config = json.loads((saved / "config.json").read_text())
     config |= {"num_hidden_layers": 1, "layer_types": ["full_attention"]}

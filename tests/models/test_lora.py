@@ -131,6 +131,40 @@ def test_adapters_are_merged_in_order_each_on_what_is_below_it(saved, tmp_path):
     assert "trained on other weights" in refused(saved, [paths[0], str(again)])
 
 
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
+def test_an_adapter_that_began_by_changing_the_base_is_refused(saved, tmp_path, start):
+    real = start if start.startswith(("pissa", "olora")) else True
+    write_adapter(load_model(section(saved)), tmp_path / "a", init_lora_weights=real)
+    path = tmp_path / "a" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": start}))
+    said = refused(saved, tmp_path / "a")
+    assert f"init_lora_weights={start} changes the base's weights, too" in said
+    assert "save_pretrained(path_initial_model_for_weight_conversion=...)" in said
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal"])
+def test_an_adapter_whose_own_weights_began_otherwise_is_merged(saved, tmp_path, start):
+    wrapped = write_adapter(load_model(section(saved)), tmp_path / "a", init_lora_weights=start)
+    moved(wrapped).save_pretrained(tmp_path / "a")
+    found = load_model(section(saved, adapter=str(tmp_path / "a")))
+    torch.testing.assert_close(logits(found), logits(wrapped), atol=1e-4, rtol=0)
+
+
+def test_what_peft_converts_is_merged(saved, tmp_path):
+    wrapped = write_adapter(
+        load_model(section(saved)), tmp_path / "first", init_lora_weights="pissa_niter_4"
+    )
+    path = tmp_path / "first" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": True}))
+    moved(wrapped)
+    expected = logits(wrapped)
+    kept = str(tmp_path / "first")
+    wrapped.save_pretrained(tmp_path / "a", path_initial_model_for_weight_conversion=kept)
+    (tmp_path / "a" / "ubmoe.json").write_text('{"attention": "causal"}')
+    found = load_model(section(saved, adapter=str(tmp_path / "a")))
+    torch.testing.assert_close(logits(found), expected, atol=1e-3, rtol=0)
+
+
 def test_adapters_that_cannot_be_merged_as_they_compute_are_refused(tmp_path):
     keys = {"alora_invocation_tokens": [5, 6], "task_type": "CAUSAL_LM"}
     path, adapter, _ = tied_and_adapted(tmp_path, **keys)

@@ -56,6 +56,13 @@ def with_tied_head(path, tmp_path):
     return section(path)
 
 
+def with_other_head(path, tmp_path):
+    """Its config says that it is tied."""
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    return section(path)
+
+
 def whole(path, tmp_path):
     return section(path)
 
@@ -93,7 +100,10 @@ def test_a_plain_directory_is_read_tensor_by_tensor(saved, tmp_path, make, dtype
     assert {value.device.type for value in found.model.parameters()} == {"meta"}
 
 
-@pytest.mark.parametrize("make", [pickled, without_prefix, with_adapter, with_tied_head, as_gguf])
+OTHERWISE = [pickled, without_prefix, with_adapter, with_tied_head, with_other_head, as_gguf]
+
+
+@pytest.mark.parametrize("make", OTHERWISE)
 def test_what_is_stored_otherwise_is_loaded_and_read_alike(saved, tmp_path, make, request):
     more = [request.getfixturevalue("tiny_path")] if make is as_gguf else []
     config = make(saved, tmp_path, *more)

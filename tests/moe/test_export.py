@@ -136,6 +136,30 @@ def test_all_that_is_written_equals_what_models_in_memory_would_save(sources, tm
     assert opened[1].fingerprint() == fingerprint(bi)
 
 
+def test_a_head_of_its_own_is_in_every_export_though_the_config_says_tied(tiny_path, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_path)
+    uni, bi = pair(False, "qwen2", vocab_size=len(tokenizer))
+    uni.save_pretrained(tmp_path / "uni")
+    config = json.loads((tmp_path / "uni" / "config.json").read_text())
+    text = json.dumps(config | {"tie_word_embeddings": True})
+    (tmp_path / "uni" / "config.json").write_text(text)
+    settings = BiSection(prompt=None)
+    save_encoder(as_encoder(bi, tokenizer, settings), bi, tokenizer, settings, tmp_path / "bi")
+    names = [str(tmp_path / name) for name in ("uni", "bi")]
+    both = [open_weights(ModelSection(name=name, device="cpu"), torch.float32) for name in names]
+    check_alike(*both)
+    common = (*both, tokenizer, tmp_path / "bi")
+    export.save_modes(*common, tmp_path / "modes", MADE)
+    export.save_adapter(*common, tmp_path / "adapter", MADE, 4)
+    export.save_mixture(*common, tmp_path / "ubmoe", MADE)
+    for name in ("modes", "adapter", "ubmoe"):
+        tensors = tensors_in(tmp_path / name)
+        assert torch.equal(tensors["lm_head.weight"], uni.lm_head.weight), name
+        if name != "ubmoe":
+            stock = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+            assert torch.equal(logits(stock), logits(uni)), name
+
+
 def tensors_in_model(model):
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     return {name: value for name, value in model.state_dict().items() if name not in tied}

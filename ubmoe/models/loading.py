@@ -227,6 +227,8 @@ def load_model(
     check_layers(model.config, report["unexpected_keys"], config.name)
     if gguf_file(config) is None:
         _refuse_whole_numbers(model, Path(source(config)))
+    if getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        lora.tie_where_equal(model)  # the library keeps a head of its own, and the config's word
     model = lora.merged(model, config.adapters, dtype)
     broken = [key for key, value in model.named_parameters() if not is_finite(value)]
     refuse_not_finite(broken, config.name)

@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 MODE, WEIGHTS = "ubmoe.json", "adapter_model.safetensors"
 SECONDS, MEMORY = 10.0, 2**30  # in which all names of modules are matched
 PROOF_TOKENS = 16  # on which a merged adapter is compared with itself before
+# Ways to begin (init_lora_weights) that set the adapter's weights alone.
+STARTS = {"true", "false", "none", "gaussian", "eva", "orthogonal", "mica"}
 TOLERANCE = 1e-3  # of the largest logit; rounding in float32 is far below
 
 
@@ -243,7 +245,7 @@ def _merged(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
     else:
         setattr(model, model.base_model_prefix, inside)
     if tied:
-        _tie_where_equal(model)
+        tie_where_equal(model)
     changed = model(input_ids=ids, use_cache=False).logits - apart
     if not changed.abs().max() <= TOLERANCE * apart.abs().max():
         raise ValueError("merged it would compute something else than apart; expected plain LoRA")
@@ -265,15 +267,17 @@ def _untie(model: PreTrainedModel, shared: Tensor) -> bool:
     return bool(sharing)
 
 
-def _tie_where_equal(model: PreTrainedModel) -> None:
-    """Tie the head to the embedding again, or say in the config that they have parted."""
+def tie_where_equal(model: PreTrainedModel) -> None:
+    """Tie the head to the embedding, or say in the config that they have parted."""
     head: Any = model.get_output_embeddings()
     embedding: Any = model.get_input_embeddings()
-    equal = torch.equal(head.weight, embedding.weight)
+    if head is None:
+        return
+    equal = head.weight is embedding.weight or torch.equal(head.weight, embedding.weight)
     if equal:
         head.weight = embedding.weight
     else:
-        log.info("the adapter parts the tied embedding and head: both are kept, and saved apart")
+        log.info("the head is not the embedding, though tied: both are kept, and saved apart")
     for config in (model.config, model.config.get_text_config()):  # peft may have changed it
         config.tie_word_embeddings = equal
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=False)
@@ -314,6 +318,21 @@ def check_patterns(model: nn.Module, adapter: Path) -> None:
         ) from error
 
 
+def _check_start(said: dict[str, Any]) -> None:
+    """Raises ValueError where an adapter began by changing the base's weights: ours are others.
+
+    peft would change them again when it loads, at random, by data that are not there, or in another
+    precision.
+    """
+    start = said.get("init_lora_weights", True)
+    changing = "kasa_config" if said.get("kasa_config") else f"init_lora_weights={start}"
+    if said.get("kasa_config") or str(start).lower() not in STARTS:
+        raise ValueError(
+            f"{changing} changes the base's weights, too; expected it as plain LoRA, as peft's "
+            "save_pretrained(path_initial_model_for_weight_conversion=...) converts it"
+        )
+
+
 @contextmanager
 def strict() -> Iterator[None]:
     """peft only warns of tensors that it misses."""
@@ -328,6 +347,7 @@ def _wrapped(model: PreTrainedModel, adapter: str) -> tuple[PeftModel, bool]:
     settings = json.loads(read_text(Path(adapter) / "adapter_config.json", METADATA))
     if settings["peft_type"] != "LORA":
         raise ValueError(f"it is {settings['peft_type']}, expected LORA")
+    _check_start(settings)
     with safe_open(Path(adapter) / WEIGHTS, "pt") as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     inside = f"base_model.model.{model.base_model_prefix}."

@@ -30,6 +30,9 @@ def alike(one: Tokenizer, other: Tokenizer) -> bool:
     The pieces are compared, too: on so few words a vocabulary may have no merge that shows which
     way a text was split.
     """
+    for each in (one, other):  # of the call before, or of the file
+        each.no_truncation()
+        each.no_padding()
     added = islice(other.get_added_tokens_decoder().values(), ADDED)
     around = [f"a {each.content} b{each.content}c" for each in added]
     for text in (*PROBES, *around):
@@ -65,25 +68,16 @@ def as_stored(
     if file is None:
         return tokenizer  # of a kind that has none: nothing says otherwise
     own = Tokenizer.from_file(file)
-    own.no_truncation()
-    own.no_padding()
-    if tokenizer.is_fast and alike(_bare(tokenizer), own):
+    if tokenizer.is_fast and alike(tokenizer.backend_tokenizer, own):
         return tokenizer
     names = {key: getattr(tokenizer, key) for key in NAMED}
     named = {key: each for key, each in names.items() if own.token_to_id(str(each)) is not None}
     again: Any = PreTrainedTokenizerFast.from_pretrained(path, **keys, **named)
     again.padding_side = tokenizer.padding_side
     again.model_max_length = tokenizer.model_max_length
-    if not alike(_bare(again), own):
+    if not alike(again.backend_tokenizer, own):
         raise ValueError(
             "beside its tokenizer_config.json its tokenizer.json gives other tokens than alone; "
             "expected them to agree"
         )
     return again
-
-
-def _bare(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """Without the truncation and padding of the call before, which `own` has not."""
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.backend_tokenizer.no_padding()
-    return tokenizer.backend_tokenizer
