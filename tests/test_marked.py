@@ -40,6 +40,18 @@ def test_half_a_file_is_not_taken(path, size):
     assert marked.read(path, MARK, "first") is None
 
 
+@pytest.mark.parametrize(
+    "other", [np.arange(1, 4), np.arange(3.0), np.arange(1), np.arange(3)[None], np.array(10**9)]
+)
+def test_other_numbers_shapes_or_dtypes_are_not_taken(path, other, caplog):
+    caplog.set_level("INFO", logger="ubmoe")
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file.files}
+    np.savez(path, **arrays | {"first": other})
+    assert marked.read(path, MARK, "first", "done") is None
+    assert "not whole, or of an older version; starting afresh" in caplog.text
+
+
 def test_nothing_is_read_where_nothing_was_written(tmp_path, caplog):
     assert marked.read(tmp_path / "none.npz", MARK, "first") is None
     assert not caplog.text

@@ -1,5 +1,6 @@
 """Arrays that an unfinished run leaves, with a mark of all that they depend on."""
 
+import hashlib
 import json
 import logging
 import os
@@ -14,6 +15,8 @@ from ubmoe.config import listed, unlike
 from ubmoe.files import replace
 
 log = logging.getLogger(__name__)
+# What a file of any other content raises.
+WRONG = (OSError, EOFError, ValueError, LookupError, AttributeError, RecursionError, BadZipFile)
 
 
 def is_ours(path: Path) -> bool:
@@ -31,11 +34,21 @@ def write(path: Path, mark: dict[str, Any], **arrays: Any) -> None:
     if os.path.lexists(path) and not is_ours(path):
         raise owned.refused(path)
 
+    held: dict[str, Any] = {name: np.asarray(value) for name, value in arrays.items()}
+
     def save(temporary: Path) -> None:
         with temporary.open("wb") as file:
-            np.savez(file, mark=json.dumps(mark), **arrays)
+            np.savez(file, mark=json.dumps(mark), sha256=_digest(held), **held)
 
     replace(path, save)
+
+
+def _digest(arrays: dict[str, np.ndarray]) -> str:
+    """Of names, shapes, dtypes and numbers."""
+    found = hashlib.sha256()
+    for name, value in sorted(arrays.items()):
+        found.update(f"{name} {value.dtype} {value.shape} ".encode() + value.tobytes())
+    return found.hexdigest()
 
 
 def read(path: Path, mark: dict[str, Any], *names: str) -> list[np.ndarray] | None:
@@ -44,9 +57,13 @@ def read(path: Path, mark: dict[str, Any], *names: str) -> list[np.ndarray] | No
         return None
     try:
         with np.load(path, allow_pickle=False) as file:
-            found, before = [file[name] for name in names], json.loads(str(file["mark"]))
+            every = {name: file[name] for name in file.files}
+        before, digest = json.loads(str(every.pop("mark"))), str(every.pop("sha256"))
+        found = [every[name] for name in names]
+        if digest != _digest(every):
+            raise ValueError("other numbers")
         other = unlike(before, json.loads(json.dumps(mark)))
-    except (OSError, ValueError, KeyError, EOFError, AttributeError, BadZipFile):
+    except WRONG:
         log.info("%s: not whole, or of an older version; starting afresh", path)
         return None
     if other:

@@ -86,11 +86,11 @@ def probe(
     done = path.with_suffix(".report.json")
     mark = _mark(key, label, tasks, settings)
     if config.resume == "auto" and done.exists():
-        kept = json.loads(done.read_text())  # written by rename: whole
-        if kept["mark"] == mark:
+        kept = _kept(done, mark)
+        if kept is not None:
             log.info("%s: probed already", label)
-            return kept["report"] | {"model": which.name}
-        log.info("%s: %s is of another model, other items or settings", label, done)
+            return kept | {"model": which.name}
+        log.info("%s: %s is of another model, other items or settings, or changed", label, done)
     log.info("%s: %d of %d layers of %s", label, len(layers), count - 1, which.name)
 
     words = list(dict.fromkeys(word for word in _words(tasks, settings.controls)))
@@ -114,8 +114,24 @@ def probe(
         "rows": all_rows(tasks, vectors, index, layers, settings, label),
         "anisotropy": anisotropy(model, tokenizer, tasks, path, count, settings, keys),
     }
-    replace(done, lambda file: file.write_text(json.dumps({"mark": mark, "report": report})))
+    sealed = {"mark": mark, "sha256": _sha256(json.dumps(report)), "report": report}
+    replace(done, lambda file: file.write_text(json.dumps(sealed)))
     return report
+
+
+def _kept(path: Path, mark: str) -> dict[str, Any] | None:
+    """The report of a run of the same mark, if it is as it was written."""
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        found = kept["report"]
+        same = (kept["mark"], kept["sha256"]) == (mark, _sha256(json.dumps(found)))
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return found if same else None
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def file_name(label: str) -> str:

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ubmoe.config import UserError
 from ubmoe.data.padding import batches_by_length, padded_with_mask
 from ubmoe.data.tokens import check_ids
-from ubmoe.files import write_json
+from ubmoe.files import digest_of_file, write_json
 
 log = logging.getLogger(__name__)
 POSITIONS = ("same", "previous")
@@ -115,11 +115,13 @@ def word_vectors(
     metadata |= {"positions": list(positions)}
     if path.exists() and mark.exists():
         try:
-            if json.loads(mark.read_text()) == metadata:
+            kept = json.loads(mark.read_text())
+            own = metadata | {"sha256": kept.get("sha256")}
+            if kept == own and kept["sha256"] == digest_of_file(path):
                 return np.load(path, mmap_mode="r")
-        except ValueError:  # half a mark, or half a file of vectors
+        except (ValueError, LookupError, AttributeError, RecursionError):  # half a mark
             pass
-        log.info("%s: of another model, words or settings; made anew", path)
+        log.info("%s: of another model, words or settings, or not whole; made anew", path)
     mark.unlink(missing_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     log.info("word vectors: %.2f GB to %s", 4e-9 * math.prod(shape), path)
@@ -155,7 +157,7 @@ def word_vectors(
                 vectors[numbers, position] = part
             bar.update(sum(len(sentences.ids[row]) for row in chosen))
     vectors.flush()
-    write_json(mark, metadata)
+    write_json(mark, metadata | {"sha256": digest_of_file(path)})
     return np.load(path, mmap_mode="r")
 
 

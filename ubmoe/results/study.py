@@ -32,7 +32,7 @@ from ubmoe.config import (
 )
 from ubmoe.data.inputs import MODEL, READ, inputs
 from ubmoe.files import replace, write_text
-from ubmoe.owned import refused
+from ubmoe.owned import check_within, refused
 from ubmoe.report.tables import CAUSAL
 from ubmoe.results.records import EXCHANGES, Record, as_it_ran, label, read_result, stored
 from ubmoe.staging import complete_moves
@@ -200,6 +200,7 @@ def steps(config: Config) -> list[Step]:
     text = dump_config(config.model_copy(update={"results": ResultsSection()}))
     name = f"study-{hashlib.sha256(text.encode()).hexdigest()[:8]}.yaml"
     file = Path(config.output_dir) / "study" / name
+    check_within(file.parent)  # no link
     file.parent.mkdir(parents=True, exist_ok=True)
     replace(file, partial(write_text, text=text))
     rows = [_row(config, given) for given in config.results.rows]

@@ -4,7 +4,6 @@ What is frozen is already on disk where it came from, so it is in no checkpoint.
 last, has a digest of every file: a checkpoint is gone on from if each is as it was written.
 """
 
-import hashlib
 import json
 import logging
 import re
@@ -32,7 +31,7 @@ from ubmoe.config import (
     listed,
     unlike,
 )
-from ubmoe.files import write_json
+from ubmoe.files import digest_of_file, write_json
 from ubmoe.models.tensors import DTYPES
 from ubmoe.training.sharding import alike, whole
 
@@ -135,7 +134,7 @@ def _flaw(checkpoint: Path, model: nn.Module) -> str | None:
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return "no whole manifest.json, so it is incomplete or of an older version"
     step = int(checkpoint.name.removeprefix(CHECKPOINT))
-    if (run, made_at) != (_digest(checkpoint.parent / STAGE), step):
+    if (run, made_at) != (digest_of_file(checkpoint.parent / STAGE), step):
         return "of another run or step"
     states = [f"rng_state_{number}.pth" for number in range(processes)]
     if processes == 1:
@@ -144,7 +143,7 @@ def _flaw(checkpoint: Path, model: nn.Module) -> str | None:
         path = checkpoint / name
         if name not in files or Path(name).name != name or path.is_symlink() or not path.is_file():
             return f"{name} is missing"
-        if _digest(path) != files[name]:
+        if digest_of_file(path) != files[name]:
             return f"{name} is not as it was written"
     with readable(checkpoint), safe_open(checkpoint / WEIGHTS, "pt") as saved:
         if flaw := _misfit(model, saved):
@@ -174,11 +173,6 @@ def _misfit(model: nn.Module, saved: Any) -> str | None:
     return None
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def start_checkpoint(path: Path) -> None:
     """The folder of a new checkpoint, empty but for its mark; half a one gives way."""
     owned.claim(path.parent, path.name)
@@ -189,8 +183,8 @@ def start_checkpoint(path: Path) -> None:
 def finish_checkpoint(path: Path, kept: int) -> None:
     """Write its manifest, from which on it counts; then remove older ones, so that `kept` stay."""
     step = int(path.name.removeprefix(CHECKPOINT))
-    files = {each.name: _digest(each) for each in sorted(path.iterdir()) if each.suffix}
-    manifest = {"run": _digest(path.parent / STAGE), "step": step}
+    files = {each.name: digest_of_file(each) for each in sorted(path.iterdir()) if each.suffix}
+    manifest = {"run": digest_of_file(path.parent / STAGE), "step": step}
     write_json(
         path / MANIFEST, manifest | {"processes": PartialState().num_processes, "files": files}
     )
