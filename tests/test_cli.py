@@ -121,7 +121,9 @@ def test_a_program_of_several_verbs_names_them(monkeypatch, capsys):
 
 def test_another_process_says_what_the_first_one_did_not_meet(monkeypatch, capsys):
     monkeypatch.setattr(command, "WAIT", 0.01)
-    monkeypatch.setenv("RANK", "3")
+    of_torchrun = {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "here", "MASTER_PORT": "1"}
+    for name, value in of_torchrun.items():
+        monkeypatch.setenv(name, value)
     code, _, errors = outcome(monkeypatch, capsys, MemoryError())
     assert code == 2 and errors.startswith("error (process 3): out of memory")
 

@@ -9,8 +9,9 @@ import pytest
 from builders import ROOT, recorded, run
 
 from ubmoe.config import UserError, load_config
-from ubmoe.report.tables import model_of
+from ubmoe.report.tables import TEXT, model_of
 from ubmoe.results import __main__ as results
+from ubmoe.results import records
 from ubmoe.results.__main__ import table
 from ubmoe.results.records import Record, record, without_paths
 
@@ -149,3 +150,26 @@ def test_what_compares_runs_says_that_it_needs_a_checkout(verb, tmp_path, monkey
     )
     with pytest.raises(UserError, match="studies: not there; expected a checkout"):
         results.VERBS[verb](config)
+
+
+SOME = {"config": {"seed": 1, "model": {"name": "a"}, "bi": {"attention": "causal", "stages": []}}}
+
+
+@pytest.mark.parametrize("kind", TEXT)
+@pytest.mark.parametrize("section", [{"a": 1}, {"tasks": [], "overall": 3, "models": {}}])
+def test_a_record_of_any_json_is_named(tmp_path, config, kind, section):
+    path = tmp_path / f"a.{kind}.seed1.json"
+    path.write_text(json.dumps(SOME | {kind: section}))
+    own = config.results.model_copy(update={"directory": str(tmp_path)})
+    with pytest.raises(UserError) as caught:
+        records.recorded(config.model_copy(update={"results": own}))
+    assert str(caught.value).startswith(f"{path}: no {kind} as a run writes it")
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 10**5, "null", "[]", '{"config": 3}', '{"config": {"a": 1e999}}']
+)
+def test_a_file_of_any_json_is_no_result(tmp_path, text):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(UserError, match="x.json: no result"):
+        records.read_result(tmp_path / "x.json")

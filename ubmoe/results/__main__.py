@@ -12,9 +12,8 @@ from typing import Any
 try:
     from ubmoe import cli
     from ubmoe.config import Config, UserError
-    from ubmoe.report.tables import TEXT
     from ubmoe.results import plan
-    from ubmoe.results.records import existing, pack, read_result, record, recorded
+    from ubmoe.results.records import as_text, existing, pack, read_result, record, recorded
 except KeyboardInterrupt:  # before anything was begun
     sys.exit(130)
 
@@ -40,7 +39,7 @@ def table(config: Config) -> str:
     """A table of the paper from the records; without results.table, what output_dir holds."""
     if config.results.table is not None:
         return comparing("paper").text(config.results.table, config, recorded(config))
-    parts = [TEXT[path.stem](read_result(path)) for path in existing(config)]
+    parts = [as_text(path, path.stem, read_result(path)) for path in existing(config)]
     figures = sorted(str(path) for path in Path(config.output_dir).glob("*.png"))
     return "\n\n".join([*parts, "\n".join(["figures:", *(f"  {path}" for path in figures)])])
 

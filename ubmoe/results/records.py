@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ubmoe.bounds import METADATA, read_text
-from ubmoe.config import MADE, SCORED, Config, UserError, leaves, listed
+from ubmoe.config import MADE, SCORED, Config, UserError, error_reason, leaves, listed
 from ubmoe.files import write_json
 from ubmoe.report.tables import TEXT, model_of
 from ubmoe.results import packed
@@ -136,6 +136,7 @@ def _loose(folder: Path) -> list[Path]:
 def _checked(path: Path, record: Record) -> Record:
     if not isinstance(record.data.get(record.kind), dict):
         raise UserError(f"{path}: no {record.kind} in it; remove it, and record again")
+    as_text(path, record.kind, record.data)
     return record
 
 
@@ -163,6 +164,17 @@ def read_benchmarks(config: Config) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+def as_text(path: Path, kind: str, result: dict[str, Any]) -> str:
+    """The table of one result. Raises UserError, naming the file, where it lacks a part of it."""
+    try:
+        return TEXT[kind](result)
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise UserError(
+            f"{path}: no {kind} as a run writes it ({error_reason(error)}); remove it, and record "
+            "again"
+        ) from error
+
+
 def read_result(path: Path, needed: str = "config") -> dict[str, Any]:
     """Raises UserError for a file that is not a result."""
     try:
@@ -171,9 +183,12 @@ def read_result(path: Path, needed: str = "config") -> dict[str, Any]:
             raise ValueError(f"no {needed} in it")
         if needed == "config":
             _check_config(found["config"])
-    except (OSError, ValueError) as error:
+        if not isinstance(found.get("environment", {}), dict):
+            raise ValueError("its environment is no object")
+    except (OSError, ValueError, RecursionError) as error:
+        said = error_reason(error)
         raise UserError(
-            f"{path}: no result ({error}); expected what a run wrote: remove it, and run again"
+            f"{path}: no result ({said}); expected what a run wrote: remove it, and run again"
         ) from error
     return found
 
@@ -183,7 +198,7 @@ def _check_config(config: Any) -> None:
     model = config.get("model") if isinstance(config, dict) else None
     if not isinstance(model, dict) or not isinstance(model.get("name"), str):
         raise ValueError("no model.name in its config")
-    if not isinstance(config.get("seed"), int):
+    if type(config.get("seed")) is not int:
         raise ValueError("no seed in its config")
 
 
