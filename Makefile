@@ -47,10 +47,10 @@ real: .venv/installed
 		$(BIN)/python $$program $(REAL) model.name=$$file || exit; \
 	done
 
-# The study of docs/study.md, on the same model; data/ is a folder of your own, which the YAML tells.
+# The study of studies/smollm2-135m, on the same model; data/ is a folder of your own, which the YAML tells.
 real-study: .venv/installed
 	$(BIN)/python -m ubmoe.fetch smollm2-135m
-	$(BIN)/python -m ubmoe.results run configs/studies/smollm2-135m.yaml
+	$(BIN)/python -m ubmoe.results run studies/smollm2-135m/study.yaml
 
 # The whole study on the embedded model, three seeds; goes on where it stopped.
 study: .venv/installed

@@ -1,4 +1,4 @@
-"""What README.md and the pages in docs/ show works, and the README stays a door."""
+"""What README.md and the pages in docs/ and studies/ show works, and the README stays a door."""
 
 import importlib
 import re
@@ -8,6 +8,7 @@ import pytest
 from builders import ROOT, check_commands, commands
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += sorted((ROOT / "studies").glob("*/*.md"))
 MOST_LINES, SNIPPET_BEFORE, MOST_WORDS = 220, 90, 30
 README = (ROOT / "README.md").read_text()
 
@@ -38,7 +39,8 @@ def test_every_page_and_every_picture_is_linked():
         for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text())
     }
     assert {path.resolve() for path in PAGES[1:]} <= linked
-    assert {path.resolve() for path in (ROOT / "image").iterdir()} <= linked
+    pictures = [*(ROOT / "image").iterdir(), *(ROOT / "studies").glob("*/figures/*")]
+    assert {path.resolve() for path in pictures} <= linked
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
@@ -89,9 +91,13 @@ def test_sentences_of_the_readme_are_short():
 
 
 def test_the_rooms_that_the_readme_shows_are_there():
-    shown = set(re.findall(r"^ {6}(\w+)/ ", README, re.M))
+    package, studies = (
+        README.split("\n    ubmoe/\n")[1].split("\n    docs/")[0].split("    studies/")
+    )
     rooms = {path.parent.name for path in (ROOT / "ubmoe").glob("*/__init__.py")}
-    assert shown == rooms
+    assert set(re.findall(r"^ {6}(\w+)/ ", package, re.M)) == rooms
+    folders = {path.parent.name for path in (ROOT / "studies").glob("*/*.*")}
+    assert set(re.findall(r"([\w-]+)/", studies)) == folders - {"__pycache__"}
     assert all(
         Path(ROOT / "ubmoe" / name).is_file()
         for name in re.findall(r"(\w+\.py)\b", README.split("## The rooms")[1].split("```")[0])

@@ -1,4 +1,4 @@
-"""The generated tables of README.md and of the pages in docs/, from the records."""
+"""The generated tables of README.md and of the pages in docs/ and studies/, from the records."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -12,13 +12,14 @@ from ubmoe.config import Config, UserError
 from ubmoe.files import replace_all, write_text
 from ubmoe.results.records import Records, read_benchmarks, recorded
 
+PLACES = ("docs/*.md", "studies/*/*.md")  # of pages, beside the README
 BLOCK = re.compile(r"(<!-- (\w+): ([\w.-]+)(?: seeds ([\d ]+))? -->)\n.*?<!-- end -->", re.DOTALL)
 
 
 def renew(config: Config) -> str:
     """Renew the generated tables of every page from the recorded results of `results.seeds`."""
     records, benchmarks = recorded(config), read_benchmarks(config)
-    pages = [Path("README.md"), *sorted(Path("docs").glob("*.md"))]
+    pages = [Path("README.md"), *(each for place in PLACES for each in sorted(Path().glob(place)))]
     texts = {
         page: renewed(page.read_text(encoding="utf-8"), records, config.results.seeds, benchmarks)
         for page in pages

@@ -9,7 +9,7 @@ from ubmoe.config import load_config
 from ubmoe.results.study import steps
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-STUDIES = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
+STUDIES = sorted([*ROOT.glob("configs/studies/*.yaml"), *ROOT.glob("studies/*/study.yaml")])
 NAMES = {"tiny"} | {
     f"{family}-{size}"
     for family, sizes in {
@@ -40,7 +40,7 @@ def test_a_shipped_config_is_valid_and_opens_like_a_lab_record(path):
     assert re.search(r"not run|measured", header)
 
 
-@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_study_plans_its_rows(path, tmp_path):
     config = load_config(path, [f"output_dir={tmp_path}/study"])
     found = steps(config)
