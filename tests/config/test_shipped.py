@@ -9,7 +9,7 @@ from ubmoe.config import load_config
 from ubmoe.results.study import steps
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-STUDIES = sorted([*ROOT.glob("configs/studies/*.yaml"), *ROOT.glob("studies/*/study.yaml")])
+STUDIES = sorted(ROOT.glob("studies/*/study.yaml"))
 NAMES = {"tiny"} | {
     f"{family}-{size}"
     for family, sizes in {
