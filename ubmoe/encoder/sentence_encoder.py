@@ -25,6 +25,7 @@ from ubmoe.config import BiSection, Config, UserError, shown
 from ubmoe.data import templates, tokens
 from ubmoe.encoder import whitening
 from ubmoe.encoder.echo import EchoTransformer
+from ubmoe.encoder.prefix import SINK, save_sink
 from ubmoe.files import replace_directory
 from ubmoe.layered import is_ours, keeps_sink, named_layers, partial_layers
 from ubmoe.models.loading import (
@@ -334,11 +335,13 @@ def save_encoder(
         if isinstance(encoder[0], LayeredTransformer):
             form["config_kwargs"] = {"is_causal": False}
             _make_causal(folder / "config.json")
+            first = save_sink(model, _firsts(encoder), folder / SINK)
         path.write_text(json.dumps(form, indent=4, ensure_ascii=False), encoding="utf-8")
         card = folder / "README.md"
         text = card.read_text(encoding="utf-8")
         if isinstance(encoder[0], LayeredTransformer):
             text += LAYERED_CARD.format(mask=_said(model.config))
+            text += "" if first is None else SINK_CARD.format(first=first)
         else:
             text += CARD.format(attention=settings.attention)
         if isinstance(encoder[0], EchoTransformer):
@@ -354,6 +357,13 @@ def _make_causal(path: Path) -> None:
     """What reads config.json alone does not know layers, and must not look both ways in all."""
     config = json.loads(path.read_text(encoding="utf-8")) | {"is_causal": True}
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _firsts(encoder: SentenceTransformer) -> list[int]:
+    """The token that each of some unlike texts begins with."""
+    found = encoder.preprocess(list(PROBES), prompt=own_prompt(encoder))
+    starts = found["attention_mask"].argmax(1, keepdim=True)
+    return found["input_ids"].gather(1, starts)[:, 0].tolist()
 
 
 def _said(config: Any) -> str:
@@ -373,6 +383,16 @@ A causal language model as an encoder that looks both ways in {mask}. Its head i
 - As an encoder: `SentenceTransformer(directory, trust_remote_code=True)`, with the package `ubmoe`
   installed, which knows this mask. The prompt, the pooling and the length are saved.
 - As a language model: `AutoModelForCausalLM.from_pretrained(directory)`, causal in every layer.
+"""
+SINK_CARD = """
+- Its states without this package, in stock peft: every text begins with token {first}, whose keys
+  and values are one virtual token in `sink/`. Give the model the ids behind it:
+
+```python
+model = AutoModel.from_pretrained(directory, is_causal=False)
+model = PeftModel.from_pretrained(model, f"{{directory}}/sink")
+states = model(input_ids=ids[:, 1:], attention_mask=mask[:, 1:]).last_hidden_state
+```
 """
 CARD = """
 ## Made with ubmoe
