@@ -16,6 +16,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from ubmoe.bidirectional import prove_attention
 from ubmoe.config import FORMS, PROMPT, BiSection, ModelSection, UserError
 from ubmoe.encoder.sentence_encoder import (
+    alone_and_together,
     as_encoder,
     lengths,
     load_saved,
@@ -224,3 +225,47 @@ def test_a_model_without_a_padding_token_is_padded_all_the_same(tokenizer, tmp_p
     save_encoder(encoder, model, loaded, bi, tmp_path / "bi")
     again = SentenceTransformer(str(tmp_path / "bi"), device="cpu")
     np.testing.assert_allclose(again.encode(TEXTS), expected.encode(TEXTS), atol=1e-6)
+
+
+def of_learned_positions(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
+    return build(tokenizer, family="gpt2", prompt=None), tokenizer
+
+
+def test_an_encoder_of_learned_positions_is_saved_with_padding_on_the_right(tokenizer, tmp_path):
+    (encoder, model, bi), left = of_learned_positions(tokenizer)
+    save_encoder(encoder, model, left, bi, tmp_path / "bi")
+    assert left.padding_side == "left"  # the language model's own
+    stock = SentenceTransformer(str(tmp_path / "bi"), device="cpu")
+    assert stock.tokenizer.padding_side == "right"
+    alone = torch.cat([stock.encode([text], convert_to_tensor=True) for text in TEXTS])
+    together = stock.encode(TEXTS, convert_to_tensor=True)
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(encoder.encode(TEXTS, convert_to_tensor=True), together)
+
+
+def test_a_strangers_encoder_is_padded_where_its_positions_want_it(tokenizer, tmp_path, caplog):
+    (encoder, model, bi), left = of_learned_positions(tokenizer)
+    save_encoder(encoder, model, left, bi, tmp_path / "bi")
+    left.save_pretrained(tmp_path / "bi")
+    stock = SentenceTransformer(str(tmp_path / "bi"), device="cpu")
+    assert alone_and_together(stock) > 0.1  # else there would be nothing to mend
+    caplog.set_level("INFO")
+    found = load_saved(str(tmp_path / "bi"), "cpu")
+    assert "padded on the right, as its positions want it" in caplog.text
+    expected = encoder.encode(TEXTS, convert_to_tensor=True)
+    torch.testing.assert_close(found.encode(TEXTS, convert_to_tensor=True), expected)
+
+
+def test_an_encoder_whose_vectors_depend_on_their_company_is_not_saved(tokenizer, tmp_path):
+    encoder, model, bi = build(tokenizer, prompt=None)
+    real = encoder[0].forward
+
+    def blind(features, **keys):
+        return real(features | {"attention_mask": torch.ones_like(features["attention_mask"])})
+
+    encoder[0].forward = blind
+    with pytest.raises(UserError, match="a short text's vector moves by .* when a longer text"):
+        save_encoder(encoder, model, tokenizer, bi, tmp_path / "bi")
+    assert not (tmp_path / "bi").exists()

@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
@@ -49,6 +50,9 @@ PROBES = (" a", *string.ascii_letters, *string.digits, *string.punctuation, "é"
 UNCUT, AT_ONCE = 10**6, 1000  # tokens of a text; texts that are tokenised together
 # What may stand behind a module of ours.
 STOCK: dict[str, Any] = {each.__name__: each for each in (Pooling, Dense, Normalize)}
+# Rounding is far below, in bfloat16 too; padding that is read moves a vector by tenths.
+BATCH_TOLERANCE = 0.05
+SHORT_AND_LONG = ["A cat.", "A cat sat on the mat in the small room by the door, and saw a bird."]
 TEXT_FORM = {"method": "forward", "method_output_name": "last_hidden_state"}
 
 
@@ -72,12 +76,14 @@ def as_encoder(
         model.config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         module: Any = _Given(folder, model_kwargs={"given": model.base_model}, **keys)
-    if not alike(module.tokenizer.backend_tokenizer, tokenizer.backend_tokenizer):
+    both = tokenizer.is_fast and module.tokenizer.is_fast
+    if both and not alike(module.tokenizer.backend_tokenizer, tokenizer.backend_tokenizer):
         raise UserError(
             f"model.name: {tokenizer.name_or_path}: beside a model of type "
             f"{model.config.model_type} stock libraries would read other tokens from its "
             f"tokenizer.json ({type(module.tokenizer).__name__}); no encoder can be saved of it"
         )
+    module.tokenizer.padding_side = "right"  # not saved where the tokenizer's class has its own
     tokens.fit(module.tokenizer, rows)
     # what modules.json names is the library's own, where stock libraries can read it
     ours = is_bidirectional(model.config) and is_ours(model.config)
@@ -162,7 +168,32 @@ def _fitted(encoder: SentenceTransformer, revision: str | None) -> SentenceTrans
         if context and (limit is None or limit > context):
             log.info("an encoder of %s tokens: %d, its model's context", limit, context)
             encoder.max_seq_length = context
+        if alone_and_together(encoder) > BATCH_TOLERANCE:
+            tokenizer.padding_side = {"left": "right", "right": "left"}[tokenizer.padding_side]
+            prove_batches(encoder)
+            log.info("padded on the %s, as its positions want it", tokenizer.padding_side)
     return encoder
+
+
+@torch.no_grad()
+def alone_and_together(encoder: SentenceTransformer) -> float:
+    """How far a text's vector moves when it is padded beside a longer one, relative to its norm."""
+    keys: dict[str, Any] = {"convert_to_tensor": True, "show_progress_bar": False}
+    training = encoder.training
+    [alone] = encoder.encode(SHORT_AND_LONG[:1], **keys).float()
+    together = encoder.encode(SHORT_AND_LONG, **keys).float()[0]
+    encoder.train(training)
+    return float((alone - together).norm() / alone.norm())
+
+
+def prove_batches(encoder: SentenceTransformer) -> None:
+    """Raises UserError where a text's vector depends on the texts beside it, as by its padding."""
+    if not (moved := alone_and_together(encoder)) <= BATCH_TOLERANCE:
+        raise UserError(
+            f"model.name: a short text's vector moves by {moved:.2f} of its length when a longer "
+            f"text stands beside it (padding on the {encoder.tokenizer.padding_side}); expected a "
+            "model whose attention masks padding and whose positions leave it out"
+        )
 
 
 class _Given(Transformer):
@@ -320,6 +351,11 @@ def save_encoder(
 
     sentence-transformers saves first: it would drop the lm_head and the true model_max_length.
     """
+
+    prove_batches(encoder)
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.padding_side = encoder.tokenizer.padding_side  # learned positions count from the left
+    tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side  # or it is not saved
 
     def write(folder: Path) -> None:
         encoder.save_pretrained(str(folder))
