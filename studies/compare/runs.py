@@ -5,13 +5,14 @@ differ otherwise: what a mask does is known as surely as runs of it agree.
 """
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy.stats import t
+from scipy.stats import linregress, t, ttest_1samp
 
 from studies.compare.entries import (
     MASK,
@@ -69,17 +70,17 @@ class OverRuns:
 
         None of too few runs. The line takes the gaps as free of error.
         """
-        design = np.ones((len(values), 1))
-        if gaps is not None:
-            design = np.column_stack([design, gaps])
-        freedom = len(values) - design.shape[1]
-        if freedom < 2 or (gaps is not None and not min(gaps) < 0 < max(gaps)):
+        if gaps is None:
+            if len(values) < 3:
+                return None
+            with warnings.catch_warnings(action="ignore"):  # of values that are all the same
+                low, high = ttest_1samp(values, 0).confidence_interval()
+            return cls(float(np.mean(values)), (float(low), float(high)), len(values))
+        if len(values) < 4 or not min(gaps) < 0 < max(gaps):
             return None
-        inverse = np.linalg.inv(design.T @ design)
-        found = inverse @ design.T @ np.array(values)
-        error = math.sqrt(inverse[0, 0] * np.sum((values - design @ found) ** 2) / freedom)
-        half = float(t.ppf(0.975, freedom)) * error
-        value = float(found[0])
+        line = linregress(gaps, values)
+        half = float(t.ppf(0.975, len(values) - 2) * line.intercept_stderr)
+        value = float(line.intercept)
         return cls(value, (value - half, value + half), len(values))
 
     @property
