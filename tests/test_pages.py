@@ -100,6 +100,6 @@ def test_the_rooms_that_the_readme_shows_are_there():
     assert set(re.findall(r"([\w-]+)/", studies)) == folders - {"__pycache__"}
     assert all(
         Path(ROOT / "ubmoe" / name).is_file()
-        for name in re.findall(r"(\w+\.py)\b", README.split("## The rooms")[1].split("```")[0])
+        for name in re.findall(r"(\w+\.py)\b", README.split("## The tree")[1].split("```")[0])
         if not (ROOT / name).is_file()
     )
