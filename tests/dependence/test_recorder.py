@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
+from ubmoe.bidirectional import set_attention
 from ubmoe.config import UserError
 from ubmoe.dependence import SHARES, recorder, sums
 from ubmoe.dependence.recorder import (
@@ -46,7 +47,9 @@ class Reference:
         ]
         columns.insert(3, full[..., :1])
         self.shares.append(torch.stack([part.sum(-1).mean(-1) for part in columns], -1))
-        output = (scores + attention_mask).softmax(-1) @ value
+        if attention_mask is not None:  # None: all is seen
+            scores = scores + attention_mask
+        output = scores.softmax(-1) @ value
         return output.transpose(1, 2).contiguous(), None
 
 
@@ -69,9 +72,10 @@ def ours(model, ids: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 @pytest.mark.parametrize("tokens", LENGTHS)
-@pytest.mark.parametrize("family", [*PLAIN, "gemma2"])
-def test_every_text_layer_and_head_equals_the_materialised_reference(family, tokens):
-    model = random_model(family)
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("family", [*PLAIN, "gemma2", "gemma3_text"])
+def test_every_text_layer_and_head_equals_the_materialised_reference(family, bidirectional, tokens):
+    model = set_attention(random_model(family), bidirectional)
     ids = torch.randint(97, (2, tokens), generator=torch.Generator().manual_seed(tokens))
     expected, _ = reference(model, ids)
     torch.testing.assert_close(ours(model, ids), expected, atol=1e-5, rtol=0)

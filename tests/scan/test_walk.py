@@ -21,9 +21,9 @@ INPUTS = {
 
 
 @pytest.mark.parametrize("keep_sink", [False, True])
-@pytest.mark.parametrize("family", ["qwen2", "llama", "mistral", "qwen3"])
+@pytest.mark.parametrize("family", ["qwen2", "llama", "mistral", "qwen3", "gemma3_text"])
 def test_each_pattern_is_what_a_model_of_it_gives(family, keep_sink):
-    keys = {"sliding_window": 3} if family == "mistral" else {}
+    keys = {"sliding_window": 3} if family in ("mistral", "gemma3_text") else {}
     model = random_model(family, num_hidden_layers=DEPTH, **keys).eval()
     found = dict(states(model, INPUTS, EVERY, keep_sink))
     assert sorted(found) == list(range(len(EVERY)))

@@ -25,7 +25,7 @@ from ubmoe.dry_run import batches, memory
 from ubmoe.dry_run.memory import Batch, shapes
 from ubmoe.encoder import whitening
 from ubmoe.encoder.stages import read_data
-from ubmoe.models.loading import best_device, decoder_config, load_tokenizer, within_context
+from ubmoe.models.loading import best_device, load_tokenizer, model_type, within_context
 from ubmoe.models.precision import uses_bfloat16
 from ubmoe.moe import joining, routers, routes
 from ubmoe.report.tables import aligned
@@ -131,7 +131,7 @@ def train_ubmoe(config: Config) -> str:
     Of a model without a mixture nothing trains: it is the adapter's.
     """
     config = within_context(config, "bi", "ubmoe")
-    joins = joining.check_joins(decoder_config(config.model).model_type, config.ubmoe.export)
+    joins = joining.check_joins(model_type(config.model), config.ubmoe.export)
     settings, tokenizer = config.ubmoe, load_tokenizer(config.model)
     found = read_chats(settings.dataset, tokenizer, settings.max_tokens, settings.max_rows)
     chats, _ = found.held_out(settings.held_out, "ubmoe.held_out")

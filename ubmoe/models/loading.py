@@ -170,6 +170,12 @@ def saved_attention(config: ModelSection) -> str:
     return attention_name(settings)
 
 
+def model_type(config: ModelSection) -> str:
+    """The family that config.json names, weights or none. Raises UserError."""
+    with explained(config):
+        return str(AutoConfig.from_pretrained(source(config), **keywords(config)).model_type)
+
+
 def decoder_config(config: ModelSection) -> Any:
     """The config of a model whose weights are there. Raises UserError for what is no decoder."""
     path = source(config)

@@ -19,7 +19,7 @@ from ubmoe.data.tokens import sentences_of
 from ubmoe.encoder.sentence_encoder import load_saved
 from ubmoe.evaluate import generation
 from ubmoe.evaluate.sts import sts_scores, sts_tasks
-from ubmoe.models.loading import best_device, decoder_config, load_model, load_tokenizer
+from ubmoe.models.loading import best_device, load_model, load_tokenizer, model_type
 from ubmoe.models.precision import weights_dtype
 from ubmoe.models.streams import open_weights
 from ubmoe.moe import export, router_training, routers
@@ -52,7 +52,7 @@ def read(config: Config) -> Inputs:
     encoder = Path(config.ubmoe.bi or f"{config.output_dir}/bi").expanduser().resolve()
     attention = encoder_attention(encoder)
     generation.check_tasks(config.evaluation.generation, config.evaluation.data)
-    joins = check_joins(decoder_config(config.model).model_type, config.ubmoe.export)
+    joins = check_joins(model_type(config.model), config.ubmoe.export)
     sts = sts_tasks(config.evaluation.sts)
     tokenizer = load_tokenizer(config.model)
     if load_tokenizer(_stored_at(config, encoder)).get_vocab() != tokenizer.get_vocab():
