@@ -174,6 +174,6 @@ def test_the_table_is_whole(name):
     assert (source.parts == 1) == ("{part}" not in source.package)
 
 
-@pytest.mark.parametrize("name", sorted(set(fetch.MODELS) - {"gemma-3-270m"}))
+@pytest.mark.parametrize("name", fetch.MODELS)
 def test_a_model_of_the_table_has_a_config_of_its_hub_id(name):
     assert load_config(f"configs/{name}.yaml").model.name == fetch.MODELS[name].hub

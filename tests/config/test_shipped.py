@@ -18,6 +18,7 @@ NAMES = {"tiny"} | {
         "qwen1.5": ("0.5b", "1.8b", "4b", "7b"),
         "qwen3": ("0.6b", "1.7b", "4b", "8b"),
         "smollm2": ("135m",),
+        "gemma-3": ("270m",),
     }.items()
     for size in sizes
 }
