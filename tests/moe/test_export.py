@@ -23,6 +23,7 @@ from ubmoe.models.streams import open_weights
 from ubmoe.moe import export
 from ubmoe.moe.joining import check_alike, load_mixture, mixture_config, save_routers
 from ubmoe.moe.routers import router_weights
+from ubmoe.tiny import language
 
 MADE = "\nMade in a test.\n"
 TEXTS = ["The cat slept.", "A much longer sentence about the small horse in the garden.", "No."]
