@@ -18,6 +18,7 @@ Role = Literal["base", "encoder", "mixture", "bitune"]
 BASE = "base"  # what tables call the model that all was tuned from
 ENCODER = ", read causally"
 MASK = "attention"  # the key of the section `bi`
+LATER = ("form", "keep_sink", "whiten", "positive_from")  # keys that the first records lack
 # Columns of what goes to which tokens, by their names in `by_text`.
 SINK = {
     "DP-after": "after",
@@ -125,14 +126,22 @@ class Entry:
 
 def but(settings: dict[str, Any], *left_out: str, of_stages: Collection[str] = ()) -> str:
     """How a run was tuned, by its section `bi`, some of its keys and of its stages' left out."""
-    kept = {name: value for name, value in settings.items() if name not in left_out}
-    if MASK in left_out and kept.get("layers") == "none":
-        kept["layers"] = "all"  # says the mask, too
-    stages = [
-        {name: value for name, value in stage.items() if name not in of_stages}
-        for stage in settings.get("stages", [])
-    ]
+    kept = _without(settings, left_out)
+    if MASK in left_out:  # two more keys say the mask
+        kept.pop("keep_sink", None)
+        if kept.get("layers") == "none":
+            kept["layers"] = "all"
+    stages = [_without(stage, of_stages) for stage in settings.get("stages", [])]
     return json.dumps(kept | {"stages": stages}, sort_keys=True)
+
+
+def _without(settings: dict[str, Any], left_out: Collection[str]) -> dict[str, Any]:
+    """Without some keys, and without those that older records lack where these say nothing."""
+    return {
+        name: value
+        for name, value in settings.items()
+        if name not in left_out and not (name in LATER and value in (None, False))
+    }
 
 
 def causal_controls(every: Sequence[Entry]) -> list[tuple[Entry, Entry]]:

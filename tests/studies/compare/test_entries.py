@@ -98,6 +98,16 @@ def test_a_causal_control_is_known_by_its_settings_alone():
     assert controls_of([encoders(run), encoders(control)]) == {"another": "mine causal"}
 
 
+def test_a_run_with_the_sink_kept_has_the_causal_control_of_older_records():
+    run = named(encoder("a", 0, 60.0, ["ffn"]), "sink kept")
+    run["a.sts.seed0"]["config"]["bi"] |= {"keep_sink": True, "form": None, "whiten": None}
+    control = named(encoder("b", 0, 50.0, ["ffn"], "causal"), "another")
+    [(one, two)] = causal_controls(encoders(run, control))
+    assert (one.record.label, two.record.label) == ("a", "b")
+    run["a.sts.seed0"]["config"]["bi"]["form"] = "eol"
+    assert not causal_controls(encoders(run, control))
+
+
 def test_a_collapsed_run_has_no_control():
     run, control = encoder("a", 0, 60.0, ["ffn"]), causal(encoder("b", 0, 50.0, ["ffn"]), 50.0)
     assert len(causal_controls(encoders(run, control))) == 1
