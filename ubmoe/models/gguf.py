@@ -355,7 +355,14 @@ def tokenizer_of(path: Path) -> PreTrainedTokenizerBase:
     added = backend.get_added_tokens_decoder()
     for number, sort in enumerate(said.get("token_type", ())):
         token = said["tokens"][number]
-        if sort in (CONTROL, USER_DEFINED) and getattr(added.get(number), "content", "") != token:
+        if (
+            sort not in (CONTROL, USER_DEFINED)
+            or getattr(added.get(number), "content", "") == token
+        ):
+            continue
+        if backend.encode(token, add_special_tokens=False).ids != [
+            number
+        ]:  # Gemma's spaces are one
             raise ValueError(f"a GGUF file whose token {token!r} would be cut into others")
     first = kind == "llama" or (splits is not None and splits.first)
     names = {"unknown": "unk_token", "padding": "pad_token"}
