@@ -39,6 +39,7 @@ def test_a_newcomer_gets_a_result_figures_and_a_table(tiny_path, tmp_path):
         "dependence_buckets.png",
         "dependence_heads.png",
         "dependence_map.png",
+        "dependence_norms.png",
     }
     shown = table(load_config(None, [f"output_dir={tmp_path}/run"]))
     assert f"{overall['after']:.2f}" in shown and "dependence_map.png" in shown

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from builders import ROOT, run, run_apart, start
 
+from ubmoe import owned
+
 pytestmark = pytest.mark.slow
 SHORT = ["model.device=cpu", "dependence.max_texts=3"]
 TUNED = ["model.device=cpu", "bi.stages.0.max_steps=2", "evaluation.sts=[]"]
@@ -31,6 +33,8 @@ def one_line(errors: str, *words: str) -> None:
 def test_a_disk_that_is_full_is_said_and_the_earlier_encoder_stays(tiny_path, tmp_path):
     (tmp_path / "run" / "bi").mkdir(parents=True)
     (tmp_path / "run" / "bi" / "earlier").write_text("mine")
+    owned.name_all(tmp_path / "run" / "bi")
+    owned.claim(tmp_path / "run")
     limits = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))}
     arguments = [*TUNED, f"output_dir={tmp_path}/run"]
     code, output, errors = ended(start(*arguments, script="train_bi.py", **limits))

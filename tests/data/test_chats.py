@@ -253,7 +253,7 @@ def test_labels_are_the_answers_tokens():
         (
             {"messages": TURNS},
             "{{ messages[0].content + 1 }}",
-            "the chat template fails (TypeError)",
+            "the chat template fails (",
         ),
         ({"messages": TURNS}, "{{ raise_exception('no') }}", ":1: the chat template fails"),
     ],

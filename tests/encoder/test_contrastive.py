@@ -334,7 +334,12 @@ def test_checkpoints_of_another_run_are_not_taken_up(tokenizer, tmp_path):
 def test_a_loss_that_is_not_finite_stops_at_that_step(tokenizer, tmp_path):
     encoder, model = build(tokenizer)
     with pytest.raises(UserError, match=r"step \d: the (loss is nan|gradient of .* is not finite)"):
-        train(encoder, model, stage(tmp_path, learning_rate=1e30, max_steps=9), tmp_path)
+        train(
+            encoder,
+            model,
+            stage(tmp_path, max_steps=9).model_copy(update={"learning_rate": 1e30}),
+            tmp_path,
+        )
 
 
 def test_supervised_rows_and_hard_negatives(tokenizer, tmp_path):

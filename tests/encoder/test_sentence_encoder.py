@@ -13,6 +13,7 @@ from sentence_transformers import SentenceTransformer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from ubmoe import owned
 from ubmoe.bidirectional import prove_attention
 from ubmoe.config import FORMS, PROMPT, BiSection, ModelSection, UserError
 from ubmoe.encoder.sentence_encoder import (
@@ -126,7 +127,7 @@ def test_the_ids_are_those_of_the_text_in_its_prompt(tokenizer, tmp_path, prompt
         found = marked(["<s>"] * first, ["</s>"] * last, once=kind == "marked once")
     # by a qwen2's config.json the library takes any tokenizer for one of Qwen's
     family = "qwen2" if kind == "bytes" else "gpt_neox"
-    encoder, model, bi = build(found, family=family, prompt=prompt, max_tokens=40)
+    encoder, model, bi = build(found, family=family, prompt=prompt, max_tokens=50)
     save_encoder(encoder, model, found, bi, tmp_path / "bi")
     saved = SentenceTransformer(str(tmp_path / "bi"), device="cpu")
     for text in ("a cab", "b", " a ", "f" * 90):
@@ -194,8 +195,9 @@ def test_the_directory_loads_in_stock_libraries_both_ways(tokenizer, tmp_path, t
 
 def test_saving_again_replaces_the_whole_directory(tokenizer, tmp_path):
     encoder, model, bi = build(tokenizer)
-    (tmp_path / "bi").mkdir()
+    save_encoder(encoder, model, tokenizer, bi, tmp_path / "bi")
     (tmp_path / "bi" / "stale.safetensors").write_text("x")
+    owned.name_all(tmp_path / "bi")
     save_encoder(encoder, model, tokenizer, bi, tmp_path / "bi")
     assert not (tmp_path / "bi" / "stale.safetensors").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["bi"]

@@ -19,6 +19,12 @@ IDS = torch.arange(1, 97).repeat(2)[None, :150]  # longer than any window, and t
 TEXT = "It's 2024,  café café\u0301  12345 你好 \n\n\tfoo 7\u00bd \U0001f600 x\u00b2  99"
 
 
+def made_model(family, **keys):
+    """As `random_model`, windows as files have them: no key says another pattern."""
+    pattern = {"sliding_window_pattern": 6} if family == "gemma3_text" else {}
+    return random_model(family, **pattern | keys)
+
+
 def section(path):
     return ModelSection(name=str(path), device="cpu", dtype="float32")
 
@@ -42,14 +48,14 @@ TIED = [(family, True) for family in ("llama", "qwen2", "qwen3", "gemma2", "gemm
 
 @pytest.mark.parametrize(("family", "tied"), [*UNTIED, *TIED])
 def test_a_family_has_the_logits_of_its_class(tmp_path, family, tied):
-    loaded = same(tmp_path, random_model(family, tie_word_embeddings=tied, rms_norm_eps=1e-3))
+    loaded = same(tmp_path, made_model(family, tie_word_embeddings=tied, rms_norm_eps=1e-3))
     loaded.save_pretrained(tmp_path / "saved")
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert torch.equal(logits(stock), logits(loaded))
 
 
 def test_a_llama_with_biases_keeps_them(tmp_path):
-    same(tmp_path, random_model("llama", attention_bias=True, mlp_bias=True))
+    same(tmp_path, made_model("llama", attention_bias=True, mlp_bias=True))
 
 
 def scaled(family, **rope):
@@ -58,7 +64,7 @@ def scaled(family, **rope):
     if family == "gemma3_text":
         rope = {"full_attention": rope, "sliding_attention": {"rope_type": "default", **theta}}
         rope["sliding_attention"]["rope_theta"] = 10000.0
-    return random_model(family, rope_parameters=rope, layer_types=None, num_hidden_layers=2)
+    return made_model(family, rope_parameters=rope, layer_types=None, num_hidden_layers=2)
 
 
 def by_hand(factor, low, high, old, width, theta=10000.0):
@@ -123,18 +129,18 @@ def test_the_old_key_of_linear_scaling_is_read(tmp_path):
 def test_the_windows_of_gemma_are_read(tmp_path, pattern):
     kinds = ["full_attention", "sliding_attention"]
     layers = [kinds[1], kinds[0], kinds[1], kinds[0] if pattern == 2 else kinds[1]]
-    model = random_model("gemma3_text", layer_types=layers, num_hidden_layers=4)
+    model = made_model("gemma3_text", layer_types=layers, num_hidden_layers=4)
     same(tmp_path, model, {"gemma3.attention.sliding_window_pattern": pattern})
 
 
 def test_what_scales_and_caps_scores_in_gemma_is_read(tmp_path):
     caps = {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0}
     keys = {f"gemma2.{key}": value for key, value in caps.items()}
-    same(tmp_path, random_model("gemma2", **caps), keys)
+    same(tmp_path, made_model("gemma2", **caps), keys)
     sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
     local = {"rope_type": "default", "rope_theta": 500.0}
     rope = {"full_attention": local | {"rope_theta": 1e6}, "sliding_attention": local}
-    model = random_model(
+    model = made_model(
         "gemma3_text", query_pre_attn_scalar=16, num_hidden_layers=62, rope_parameters=rope, **sizes
     )
     write_gguf_model(model, tmp_path / "large.gguf", {"gemma3.rope.freq_base_swa": 500.0})
@@ -144,7 +150,7 @@ def test_what_scales_and_caps_scores_in_gemma_is_read(tmp_path):
 
 
 def test_heads_of_another_width_than_their_share_are_read(tmp_path):
-    same(tmp_path, random_model("qwen3", head_dim=16))
+    same(tmp_path, made_model("qwen3", head_dim=16))
 
 
 REFUSED = [
@@ -167,7 +173,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("keys", "expected"), REFUSED)
 def test_a_key_that_may_change_numbers_refuses_the_file(tmp_path, keys, expected):
-    write_gguf_model(random_model("llama"), tmp_path / "model.gguf", keys)
+    write_gguf_model(made_model("llama"), tmp_path / "model.gguf", keys)
     with pytest.raises(UserError, match=expected) as caught:
         load_model(section(tmp_path / "model.gguf"))
     assert "\n" not in str(caught.value)
@@ -178,7 +184,7 @@ def test_a_key_that_may_change_numbers_refuses_the_file(tmp_path, keys, expected
 )
 def test_a_tensor_that_the_class_lacks_refuses_the_file(tmp_path, name):
     more = {name: np.ones(8, dtype=np.float32)}
-    write_gguf_model(random_model("llama"), tmp_path / "model.gguf", tensors=more)
+    write_gguf_model(made_model("llama"), tmp_path / "model.gguf", tensors=more)
     with pytest.raises(UserError, match=f"a tensor {name}, which llama has not"):
         load_model(section(tmp_path / "model.gguf"))
 
@@ -191,7 +197,7 @@ def test_keys_without_effect_pass(tmp_path):
         **{"llama.attention.causal": True, "split.count": 0, "general.alignment": 64},
         **{"tokenizer.ggml.eot_token_id": 3, "tokenizer.ggml.add_sep_token": False},
     }
-    same(tmp_path, random_model("llama"), keys)
+    same(tmp_path, made_model("llama"), keys)
 
 
 # --- tokenizers -----------------------------------------------------------------------------------
@@ -227,7 +233,7 @@ def bytes_keys(pre, **more):
 
 
 def tokenizer(tmp_path, keys, family="llama"):
-    write_gguf_model(random_model(family, vocab_size=300), tmp_path / "model.gguf", keys)
+    write_gguf_model(made_model(family, vocab_size=300), tmp_path / "model.gguf", keys)
     return load_tokenizer(section(tmp_path / "model.gguf"))
 
 
@@ -335,7 +341,7 @@ def test_a_file_is_parsed_once_and_again_when_it_changed(tiny_path, tmp_path, mo
 
 
 def test_quantised_tensors_are_what_the_format_says(tmp_path):
-    model = random_model("llama", hidden_size=64, num_attention_heads=4, head_dim=16)
+    model = made_model("llama", hidden_size=64, num_attention_heads=4, head_dim=16)
     kinds = format_of.GGMLQuantizationType
     with torch.no_grad():
         for name, value in model.named_parameters():

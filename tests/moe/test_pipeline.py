@@ -174,6 +174,7 @@ def test_joining_takes_no_more_memory_than_the_largest_tensor(tmp_path):
     assert min(sizes) > 180e6 > 1.3 * (1.5 * LARGEST + ALLOWED)  # one model would not fit
     for name in ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"):
         (tmp_path / "bi" / name).write_text("{}")
+    (tmp_path / "bi" / "modules.json").write_text('[{"type": "a.Transformer", "path": ""}]')
     (tmp_path / "bi" / "1_Pooling").mkdir()
     given = [f"model.name={tmp_path}/uni", f"ubmoe.bi={tmp_path}/bi", "model.dtype=float32"]
     given += ["ubmoe.export=[mixture, modes, adapter]", "ubmoe.rank=2"]

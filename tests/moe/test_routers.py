@@ -139,7 +139,7 @@ def test_fewer_chats_than_a_batch_and_weights_that_explode_are_refused(chats, tm
     model = join(*pair(vocab_size=1000))
     with pytest.raises(UserError, match="3 rows to train on, and a step takes 4"):
         router_training.train(model, settings(), chats[:3], Work(tmp_path, 0))
-    keys = settings(max_steps=1, learning_rate=1e39)
+    keys = settings(max_steps=1).model_copy(update={"learning_rate": 1e39})
     with pytest.raises(UserError, match="lower learning_rate"):
         router_training.train(model, keys, chats, Work(tmp_path, 0))
 

@@ -105,7 +105,8 @@ def test_files_are_packed_into_their_folder_and_newer_ones_win(tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps(RECORDS[name]))
     assert pack(config) == str(tmp_path / "records.jsonl")
     assert {each.name for each in tmp_path.iterdir()} == {"records.jsonl", "heads.npz"}
-    newer = record(("seed", 7))
+    newer = copy.deepcopy(RECORDS["a.dependence.seed0"])
+    newer["config"]["seed"] = 7
     (tmp_path / "a.dependence.seed0.json").write_text(json.dumps(newer))
     (tmp_path / "benchmark.rows.json").write_text("{}")
     both = recorded(config)

@@ -144,8 +144,12 @@ def observed(model: PreTrainedModel, keep_maps: bool = False) -> Iterator[Record
 
 
 @contextmanager
-def attending_by(function: Attention, model: PreTrainedModel, else_: str) -> Iterator[None]:
+def attending_by(
+    function: Attention, model: PreTrainedModel, else_: str, windows: bool = True
+) -> Iterator[None]:
     """Run `model` with a function as its attention, which is given the (B, T) padding mask.
+
+    windows: whether the function computes windows that hide something.
 
     Raises UserError, which ends with `else_`, for a class that does not go through transformers'
     attention interface.
@@ -163,7 +167,7 @@ def attending_by(function: Attention, model: PreTrainedModel, else_: str) -> Ite
     try:
         model.set_attn_implementation(NAME)
         # What was proved of the model's own attention must hold of what replaces it.
-        prove_attention(model, bidirectional=is_bidirectional(model.config))
+        prove_attention(model, bidirectional=is_bidirectional(model.config), windows=windows)
         yield
     finally:
         _ACTIVE.remove(function)

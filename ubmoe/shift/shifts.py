@@ -68,7 +68,7 @@ def shifting(model: PreTrainedModel) -> Iterator[Shifts]:
             "shifted"
         )
     attention = Shifts()
-    with attending_by(attention, model, "its first key cannot be shifted"):
+    with attending_by(attention, model, "its first key cannot be shifted", windows=False):
         yield attention
 
 
