@@ -253,7 +253,7 @@ def test_labels_are_the_answers_tokens():
         (
             {"messages": TURNS},
             "{{ messages[0].content + 1 }}",
-            "the chat template fails (",
+            "the chat template fails (something in it is missing or of an unexpected kind)",
         ),
         ({"messages": TURNS}, "{{ raise_exception('no') }}", ":1: the chat template fails"),
     ],
