@@ -9,10 +9,12 @@ from builders import random_model
 from ubmoe.bidirectional import is_bidirectional, set_attention, set_layers
 from ubmoe.config import ScanSection
 from ubmoe.scan.patterns import patterns
-from ubmoe.scan.walk import states
+from ubmoe.scan.walk import states, without_first
 
 DEPTH = 4
-EVERY = patterns(ScanSection(patterns=["from", "to", "only", "every"]), DEPTH)
+KINDS = ScanSection(patterns=["from", "to", "only", "every"])
+EVERY = patterns(KINDS, DEPTH, keep_sink=False)
+KEPT = patterns(KINDS, DEPTH, keep_sink=True)
 ROWS = [[5, 6, 7, 8, 9, 10, 11], [12, 13, 14, 15]]
 INPUTS = {
     "input_ids": torch.tensor([ROWS[0], [*ROWS[1], 0, 0, 0]]),
@@ -25,9 +27,10 @@ INPUTS = {
 def test_each_pattern_is_what_a_model_of_it_gives(family, keep_sink):
     keys = {"sliding_window": 3} if family in ("mistral", "gemma3_text") else {}
     model = random_model(family, num_hidden_layers=DEPTH, **keys).eval()
-    found = dict(states(model, INPUTS, EVERY, keep_sink))
-    assert sorted(found) == list(range(len(EVERY)))
-    for place, pattern in enumerate(EVERY):
+    asked = KEPT if keep_sink else EVERY
+    found = dict(states(model, INPUTS, asked))
+    assert sorted(found) == list(range(len(asked)))
+    for place, pattern in enumerate(asked):
         alone = set_layers(copy.deepcopy(model), pattern.layers, keep_sink)
         set_attention(alone, bidirectional=True)
         for row, ids in enumerate(ROWS):  # without any padding
@@ -60,8 +63,37 @@ def test_the_model_is_left_as_it_was(mask, both):
     model = random_model("llama", num_hidden_layers=DEPTH).eval()
     set_attention(set_layers(model, *mask), both)
     before = model.config.to_dict(), model.config._attn_implementation
-    walk = states(model, INPUTS, EVERY, keep_sink=True)
+    walk = states(model, INPUTS, KEPT)
     next(walk)
     walk.close()  # half-way
     assert (model.config.to_dict(), model.config._attn_implementation) == before
     assert is_bidirectional(model.config) is both
+
+
+def test_no_other_token_sees_a_first_token_that_is_removed():
+    """Against the library's own attention with a mask written out by hand."""
+    readings = ScanSection(patterns=[], first_token=["full", "kept", "removed"])
+    asked = patterns(readings, DEPTH, keep_sink=False)
+    assert [(each.name, each.first_token) for each in asked] == [
+        ("none", "full"),
+        ("all", "full"),
+        ("all", "kept"),
+        ("all", "removed"),
+    ]
+    model = random_model("llama", num_hidden_layers=DEPTH).eval()
+    last = dict(states(model, INPUTS, asked))[3]
+    inner = random_model("llama", num_hidden_layers=DEPTH).eval().base_model
+    inner.load_state_dict(model.base_model.state_dict())
+    inner.set_attn_implementation("eager")
+    for row, ids in enumerate(ROWS):
+        hidden = torch.zeros(1, 1, len(ids), len(ids))
+        hidden[..., 0] = torch.finfo(torch.float32).min
+        with torch.no_grad():
+            own = inner(input_ids=torch.tensor([ids]), attention_mask=hidden).last_hidden_state[0]
+        torch.testing.assert_close(last[row, : len(ids)], own)
+
+
+def test_the_first_real_token_is_removed_and_no_other():
+    inputs = {"attention_mask": torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])}
+    assert without_first(inputs)["attention_mask"].tolist() == [[0, 0, 0, 1], [0, 1, 1, 0]]
+    assert inputs["attention_mask"][1].tolist() == [1, 1, 1, 0]

@@ -653,6 +653,9 @@ class ProbingSection(Section):
         return _not_empty(value)
 
 
+FirstToken = Literal["full", "kept", "removed"]
+
+
 class ScanSection(Section):
     """Which layers may look both ways, in which form, untrained (python -m ubmoe.scan)."""
 
@@ -668,6 +671,12 @@ class ScanSection(Section):
         "second and so on",
     )
     every: Annotated[int, Field(ge=2)] = score_key(4, "the largest step of every", "layers")
+    layers: list[Layers] = score_key([], "further patterns, each as bi.layers")
+    first_token: list[FirstToken] = score_key(
+        [],
+        "how bidirectional patterns read the first token: full (it sees all), kept (it sees itself "
+        "alone, as with bi.keep_sink) or removed (no other token sees it); empty: as bi says",
+    )
     forms: list[Form] = score_key(
         [], "forms that the texts are read in, as bi.form; empty: in that of bi alone"
     )

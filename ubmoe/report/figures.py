@@ -364,21 +364,22 @@ WORDS = {"from": "from layer N on", "to": "up to layer N", "only": "layer N alon
 def scan(section: dict[str, Any]) -> dict[str, Figure]:
     """STS by where the layers that look both ways begin or end; bars: every K-th of them.
 
-    A row of panels for each form that was scanned, in the form's own pooling.
+    A row of panels for each form, and each reading of the first token, in the form's own pooling.
     """
-    forms: dict[str | None, list[dict[str, Any]]] = {}
+    readings: dict[tuple[str | None, str | None], list[dict[str, Any]]] = {}
     for row in section["patterns"]:
-        forms.setdefault(row.get("form"), []).append(row)
-    bars = any(_every(rows) for rows in forms.values())
-    figure = blank(8.6 if bars else 5.6, 3.6 * len(forms))
-    panels = figure.subplots(len(forms), 2 if bars else 1, sharey="row", squeeze=False)
-    for (form, rows), axes in zip(forms.items(), panels, strict=True):
+        readings.setdefault((row.get("form"), row.get("first_token")), []).append(row)
+    bars = any(_every(rows) for rows in readings.values())
+    figure = blank(8.6 if bars else 5.6, 3.6 * len(readings))
+    panels = figure.subplots(len(readings), 2 if bars else 1, sharey="row", squeeze=False)
+    for ((form, first), rows), axes in zip(readings.items(), panels, strict=True):
         pooling = FORMS[form][1] if form else "mean"  # type: ignore[index]
         _scan_panels(axes, rows, pooling)
         said = f"Spearman x 100, {section['pairs']} pairs of {section['task']}"
         axes[0].set(xlabel="N", ylabel=said)
-        if form:
-            axes[0].set_title(f"{form}, {pooling.replace('_', ' ')}")
+        named = [f"{form}, {pooling.replace('_', ' ')}"] if form else []
+        named += [f"first token {first}"] if first else []
+        axes[0].set_title("; ".join(named))
     return {"scan.png": figure}
 
 

@@ -238,7 +238,7 @@ def scan_rows(section: dict[str, Any], pooling: str = "mean") -> list[list[str]]
     """
     ordered = sorted(section["patterns"], key=lambda each: -each[pooling]["score"])
     body = [
-        [each["name"], f"{own['score']:.2f}", "{:+.2f} ({:+.2f} to {:+.2f})".format(*gain)]
+        [pattern_name(each), f"{own['score']:.2f}", "{:+.2f} ({:+.2f} to {:+.2f})".format(*gain)]
         + ([f"{own['centred']:.2f}"] if "centred" in own else [])
         for each in ordered
         for own in [each[pooling]]
@@ -246,6 +246,12 @@ def scan_rows(section: dict[str, Any], pooling: str = "mean") -> list[list[str]]
     ]
     more = ["centred"] if any("centred" in each[pooling] for each in ordered) else []
     return [["layers that look both ways", "Spearman x 100", "above none (95 %)", *more], *body]
+
+
+def pattern_name(row: dict[str, Any]) -> str:
+    """The layers of a scan's row, and how they read the first token where the scan varied that."""
+    first = row.get("first_token", "full")
+    return row["name"] + ("" if first == "full" or row["name"] == "none" else f", first {first}")
 
 
 def has_forms(section: dict[str, Any]) -> bool:
@@ -267,7 +273,8 @@ def scan_form_rows(section: dict[str, Any], most: int) -> list[list[str]]:
         best = sorted(own, key=lambda each: -max(each[name]["score"] for name in poolings))
         shown = [each for each in best if each in best[:most] or each in own[:2]]
         body += [
-            [form, each["name"], *(_scanned(each[name]) for name in poolings)] for each in shown
+            [form, pattern_name(each), *(_scanned(each[name]) for name in poolings)]
+            for each in shown
         ]
     return [["form", "layers that look both ways", *words], *body]
 

@@ -2,16 +2,20 @@
 
 from dataclasses import dataclass
 
-from ubmoe.config import Layers, ScanSection
+from ubmoe.config import FirstToken, Layers, ScanSection
 from ubmoe.layered import chosen
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """`layers` as bi.layers takes it; `both`: whether each layer looks both ways."""
+    """`layers` as bi.layers takes it; `both`: whether each layer is bidirectional.
+
+    first_token: how these layers read it, as `scan.first_token` says.
+    """
 
     layers: Layers
     both: tuple[bool, ...]
+    first_token: FirstToken
 
     @property
     def name(self) -> str:
@@ -21,14 +25,22 @@ class Pattern:
         return str(self.layers)
 
 
-def patterns(settings: ScanSection, depth: int) -> list[Pattern]:
-    """none, all, and those of each kind that is asked for, each mask once."""
-    found: dict[tuple[bool, ...], Pattern] = {}
-    for layers in _named(settings, depth):
-        numbers = chosen(layers, depth)
-        both = tuple(numbers is None or number in numbers for number in range(depth))
-        found.setdefault(both, Pattern(layers, both))
-    return list(found.values())
+def patterns(settings: ScanSection, depth: int, keep_sink: bool) -> list[Pattern]:
+    """none, all, and those of each kind that is asked for, each mask once.
+
+    keep_sink: `bi.keep_sink`, which decides where `scan.first_token` is empty. Raises UserError for
+    layers that the model lacks.
+    """
+    default: FirstToken = "kept" if keep_sink else "full"
+    readings = settings.first_token or [default]
+    every: dict[tuple[tuple[bool, ...], str], Pattern] = {}
+    for reading in readings:
+        for layers in [*_named(settings, depth), *settings.layers]:
+            numbers = chosen(layers, depth, "scan.layers")
+            both = tuple(numbers is None or number in numbers for number in range(depth))
+            first = reading if any(both) else readings[0]  # no layer reads it otherwise
+            every.setdefault((both, first), Pattern(layers, both, first))
+    return list(every.values())
 
 
 def _named(settings: ScanSection, depth: int) -> list[Layers]:

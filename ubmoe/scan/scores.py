@@ -38,11 +38,11 @@ def scan(model: PreTrainedModel, config: Config, task: AbsTaskSTS, directory: Pa
     forms = [in_form(config.bi, form) for form in settings.forms] or [config.bi]
     encoders = [as_encoder(model, tokenizer, bi) for bi in forms]
     text_config = model.config.get_text_config()
-    asked = patterns(settings, text_config.num_hidden_layers)
+    asked = patterns(settings, text_config.num_hidden_layers, config.bi.keep_sink)
     rows, gold = pairs(task, settings)
     mark = mark_of(model) | {
         "pairs": digest_of_rows(rows),
-        "patterns": [pattern.both for pattern in asked],
+        "patterns": [(pattern.both, pattern.first_token) for pattern in asked],
         "bf16": uses_bfloat16(config.evaluation.bf16, model.device),
         "centre": settings.centre,
     }
@@ -57,14 +57,19 @@ def scan(model: PreTrainedModel, config: Config, task: AbsTaskSTS, directory: Pa
             kept.load()
         with autocast(config.evaluation.bf16, model.device):
             _fill(kept, model, encoder, rows, asked, config)
-        named = {"form": bi.form} if settings.forms else {}
+        form = {"form": bi.form} if settings.forms else {}
         causal = cosines(kept.values[0]) if vectors else kept.values[0]
         found += [
-            {**named, "layers": pattern.layers, "name": pattern.name, **_scores(each, causal, gold)}
+            {**form, **_described(pattern, settings), **_scores(each, causal, gold)}
             for pattern, each in zip(asked, kept.values, strict=True)
         ]
     depth = text_config.num_hidden_layers
     return {"task": task.metadata.name, "pairs": len(rows), "depth": depth, "patterns": found}
+
+
+def _described(pattern: Pattern, settings: ScanSection) -> dict[str, Any]:
+    first = {"first_token": pattern.first_token} if settings.first_token else {}
+    return {"layers": pattern.layers, "name": pattern.name, **first}
 
 
 def in_form(bi: BiSection, form: Form) -> BiSection:
@@ -133,7 +138,7 @@ def _read(
     inputs = {key: features[key] for key in ("input_ids", "attention_mask")}
     features = pooled(features)
     found: dict[int, list[np.ndarray]] = {}
-    for place, last in states(model, inputs, asked, config.bi.keep_sink):
+    for place, last in states(model, inputs, asked):
         with torch.no_grad():
             embedded = [
                 pool({**features, "token_embeddings": last.float()})["sentence_embedding"]

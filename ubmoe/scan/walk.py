@@ -36,16 +36,38 @@ def walk(
 
 @torch.no_grad()
 def states(
-    model: PreTrainedModel,
-    inputs: dict[str, Tensor],
-    patterns: Sequence[Pattern],
-    keep_sink: bool = False,
+    model: PreTrainedModel, inputs: dict[str, Tensor], patterns: Sequence[Pattern]
 ) -> Iterator[tuple[int, Tensor]]:
     """(place of a pattern, (B, T, D) last states) of every pattern of masks.
 
     model: a causal language model. Each equals the states of a model with that `bi.layers`, and
-    with `bi.keep_sink`.
+    where the first token is kept with `bi.keep_sink`.
     """
+    for reading in dict.fromkeys(pattern.first_token for pattern in patterns):
+        places = [place for place, each in enumerate(patterns) if each.first_token == reading]
+        seen = without_first(inputs) if reading == "removed" else inputs
+        choices = [pattern.both for pattern in patterns]
+        yield from _read_alike(model, seen, choices, places, reading == "kept")
+
+
+def without_first(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The first real token of each text is masked as padding is, its position kept.
+
+    No other token sees its key ("Look Both Ways and No Sink", ACL 2025 long 1113).
+    """
+    mask = inputs["attention_mask"].clone()
+    mask.scatter_(1, mask.argmax(1, keepdim=True), 0)
+    return inputs | {"attention_mask": mask}
+
+
+def _read_alike(
+    model: PreTrainedModel,
+    inputs: dict[str, Tensor],
+    choices: Sequence[Choice],
+    places: Sequence[int],
+    keep_sink: bool,
+) -> Iterator[tuple[int, Tensor]]:
+    """`states` at the places whose patterns read the first token alike."""
     config = model.config.get_text_config()
     keys = {layered.KEY: [], layered.SINK: keep_sink or layered.keeps_sink(config)}
     with masked(model, bidirectional=True, keys=keys):
@@ -56,9 +78,8 @@ def states(
             setattr(config, layered.KEY, [number] if both else [])
             return called(inner.layers[number], before, calls[number])
 
-        choices = [pattern.both for pattern in patterns]
-        for places, last in walk(first, layer, choices, range(len(choices))):
-            yield from ((place, inner.norm(last)) for place in places)
+        for alike, last in walk(first, layer, choices, places):
+            yield from ((place, inner.norm(last)) for place in alike)
 
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
