@@ -49,6 +49,7 @@ def help_text(
     that is not the program's own name.
     """
     verb = f" {'|'.join(verbs)}" if verbs else ""
+<<<<<<< HEAD
     every, said = list(keys()), name or program
     sections = () if everything else SECTIONS.get(program, ())
     own = [
@@ -59,8 +60,13 @@ def help_text(
     ]
     shown = own if sections else every
     lines = [f"usage: {said}{verb} [CONFIG] [key=value ...]", "", purpose, ""]
+=======
+    lines = [f"usage: {program}{verb} [CONFIG] [key=value ...] [--show-config]", "", purpose, ""]
+>>>>>>> main
     lines += [
-        f"CONFIG is a YAML file (default configs/{DEFAULT_CONFIG.name}); keys, with defaults:",
+        f"CONFIG is a YAML file (default configs/{DEFAULT_CONFIG.name}); its key `base` names the",
+        "file, from its own folder, whose keys it changes. --show-config prints all of them.",
+        "Keys, with defaults:",
         "",
     ]
     for each in shown:
