@@ -10,6 +10,6 @@ CONFIGS = sorted(f"ubmoe.{folder.replace('/', '.')}" for folder in FOLDERS)
 setup(
     packages=[*find_packages(include=["ubmoe*"]), *CONFIGS],
     package_dir={"ubmoe.configs": "configs"},
-    package_data={name: ["*.yaml"] for name in CONFIGS},
+    package_data={name: ["*.yaml"] for name in CONFIGS} | {"ubmoe.dry_run": ["shapes.json"]},
     py_modules=["calculate_dp", "train_bi", "train_ubmoe"],
 )

@@ -13,11 +13,7 @@ from builders import ROOT
 from safetensors import SafetensorError
 
 from ubmoe import cli as command
-<<<<<<< HEAD
-from ubmoe.config import UserError, keys
-=======
-from ubmoe.config import UserError, keys, load_config, reading
->>>>>>> main
+from ubmoe.config import UserError, keys, load_config
 
 
 def outcome(monkeypatch, capsys, error=None, arguments=(), main=None):

@@ -53,7 +53,7 @@ def test_a_wheel_has_the_program_the_scripts_and_the_configs(installed):
     for path in (ROOT / "configs").rglob("*.*"):
         if "__pycache__" not in path.parts:
             assert (installed / "ubmoe" / path.relative_to(ROOT)).is_file(), path
-    for path in (ROOT / "ubmoe").rglob("*.py"):
+    for path in [*(ROOT / "ubmoe").rglob("*.py"), *(ROOT / "ubmoe").rglob("*.json")]:
         assert (installed / path.relative_to(ROOT)).is_file(), path
 
 

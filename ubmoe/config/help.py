@@ -49,7 +49,6 @@ def help_text(
     that is not the program's own name.
     """
     verb = f" {'|'.join(verbs)}" if verbs else ""
-<<<<<<< HEAD
     every, said = list(keys()), name or program
     sections = () if everything else SECTIONS.get(program, ())
     own = [
@@ -59,10 +58,7 @@ def help_text(
         if section == (each[0].partition(".")[0] if "." in each[0] else "")
     ]
     shown = own if sections else every
-    lines = [f"usage: {said}{verb} [CONFIG] [key=value ...]", "", purpose, ""]
-=======
-    lines = [f"usage: {program}{verb} [CONFIG] [key=value ...] [--show-config]", "", purpose, ""]
->>>>>>> main
+    lines = [f"usage: {said}{verb} [CONFIG] [key=value ...] [--show-config]", "", purpose, ""]
     lines += [
         f"CONFIG is a YAML file (default configs/{DEFAULT_CONFIG.name}); its key `base` names the",
         "file, from its own folder, whose keys it changes. --show-config prints all of them.",

@@ -35,18 +35,8 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
 
     Raises UserError, in one line, with every problem of the file (or else of the command line).
     """
-<<<<<<< HEAD
     path = shipped(path or DEFAULT_CONFIG)
-    tree = _read_yaml(path)
-=======
-    if path is None and not DEFAULT_CONFIG.exists():  # installed without the repository
-        raise UserError(
-            f"command line: no CONFIG; expected a YAML file, as configs/{DEFAULT_CONFIG.name} of "
-            "the repository (an empty one has every default)"
-        )
-    path = Path(path or DEFAULT_CONFIG)
     tree = _with_base(path)
->>>>>>> main
     config = _validated(tree, str(path))
     config = _overridden(tree, overrides or [])
     if config.output_dir:
