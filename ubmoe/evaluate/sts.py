@@ -28,6 +28,7 @@ from ubmoe.config import UserError, listed
 from ubmoe.data.bad_rows import usable
 from ubmoe.data.rows import Row, cell, finite_number, read_rows
 from ubmoe.encoder.sentence_encoder import lengths
+from ubmoe.endings import UNITS
 from ubmoe.models.precision import Setting, autocast
 from ubmoe.tiny import language, sizes
 
@@ -44,8 +45,8 @@ def sts_scores(
 ) -> dict[str, Any]:
     """The `sts` section: Spearman correlation of cosines x 100 by task, their average, and sources.
 
-    `intervals`: 95 % of each score, by the bootstrap over its pairs. Raises UserError for a score
-    that is not finite: it is never averaged.
+    It names its metric and its unit. `intervals`: 95 % of each score, by the bootstrap over its
+    pairs. Raises UserError for a score that is not finite: it is never averaged.
     """
     scores, sources, cut, intervals = {}, {}, {}, {}
     for task in tasks:
@@ -75,6 +76,7 @@ def sts_scores(
         sources[name] = {**task.metadata.dataset, "subset": row["hf_subset"]}
     average = sum(scores.values()) / len(scores) if scores else None
     return {
+        **UNITS,
         **{"tasks": scores, "intervals": intervals, "average": average},
         **{"sources": sources, "truncated": cut},
         **{"max_tokens": encoder.max_seq_length, "mteb": mteb.__version__},
