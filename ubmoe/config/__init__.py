@@ -7,7 +7,7 @@ loaded.
 from ubmoe.config.effects import MADE, SCORED, deciding_weights, default, leaves, unlike
 from ubmoe.config.errors import UserError, error_reason, listed, shown
 from ubmoe.config.help import help_text
-from ubmoe.config.reading import DEFAULT_CONFIG, dump_config, load_config, with_keys
+from ubmoe.config.reading import DEFAULT_CONFIG, dump_config, load_config, validated, with_keys
 from ubmoe.config.schema import (
     ECHO,
     EOL,
@@ -94,5 +94,6 @@ __all__ = [
     "numbered",
     "shown",
     "unlike",
+    "validated",
     "with_keys",
 ]
