@@ -47,7 +47,7 @@ def inputs(config: Config, result: str) -> dict[str, str | None]:
 
     The encoder of a mixture is not among them: its result has a digest of the weights itself.
     """
-    found: dict[str, str | None] = {"model.name": _of_model(config.model)}
+    found: dict[str, str | None] = {"model.name": digest_of_model(config.model)}
     if adapters := config.model.adapters:
         each = [_of_path(Path(adapter).expanduser()) for adapter in adapters]
         found["model.adapter"] = None if None in each else " ".join(map(str, each))
@@ -81,7 +81,8 @@ def _values(config: Config, key: str) -> Iterator[tuple[str, Any]]:
         yield key, getattr(getattr(config, section), last)
 
 
-def _of_model(config: ModelSection) -> str | None:
+def digest_of_model(config: ModelSection) -> str | None:
+    """sha256 of the model's files; None for what is not on this machine."""
     if config.name == "tiny":
         return _of_files([Path(language.__file__), Path(language.__file__).with_name("model.py")])
     path = Path(config.name).expanduser()
