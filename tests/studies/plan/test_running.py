@@ -16,11 +16,13 @@ import pytest
 import torch
 from builders import ROOT, random_model
 
+from studies.plan import running as plan
+from studies.plan import study
 from ubmoe import owned
 from ubmoe.config import ResultsSection, UserError, load_config
 from ubmoe.recording import recording
 from ubmoe.report import tables
-from ubmoe.results import packed, plan, study
+from ubmoe.results import packed
 from ubmoe.results.records import pack
 
 
@@ -654,8 +656,7 @@ PARENT = """
 import sys
 from pathlib import Path
 from ubmoe.config import load_config
-from ubmoe.results import plan, study
-import ubmoe.results.plan
+from studies.plan import running as plan, study
 [step] = study.steps(load_config(None, sys.argv[2:]))
 plan.sys.executable = sys.argv[1]
 plan.execute(step)
