@@ -15,6 +15,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from ubmoe.bounds import DATA, read_text, regular
 from ubmoe.config import Config, ModelSection, UserError
+from ubmoe.files import digest_of_file
 from ubmoe.tiny import language
 
 # Keys that say what is read, by the result: their digests stand for them.
@@ -174,8 +175,7 @@ def _of_file(path: Path) -> str:
 @cache
 def _read(path: Path, *_: int) -> str:
     """sha256 of a file's bytes, once in a process as long as the file stays as it is."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return digest_of_file(path)
 
 
 def _of_text(text: str) -> str:

@@ -28,8 +28,6 @@ from ubmoe.training.sharding import sharding
 from ubmoe.training.trainer import GuardedTrainer, enough_rows, run_trainer
 
 log = logging.getLogger(__name__)
-FITTED_ON = 100  # chats that `router_init: uni` is fitted on
-ROLES = ("prompt", "answer", "template", "punctuation")
 
 
 class _Watch:
