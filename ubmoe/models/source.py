@@ -4,7 +4,6 @@ Programs make one ModelSource and pass it on, so that all parts of a run read th
 """
 
 import copy
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers import logging as transformers_logging
 
 from ubmoe.bidirectional import Attention, attention_name
-from ubmoe.bounds import METADATA, regular
+from ubmoe.bounds import METADATA, read_json, regular
 from ubmoe.config import Config, ModelSection, Section, UserError, error_reason
 from ubmoe.data import templates, tokens
 from ubmoe.data.inputs import SUFFIXES, digest_of_model
@@ -193,7 +192,7 @@ def _check_index(path: Path) -> None:
     if not (single.exists() and index.exists()):
         return
     try:
-        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        named = set(read_json(index)["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         named = set()
     if single.name not in named:
