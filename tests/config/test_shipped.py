@@ -5,8 +5,8 @@ import re
 import pytest
 from builders import ROOT, check_commands, commands
 
-from studies.plan.study import steps
 from ubmoe.config import load_config
+from ubmoe.results.study import steps
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 STUDIES = sorted(ROOT.glob("studies/*/study.yaml"))

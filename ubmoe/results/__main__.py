@@ -11,41 +11,31 @@ from typing import Any
 
 from ubmoe import cli
 from ubmoe.config import Config, UserError
+from ubmoe.results import plan
 from ubmoe.results.records import as_text, existing, pack, read_result, record, recorded
 
 ROOT = Path(__file__).parents[2]  # of a checkout
 
 
-def beside(module: str) -> Any:
-    """A module of studies/, which lies beside the package and is not installed.
+def comparing(module: str) -> Any:
+    """A module of studies/compare, which lies beside the package and is not installed.
 
     By its name and only now: the package never imports the studies. Raises UserError.
     """
     if not (ROOT / "studies" / "compare").is_dir():
         raise UserError(
             f"{ROOT / 'studies'}: not there; expected a checkout of the repository, whose studies/ "
-            "plans, runs and compares studies: the package alone records and shows one run's "
-            "results"
+            "compares records: the package alone plans, runs, records and shows one run's results"
         )
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
-    return importlib.import_module(f"studies.{module}")
-
-
-def plan(config: Config) -> str:
-    """The study's runs, what is known of each, and its command."""
-    return beside("plan.running").plan(config)
-
-
-def run(config: Config) -> str:
-    """Run what is missing of the study; returns what was recorded."""
-    return beside("plan.running").run(config)
+    return importlib.import_module(f"studies.compare.{module}")
 
 
 def table(config: Config) -> str:
     """A table of the paper from the records; without results.table, what output_dir holds."""
     if config.results.table is not None:
-        return beside("compare.paper").text(config.results.table, config, recorded(config))
+        return comparing("paper").text(config.results.table, config, recorded(config))
     parts = [as_text(path, path.stem, read_result(path)) for path in existing(config)]
     figures = sorted(str(path) for path in Path(config.output_dir).glob("*.png"))
     return "\n\n".join([*parts, "\n".join(["figures:", *(f"  {path}" for path in figures)])])
@@ -53,12 +43,12 @@ def table(config: Config) -> str:
 
 def figure(config: Config) -> str:
     """The study's pictures from the records; returns their paths."""
-    return beside("compare.tradeoff").draw(config, recorded(config))
+    return comparing("tradeoff").draw(config, recorded(config))
 
 
 def readme(config: Config) -> str:
     """The generated tables of every page from the records; returns the pages' paths."""
-    return beside("compare.pages").renew(config)
+    return comparing("pages").renew(config)
 
 
 def prefetch(config: Config) -> str:
@@ -69,8 +59,8 @@ def prefetch(config: Config) -> str:
 
 
 VERBS = {
-    "plan": plan,
-    "run": run,
+    "plan": plan.plan,
+    "run": plan.run,
     "table": table,
     "figure": figure,
     "record": record,

@@ -16,13 +16,11 @@ import pytest
 import torch
 from builders import ROOT, random_model
 
-from studies.plan import running as plan
-from studies.plan import study
 from ubmoe import owned
 from ubmoe.config import ResultsSection, UserError, load_config
 from ubmoe.recording import recording
 from ubmoe.report import tables
-from ubmoe.results import packed
+from ubmoe.results import packed, plan, study
 from ubmoe.results.records import pack
 
 
@@ -656,7 +654,8 @@ PARENT = """
 import sys
 from pathlib import Path
 from ubmoe.config import load_config
-from studies.plan import running as plan, study
+from ubmoe.results import plan, study
+import ubmoe.results.plan
 [step] = study.steps(load_config(None, sys.argv[2:]))
 plan.sys.executable = sys.argv[1]
 plan.execute(step)

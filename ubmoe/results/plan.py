@@ -13,13 +13,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from studies.plan.study import LEFT, Step, slug, steps
 from ubmoe import owned
 from ubmoe.cli import LIFELINE
 from ubmoe.config import Config, TrainingSection, UserError
 from ubmoe.data.bad_rows import dropping
 from ubmoe.data.rows import read_texts
 from ubmoe.results.records import read_result, record
+from ubmoe.results.study import LEFT, Step, slug, steps
 from ubmoe.staging import locked
 
 log = logging.getLogger(__name__)

@@ -1,1 +1,0 @@
-"""A study's runs: which they are, which are done, and what runs the rest."""
