@@ -13,7 +13,7 @@ from builders import ROOT
 from safetensors import SafetensorError
 
 from ubmoe import cli as command
-from ubmoe.config import UserError, keys, reading
+from ubmoe.config import UserError, keys, load_config, reading
 
 
 def outcome(monkeypatch, capsys, error=None, arguments=(), main=None):
@@ -36,6 +36,15 @@ def outcome(monkeypatch, capsys, error=None, arguments=(), main=None):
 def test_the_last_line_is_the_path_of_the_result(monkeypatch, capsys):
     found = outcome(monkeypatch, capsys, arguments=["output_dir=a"])
     assert found == (0, "a/x.json\n", "")
+
+
+def test_the_whole_configuration_is_shown_and_nothing_run(monkeypatch, capsys, tmp_path):
+    arguments = ["seed=3", "--show-config", f"output_dir={tmp_path}/run"]
+    error = AssertionError("it was run")
+    status, output, _ = outcome(monkeypatch, capsys, error, arguments=arguments)
+    assert status == 0 and not (tmp_path / "run").exists()
+    (tmp_path / "shown.yaml").write_text(output)
+    assert load_config(tmp_path / "shown.yaml") == command.parse([arguments[0], arguments[2]])
 
 
 @pytest.mark.parametrize(
@@ -91,7 +100,7 @@ def test_real_memory_errors_are_recognised(monkeypatch, capsys):
 def test_help_and_bad_arguments(monkeypatch, capsys):
     code, output, errors = outcome(monkeypatch, capsys, arguments=["seed=1", "--help"])
     assert (code, errors) == (0, "") and output.startswith(
-        "usage: program [CONFIG] [key=value ...]"
+        "usage: program [CONFIG] [key=value ...] [--show-config]"
     )
     code, _, errors = outcome(monkeypatch, capsys, arguments=["sed=1"])
     assert code == 2 and "did you mean seed?" in errors

@@ -11,7 +11,15 @@ from pathlib import Path
 from threading import Thread
 
 from ubmoe.bounds import naming
-from ubmoe.config import Config, UserError, error_reason, help_text, load_config, shown
+from ubmoe.config import (
+    Config,
+    UserError,
+    dump_config,
+    error_reason,
+    help_text,
+    load_config,
+    shown,
+)
 
 # How Python, torch's CPU allocator, and CUDA before accelerate is there, say it.
 NO_MEMORY = ("MemoryError", "OutOfMemoryError", "out of memory", "can't allocate memory")
@@ -22,6 +30,7 @@ NO_SPACE = (
 )
 Program = Callable[[Config], Path | str | None]
 INTERRUPTED = 130
+SHOW = "--show-config"
 LIFELINE = "UBMOE_LIFELINE"  # set where stdin is a pipe that ends with the process that began this
 WAIT = 3.0  # seconds in which torchrun ends the other processes when the first one failed
 
@@ -131,7 +140,7 @@ def _called(
     dry_run: Program | None,
     arguments: list[str],
 ) -> Path | str | None:
-    """What a program returns, or what it would do."""
+    """What a program returns, what it would do, or the whole configuration that it would have."""
     if not callable(main):
         verb = arguments[0] if arguments else "nothing"
         if verb not in main:
@@ -140,7 +149,9 @@ def _called(
                 f"{'|'.join(main)} [CONFIG] [key=value ...]"
             )
         main, arguments = main[verb], arguments[1:]
-    config = parse(arguments)
+    config = parse([each for each in arguments if each != SHOW])
+    if SHOW in arguments:
+        return dump_config(config)
     if not config.dry_run:
         with naming(config.output_dir):
             return main(config)

@@ -339,3 +339,73 @@ def test_no_key_takes_a_text_that_no_file_would(tmp_path, value):
 def test_a_value_is_blamed_on_its_own_key_in_words_of_yaml(tmp_path, overrides, expected):
     found = problem(written(tmp_path, ""), *overrides)
     assert expected in found and len(found) < 300 + len(overrides[0])
+
+
+def files(tmp_path, **texts):
+    for name, text in texts.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    return tmp_path / "last.yaml"
+
+
+def test_a_file_changes_its_base_and_a_base_its_own(tmp_path):
+    """Sections go into each other, numbers name items of a list, any other value replaces."""
+    (tmp_path / "below").mkdir()
+    stages = "[{objective: simcse, max_steps: 7, seed: 1}, {objective: mntp, train: [ffn]}]"
+    stages = stages.replace(", seed: 1", "")
+    first = (
+        f"seed: 5\nmodel: {{name: first, dtype: auto}}\nbi: {{prompt: null, stages: {stages}}}\n"
+    )
+    (tmp_path / "below" / "first.yaml").write_text(first)
+    (tmp_path / "below" / "middle.yaml").write_text("base: first.yaml\nevaluation: {sts: [tiny]}\n")
+    path = files(
+        tmp_path,
+        last="base: below/middle.yaml\nmodel: {name: last}\n"
+        "evaluation: {sts: [STS12, STS13]}\nbi: {stages: {1: {train: [attention]}}}\n",
+    )
+    config = load_config(path, ["bi.stages.0.temperature=0.5"])
+    assert (config.seed, config.model.name, config.model.dtype) == (5, "last", "auto")
+    assert config.evaluation.sts == ["STS12", "STS13"]
+    assert [stage.train for stage in config.bi.stages][1] == ["attention"]
+    assert (config.bi.stages[0].max_steps, config.bi.stages[0].temperature) == (7, 0.5)
+    assert config.output_dir == "runs/last"
+    whole = tmp_path / "whole.yaml"
+    whole.write_text(dump_config(config))
+    assert load_config(whole) == config
+
+
+def test_a_section_without_keys_is_as_in_the_base(tmp_path):
+    path = files(tmp_path, first="model: {name: first}\n", last="base: first.yaml\nmodel:\n")
+    assert load_config(path).model.name == "first"
+
+
+def test_a_form_replaces_the_prompt_of_the_base(tmp_path):
+    path = files(tmp_path, first="bi: {prompt: null}\n", last="base: first.yaml\nbi: {form: eol}\n")
+    assert load_config(path).bi.prompt == FORMS["eol"][0]
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        ({"last": "base: last.yaml\n"}, "last.yaml -> last.yaml is a circle"),
+        (
+            {"first": "base: last.yaml\n", "last": "base: first.yaml\n"},
+            "last.yaml -> first.yaml -> last.yaml is a circle",
+        ),
+        ({"last": "base: none.yaml\n"}, "none.yaml is no file; expected one"),
+        ({"last": "base: [a.yaml]\n"}, 'base: got ["a.yaml"], expected the path of a YAML file'),
+        ({"first": "model: [\n", "last": "base: first.yaml\n"}, "first.yaml:2: not YAML"),
+        (
+            {"first": "bi: {stages: []}\n", "last": "base: first.yaml\nbi: {stages: {3: {}}}\n"},
+            "bi.stages: got",
+        ),
+    ],
+)
+def test_a_base_that_cannot_be_is_one_line(tmp_path, texts, expected):
+    with pytest.raises(UserError) as error:
+        load_config(files(tmp_path, **texts))
+    assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_base_is_no_key_of_the_command_line():
+    with pytest.raises(UserError, match="base: unknown key"):
+        load_config(None, ["base=other.yaml"])

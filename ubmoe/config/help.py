@@ -24,9 +24,11 @@ def _kind(annotation: Any) -> str:
 def help_text(program: str, purpose: str, verbs: Sequence[str] = ()) -> str:
     """Usage, then every key with its type, default, unit and meaning."""
     verb = f" {'|'.join(verbs)}" if verbs else ""
-    lines = [f"usage: {program}{verb} [CONFIG] [key=value ...]", "", purpose, ""]
+    lines = [f"usage: {program}{verb} [CONFIG] [key=value ...] [--show-config]", "", purpose, ""]
     lines += [
-        f"CONFIG is a YAML file (default configs/{DEFAULT_CONFIG.name}); keys, with defaults:",
+        f"CONFIG is a YAML file (default configs/{DEFAULT_CONFIG.name}); its key `base` names the",
+        "file, from its own folder, whose keys it changes. --show-config prints all of them.",
+        "Keys, with defaults:",
         "",
     ]
     for name, field in keys():

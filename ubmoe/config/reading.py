@@ -30,7 +30,7 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
             "the repository (an empty one has every default)"
         )
     path = Path(path or DEFAULT_CONFIG)
-    tree = _read_yaml(path)
+    tree = _with_base(path)
     config = _validated(tree, str(path))
     config = _overridden(tree, overrides or [])
     if config.output_dir:
@@ -63,6 +63,53 @@ def _overridden(tree: dict[str, Any], overrides: list[str]) -> Config:
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML that `load_config` reads back equal."""
     return yaml.safe_dump(config.model_dump(), sort_keys=False)
+
+
+BASE = "base"  # names the file that a file changes, from its own folder
+
+
+def _with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A file's keys over those of its base, and so on. Raises UserError."""
+    tree = _read_yaml(path)
+    if BASE not in tree:
+        return tree
+    base, above = tree.pop(BASE), (*above, path.resolve())
+    if not isinstance(base, str):
+        raise UserError(f"{path}: base: got {shown(base)}, expected the path of a YAML file")
+    below = path.parent / Path(base).expanduser()
+    if below.resolve() in above:
+        names = " -> ".join(each.name for each in (*above, below))
+        raise UserError(f"{path}: base: {names} is a circle; expected a base that ends somewhere")
+    if not below.is_file():
+        raise UserError(f"{path}: base: {below} is no file; expected one, from {path.parent} on")
+    return _changed(_drop_replaced(_with_base(below, above), tree), tree)
+
+
+def _drop_replaced(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
+    """The base without the keys that a key of the file replaces."""
+    for name, replaced in REPLACED.items():
+        section, key = name.split(".")
+        own, below = tree.get(section), base.get(section)
+        if isinstance(own, dict) and own.get(key) is not None and isinstance(below, dict):
+            base = base | {section: {n: each for n, each in below.items() if n not in replaced}}
+    return base
+
+
+def _changed(base: Any, own: Any) -> Any:
+    """Sections go into each other; so do a mapping of numbers and the list whose items it changes.
+
+    Any other value stands in place of the base's.
+    """
+    if (
+        isinstance(base, list)
+        and isinstance(own, dict)
+        and own
+        and own.keys() <= {*range(len(base))}
+    ):
+        return [_changed(each, own[n]) if n in own else each for n, each in enumerate(base)]
+    if not (isinstance(base, dict) and isinstance(own, dict)):
+        return own
+    return base | {name: _changed(base.get(name), each) for name, each in own.items()}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import numpy as np
 from ubmoe.config import MINI_BATCH, StageSection, TrainingSection
 from ubmoe.data.chats import Chat
 from ubmoe.dry_run.memory import Batch
+from ubmoe.dry_run.shipped import Unread
 from ubmoe.encoder.contrastive_loss import least_padding
 
 SAMPLE = 1000  # rows whose lengths are looked at
@@ -43,12 +44,7 @@ def of_stage(stage: StageSection, data: Any, tokenizer: Any, prompt: str | None)
         texts, tokens = stage.per_device_train_batch_size, data.shape[1]
         return [Batch(texts, tokens, math.ceil(texts * tokens * stage.mlm_probability))]
     places = np.linspace(0, len(data) - 1, min(SAMPLE, len(data))).astype(int)
-    columns = data.select(places)
-    lengths = [
-        token_counts(columns[name], tokenizer, prompt, stage.max_tokens)
-        for name in data.column_names
-    ]
-
+    lengths = _lengths(stage, data, places, tokenizer, prompt)
     tokens = MINI_BATCH if stage.mini_batch_tokens == "auto" else stage.mini_batch_tokens
 
     def mini_batches(batch: list[int]) -> list[Batch]:
@@ -60,8 +56,26 @@ def of_stage(stage: StageSection, data: Any, tokenizer: Any, prompt: str | None)
     return [max(found, key=lambda each: each.padded)] if stage.cached else found
 
 
-def of_chats(section: TrainingSection, chats: Sequence[Chat]) -> list[Batch]:
+def _lengths(
+    stage: StageSection, data: Any, places: Any, tokenizer: Any, prompt: str | None
+) -> list[list[int]]:
+    """Tokens of the rows at `places`, by column."""
+    if isinstance(data, Unread):
+        columns = 2 if stage.objective == "simcse" else 3  # with one hard negative
+        return [[stage.max_tokens] * len(places)] * columns
+    some = data.select(places)
+    return [
+        token_counts(some[name], tokenizer, prompt, stage.max_tokens) for name in data.column_names
+    ]
+
+
+def of_chats(
+    section: TrainingSection, chats: Sequence[Chat] | Unread, max_tokens: int
+) -> list[Batch]:
     """The largest batch of chats, and how many of its tokens are answers."""
+    if isinstance(chats, Unread):
+        texts = min(len(chats), section.per_device_train_batch_size)
+        return [Batch(texts, max_tokens, texts * max_tokens)]
 
     def one(batch: list[int]) -> list[Batch]:
         some = [chats[row] for row in batch]

@@ -15,14 +15,15 @@ from ubmoe.bitune.examples import read_examples
 from ubmoe.bitune.model import VARIANTS
 from ubmoe.config import BituneSection, Config, StageSection, TrainingSection, UserError, with_keys
 from ubmoe.data.bad_rows import dropping
-from ubmoe.data.chats import read_chats
+from ubmoe.data.chats import Chat, read_chats
 from ubmoe.data.prompts import Example
-from ubmoe.data.rows import held_out, read_texts
+from ubmoe.data.rows import held_out, read_texts, training_rows
 from ubmoe.data.templates import dated
 from ubmoe.data.tokens import sentences_of
 from ubmoe.dependence.texts import tokenize
 from ubmoe.dry_run import batches, memory
 from ubmoe.dry_run.memory import Batch, shapes
+from ubmoe.dry_run.shipped import COUNTED, Unread, is_shape, read_or_count, without_hub
 from ubmoe.encoder import whitening
 from ubmoe.encoder.stages import read_data
 from ubmoe.models.loading import best_device, load_tokenizer, model_type, within_context
@@ -50,12 +51,14 @@ Planner = Callable[[Config], Plan]
 
 
 def reading(said: Callable[[Config], str]) -> Callable[[Config], str]:
-    """Bad rows are dropped where the program drops them, and chats have its date."""
+    """Bad rows are dropped where the program drops them, chats have its date, no hub is needed."""
 
     @wraps(said)
     def wrapped(config: Config) -> str:
-        with dropping(config.data.skip_bad_rows), dated(config.data.template_date):
-            return said(config)
+        dropped, day = dropping(config.data.skip_bad_rows), dated(config.data.template_date)
+        with dropped, day, without_hub(config) as here:
+            text = said(here)
+        return text.replace(here.model.name, config.model.name)
 
     return wrapped
 
@@ -64,11 +67,14 @@ def reading(said: Callable[[Config], str]) -> Callable[[Config], str]:
 def calculate_dp(config: Config) -> str:
     """Texts and tokens, and the memory of one forward."""
     config = within_context(config, "dependence")
-    tokenizer = load_tokenizer(config.model)
     settings = config.dependence
-    texts = read_texts(settings.dataset, settings.max_texts)
-    ids = tokenize(tokenizer, texts, settings.chat_template)
-    lengths = [min(len(each), settings.max_tokens) for each in ids]
+    lengths = read_or_count(
+        *(config.model, settings.dataset, settings.max_texts),
+        lambda: _measured_lengths(config),
+        read_texts,
+    )
+    if isinstance(lengths, Unread):
+        lengths = [settings.max_tokens] * len(lengths)
 
     def plan(config: Config) -> Plan:
         device, at_once = device_of(config), config.dependence.batch_tokens
@@ -87,10 +93,11 @@ def calculate_dp(config: Config) -> str:
 def train_bi(config: Config) -> str:
     """A stage after the other; the memory is the largest of theirs."""
     config = within_context(config, "bi")
-    tokenizer = load_tokenizer(config.model)
+    tokenizer: Any = None if is_shape(config.model) else load_tokenizer(config.model)
     training = [number for number, each in enumerate(config.bi.stages) if each.max_steps != 0]
-    data = {number: read_data(config.bi.stages[number], tokenizer).rows for number in training}
-    whitening.read_sentences(config.bi.whiten, tokenizer)
+    data = {number: _stage_rows(config, number, tokenizer) for number in training}
+    if tokenizer is not None:
+        whitening.read_sentences(config.bi.whiten, tokenizer)
 
     def plan(config: Config) -> Plan:
         device, trained, work = device_of(config), [], []
@@ -132,18 +139,21 @@ def train_ubmoe(config: Config) -> str:
     """
     config = within_context(config, "bi", "ubmoe")
     joins = joining.check_joins(model_type(config.model), config.ubmoe.export)
-    settings, tokenizer = config.ubmoe, load_tokenizer(config.model)
-    found = read_chats(settings.dataset, tokenizer, settings.max_tokens, settings.max_rows)
-    chats, _ = found.held_out(settings.held_out, "ubmoe.held_out")
-    lengths: list[int] = []
-    if settings.objective == "both":
-        texts = sentences_of(settings.sentences, tokenizer, batches.SAMPLE)
-        lengths = batches.token_counts(texts, tokenizer, config.bi.prompt, config.bi.max_tokens)
+    settings = config.ubmoe
+    chats = _kept(
+        read_or_count(
+            *(config.model, settings.dataset, settings.max_rows),
+            lambda: _training_chats(config),
+            read_texts,
+        ),
+        settings.held_out,
+    )
+    lengths = _sentence_lengths(config) if settings.objective == "both" else []
 
     def plan(config: Config) -> Plan:
         settings, device = config.ubmoe, device_of(config)
         casts = uses_bfloat16(settings.bf16, device)
-        step = batches.of_chats(settings, chats)
+        step = batches.of_chats(settings, chats, settings.max_tokens)
         if lengths:
             step.append(Batch(settings.per_device_train_batch_size, max(lengths)))
         with shapes():
@@ -171,11 +181,15 @@ def train_ubmoe(config: Config) -> str:
 def bitune(config: Config) -> str:
     """Two passes over each prompt, and one over the answer."""
     config = within_context(config, "bitune")
-    settings, tokenizer = config.bitune, load_tokenizer(config.model)
-    given = (settings.template, settings.max_tokens, settings.max_rows)
-    found = read_examples(settings.dataset, tokenizer, *given)
-    chats, _ = held_out(found.chats, settings.held_out, "bitune.held_out")
-    examples = [each for chat in chats for each in chat]
+    settings = config.bitune
+    examples = _kept(
+        read_or_count(
+            *(config.model, settings.dataset, settings.max_rows),
+            lambda: _training_examples(config),
+            read_texts,
+        ),
+        settings.held_out,
+    )
 
     def plan(config: Config) -> Plan:
         settings, device = config.bitune, device_of(config)
@@ -210,6 +224,58 @@ def device_of(config: Config) -> torch.device:
     return best_device(config.model.device)
 
 
+def _measured_lengths(config: Config) -> list[int]:
+    settings = config.dependence
+    texts = read_texts(settings.dataset, settings.max_texts)
+    ids = tokenize(load_tokenizer(config.model), texts, settings.chat_template)
+    return [min(len(each), settings.max_tokens) for each in ids]
+
+
+def _stage_rows(config: Config, number: int, tokenizer: Any) -> Any:
+    stage = config.bi.stages[number]
+    rows = read_or_count(
+        *(config.model, stage.dataset, stage.max_rows),
+        lambda: read_data(stage, tokenizer).rows,
+        training_rows,
+    )
+    if isinstance(rows, Unread) and stage.objective == "mntp":
+        raise UserError(
+            f"bi.stages.{number}.dataset: {stage.dataset}, or a tokenizer, is not on this machine, "
+            "and a masked stage's rows are counted in tokens; expected both: python -m "
+            "ubmoe.results prefetch fetches them"
+        )
+    return rows
+
+
+def _training_chats(config: Config) -> list[Chat]:
+    settings = config.ubmoe
+    tokenizer = load_tokenizer(config.model)
+    found = read_chats(settings.dataset, tokenizer, settings.max_tokens, settings.max_rows)
+    return found.held_out(settings.held_out, "ubmoe.held_out")[0]
+
+
+def _sentence_lengths(config: Config) -> list[int]:
+    """Of the sentences of a second objective."""
+    if is_shape(config.model):
+        return [config.bi.max_tokens]
+    tokenizer = load_tokenizer(config.model)
+    texts = sentences_of(config.ubmoe.sentences, tokenizer, batches.SAMPLE)
+    return batches.token_counts(texts, tokenizer, config.bi.prompt, config.bi.max_tokens)
+
+
+def _training_examples(config: Config) -> list[Example]:
+    settings, tokenizer = config.bitune, load_tokenizer(config.model)
+    given = (settings.template, settings.max_tokens, settings.max_rows)
+    found = read_examples(settings.dataset, tokenizer, *given)
+    chats, _ = held_out(found.chats, settings.held_out, "bitune.held_out")
+    return [each for chat in chats for each in chat]
+
+
+def _kept(rows: Any, count: int) -> Any:
+    """Rows that were counted, without those that are held out; others are without them."""
+    return Unread(max(1, len(rows) - count)) if isinstance(rows, Unread) else rows
+
+
 def _shards(config: Config, splits: bool) -> int:
     """Over how many devices lies what trains."""
     devices = 1 if isinstance(config.dry_run, bool) else config.dry_run
@@ -237,12 +303,15 @@ def _mixture(config: Config, device: torch.device) -> Any:
     return mixture
 
 
-def _readings(settings: BituneSection, examples: Sequence[Example]) -> list[Batch]:
+def _readings(settings: BituneSection, examples: Sequence[Example] | Unread) -> list[Batch]:
     """The forwards of the longest examples: of the prompts in each pass, and of the answers."""
-    some = sorted(examples, key=len)[-settings.per_device_train_batch_size :]
-    prompt, answer = max(len(each.prompt) for each in some), max(len(each.answer) for each in some)
     variant = VARIANTS[settings.variant]
     passes = 2 if variant.mixed and variant.second else 1
+    if isinstance(examples, Unread):
+        texts, most = settings.per_device_train_batch_size, settings.max_tokens
+        return [Batch(texts, most)] * passes + [Batch(texts, most, texts * most)]
+    some = sorted(examples, key=len)[-settings.per_device_train_batch_size :]
+    prompt, answer = max(len(each.prompt) for each in some), max(len(each.answer) for each in some)
     predicted = sum(len(each.answer) for each in some)
     return [Batch(len(some), prompt)] * passes + [Batch(len(some), answer, predicted)]
 
@@ -296,6 +365,8 @@ def _said(config: Config, planner: Planner, savings: Sequence[str]) -> str:
     dtype = str(plan.model.dtype).removeprefix("torch.")
     lines = [f"{config.model.name}: {type(plan.model).__name__}, {dtype}", aligned(rows)]
     lines += [*plan.trained, *plan.work, aligned(parts), MEASURED]
+    if is_shape(config.model):
+        lines.append(f"{config.model.name} {COUNTED}")
     if smaller := _smaller(config, planner, savings, total):
         lines += ["less, with one of", aligned([[key, _gigabytes(n)] for key, n in smaller])]
     return "\n".join([*lines, "writes:", *written, "nothing was run"])
