@@ -22,6 +22,7 @@ from sentence_transformers.util import is_sentence_transformer_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ubmoe.bidirectional import is_bidirectional, set_attention
+from ubmoe.bounds import read_json
 from ubmoe.config import BiSection, Config, UserError, shown
 from ubmoe.data import templates, tokens
 from ubmoe.encoder import whitening
@@ -132,13 +133,13 @@ def load_saved(directory: str, device: str | None = None, **keys: Any) -> Senten
     own = LayeredTransformer, EchoTransformer, LayeredEchoTransformer
     kinds = {f"{each.__module__}.{each.__qualname__}": each for each in own}
     keys |= {"trust_remote_code": False}
-    kind = path.is_file() and kinds.get(json.loads(path.read_text())[0]["type"])
+    kind = path.is_file() and kinds.get(read_json(path)[0]["type"])
     if not kind:
         return _fitted(SentenceTransformer(directory, device=device, **keys), keys.get("revision"))
-    said = json.loads((Path(directory) / "config_sentence_transformers.json").read_text())
+    said = read_json(path.with_name("config_sentence_transformers.json"))
     modules = [
         STOCK[each["type"].split(".")[-1]].load(directory, subfolder=each["path"])
-        for each in json.loads(path.read_text())[1:]
+        for each in read_json(path)[1:]
     ]
     encoder = SentenceTransformer(
         modules=[kind.load(directory, **keys), *modules],

@@ -1,6 +1,5 @@
 """Load a decoder and its tokenizer: explicit dtype, no hub code, nothing missing or NaN."""
 
-import json
 import logging
 import re
 from collections.abc import Iterable, Iterator
@@ -25,7 +24,7 @@ from transformers import (
 )
 
 from ubmoe.bidirectional import attention_name, prove_attention, set_attention, set_layers
-from ubmoe.bounds import METADATA, regular
+from ubmoe.bounds import METADATA, read_json, regular
 from ubmoe.config import Config, Layers, ModelSection, Section, UserError, error_reason, listed
 from ubmoe.data import templates, tokens
 from ubmoe.data.inputs import SUFFIXES
@@ -115,7 +114,7 @@ def _check_index(path: Path) -> None:
     if not (single.exists() and index.exists()):
         return
     try:
-        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        named = set(read_json(index)["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         named = set()
     if single.name not in named:

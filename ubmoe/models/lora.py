@@ -5,7 +5,6 @@ which weights, and read under the wrong mask (cosine 0.5 to 0.6) or on another m
 shape it is silently wrong: ubmoe.json beside it says both.
 """
 
-import json
 import logging
 import re
 import warnings
@@ -23,7 +22,7 @@ from transformers import PreTrainedModel
 
 from ubmoe import owned
 from ubmoe.bidirectional import Attention, attention_name
-from ubmoe.bounds import METADATA, limited, read_text
+from ubmoe.bounds import limited, read_json
 from ubmoe.config import LoraSection, UserError, error_reason
 from ubmoe.files import replace_directory, write_json
 from ubmoe.models.digests import fingerprint
@@ -159,7 +158,7 @@ def write_mode(folder: Path, base: str, attention: str, stages_before: int = 0) 
 
 def check_base(model: nn.Module, adapter: Path) -> None:
     """Raises ValueError for an adapter that says that it was trained on other weights."""
-    base = json.loads(read_text(adapter / MODE, METADATA)).get("base")
+    base = read_json(adapter / MODE).get("base")
     if base is not None and base != fingerprint(model):
         raise ValueError("it was trained on other weights of the same shape")
 
@@ -183,7 +182,7 @@ def adapter_attention(adapter: str, merged_before: int = 0) -> str:
     path = Path(adapter) / MODE
     expected = 'expected {"attention": "causal"} or {"attention": "bidirectional"} in it'
     try:
-        mode = json.loads(read_text(path, METADATA))
+        mode = read_json(path)
         attention, before = mode["attention"], mode.get("stages_before", 0)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
@@ -299,7 +298,7 @@ def _check_whole_weights(model: nn.Module, shapes: dict[str, list[int]]) -> None
 
 def check_patterns(model: nn.Module, adapter: Path) -> None:
     """Raises ValueError for regular expressions that would match the modules' names for ever."""
-    settings = json.loads(read_text(adapter / "adapter_config.json", METADATA))
+    settings = read_json(adapter / "adapter_config.json")
     whole = [settings.get(name) for name in ("target_modules", "exclude_modules")]
     ends = [*(settings.get("rank_pattern") or ()), *(settings.get("alpha_pattern") or ())]
     layers = settings.get("layers_pattern") or ()
@@ -346,7 +345,7 @@ def strict() -> Iterator[None]:
 
 def _wrapped(model: PreTrainedModel, adapter: str) -> tuple[PeftModel, bool]:
     """The model under its adapter, and whether the adapter is of the LM with its head."""
-    settings = json.loads(read_text(Path(adapter) / "adapter_config.json", METADATA))
+    settings = read_json(Path(adapter) / "adapter_config.json")
     if settings["peft_type"] != "LORA":
         raise ValueError(f"it is {settings['peft_type']}, expected LORA")
     _check_start(settings)

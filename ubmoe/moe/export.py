@@ -14,6 +14,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ubmoe.bidirectional import attention_name
+from ubmoe.bounds import read_json
 from ubmoe.config import UserError, error_reason
 from ubmoe.files import replace_directory
 from ubmoe.models import lora
@@ -48,8 +49,8 @@ def encoder_attention(directory: Path) -> str:
     read = {}
     for name in ("config.json", FORM, MODULES):
         try:
-            read[name] = json.loads((directory / name).read_text())
-        except (OSError, ValueError, RecursionError) as error:
+            read[name] = read_json(directory / name)
+        except (OSError, ValueError) as error:
             said = error_reason(error)
             raise UserError(f"ubmoe.bi: {directory / name}: no JSON ({said})") from error
     if not isinstance(read["config.json"], dict) or not isinstance(read[FORM], dict):
@@ -161,12 +162,12 @@ def _finish(
 ) -> None:
     """What is beside the weights: tokenizer, the encoder's form with its switch, the card."""
     tokenizer.save_pretrained(folder)
-    modules = json.loads((encoder / MODULES).read_text(encoding="utf-8"))
+    modules = read_json(encoder / MODULES)
     for name in {*FORM_FILES, *(each["path"] for each in modules[1:])}:  # a whitening is a third
         put = shutil.copytree if (encoder / name).is_dir() else shutil.copy
         put(encoder / name, folder / name)  # type: ignore[operator]
     own = {"is_causal": encoder_attention(encoder) == "causal"}
-    form = json.loads((encoder / FORM).read_text(encoding="utf-8"))
+    form = read_json(encoder / FORM)
     form |= {"config_kwargs": own | switch} | (more or {})
     (folder / FORM).write_text(json.dumps(form, indent=4, ensure_ascii=False), encoding="utf-8")
     if modules[0]["type"].startswith("ubmoe."):

@@ -68,10 +68,13 @@ def losses(base: Any, encoder: Any, chats: Sequence[Chat], asked: Sequence[Choic
         layers = (encoder if tuned else base).base_model.layers
         return called(layers[number], before, calls[number])
 
+    cap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)
     found = np.zeros((len(asked), len(chats)))
     for equal, last in walk(first, layer, asked, range(len(asked))):
         chosen = base.base_model.norm(last)[rows, places]
         logits = base.get_output_embeddings()(chosen).float()
+        if cap is not None:  # Gemma 2 and its like do it behind the head
+            logits = cap * torch.tanh(logits / cap)
         each = cross_entropy(logits, labels[rows, places], reduction="none")
         summed = torch.zeros(len(chats), device=base.device).index_add_(0, rows, each)
         found[equal] = summed.cpu().numpy()
