@@ -41,7 +41,7 @@ def product(tokens: int, shape: torch.Size, device: torch.device, bf16: bool) ->
 
 
 def rows(path: str, name: str) -> list[dict[str, Any]]:
-    keys = [f"model.name={name}", "bi.form=eol", "bi.prompt=null", "bi.attention=causal"]
+    keys = [f"model.name={name}", "bi.form=eol", "bi.attention=causal"]
     config = within_context(load_config(path, keys), "bi")
     tokenizer, model = load_tokenizer(config.model), load_model(config.model, *config.bi.mask)
     encoder = as_encoder(model, tokenizer, config.bi)
