@@ -23,7 +23,8 @@ from ubmoe.data.tokens import sentences_of
 from ubmoe.encoder.contrastive import attention_dropout
 from ubmoe.encoder.contrastive_loss import ContrastiveLoss
 from ubmoe.encoder.sentence_encoder import as_encoder
-from ubmoe.models.loading import load_model, load_tokenizer, within_context
+from ubmoe.models.loading import load_model
+from ubmoe.models.source import ModelSource
 from ubmoe.models.precision import autocast, uses_bfloat16
 from ubmoe.training.modules import train_only
 
@@ -42,8 +43,10 @@ def product(tokens: int, shape: torch.Size, device: torch.device, bf16: bool) ->
 
 def rows(path: str, name: str) -> list[dict[str, Any]]:
     keys = [f"model.name={name}", "bi.form=eol", "bi.attention=causal"]
-    config = within_context(load_config(path, keys), "bi")
-    tokenizer, model = load_tokenizer(config.model), load_model(config.model, *config.bi.mask)
+    config = load_config(path, keys)
+    source = ModelSource.of(config.model)
+    config = source.within_context(config, "bi")
+    tokenizer, model = source.tokenizer, load_model(source, *config.bi.mask)
     encoder = as_encoder(model, tokenizer, config.bi)
     train_only(model, ["ffn"])
     model.train()
