@@ -24,8 +24,8 @@ from ubmoe.encoder.contrastive import attention_dropout
 from ubmoe.encoder.contrastive_loss import ContrastiveLoss
 from ubmoe.encoder.sentence_encoder import as_encoder
 from ubmoe.models.loading import load_model
-from ubmoe.models.source import ModelSource
 from ubmoe.models.precision import autocast, uses_bfloat16
+from ubmoe.models.source import ModelSource
 from ubmoe.training.modules import train_only
 
 SENTENCES, REPEATS, LEAST = 64, 3, 0.6
@@ -52,7 +52,8 @@ def rows(path: str, name: str) -> list[dict[str, Any]]:
     model.train()
     device, bf16 = model.device, uses_bfloat16("auto", model.device)
     sentences = sentences_of("tiny", tokenizer, SENTENCES)
-    ffn: Any = model.base_model.layers[0].mlp.up_proj.weight
+    inner: Any = model.base_model
+    ffn = inner.layers[0].mlp.up_proj.weight
 
     def step(loss: ContrastiveLoss, dropout: float) -> None:
         columns = [encoder.preprocess(sentences) for _ in range(2)]
