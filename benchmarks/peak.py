@@ -23,8 +23,9 @@ from ubmoe.data.tokens import sentences_of
 from ubmoe.encoder.contrastive import attention_dropout
 from ubmoe.encoder.contrastive_loss import ContrastiveLoss
 from ubmoe.encoder.sentence_encoder import as_encoder
-from ubmoe.models.loading import load_model, load_tokenizer, within_context
+from ubmoe.models.loading import load_model
 from ubmoe.models.precision import autocast, uses_bfloat16
+from ubmoe.models.source import ModelSource
 from ubmoe.training.modules import train_only
 
 SENTENCES, REPEATS, LEAST = 64, 3, 0.6
@@ -42,14 +43,17 @@ def product(tokens: int, shape: torch.Size, device: torch.device, bf16: bool) ->
 
 def rows(path: str, name: str) -> list[dict[str, Any]]:
     keys = [f"model.name={name}", "bi.form=eol", "bi.attention=causal"]
-    config = within_context(load_config(path, keys), "bi")
-    tokenizer, model = load_tokenizer(config.model), load_model(config.model, *config.bi.mask)
+    config = load_config(path, keys)
+    source = ModelSource.of(config.model)
+    config = source.within_context(config, "bi")
+    tokenizer, model = source.tokenizer, load_model(source, *config.bi.mask)
     encoder = as_encoder(model, tokenizer, config.bi)
     train_only(model, ["ffn"])
     model.train()
     device, bf16 = model.device, uses_bfloat16("auto", model.device)
     sentences = sentences_of("tiny", tokenizer, SENTENCES)
-    ffn: Any = model.base_model.layers[0].mlp.up_proj.weight
+    inner: Any = model.base_model
+    ffn = inner.layers[0].mlp.up_proj.weight
 
     def step(loss: ContrastiveLoss, dropout: float) -> None:
         columns = [encoder.preprocess(sentences) for _ in range(2)]

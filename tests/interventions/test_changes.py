@@ -2,7 +2,7 @@
 
 import pytest
 
-from ubmoe.shift.changes import changes
+from ubmoe.interventions.changes import changes
 
 LOST = {
     "model": [2.0, 4.0],

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from ubmoe.config import with_keys
 from ubmoe.data.chats import Chat
-from ubmoe.swap import swaps
+from ubmoe.interventions import swap
 
 DEPTH = 3
 
@@ -51,16 +51,16 @@ def by_hand(model, one):
 
 def test_the_choices_are_both_models_and_every_layer_in_and_back():
     yes, no = True, False
-    found = swaps.choices(2)
+    found = swap.choices(2)
     assert found == [(no, no), (yes, yes), (yes, no), (no, yes), (no, yes), (yes, no)]
 
 
 @pytest.mark.parametrize(("family", "batch"), [("qwen2", 1), ("qwen2", 3), ("gemma2", 3)])
 def test_losses_are_those_of_models_whose_layer_was_exchanged(models, batch):
     base, encoder = models
-    asked = swaps.choices(DEPTH)
+    asked = swap.choices(DEPTH)
     parts = [CHATS[start : start + batch] for start in range(0, 3, batch)]
-    found = np.concatenate([swaps.losses(base, encoder, each, asked) for each in parts], axis=1)
+    found = np.concatenate([swap.losses(base, encoder, each, asked) for each in parts], axis=1)
     for own, row in zip(asked, found, strict=True):
         mixed = copy.deepcopy(base)
         for number, tuned in enumerate(own):
@@ -71,7 +71,7 @@ def test_losses_are_those_of_models_whose_layer_was_exchanged(models, batch):
 
 def test_the_summary_is_in_nats_a_token():
     lost = np.array([[4.0, 2.0], [8.0, 4.0], [6.0, 2.0], [4.0, 5.0], [5.0, 4.0], [8.0, 1.0]])
-    found = swaps.summary(lost, np.array([2, 1]))
+    found = swap.summary(lost, np.array([2, 1]))
     assert found["perplexity"] == {"base": math.exp(2), "encoder": math.exp(4)}
     changes = [(row["in"]["change"], row["back"]["change"]) for row in found["layers"]]
     assert changes == [
@@ -89,7 +89,7 @@ def test_the_summary_is_in_nats_a_token():
 def test_the_interval_is_a_bootstrap_over_chats():
     rng = np.random.default_rng(0)
     counts, lost = rng.integers(3, 9, 40), rng.gamma(5, 2, (4, 40))
-    own = swaps.summary(lost, counts)["layers"][0]["in"]
+    own = swap.summary(lost, counts)["layers"][0]["in"]
     slow = []
     for _ in range(3000):
         drawn = rng.integers(0, 40, 40)
@@ -100,8 +100,8 @@ def test_the_interval_is_a_bootstrap_over_chats():
 @pytest.mark.parametrize("family", ["qwen2"])
 def test_an_interrupted_run_goes_on(models, config, tmp_path, monkeypatch):
     config = with_keys(config, ["swap.batch_tokens=6", "resume=auto"])
-    whole = swaps.swap(*models, CHATS, config, tmp_path)
-    real, seen = swaps.losses, []
+    whole = swap.swap(*models, CHATS, config, tmp_path)
+    real, seen = swap.losses, []
 
     def dying(base, encoder, chats, asked):
         seen.append(len(chats))
@@ -110,11 +110,11 @@ def test_an_interrupted_run_goes_on(models, config, tmp_path, monkeypatch):
         return real(base, encoder, chats, asked)
 
     with monkeypatch.context() as patch:
-        patch.setattr(swaps, "losses", dying)
+        patch.setattr(swap, "losses", dying)
         with pytest.raises(KeyboardInterrupt):
-            swaps.swap(*models, CHATS, config, tmp_path)
-    monkeypatch.setattr(swaps, "losses", lambda *given: seen.append(len(given[2])) or real(*given))
-    assert swaps.swap(*models, CHATS, config, tmp_path) == whole
+            swap.swap(*models, CHATS, config, tmp_path)
+    monkeypatch.setattr(swap, "losses", lambda *given: seen.append(len(given[2])) or real(*given))
+    assert swap.swap(*models, CHATS, config, tmp_path) == whole
     assert seen == [1, 1, 1, 1]  # the second one twice
 
 

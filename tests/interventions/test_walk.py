@@ -7,9 +7,9 @@ import torch
 from builders import random_model
 
 from ubmoe.bidirectional import is_bidirectional, set_attention, set_layers
-from ubmoe.config import ScanSection
-from ubmoe.scan.patterns import patterns
-from ubmoe.scan.walk import states, without_first
+from ubmoe.config import ScanSection, UserError
+from ubmoe.interventions.patterns import patterns
+from ubmoe.interventions.walk import final_norm, layers_of, states, without_first
 
 DEPTH = 4
 KINDS = ScanSection(patterns=["from", "to", "only", "every"])
@@ -23,7 +23,7 @@ INPUTS = {
 
 
 @pytest.mark.parametrize("keep_sink", [False, True])
-@pytest.mark.parametrize("family", ["qwen2", "llama", "mistral", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize("family", ["qwen2", "llama", "mistral", "qwen3", "gemma3_text", "phi"])
 def test_each_pattern_is_what_a_model_of_it_gives(family, keep_sink):
     keys = {"sliding_window": 3} if family in ("mistral", "gemma3_text") else {}
     model = random_model(family, num_hidden_layers=DEPTH, **keys).eval()
@@ -37,6 +37,18 @@ def test_each_pattern_is_what_a_model_of_it_gives(family, keep_sink):
             with torch.no_grad():
                 own = alone.base_model(input_ids=torch.tensor([ids])).last_hidden_state[0]
             torch.testing.assert_close(found[place][row, : len(ids)], own, msg=pattern.name)
+
+
+@pytest.mark.parametrize(
+    ("family", "said"),
+    [("gpt2", "expected a family whose base model has layers"), ("llama", "no final norm after")],
+)
+def test_a_family_that_keeps_its_parts_elsewhere_is_refused(family, said):
+    model = random_model(family)
+    model.base_model.norm = None
+    parts = (layers_of, final_norm)
+    with pytest.raises(UserError, match=said):
+        [part(model) for part in parts]
 
 
 def test_patterns_differ():

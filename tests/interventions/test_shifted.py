@@ -7,8 +7,8 @@ from builders import random_model
 from ubmoe.config import UserError
 from ubmoe.dependence import COLUMNS
 from ubmoe.dependence.recorder import dependence_of, observed
-from ubmoe.shift.attention import REACH, SEEN, shifts_to
-from ubmoe.shift.shifts import shifting
+from ubmoe.interventions.shift import shifting
+from ubmoe.interventions.shifted import REACH, SEEN, shifts_to
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 0, 0, 0]])
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])

@@ -16,10 +16,10 @@ from ubmoe.bootstrap import interval, means
 from ubmoe.config import Config
 from ubmoe.data.chats import Chat, collate
 from ubmoe.data.padding import IGNORE_INDEX, batches_by_length
-from ubmoe.models.digests import digest_of_rows, mark_of
+from ubmoe.interventions.rows import Rows
+from ubmoe.interventions.walk import Choice, called, final_norm, given, layers_of, walk
+from ubmoe.models.digests import digest_of_rows, resume_key
 from ubmoe.models.precision import autocast, uses_bfloat16
-from ubmoe.scan.kept import Kept
-from ubmoe.scan.walk import Choice, called, given, walk
 
 
 def choices(depth: int) -> list[Choice]:
@@ -36,14 +36,14 @@ def swap(
 
     An interrupted run leaves its sums in `directory`, where `resume=auto` finds them.
     """
-    asked = choices(len(base.base_model.layers))
-    mark = {
-        "base": mark_of(base),
-        "encoder": mark_of(encoder),
+    asked = choices(len(layers_of(base)))
+    key = {
+        "base": resume_key(base),
+        "encoder": resume_key(encoder),
         "chats": digest_of_rows((chat.ids, chat.answer) for chat in chats),
         "bf16": uses_bfloat16(config.evaluation.bf16, base.device),
     }
-    kept = Kept(directory / "swap.partial-0.npz", mark, (len(asked), len(chats)))
+    kept = Rows(directory / "swap.partial-0.npz", key, (len(asked), len(chats)))
     if config.resume == "auto":
         kept.load()
     rows, lengths = kept.missing(), [len(chat.ids) for chat in chats]
@@ -63,15 +63,16 @@ def losses(base: Any, encoder: Any, chats: Sequence[Chat], asked: Sequence[Choic
     labels = inputs.pop("labels")[:, 1:]
     rows, places = (labels != IGNORE_INDEX).nonzero(as_tuple=True)
     first, calls = given(base, inputs)
+    norm, of_base, of_encoder = final_norm(base), layers_of(base), layers_of(encoder)
 
     def layer(number: int, tuned: bool, before: Tensor) -> Tensor:
-        layers = (encoder if tuned else base).base_model.layers
+        layers = of_encoder if tuned else of_base
         return called(layers[number], before, calls[number])
 
     cap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)
     found = np.zeros((len(asked), len(chats)))
     for equal, last in walk(first, layer, asked, range(len(asked))):
-        chosen = base.base_model.norm(last)[rows, places]
+        chosen = norm(last)[rows, places]
         logits = base.get_output_embeddings()(chosen).float()
         if cap is not None:  # Gemma 2 and its like do it behind the head
             logits = cap * torch.tanh(logits / cap)

@@ -18,9 +18,9 @@ from ubmoe.data.chats import Chat, collate
 from ubmoe.data.rows import spaced
 from ubmoe.dependence.recorder import attending_by, attention_layers, refuse_overflow
 from ubmoe.evaluate.generation import perplexity
+from ubmoe.interventions.changes import changes
+from ubmoe.interventions.shifted import SEEN, Shifts
 from ubmoe.models.precision import Setting, autocast
-from ubmoe.shift.attention import SEEN, Shifts
-from ubmoe.shift.changes import changes
 
 ELSEWHERE = " elsewhere"  # after an exchange's name: the same shifts on other heads
 

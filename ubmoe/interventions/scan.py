@@ -11,36 +11,41 @@ from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ubmoe.bootstrap import gains, interval
 from ubmoe.config import BiSection, Config, Form, ScanSection, UserError
 from ubmoe.encoder import whitening
 from ubmoe.encoder.echo import pooled
 from ubmoe.encoder.sentence_encoder import POOLING, as_encoder, lengths, own_prompt
-from ubmoe.models.digests import digest_of_rows, mark_of
-from ubmoe.models.loading import load_tokenizer
+from ubmoe.interventions.patterns import Pattern, patterns
+from ubmoe.interventions.rows import Rows
+from ubmoe.interventions.walk import states
+from ubmoe.models.digests import digest_of_rows, resume_key
 from ubmoe.models.precision import autocast, uses_bfloat16
-from ubmoe.scan.kept import Kept
-from ubmoe.scan.patterns import Pattern, patterns
-from ubmoe.scan.walk import states
 
 # Keys of bi that a scan chooses itself, or has no use of.
 CHOSEN = {"stages", "attention", "layers", "pooling", "whiten"}
 
 
-def scan(model: PreTrainedModel, config: Config, task: AbsTaskSTS, directory: Path) -> Any:
+def scan(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    task: AbsTaskSTS,
+    directory: Path,
+) -> dict[str, Any]:
     """The `scan` section of the result: every pattern in every form, form after form.
 
     An interrupted scan leaves what it computed in `directory`, where `resume=auto` finds it.
     """
-    settings, tokenizer = config.scan, load_tokenizer(config.model)
+    settings = config.scan
     forms = [in_form(config.bi, form) for form in settings.forms] or [config.bi]
     encoders = [as_encoder(model, tokenizer, bi) for bi in forms]
     text_config = model.config.get_text_config()
     asked = patterns(settings, text_config.num_hidden_layers, config.bi.keep_sink)
     rows, gold = pairs(task, settings)
-    mark = mark_of(model) | {
+    key = resume_key(model) | {
         "pairs": digest_of_rows(rows),
         "patterns": [(pattern.both, pattern.first_token) for pattern in asked],
         "bf16": uses_bfloat16(config.evaluation.bf16, model.device),
@@ -51,8 +56,8 @@ def scan(model: PreTrainedModel, config: Config, task: AbsTaskSTS, directory: Pa
     found: list[dict[str, Any]] = []
     for bi, encoder in zip(forms, encoders, strict=True):
         path = directory / f"scan.partial-{bi.form or 0}.npz"
-        own = mark | {"bi": bi.model_dump(exclude=CHOSEN)}
-        kept = Kept(path, own, shape, np.float32 if vectors else np.float64)
+        own = key | {"bi": bi.model_dump(exclude=CHOSEN)}
+        kept = Rows(path, own, shape, np.float32 if vectors else np.float64)
         if config.resume == "auto":
             kept.load()
         with autocast(config.evaluation.bf16, model.device):
@@ -95,7 +100,7 @@ def pairs(task: AbsTaskSTS, settings: ScanSection) -> tuple[list[tuple[str, str]
 
 
 def _fill(
-    kept: Kept,
+    kept: Rows,
     model: PreTrainedModel,
     encoder: SentenceTransformer,
     rows: Sequence[tuple[str, str]],

@@ -15,8 +15,10 @@ from transformers import PreTrainedModel
 
 from ubmoe import layered
 from ubmoe.bidirectional import masked
-from ubmoe.scan.patterns import Pattern
+from ubmoe.config import UserError
+from ubmoe.interventions.patterns import Pattern
 
+NORMS = ("norm", "final_layernorm", "final_layer_norm")
 Choice = tuple[bool, ...]  # a way for each layer
 Layer = Callable[[int, bool, Tensor], Tensor]  # (number, way, states before) -> states after
 
@@ -72,14 +74,36 @@ def _read_alike(
     keys = {layered.KEY: [], layered.SINK: keep_sink or layered.keeps_sink(config)}
     with masked(model, bidirectional=True, keys=keys):
         first, calls = given(model, inputs)
-        inner: Any = model.base_model
+        layers, norm = layers_of(model), final_norm(model)
 
         def layer(number: int, both: bool, before: Tensor) -> Tensor:
             setattr(config, layered.KEY, [number] if both else [])
-            return called(inner.layers[number], before, calls[number])
+            return called(layers[number], before, calls[number])
 
         for alike, last in walk(first, layer, choices, places):
-            yield from ((place, inner.norm(last)) for place in alike)
+            yield from ((place, norm(last)) for place in alike)
+
+
+def layers_of(model: PreTrainedModel) -> Any:
+    """The layers of a decoder. Raises UserError for a family that keeps them elsewhere."""
+    layers = getattr(model.base_model, "layers", None)
+    if layers is None:
+        raise UserError(f"{type(model).__name__}: expected a family whose base model has layers")
+    return layers
+
+
+def final_norm(model: PreTrainedModel) -> Any:
+    """The norm after a decoder's last layer. Raises UserError for a family that calls it otherwise.
+
+    norm: Llama, Mistral, Qwen, Gemma; final_layernorm: Phi; final_layer_norm: GPT-NeoX.
+    """
+    for name in NORMS:
+        if (norm := getattr(model.base_model, name, None)) is not None:
+            return norm
+    raise UserError(
+        f"{type(model).__name__}: no final norm after its layers; expected one called "
+        f"{' or '.join(NORMS)}"
+    )
 
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -92,10 +116,9 @@ def given(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[Tensor, li
     def look(layer: Any, arguments: tuple[Any, ...], keys: dict[str, Any]) -> None:
         calls.append((arguments, keys))
 
-    inner: Any = model.base_model
-    hooks = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in inner.layers]
+    hooks = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in layers_of(model)]
     try:
-        inner(**inputs, use_cache=False)
+        model.base_model(**inputs, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

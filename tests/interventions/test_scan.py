@@ -8,12 +8,13 @@ from builders import run
 from scipy.stats import spearmanr
 from sklearn.decomposition import PCA
 
-from ubmoe import bootstrap
+from ubmoe import bootstrap, unfinished
 from ubmoe.config import UserError, with_keys
 from ubmoe.encoder.sentence_encoder import load_encoder
 from ubmoe.evaluate.sts import sts_scores, sts_task
+from ubmoe.interventions import scan
 from ubmoe.models.loading import load_model
-from ubmoe.scan import kept, scores
+from ubmoe.models.source import ModelSource
 from ubmoe.tiny import language
 
 
@@ -33,7 +34,9 @@ def fewer_draws(monkeypatch):
 
 def scanned(config, folder):
     folder.mkdir(exist_ok=True)
-    return scores.scan(load_model(config.model), config, sts_task(config.scan.pairs), folder)
+    source = ModelSource.of(config.model)
+    task = sts_task(config.scan.pairs)
+    return scan.scan(load_model(source), source.tokenizer, config, task, folder)
 
 
 @pytest.mark.parametrize(
@@ -42,13 +45,14 @@ def scanned(config, folder):
 )
 def test_a_pattern_scores_what_its_encoder_scores(asked, tmp_path, keys):
     config = with_keys(asked, keys)
+    source = ModelSource.of(config.model)
     found = scanned(config, tmp_path / "scan")["patterns"]
     for row in (found[0], found[1], found[3], found[-1]):
         for pooling in ("mean", "weighted_mean"):
             own = [f"bi.layers={json.dumps(row['layers'])}", f"bi.pooling={pooling}"]
             if row["layers"] == "none":
                 own.append("bi.keep_sink=false")
-            encoder = load_encoder(with_keys(config, own))
+            encoder = load_encoder(with_keys(config, own), source)
             alone = sts_scores(encoder, [sts_task(config.scan.pairs)], 8)
             assert row[pooling]["score"] == pytest.approx(alone["average"], abs=1e-2), row["name"]
 
@@ -62,9 +66,8 @@ def test_every_form_scores_what_its_encoder_scores(asked, tmp_path):
     for row in (found[0], found[3], found[-4]):  # none, from 2, all
         for pooling in ("mean", "last"):
             keys = [f"bi.form={row['form']}", f"bi.pooling={pooling}"]
-            encoder = load_encoder(
-                with_keys(config, [*keys, f"bi.layers={row['layers']}".replace("'", "")])
-            )
+            own = with_keys(config, [*keys, f"bi.layers={row['layers']}".replace("'", "")])
+            encoder = load_encoder(own, ModelSource.of(own.model))
             alone = sts_scores(encoder, [task], 8)
             assert row[pooling]["score"] == pytest.approx(alone["average"], abs=1e-2), row
             vectors = [encoder.encode(task.dataset["test"][f"sentence{n}"]) for n in (1, 2)]
@@ -84,19 +87,17 @@ def test_a_form_alone_goes_on(asked, tmp_path, monkeypatch):
         "scan.max_pairs=6",
     ]
     config = with_keys(asked, keys)
-    monkeypatch.setattr(kept, "SAVE_EVERY", 0)
+    monkeypatch.setattr(unfinished, "SAVE_EVERY", 0)
     whole = scanned(config, tmp_path / "scan")
     (tmp_path / "scan" / "scan.partial-echo.npz").unlink()
-    read, real = [], scores._read
-    monkeypatch.setattr(scores, "_read", lambda *a: read.append(a[1]) or real(*a))
+    read, real = [], scan._read
+    monkeypatch.setattr(scan, "_read", lambda *a: read.append(a[1]) or real(*a))
     assert scanned(config, tmp_path / "scan") == whole
     assert read and all(type(each[0]).__name__ == "EchoTransformer" for each in read)
 
 
 def test_pairs_are_evenly_spaced(asked):
-    rows, gold = scores.pairs(
-        sts_task(asked.scan.pairs), with_keys(asked, ["scan.max_pairs=3"]).scan
-    )
+    rows, gold = scan.pairs(sts_task(asked.scan.pairs), with_keys(asked, ["scan.max_pairs=3"]).scan)
     every = language.pairs(24, 9)
     assert [row[0] for row in rows] == [every[place].sentence1 for place in (0, 11, 23)]
     assert gold.tolist() == [every[place].score for place in (0, 11, 23)]
@@ -104,7 +105,7 @@ def test_pairs_are_evenly_spaced(asked):
 
 def test_an_interrupted_scan_goes_on(asked, tmp_path, monkeypatch):
     whole = scanned(asked, tmp_path / "whole")
-    real, batches = scores._read, []
+    real, batches = scan._read, []
 
     def dying(*arguments):
         batches.append(len(arguments[2]))
@@ -113,11 +114,11 @@ def test_an_interrupted_scan_goes_on(asked, tmp_path, monkeypatch):
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(scores, "_read", dying)
+        patch.setattr(scan, "_read", dying)
         with pytest.raises(KeyboardInterrupt):
             scanned(asked, tmp_path / "scan")
     done, before = sum(batches[:2]), len(batches)
-    monkeypatch.setattr(scores, "_read", lambda *a: batches.append(len(a[2])) or real(*a))
+    monkeypatch.setattr(scan, "_read", lambda *a: batches.append(len(a[2])) or real(*a))
     assert scanned(asked, tmp_path / "scan") == whole
     assert sum(batches[before:]) == 2 * 24 - done
 
@@ -130,7 +131,7 @@ def test_an_interrupted_scan_goes_on(asked, tmp_path, monkeypatch):
     ],
 )
 def test_what_another_scan_left_is_not_taken(asked, tmp_path, monkeypatch, caplog, key, said):
-    monkeypatch.setattr(kept, "SAVE_EVERY", 0)
+    monkeypatch.setattr(unfinished, "SAVE_EVERY", 0)
     scanned(asked, tmp_path / "scan")
     caplog.set_level("INFO", "ubmoe")
     scanned(with_keys(asked, [key]), tmp_path / "scan")
@@ -149,13 +150,13 @@ def test_equal_scores_are_refused(tmp_path, config):
     path = tmp_path / "equal.tsv"
     path.write_text("score\tsentence1\tsentence2\n" + "1\ta\tb\n" * 5)
     with pytest.raises(UserError, match="scan.pairs: equal: all scores are 1"):
-        scores.pairs(sts_task(str(path)), config.scan)
+        scan.pairs(sts_task(str(path)), config.scan)
 
 
 def test_cosines_that_are_not_finite_are_refused():
     bad = np.full((3, 5), np.nan)
     with pytest.raises(UserError, match="scan: cosines that are not finite"):
-        scores._scores(bad, bad, np.arange(5.0))
+        scan._scores(bad, bad, np.arange(5.0))
 
 
 @pytest.mark.slow

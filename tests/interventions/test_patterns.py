@@ -1,7 +1,7 @@
 import pytest
 
 from ubmoe.config import ScanSection, UserError
-from ubmoe.scan.patterns import patterns
+from ubmoe.interventions.patterns import patterns
 
 
 def test_every_mask_stands_there_once_by_its_first_name():

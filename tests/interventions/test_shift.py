@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from ubmoe.config import with_keys
 from ubmoe.data.chats import Chat
 from ubmoe.evaluate.generation import perplexity
+from ubmoe.interventions import shift
 from ubmoe.report.tables import shift_text
-from ubmoe.shift import shifts
 
 CHATS = [
     Chat("here", [5, 6, 7, 8, 9, 10], [False, False, False, True, True, True], ["answer"] * 6),
@@ -38,13 +38,13 @@ def asked(config):
 
 def used(model, shifted=None):
     """(L, H), by a forward a chat."""
-    with shifts.shifting(model) as attention:
+    with shift.shifting(model) as attention:
         attention.by_layer = shifted or {}
-        return torch.stack([shifts.shares(model, attention, [one], False)[0] for one in CHATS])
+        return torch.stack([shift.shares(model, attention, [one], False)[0] for one in CHATS])
 
 
 def test_each_gets_the_others_share_in_every_head(models, asked):
-    found = shifts.shift(*models, CHATS, asked)
+    found = shift.shift(*models, CHATS, asked)
     readings, exchanges = found["readings"], found["exchanges"]
     assert found["chats"] == found["matched"] == 3 and found["tokens"] == 7
     assert not torch.allclose(used(models[0]), used(models[1]), atol=0.02)
@@ -53,7 +53,7 @@ def test_each_gets_the_others_share_in_every_head(models, asked):
         assert torch.allclose(used(model, own).mean(0), used(theirs).mean(0), atol=1e-4)
         assert exchanges[name]["gap"] < 0.01 and 0 < exchanges[name]["by_row"] < 100
         moved = {n: each.roll(1) for n, each in own.items()}
-        with shifts.shifting(model) as attention:
+        with shift.shifting(model) as attention:
             attention.by_layer = moved
             expected = perplexity(model, CHATS)["perplexity"]
         assert readings[f"{name} elsewhere"]["perplexity"] == pytest.approx(expected)
@@ -63,22 +63,22 @@ def test_each_gets_the_others_share_in_every_head(models, asked):
 
 
 def test_shares_may_be_matched_on_some_of_the_chats(models, asked):
-    found = shifts.shift(*models, CHATS, with_keys(asked, ["shift.matched=1"]))
+    found = shift.shift(*models, CHATS, with_keys(asked, ["shift.matched=1"]))
     assert (found["chats"], found["matched"]) == (3, 1) and found["exchanges"]["in"]["gap"] < 0.01
     assert found["readings"]["in"]["used"] != pytest.approx(found["readings"]["encoder"]["used"])
 
 
 def test_what_is_seen_is_a_mean_over_chats_whatever_the_batches(models):
-    with shifts.shifting(models[0]) as attention:
+    with shift.shifting(models[0]) as attention:
         attention.seen.clear()
         for part in (CHATS[:1], CHATS[1:]):
             perplexity(models[0], part)
-        found = shifts.mean_seen(models[0], attention)[..., 0]
+        found = shift.mean_seen(models[0], attention)[..., 0]
     assert torch.allclose(found, used(models[0]).mean(0), atol=1e-5)
 
 
 def test_a_model_and_itself_lose_nothing(models, asked):
-    found = shifts.shift(models[0], copy.deepcopy(models[0]), CHATS, asked)["changes"]
+    found = shift.shift(models[0], copy.deepcopy(models[0]), CHATS, asked)["changes"]
     assert {name: each["change"] for name, each in found.items()} == pytest.approx(
         dict.fromkeys(found, 0.0), abs=1e-4
     )
