@@ -35,9 +35,12 @@ def test_a_disk_that_is_full_is_said_and_the_earlier_encoder_stays(tiny_path, tm
     (tmp_path / "run" / "bi" / "earlier").write_text("mine")
     owned.name_all(tmp_path / "run" / "bi")
     owned.claim(tmp_path / "run")
-    limits = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))}
-    arguments = [*TUNED, f"output_dir={tmp_path}/run"]
-    code, output, errors = ended(start(*arguments, script="train_bi.py", **limits))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
+    try:
+        code, output, errors = run(*TUNED, f"output_dir={tmp_path}/run", script="train_bi.py")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (code, output) == (2, "")
     one_line(errors, "no space left", "resume=auto")
     assert (tmp_path / "run" / "bi" / "earlier").read_text() == "mine"
@@ -61,14 +64,20 @@ def test_without_a_home_the_embedded_models_place_is_said(tmp_path):
     one_line(errors, "set model.cache or UBMOE_CACHE")
 
 
-@pytest.mark.parametrize("number", [1, 2])
-def test_a_closed_stream_is_none_of_our_business(tiny_path, tmp_path, number):
-    arguments = [*SHORT, f"output_dir={tmp_path}/run"]
-    code, _, errors = ended(start(*arguments, preexec_fn=lambda: os.close(number)))
-    assert code == 0 and "Traceback" not in errors
+def closing(*numbers: int) -> dict[str, object]:
+    return {"preexec_fn": lambda: [os.close(number) for number in numbers]}
+
+
+def test_closed_streams_are_none_of_our_business(tiny_path, tmp_path):
+    """Both through a whole run, and each alone at its two quick ends."""
+    code, _, _ = ended(start(*SHORT, f"output_dir={tmp_path}/run", **closing(1, 2)))
+    assert code == 0
     json.loads((tmp_path / "run" / "dependence.json").read_text())
-    code, output, _ = ended(start("seed=-1", preexec_fn=lambda: os.close(number)))
-    assert (code, output) == (2, "")
+    for number in (1, 2):
+        code, output, errors = ended(start("seed=-1", **closing(number)))
+        assert (code, output) == (2, "") and "Traceback" not in errors
+        code, output, errors = ended(start("--help", **closing(number)))
+        assert (code, errors) == (0, "") and ("calculate_dp.py" in output) == (number == 2)
 
 
 def test_a_run_that_is_ended_leaves_no_result_and_goes_on(tiny_path, tmp_path):
@@ -80,28 +89,37 @@ def test_a_run_that_is_ended_leaves_no_result_and_goes_on(tiny_path, tmp_path):
     code, output, errors = ended(process)
     assert (code, output) == (-signal.SIGTERM, "") and "Traceback" not in errors
     assert not (tmp_path / "run" / "sts.json").exists()
-    code, _, errors = run_apart(*arguments, script="train_bi.py")
+    code, _, errors = run(*arguments, script="train_bi.py")
     assert code == 0, errors
     assert (tmp_path / "run" / "bi" / "model.safetensors").exists()
 
 
-def test_spaces_other_alphabets_and_another_working_directory(tiny_path, tmp_path, monkeypatch):
+def test_spaces_other_alphabets_and_another_working_directory(tiny_path, tmp_path):
     here = tmp_path / "my data" / "Größe 猫 😀"
     here.mkdir(parents=True)
     (here / "chats é.jsonl").write_text('{"text": "The cat sleeps in the garden."}\n' * 3)
-    process = start(
-        *SHORT,
-        "dependence.dataset=chats é.jsonl",
-        "output_dir=out put/ü",
-        script=str(ROOT / "calculate_dp.py"),
-        folder=here,
-    )
-    code, output, errors = ended(process)
+    keys = [*SHORT, "dependence.dataset=chats é.jsonl", "output_dir=out put/ü"]
+    code, output, errors = run(*keys, script=str(ROOT / "calculate_dp.py"), folder=here)
     assert code == 0, errors
     assert output == "out put/ü/dependence.json\n"
     record = json.loads((here / "out put" / "ü" / "dependence.json").read_text())
     assert record["dependence"]["texts"] == 3
     assert sorted(each.name for each in here.iterdir()) == ["chats é.jsonl", "out put"]
+
+
+def test_what_accelerate_is_told_in_the_environment_changes_no_weight(
+    tiny_path, tmp_path, monkeypatch
+):
+    found = []
+    for name in ("without", "with"):
+        code, _, errors = run(*TUNED, f"output_dir={tmp_path}/{name}", script="train_bi.py")
+        assert code == 0, errors
+        found.append((tmp_path / name / "bi" / "model.safetensors").read_bytes())
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "no")
+    assert found[0] == found[1]
+    assert "ACCELERATE_MIXED_PRECISION=bf16: not heeded" in errors
+    assert "ACCELERATE_USE_FSDP" not in errors + " ".join(os.environ)
 
 
 def test_bytes_that_are_no_text_are_refused_on_the_command_line(tmp_path):
