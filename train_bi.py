@@ -22,7 +22,7 @@ def main(config: Config) -> Path:
 
     made, stages = ("bi", "training.png"), [f"stages/{n}" for n in range(len(config.bi.stages))]
     with recording("train_bi", "sts", config, *made, working=stages) as run:
-        from ubmoe.encoder import whitening
+        from ubmoe.encoder import card, whitening
         from ubmoe.encoder.sentence_encoder import (
             as_encoder,
             check_mask,
@@ -57,6 +57,7 @@ def main(config: Config) -> Path:
             scores = sts_scores(
                 encoder, tasks, config.evaluation.batch_size, config.evaluation.bf16
             )
+            card.complete(run.place("bi"), config, scores)
             run.section = scores | parts
             if whitened is not None:
                 run.section["whiten"] = whitened

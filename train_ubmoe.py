@@ -45,6 +45,8 @@ def main(config: Config) -> Path:
             run.section = scores | {"bi_weights": joined.pop("bi_weights")}
             run.more |= joined
             run.more["sts"] = pipeline.sts_of(config, inputs, model, run.place("adapter"))
+            record = {"generation": run.section, "sts": run.more["sts"]}
+            pipeline.complete_cards(config, inputs, run.place, record)
             if router:
                 run.section["router"] = router
                 run.figures = figures.routing(router["log"], router["bi_weight_by_role"])

@@ -56,10 +56,12 @@ def run(
         logging.getLogger("ubmoe").setLevel(logging.INFO)
         _check_environment()
         arguments = sys.argv[1:]
+        called = sys.argv[0] if sys.argv[0].startswith("ubmoe ") else name
         if {"-h", "--help"} & set(arguments):
-            print(help_text(name, purpose, () if callable(main) else tuple(main)))
+            verbs = () if callable(main) else tuple(main)
+            print(help_text(name, purpose, verbs, "all" in arguments, called))
         else:
-            last_line = _called(name, main, dry_run, arguments)
+            last_line = _called(called, main, dry_run, arguments)
             if last_line is not None and is_first_process():
                 print(last_line)
 

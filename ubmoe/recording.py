@@ -143,6 +143,11 @@ def recording(
             run.more |= noted
             if run.is_main:
                 run.write()
+                if config.hub.push is not None:
+                    from ubmoe.models import hub
+
+                    folders = [directory / each for each in made if each in hub.NAMES]
+                    hub.push(config.hub, [each for each in folders if each.is_dir()])
     except BaseException:
         for folder in new:  # deepest first; what holds the sums of an interrupted run stays
             if folder.is_dir() and not any(folder.iterdir()):

@@ -21,6 +21,7 @@ from ubmoe.encoder.sentence_encoder import (
     as_encoder,
     lengths,
     load_saved,
+    own_prompt,
     rendered,
     save_encoder,
 )
@@ -133,7 +134,7 @@ def test_the_ids_are_those_of_the_text_in_its_prompt(tokenizer, tmp_path, prompt
     for text in ("a cab", "b", " a ", "f" * 90):
         whole = found((prompt or "{text}").replace("{text}", text))["input_ids"]
         for each in (encoder, saved):
-            [ids] = each.preprocess([text])["input_ids"].tolist()
+            [ids] = each.preprocess([text], prompt=own_prompt(each))["input_ids"].tolist()
             assert ids == whole if len(whole) <= 50 else (len(ids), ids[-1]) == (50, whole[-1])
 
 
@@ -188,7 +189,8 @@ def test_the_directory_loads_in_stock_libraries_both_ways(tokenizer, tmp_path, t
     prove_attention(lm, bidirectional=False)
     torch.testing.assert_close(lm.lm_head.weight, model.lm_head.weight, atol=0, rtol=0)
     assert AutoTokenizer.from_pretrained(tmp_path / "bi").model_max_length == 2048
-    assert "is_causal=True" in (tmp_path / "bi" / "README.md").read_text()
+    card = (tmp_path / "bi" / "README.md").read_text()
+    assert ("is_causal=True" in card) == (attention == "bidirectional")
     modules = json.loads((tmp_path / "bi" / "modules.json").read_text())
     assert all(module["type"].startswith("sentence_transformers.") for module in modules)
 

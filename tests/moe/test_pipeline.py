@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from builders import ROOT, random_model, run
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -15,8 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ubmoe.bidirectional import make_bidirectional
 from ubmoe.config import BiSection, load_config
 from ubmoe.encoder.sentence_encoder import as_encoder, save_encoder
+from ubmoe.models import cards
 from ubmoe.models.loading import load_model
 from ubmoe.models.streams import open_weights
+from ubmoe.moe import export, pipeline
 from ubmoe.moe.joining import write_mixture
 from ubmoe.results.__main__ import table
 
@@ -39,6 +43,39 @@ def keys(encoder, output, *more):
     common = ["ubmoe.max_steps=2", "ubmoe.held_out=8", "ubmoe.max_rows=40", "model.device=cpu"]
     common += ["evaluation.sts=[]", "evaluation.generation=[]", "ubmoe.routes=[]"]
     return [*common, f"ubmoe.bi={encoder}", f"output_dir={output}", *more]
+
+
+def test_cards_have_the_scores_of_their_own_uses(tmp_path):
+    folders = ("ubmoe", "modes", "adapter")
+    for name in folders:
+        (tmp_path / name).mkdir()
+        cards.write(tmp_path / name, export.METADATA, "# Some\n")
+    keys = ["ubmoe.export=[mixture, modes, adapter]", "ubmoe.dataset=org/chats", "output_dir=x"]
+    config = load_config(None, [*keys, "model.name=org/base"])
+    routes = {
+        name: {"tasks": {"piqa": {"acc": score}}, "perplexity": score / 10}
+        for name, score in (("learned", 60.0), ("uni", 70.0))
+    }
+    sts = [
+        {"route": route, "attention": mask, "tasks": {"STS": score}, "sources": {"STS": {}}}
+        for route, mask, score in (
+            *(("learned", "bidirectional", 40.0), ("learned", "causal", 1.0)),
+            *(("bi", "bidirectional", 50.0), ("adapter", "bidirectional", 49.0)),
+        )
+    ]
+    record = {"generation": {"routes": routes, "metrics": {"piqa": "acc"}}, "sts": sts}
+    inputs = SimpleNamespace(joins=True, attention="bidirectional")
+    pipeline.complete_cards(config, inputs, tmp_path.joinpath, record)
+    expected = {
+        "ubmoe": [60.0, 6.0, 40.0],
+        "modes": [70.0, 7.0, 50.0],
+        "adapter": [70.0, 7.0, 49.0],
+    }
+    for name in folders:
+        data = ModelCard.load(tmp_path / name / "README.md").data
+        assert [each.metric_value for each in data.eval_results] == expected[name]
+        assert data.base_model == "org/base"
+        assert data.datasets == (["org/chats"] if name == "ubmoe" else None)
 
 
 @pytest.mark.slow

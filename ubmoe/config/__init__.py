@@ -7,7 +7,7 @@ loaded.
 from ubmoe.config.effects import MADE, SCORED, deciding_weights, default, leaves, unlike
 from ubmoe.config.errors import UserError, error_reason, listed, shown
 from ubmoe.config.help import help_text
-from ubmoe.config.reading import DEFAULT_CONFIG, dump_config, load_config, with_keys
+from ubmoe.config.reading import DEFAULT_CONFIG, dump_config, load_config, shipped, with_keys
 from ubmoe.config.schema import (
     ECHO,
     EOL,
@@ -26,6 +26,7 @@ from ubmoe.config.schema import (
     EvaluationSection,
     FirstToken,
     Form,
+    HubSection,
     Layers,
     LoraSection,
     ModelSection,
@@ -66,6 +67,7 @@ __all__ = [
     "EvaluationSection",
     "FirstToken",
     "Form",
+    "HubSection",
     "Layers",
     "LoraSection",
     "ModelSection",
@@ -92,6 +94,7 @@ __all__ = [
     "listed",
     "load_config",
     "numbered",
+    "shipped",
     "shown",
     "unlike",
     "with_keys",

@@ -11,12 +11,23 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from ubmoe.bounds import read_text
+from ubmoe.bounds import expanded, read_text
 from ubmoe.config.errors import UserError, shown
 from ubmoe.config.schema import Config, keys, numbered, section_of
 from ubmoe.config.strict_yaml import parsed
 
-DEFAULT_CONFIG = Path(__file__).parent.parent.parent / "configs" / "tiny.yaml"
+CHECKOUT = Path(__file__).parents[2] / "configs"
+CONFIGS = CHECKOUT if (CHECKOUT / "tiny.yaml").is_file() else Path(__file__).parents[1] / "configs"
+DEFAULT_CONFIG = CONFIGS / "tiny.yaml"
+
+
+def shipped(path: str | Path) -> Path:
+    """A file as it is named; of this repository's configs/, wherever one is, where it is not."""
+    path = Path(path)
+    if not path.exists() and path.parts[:1] == ("configs",):
+        inside = CONFIGS.joinpath(*path.parts[1:])
+        return inside if inside.is_file() else path
+    return path
 
 
 def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
@@ -24,12 +35,7 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
 
     Raises UserError, in one line, with every problem of the file (or else of the command line).
     """
-    if path is None and not DEFAULT_CONFIG.exists():  # installed without the repository
-        raise UserError(
-            f"command line: no CONFIG; expected a YAML file, as configs/{DEFAULT_CONFIG.name} of "
-            "the repository (an empty one has every default)"
-        )
-    path = Path(path or DEFAULT_CONFIG)
+    path = shipped(path or DEFAULT_CONFIG)
     tree = _with_base(path)
     config = _validated(tree, str(path))
     config = _overridden(tree, overrides or [])
@@ -76,7 +82,7 @@ def _with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     base, above = tree.pop(BASE), (*above, path.resolve())
     if not isinstance(base, str):
         raise UserError(f"{path}: base: got {shown(base)}, expected the path of a YAML file")
-    below = path.parent / Path(base).expanduser()
+    below = path.parent / expanded(base)
     if below.resolve() in above:
         names = " -> ".join(each.name for each in (*above, below))
         raise UserError(f"{path}: base: {names} is a circle; expected a base that ends somewhere")

@@ -833,6 +833,28 @@ class TrajectorySection(Section):
     dependence: bool = score_key(False, "also measure attention dependence, as `dependence` says")
 
 
+class HubSection(Section):
+    """Where models go when a run ends, and what their cards say."""
+
+    push: str | None = running_key(
+        None,
+        "org/name on the hub: bi/ is put there, and modes/, adapter/ and ubmoe/ to org/name-modes "
+        "and so on; null: nowhere",
+    )
+    private: bool = running_key(True, "a repository that is made is private")
+    license: str | None = running_key(
+        None, "of the base model, for the cards; null: what the card of a local model says"
+    )
+    language: list[str] = running_key(["en"], "of the texts, for the cards")
+
+    @field_validator("push")
+    @classmethod
+    def _is_a_repository(cls, name: str | None) -> str | None:
+        if name is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII):
+            raise ValueError("expected org/name")
+        return name
+
+
 class Config(Section):
     """Every key of every program."""
 
@@ -864,6 +886,7 @@ class Config(Section):
     trajectory: TrajectorySection = key(TrajectorySection(), "")
     evaluation: EvaluationSection = key(EvaluationSection(), "")
     results: ResultsSection = key(ResultsSection(), "")
+    hub: HubSection = key(HubSection(), "")
 
 
 # --- every key ------------------------------------------------------------------------------------

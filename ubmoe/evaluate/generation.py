@@ -27,7 +27,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ubmoe.bidirectional import is_bidirectional
 from ubmoe.bootstrap import interval, means
 from ubmoe.bounds import read_text
-from ubmoe.config import TABLE4, TASKS_OF_BITUNE, Config, EvaluationSection, UserError, error_reason
+from ubmoe.config import (
+    TABLE4,
+    TASKS_OF_BITUNE,
+    Config,
+    EvaluationSection,
+    UserError,
+    error_reason,
+    shipped,
+)
 from ubmoe.data.chats import Chat, collate, read_chats
 from ubmoe.data.padding import batches_by_length
 from ubmoe.data.rows import spaced
@@ -60,7 +68,7 @@ def check_tasks(names: list[str], data: str = "") -> None:
     result_names(names)
     for name in names:
         if name.endswith((".yaml", ".yml")):
-            _check_yaml(Path(name), data)
+            _check_yaml(shipped(name), data)
         elif name != "tiny" and name in manager().all_tags:
             raise UserError(
                 f"evaluation.generation: {name} is a tag of several tasks; name the tasks"
@@ -264,7 +272,7 @@ def _evaluated(lm: Any, settings: EvaluationSection) -> dict[str, Any]:
 
 
 def _asked(name: str, data: str) -> Any:
-    return task_of(Path(name), data) if name.endswith((".yaml", ".yml")) else name
+    return task_of(shipped(name), data) if name.endswith((".yaml", ".yml")) else name
 
 
 def result_names(asked: list[str]) -> dict[str, str]:
@@ -294,7 +302,7 @@ def result_names(asked: list[str]) -> dict[str, str]:
 def _names_of(asked: str) -> list[str]:
     if asked == "tiny":
         return [str(task["task"]) for task in tiny_tasks.TASKS]
-    return [_name_in(Path(asked))] if asked.endswith((".yaml", ".yml")) else [asked]
+    return [_name_in(shipped(asked))] if asked.endswith((".yaml", ".yml")) else [asked]
 
 
 def percent(task: str, result: dict[str, Any]) -> dict[str, float]:

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from ubmoe.bidirectional import attention_name, prove_attention, set_attention, set_layers
-from ubmoe.bounds import METADATA, read_json, regular
+from ubmoe.bounds import METADATA, expanded, read_json, regular
 from ubmoe.config import Config, Layers, ModelSection, Section, UserError, error_reason, listed
 from ubmoe.data import templates, tokens
 from ubmoe.data.inputs import SUFFIXES
@@ -65,7 +65,7 @@ def best_device(name: str | None = None) -> torch.device:
 
 def gguf_file(config: ModelSection) -> Path | None:
     """The GGUF file that the model is; None where it is none. Raises UserError."""
-    path = Path(config.name).expanduser()
+    path = expanded(config.name)
     if path.suffix.lower() != ".gguf":
         return None
     if not path.is_file():
@@ -82,7 +82,7 @@ def source(config: ModelSection) -> str:
         return str(tiny_directory(config.cache))
     if (file := gguf_file(config)) is not None:
         return str(file.parent)
-    path = Path(config.name).expanduser()
+    path = expanded(config.name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"model.name: {path} has no config.json; expected a model directory")

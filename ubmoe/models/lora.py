@@ -24,6 +24,7 @@ from ubmoe.bidirectional import Attention, attention_name
 from ubmoe.bounds import limited, read_json
 from ubmoe.config import LoraSection, UserError, error_reason
 from ubmoe.files import replace_directory, write_json
+from ubmoe.models.cards import is_hub_id
 from ubmoe.models.digests import fingerprint
 from ubmoe.models.precision import cast
 from ubmoe.models.tensors import Stream
@@ -117,7 +118,7 @@ def save_difference(
         lora_alpha=rank,
         target_modules=_targets(base.base_model, changed),
         task_type="FEATURE_EXTRACTION",
-        base_model_name_or_path=base.name_or_path,
+        base_model_name_or_path=base.name_or_path if is_hub_id(base.name_or_path or "") else None,
         inference_mode=True,
     ).save_pretrained(str(directory))
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})

@@ -1,7 +1,7 @@
 """What train_ubmoe.py does, a step a function: read, load, train the routers, save, score."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +13,14 @@ from sentence_transformers import SentenceTransformer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ubmoe.bidirectional import set_attention
+from ubmoe.bounds import expanded
 from ubmoe.config import Config, ModelSection, Route, UserError
 from ubmoe.data.chats import Chat, read_chats
 from ubmoe.data.tokens import sentences_of
 from ubmoe.encoder.sentence_encoder import load_saved
 from ubmoe.evaluate import generation
 from ubmoe.evaluate.sts import sts_scores, sts_tasks
+from ubmoe.models import cards
 from ubmoe.models.loading import best_device, load_model, load_tokenizer, model_type
 from ubmoe.models.precision import weights_dtype
 from ubmoe.models.streams import open_weights
@@ -49,7 +51,7 @@ class Inputs:
 
 def read(config: Config) -> Inputs:
     """Raises UserError for whatever is missing or wrong, before a model is loaded."""
-    encoder = Path(config.ubmoe.bi or f"{config.output_dir}/bi").expanduser().resolve()
+    encoder = expanded(config.ubmoe.bi or f"{config.output_dir}/bi").resolve()
     attention = encoder_attention(encoder)
     generation.check_tasks(config.evaluation.generation, config.evaluation.data)
     joins = check_joins(model_type(config.model), config.ubmoe.export)
@@ -146,8 +148,8 @@ def made(config: Config, inputs: Inputs, routed: bool) -> str:
     settings, lines = (
         config.ubmoe,
         [
-            f"- language model: {_named(config.model.name)}, {config.model.dtype}",
-            f"- encoder: {_named(str(inputs.encoder))}, tuned under the {inputs.attention} mask",
+            f"- language model: {cards.named(config.model.name)}, {config.model.dtype}",
+            f"- encoder: {cards.named(str(inputs.encoder))}, of {inputs.attention} attention",
         ],
     )
     if routed:
@@ -157,15 +159,37 @@ def made(config: Config, inputs: Inputs, routed: bool) -> str:
         lines.append(
             f"- routers: top_k {settings.top_k}, started from {settings.router_init}, objective "
             f"{settings.objective}, {length} of {settings.per_device_train_batch_size} chats "
-            f"({_named(settings.dataset)}), learning rate {settings.learning_rate:g}, seed "
+            f"({cards.named(settings.dataset)}), learning rate {settings.learning_rate:g}, seed "
             f"{config.seed}"
         )
     return "\n".join(["\n## How it was made\n", "Joined by train_ubmoe.py of ubmoe.\n", *lines, ""])
 
 
-def _named(name: str) -> str:
-    """A hub id as it is; of a local path its last two parts."""
-    return "/".join(Path(name).resolve().parts[-2:]) if Path(name).exists() else name
+def complete_cards(
+    config: Config, inputs: Inputs, place: Callable[[str], Path], record: Mapping[str, Any]
+) -> None:
+    """Add to the card of each saved model what it scored, as far as its routes were scored.
+
+    record: `generation` and `sts`, as the result has them.
+    """
+    routes, metrics = record["generation"]["routes"], record["generation"]["metrics"]
+    settings = config.ubmoe
+    kinds: dict[str, tuple[str, Route, list[str]]]
+    kinds = {"mixture": ("ubmoe", settings.route, [settings.route])}
+    kinds |= {"modes": ("modes", "uni", ["bi", "mode"]), "adapter": ("adapter", "uni", ["adapter"])}
+    for kind in settings.export:
+        name, route, encoding = kinds[kind]
+        if kind == "mixture" and not inputs.joins:
+            continue
+        results = []
+        if found := routes.get(route):
+            results += cards.generation_results(found["tasks"], metrics, found["perplexity"])
+        for row in record["sts"]:
+            if row["route"] in encoding and row["attention"] == inputs.attention:
+                results += cards.sts_results(row)
+                break
+        trained = [settings.dataset] if kind == "mixture" else []
+        cards.complete(place(name), config, trained, results)
 
 
 def _routes(config: Config) -> list[Route]:
