@@ -24,7 +24,6 @@ from platformdirs import user_cache_path
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from ubmoe.bounds import expanded
 from ubmoe.config import UserError, error_reason
 from ubmoe.tiny import language
 
@@ -225,7 +224,7 @@ def _own_random_state() -> Iterator[None]:
 
 def cache_folder(cache: str | Path | None) -> Path:
     if chosen := cache or os.environ.get("UBMOE_CACHE"):
-        return expanded(chosen).absolute()
+        return Path(chosen).expanduser().absolute()
     return user_cache_path("ubmoe")
 
 
