@@ -52,7 +52,7 @@ def test_flex_attention_reads_as_asked(flexible):
 
 @pytest.mark.slow
 def test_compiled_flex_attention_reads_as_asked_or_is_refused(flexible, monkeypatch):
-    """With one padding: each shape is compiled anew, for many seconds."""
+    """With one padding and one mask: each is compiled anew, for many seconds."""
     monkeypatch.setattr(bidirectional, "PADDINGS", ("left",))
     try:
         prove_attention(flexible, False)
@@ -61,7 +61,7 @@ def test_compiled_flex_attention_reads_as_asked_or_is_refused(flexible, monkeypa
         assert re.search(wrong, str(refused))
         assert not leak(flexible, "left") < 1e-6
         return
-    assert leak(flexible, "left") < 1e-6 and leak(make_bidirectional(flexible), "left") > 1e-3
+    assert leak(flexible, "left") < 1e-6
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
