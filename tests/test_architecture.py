@@ -11,7 +11,7 @@ from builders import ROOT
 FROM_THE_OUTSIDE = {  # tests of no one module
     *("test_architecture", "test_scripts", "test_pages", "config/test_shipped"),
     *("test_bad_inputs", "test_any_input", "test_surroundings", "test_hostile", "test_gpu"),
-    *("config/test_tasks", "dry_run/test_cards", "test_wheel", "test_two_processes"),
+    *("config/test_tasks", "dry_run/test_cards", "test_api", "test_wheel", "test_two_processes"),
 }
 
 

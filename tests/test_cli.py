@@ -137,11 +137,8 @@ def test_another_process_says_what_the_first_one_did_not_meet(monkeypatch, capsy
     assert code == 2 and errors.startswith("error (process 3): out of memory")
 
 
-PROGRAMS = ["calculate_dp", "train_bi", "train_ubmoe"]
-PROGRAMS += [
-    f"ubmoe.{name}.__main__"
-    for name in ("bitune", "evaluate", "probing", "results", "scan", "swap", "shift")
-]
+PROGRAMS = ["calculate_dp", "train_bi", "train_ubmoe", "ubmoe.scan", "ubmoe.swap", "ubmoe.shift"]
+PROGRAMS += [f"ubmoe.{name}.__main__" for name in ("bitune", "evaluate", "probing", "results")]
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

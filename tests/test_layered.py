@@ -21,7 +21,8 @@ from ubmoe.config import BiSection, ModelSection, UserError
 from ubmoe.dependence.recorder import dependence_of, observed
 from ubmoe.encoder.sentence_encoder import LayeredTransformer, as_encoder, load_saved, save_encoder
 from ubmoe.layered import NAME, chosen, named_layers
-from ubmoe.models.loading import load_model, saved_attention
+from ubmoe.models.loading import load_model
+from ubmoe.models.source import ModelSource
 from ubmoe.moe.export import encoder_attention, save_adapter, save_mixture, save_modes
 from ubmoe.moe.routes import set_route
 
@@ -220,7 +221,7 @@ def test_a_saved_encoder_keeps_its_mask_and_is_the_base_to_language_models(
     with torch.no_grad():
         assert torch.equal(plain(ids).logits, base(ids).logits)
     saved = ModelSection(name=str(tmp_path / "bi"))
-    assert saved_attention(saved) == "bidirectional"
+    assert ModelSource.of(saved).attention == "bidirectional"
     again = load_model(saved, bidirectional=True)
     assert (layer_sights(again)[:, :2, 1] > 1e-4).tolist() == looks
     assert ("the first token sees itself alone" in (tmp_path / "bi" / "README.md").read_text()) == (

@@ -57,8 +57,14 @@ def set_layers(
     return model
 
 
-def make_bidirectional(model: PreTrainedModel) -> PreTrainedModel:
-    """Let every token see every other one; UserError names a family where that has no effect."""
+def make_bidirectional(
+    model: PreTrainedModel, layers: Layers = "all", keep_sink: bool = False
+) -> PreTrainedModel:
+    """Let every token of these layers see every other one, and prove it, as `ubmoe` documents."""
+    for config in (model.config, model.config.get_text_config()):
+        for name in (layered.KEY, layered.SINK):  # of an earlier mask
+            vars(config).pop(name, None)
+    set_layers(model, layers, keep_sink)
     set_attention(model, bidirectional=True)
     prove_attention(model, bidirectional=True)
     return model

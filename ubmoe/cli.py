@@ -10,16 +10,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
 
-from ubmoe.bounds import naming
-from ubmoe.config import (
-    Config,
-    UserError,
-    dump_config,
-    error_reason,
-    help_text,
-    load_config,
-    shown,
-)
+try:  # every program imports this module first
+    from ubmoe.bounds import naming
+    from ubmoe.config import (
+        Config,
+        UserError,
+        dump_config,
+        error_reason,
+        help_text,
+        load_config,
+        shown,
+    )
+except KeyboardInterrupt:  # before anything was begun
+    sys.exit(130)
 
 # How Python, torch's CPU allocator, and CUDA before accelerate is there, say it.
 NO_MEMORY = ("MemoryError", "OutOfMemoryError", "out of memory", "can't allocate memory")

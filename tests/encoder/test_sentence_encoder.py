@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from builders import marked, random_model
+from builders import marked, random_model, tokenizer_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
@@ -25,7 +25,6 @@ from ubmoe.encoder.sentence_encoder import (
     rendered,
     save_encoder,
 )
-from ubmoe.models.loading import load_tokenizer
 
 TEXTS = ["The cat slept.", "A much longer sentence about {braces} and 'quotes' in the garden."]
 
@@ -223,7 +222,7 @@ def test_a_model_without_a_padding_token_is_padded_all_the_same(tokenizer, tmp_p
     bare.pad_token = None
     bare.save_pretrained(tmp_path)
     model.config.save_pretrained(tmp_path)
-    loaded = load_tokenizer(ModelSection(name=str(tmp_path)))
+    loaded = tokenizer_of(ModelSection(name=str(tmp_path)))
     encoder = as_encoder(model, loaded, bi)
     np.testing.assert_allclose(encoder.encode(TEXTS), expected.encode(TEXTS), atol=1e-6)
     save_encoder(encoder, model, loaded, bi, tmp_path / "bi")

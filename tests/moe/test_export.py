@@ -338,6 +338,18 @@ def test_an_encoder_that_was_trained_as_an_adapter_is_kept_whole(tiny_path, tmp_
         name=str(tmp_path / "adapter"), adapter=str(tmp_path / "adapter" / "bi"), device="cpu"
     )
     torch.testing.assert_close(logits(load_model(config)), logits(bi), atol=1e-4, rtol=1e-4)
+    one_copy(str(tmp_path / "adapter"), uni, encoder.encode(TEXTS))
+
+
+def one_copy(path, uni, vectors):
+    """As docs/mixture.md shows it: one process, one copy of the weights, the adapter on and off."""
+    encoder = SentenceTransformer(path, device="cpu")
+    language_model = AutoModelForCausalLM.from_pretrained(path)
+    language_model.model = encoder[0].model
+    language_model.model.disable_adapters()
+    assert torch.equal(logits(language_model), logits(uni))
+    language_model.model.enable_adapters()
+    torch.testing.assert_close(encoder.encode(TEXTS), vectors, atol=1e-5, rtol=1e-5)
 
 
 def test_an_adapter_that_cannot_be_made_is_refused_in_one_line(sources, tmp_path):

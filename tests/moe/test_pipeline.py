@@ -186,10 +186,13 @@ from pathlib import Path
 from ubmoe.config import load_config
 from ubmoe.moe import pipeline
 from ubmoe.recording import peak_memory_bytes
-from ubmoe.models.loading import load_tokenizer
+from ubmoe.models.source import ModelSource
 config = load_config(None, sys.argv[2:])
-encoder, tokenizer = Path(config.ubmoe.bi), load_tokenizer(load_config(None, []).model)
-inputs = pipeline.Inputs(encoder, "bidirectional", tokenizer, [], [], [], [], {})
+source = ModelSource.of(config.model)
+source.tokenizer  # as pipeline.read has read it
+inputs = pipeline.Inputs(
+    source, source.at(config.ubmoe.bi), "bidirectional", [], [], [], [], {}
+)
 Path("/proc/self/clear_refs").write_text("5")  # the peak is what is held now
 before = peak_memory_bytes()
 pipeline.join(config, inputs, lambda name: Path(sys.argv[1]) / name)
@@ -199,11 +202,12 @@ print(peak_memory_bytes() - before)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="the peak is Linux'")
-def test_joining_takes_no_more_memory_than_the_largest_tensor(tmp_path):
+def test_joining_takes_no_more_memory_than_the_largest_tensor(tiny_path, tmp_path):
     """All three exports in float32 of a pair of 400 MB, which differs in one layer."""
     shape = {"hidden_size": WIDTH, "intermediate_size": 1408, "vocab_size": WORDS}
     model = random_model("qwen2", num_hidden_layers=28, **shape, tie_word_embeddings=False)
     model.bfloat16().save_pretrained(tmp_path / "uni")
+    AutoTokenizer.from_pretrained(tiny_path).save_pretrained(tmp_path / "uni")
     with torch.no_grad():
         model.model.layers[7].mlp.up_proj.weight += 0.5
     model.save_pretrained(tmp_path / "bi")

@@ -7,7 +7,14 @@ loaded.
 from ubmoe.config.effects import MADE, SCORED, deciding_weights, default, leaves, unlike
 from ubmoe.config.errors import UserError, error_reason, listed, shown
 from ubmoe.config.help import help_text
-from ubmoe.config.reading import DEFAULT_CONFIG, dump_config, load_config, shipped, with_keys
+from ubmoe.config.reading import (
+    DEFAULT_CONFIG,
+    dump_config,
+    load_config,
+    shipped,
+    validated,
+    with_keys,
+)
 from ubmoe.config.schema import (
     ECHO,
     EOL,
@@ -97,5 +104,6 @@ __all__ = [
     "shipped",
     "shown",
     "unlike",
+    "validated",
     "with_keys",
 ]

@@ -37,7 +37,7 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
     """
     path = shipped(path or DEFAULT_CONFIG)
     tree = _with_base(path)
-    config = _validated(tree, str(path))
+    config = validated(tree, str(path))
     config = _overridden(tree, overrides or [])
     if config.output_dir.startswith("~"):  # no shell has written it out behind a =
         return config.model_copy(update={"output_dir": str(expanded(config.output_dir))})
@@ -65,7 +65,7 @@ def _overridden(tree: dict[str, Any], overrides: list[str]) -> Config:
     problems = [problem for text in overrides if (problem := _override(tree, text))]
     if problems:
         raise UserError("command line: " + "; ".join(problems))
-    return _validated(tree, "command line")
+    return validated(tree, "command line")
 
 
 def dump_config(config: Config) -> str:
@@ -200,7 +200,8 @@ def _slot(node: Any, part: str) -> str | int | None:
     return part if isinstance(node, dict) and part in node else None
 
 
-def _validated(tree: dict[str, Any], source: str) -> Config:
+def validated(tree: dict[str, Any], source: str) -> Config:
+    """A tree of sections as the configuration. Raises UserError, naming the source and the keys."""
     try:
         return Config.model_validate(tree)
     except ValidationError as error:

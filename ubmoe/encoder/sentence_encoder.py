@@ -31,18 +31,10 @@ from ubmoe.encoder.prefix import SINK, save_sink
 from ubmoe.files import replace_directory
 from ubmoe.layered import is_ours, keeps_sink, named_layers, partial_layers
 from ubmoe.models import cards
-from ubmoe.models.loading import (
-    best_device,
-    context_length,
-    explained,
-    gguf_file,
-    load_model,
-    load_tokenizer,
-    source,
-    within_context,
-)
+from ubmoe.models.loading import best_device, load_model
 from ubmoe.models.lora import last_attention
 from ubmoe.models.precision import weights_dtype
+from ubmoe.models.source import ModelSource, context_length, explained
 from ubmoe.models.tensors import guard
 from ubmoe.models.tokenizer_file import alike, as_stored
 
@@ -310,12 +302,13 @@ def own_prompt(encoder: SentenceTransformer) -> str | None:
     return encoder.prompts.get(encoder.default_prompt_name or "") or None
 
 
-def load_encoder(config: Config) -> SentenceTransformer:
-    """Any encoder that sentence-transformers knows, or else a causal LM in the form of `bi`."""
-    device, name = best_device(config.model.device), source(config.model)
-    if gguf_file(config.model) is None and is_sentence_transformer_model(
-        name, revision=config.model.revision
-    ):
+def load_encoder(config: Config, source: ModelSource) -> SentenceTransformer:
+    """Any encoder that sentence-transformers knows, or else a causal LM in the form of `bi`.
+
+    source: of the config's model.
+    """
+    device, name = best_device(config.model.device), source.path
+    if source.file is None and is_sentence_transformer_model(name, revision=config.model.revision):
         if config.model.adapters:
             raise UserError(
                 f"model.adapter: {config.model.name} is an encoder of sentence-transformers; "
@@ -328,11 +321,10 @@ def load_encoder(config: Config) -> SentenceTransformer:
         with explained(config.model, "an encoder"):
             return load_saved(name, str(device), **keys)
     check_mask(config)
-    config = within_context(config, "bi")
-    tokenizer = load_tokenizer(config.model)
-    unlabelled = whitening.read_sentences(config.bi.whiten, tokenizer)
-    model = load_model(config.model, *config.bi.mask)
-    encoder = as_encoder(model, tokenizer, config.bi)
+    config = source.within_context(config, "bi")
+    unlabelled = whitening.read_sentences(config.bi.whiten, source.tokenizer)
+    model = load_model(source, *config.bi.mask)
+    encoder = as_encoder(model, source.tokenizer, config.bi)
     whitening.whiten(encoder, config, unlabelled)
     return encoder
 

@@ -39,8 +39,9 @@ from ubmoe.config import (
 from ubmoe.data.chats import Chat, collate, read_chats
 from ubmoe.data.padding import batches_by_length
 from ubmoe.data.rows import spaced
-from ubmoe.models.loading import load_model, load_tokenizer, within_context
+from ubmoe.models.loading import load_model
 from ubmoe.models.precision import Setting, autocast
+from ubmoe.models.source import ModelSource
 from ubmoe.tiny import tasks as tiny_tasks
 from ubmoe.training import losses
 
@@ -374,16 +375,18 @@ def held_out_chats(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[C
     return found.held_out(settings.held_out, "ubmoe.held_out")[1]
 
 
-def language_model_scores(config: Config) -> dict[str, Any]:
+def language_model_scores(config: Config, source: ModelSource) -> dict[str, Any]:
     """Generation tasks and perplexity of held-out chats, read causally whatever its own mask.
+
+    source: of the config's model.
 
     `further`: {file or id: what `told` says} of those of `evaluation.perplexity`.
     """
     check_tasks(config.evaluation.generation, config.evaluation.data)
-    config = within_context(config, "ubmoe")
-    settings, tokenizer = config.ubmoe, load_tokenizer(config.model)
+    config = source.within_context(config, "ubmoe")
+    settings, tokenizer = config.ubmoe, source.tokenizer
     kept, further = held_out_chats(config, tokenizer), _further_chats(config, tokenizer)
-    model = load_model(config.model)
+    model = load_model(source)
     scores = generation_scores(model, tokenizer, config.evaluation)
     counts = {"held_out": len(kept), "max_tokens": settings.max_tokens}
     counts["truncated"] = sum(chat.cut for chat in kept)

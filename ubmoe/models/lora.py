@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ubmoe import owned
 from ubmoe.bidirectional import Attention, attention_name
 from ubmoe.bounds import limited, read_json
 from ubmoe.config import LoraSection, UserError, error_reason
@@ -140,6 +141,7 @@ def nearest(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def save(wrapped: PeftModel, directory: Path, stages_before: int) -> None:
     """The adapter as peft saves it, and ubmoe.json, which says how it was trained."""
+    owned.claim(directory.parent, directory.name)  # or a later run would find a stranger's folder
 
     def write(folder: Path) -> None:
         wrapped.save_pretrained(str(folder))

@@ -10,19 +10,20 @@ from typing import Any
 from accelerate import PartialState
 from mteb.abstasks.sts import AbsTaskSTS
 from sentence_transformers import SentenceTransformer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from ubmoe.bidirectional import set_attention
 from ubmoe.bounds import expanded
-from ubmoe.config import Config, ModelSection, Route, UserError
+from ubmoe.config import Config, Route, UserError
 from ubmoe.data.chats import Chat, read_chats
 from ubmoe.data.tokens import sentences_of
 from ubmoe.encoder.sentence_encoder import load_saved
 from ubmoe.evaluate import generation
 from ubmoe.evaluate.sts import sts_scores, sts_tasks
 from ubmoe.models import cards
-from ubmoe.models.loading import best_device, load_model, load_tokenizer, model_type
+from ubmoe.models.loading import best_device, load_model
 from ubmoe.models.precision import weights_dtype
+from ubmoe.models.source import ModelSource
 from ubmoe.models.streams import open_weights
 from ubmoe.moe import export, router_training, routers
 from ubmoe.moe.distillation import Distillation
@@ -38,9 +39,9 @@ log = logging.getLogger(__name__)
 class Inputs:
     """Everything that is read before any model is loaded."""
 
-    encoder: Path
+    source: ModelSource  # of the language model
+    tuned: ModelSource  # of its encoder
     attention: str  # the encoder's: bidirectional, or causal (the study's control)
-    tokenizer: PreTrainedTokenizerBase
     chats: list[Chat]
     held_out: list[Chat]
     sentences: list[str]
@@ -48,16 +49,20 @@ class Inputs:
     counts: dict[str, int]
     joins: bool = True  # whether a mixture is known for the model's class; else it is left out
 
+    @property
+    def encoder(self) -> Path:
+        return Path(self.tuned.path)
 
-def read(config: Config) -> Inputs:
+
+def read(config: Config, source: ModelSource) -> Inputs:
     """Raises UserError for whatever is missing or wrong, before a model is loaded."""
     encoder = expanded(config.ubmoe.bi or f"{config.output_dir}/bi").resolve()
     attention = encoder_attention(encoder)
     generation.check_tasks(config.evaluation.generation, config.evaluation.data)
-    joins = check_joins(model_type(config.model), config.ubmoe.export)
+    joins = check_joins(source.settings.model_type, config.ubmoe.export)
     sts = sts_tasks(config.evaluation.sts)
-    tokenizer = load_tokenizer(config.model)
-    if load_tokenizer(_stored_at(config, encoder)).get_vocab() != tokenizer.get_vocab():
+    tokenizer, tuned = source.tokenizer, source.at(encoder)
+    if tuned.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise UserError(f"ubmoe.bi: {encoder} has another tokenizer than {config.model.name}")
     settings = config.ubmoe
     found = read_chats(settings.dataset, tokenizer, settings.max_tokens, settings.max_rows)
@@ -68,13 +73,7 @@ def read(config: Config) -> Inputs:
     counts = {"chats": len(chats), "held_out": len(kept), "truncated": found.truncated}
     log.info("chats: %s", counts)
     counts |= {"dropped": found.dropped, "max_tokens": settings.max_tokens}
-    return Inputs(encoder, attention, tokenizer, chats, kept, sentences, sts, counts, joins)
-
-
-def _stored_at(config: Config, folder: Path) -> ModelSection:
-    """How a model of the run is loaded from its folder."""
-    changes = {"name": str(folder), "revision": None, "adapter": None}
-    return config.model.model_copy(update=changes)
+    return Inputs(source, tuned, attention, chats, kept, sentences, sts, counts, joins)
 
 
 def join(config: Config, inputs: Inputs, place: Callable[[str], Path]) -> dict[str, Any]:
@@ -84,10 +83,10 @@ def join(config: Config, inputs: Inputs, place: Callable[[str], Path]) -> dict[s
     Raises UserError for models that cannot be joined.
     """
     dtype = weights_dtype(config.model.dtype, best_device(config.model.device))
-    uni = open_weights(config.model, dtype)
-    bi = open_weights(_stored_at(config, inputs.encoder), uni.dtype)
+    uni = open_weights(inputs.source, dtype)
+    bi = open_weights(inputs.tuned, uni.dtype)
     (check_alike if inputs.joins else check_pair)(uni, bi)
-    settings, common = config.ubmoe, (uni, bi, inputs.tokenizer, inputs.encoder)
+    settings, common = config.ubmoe, (uni, bi, inputs.source.tokenizer, inputs.encoder)
     if inputs.joins:
         said = made(config, inputs, routed=True)
         top_k, renormalised = settings.top_k, settings.norm_topk_prob
@@ -102,7 +101,7 @@ def join(config: Config, inputs: Inputs, place: Callable[[str], Path]) -> dict[s
     return report
 
 
-def load(config: Config, inputs: Inputs, place: Callable[[str], Path]) -> PreTrainedModel:
+def load(inputs: Inputs, place: Callable[[str], Path]) -> PreTrainedModel:
     """The mixture that the first process has written, in every process; or the language model of
     the adapter where there is none. Raises UserError.
     """
@@ -114,7 +113,7 @@ def load(config: Config, inputs: Inputs, place: Callable[[str], Path]) -> PreTra
             f"output_dir: process {state.process_index} does not see {folder}; expected a folder "
             "that all processes share"
         )
-    stored = _stored_at(config, folder)
+    stored = inputs.source.at(folder)
     model = load_mixture(stored, inputs.attention) if inputs.joins else load_model(stored)
     state.wait_for_everyone()  # what the run moves at its end has been read by all
     return model
@@ -210,7 +209,7 @@ def generation_of(config: Config, inputs: Inputs, model: PreTrainedModel) -> dic
     own: Route = config.ubmoe.route if inputs.joins else "uni"
     for route in _routes(config) if inputs.joins else [own]:
         with route_of(model, route) if inputs.joins else nullcontext():
-            scores = generation.generation_scores(model, inputs.tokenizer, config.evaluation)
+            scores = generation.generation_scores(model, inputs.source.tokenizer, config.evaluation)
             lost = generation.perplexity(model, inputs.held_out, config.evaluation.bf16)
         routes[route] = scores | lost
         log.info("route %s: average %s, perplexity %s", route, *map(routes[route].get, SAID))
