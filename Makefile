@@ -1,5 +1,7 @@
 # `make demo` and `make test` need only Python 3.11+ and a package index; both use the one .venv.
+# TORCH=cpu takes torch's CPU build, which is gigabytes smaller.
 PYTHON ?= python3
+TORCH ?=
 BIN := .venv/bin
 
 .PHONY: demo model real real-study test fuzz study figures lock clean
@@ -7,6 +9,8 @@ BIN := .venv/bin
 # Bytecode is left to the first import: compiling every file takes half of the installation.
 .venv/installed: requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test "$(TORCH)" != cpu || $(BIN)/python -m pip install --quiet --no-compile \
+		--index-url https://download.pytorch.org/whl/cpu $$(grep '^torch==' requirements.lock)
 	$(BIN)/python -m pip install --quiet --no-compile -r requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@

@@ -5,15 +5,11 @@ python calculate_dp.py configs/qwen2.5-0.5b.yaml dependence.max_texts=200
 torchrun --nproc-per-node 8 calculate_dp.py configs/qwen2.5-7b.yaml
 """
 
-import sys
 import time
 from pathlib import Path
 
-try:
-    from ubmoe import cli
-    from ubmoe.config import Config
-except KeyboardInterrupt:  # before anything was begun
-    sys.exit(130)
+from ubmoe import cli
+from ubmoe.config import Config
 
 
 def main(config: Config) -> Path:
@@ -30,15 +26,17 @@ def main(config: Config) -> Path:
         from ubmoe.dependence.norms import norms
         from ubmoe.dependence.recorder import mean_attention
         from ubmoe.dependence.texts import cut, tokenize
-        from ubmoe.models.loading import load_model, load_tokenizer, within_context
+        from ubmoe.models.loading import load_model
+        from ubmoe.models.source import ModelSource
         from ubmoe.report import figures
 
-        tokenizer = load_tokenizer(config.model)
-        config = within_context(config, "dependence")
+        source = ModelSource.of(config.model)
+        tokenizer = source.tokenizer
+        config = source.within_context(config, "dependence")
         ids = tokenize(tokenizer, texts, config.dependence.chat_template)
         both_ways = config.dependence.flow == "bidirectional"
         mask = config.bi.mask if both_ways and config.bi.bidirectional else (both_ways,)
-        model = load_model(config.model, *mask)
+        model = load_model(source, *mask)
         ids, truncated = cut(model, ids, config.dependence.max_tokens)
         resume, began = config.resume == "auto", time.monotonic()
         section = measure(model, ids, config.dependence, run.directory, resume)

@@ -5,14 +5,10 @@ python train_bi.py configs/qwen2.5-0.5b.yaml 'bi.stages.0.train=[attention]'
 torchrun --nproc-per-node 8 train_bi.py configs/qwen2.5-7b.yaml
 """
 
-import sys
 from pathlib import Path
 
-try:
-    from ubmoe import cli
-    from ubmoe.config import Config
-except KeyboardInterrupt:  # before anything was begun
-    sys.exit(130)
+from ubmoe import cli
+from ubmoe.config import Config
 
 
 def main(config: Config) -> Path:
@@ -22,7 +18,7 @@ def main(config: Config) -> Path:
 
     made, stages = ("bi", "training.png"), [f"stages/{n}" for n in range(len(config.bi.stages))]
     with recording("train_bi", "sts", config, *made, working=stages) as run:
-        from ubmoe.encoder import whitening
+        from ubmoe.encoder import card, whitening
         from ubmoe.encoder.sentence_encoder import (
             as_encoder,
             check_mask,
@@ -32,18 +28,20 @@ def main(config: Config) -> Path:
         from ubmoe.encoder.stages import read_data, train_stages
         from ubmoe.evaluate.sts import sts_scores, sts_tasks
         from ubmoe.evaluate.trajectory import Trajectory, parted
-        from ubmoe.models.loading import load_model, load_tokenizer, within_context
+        from ubmoe.models.loading import load_model
+        from ubmoe.models.source import ModelSource
         from ubmoe.report import figures, tables
 
-        config = within_context(config, "bi", "trajectory")
-        tokenizer = load_tokenizer(config.model)
+        source = ModelSource.of(config.model)
+        config = source.within_context(config, "bi", "trajectory")
+        tokenizer = source.tokenizer
         data = [read_data(stage, tokenizer) for stage in config.bi.stages]
         unlabelled = whitening.read_sentences(config.bi.whiten, tokenizer)
         if not config.bi.stages:  # nothing is trained under the mask: it is the adapter's
             check_mask(config)
         tasks = sts_tasks(config.evaluation.sts)
         trajectory = Trajectory(config, tokenizer) if config.trajectory.steps else None
-        model = load_model(config.model, *config.bi.mask)
+        model = load_model(source, *config.bi.mask)
         encoder = as_encoder(model, tokenizer, config.bi)
         whitening.check(config.bi.whiten, len(unlabelled), encoder.get_embedding_dimension() or 0)
         run.log("one text, as the model reads it: %s", rendered(encoder, "A small example."))
@@ -57,6 +55,7 @@ def main(config: Config) -> Path:
             scores = sts_scores(
                 encoder, tasks, config.evaluation.batch_size, config.evaluation.bf16
             )
+            card.complete(run.place("bi"), config, scores)
             run.section = scores | parts
             if whitened is not None:
                 run.section["whiten"] = whitened

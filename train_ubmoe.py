@@ -6,14 +6,10 @@ torchrun --nproc-per-node 8 train_ubmoe.py configs/qwen2.5-7b.yaml
 """
 
 import shutil
-import sys
 from pathlib import Path
 
-try:
-    from ubmoe import cli
-    from ubmoe.config import Config
-except KeyboardInterrupt:  # before anything was begun
-    sys.exit(130)
+from ubmoe import cli
+from ubmoe.config import Config
 
 
 def main(config: Config) -> Path:
@@ -25,16 +21,18 @@ def main(config: Config) -> Path:
     with recording(
         "train_ubmoe", "generation", config, "routing.png", *models, working=["routers"]
     ) as run:
-        from ubmoe.models.loading import best_device, within_context
+        from ubmoe.models.loading import best_device
+        from ubmoe.models.source import ModelSource
         from ubmoe.moe import pipeline
         from ubmoe.moe.joining import save_routers
         from ubmoe.report import figures
 
-        config = within_context(config, "ubmoe")
-        inputs = pipeline.read(config)
+        source = ModelSource.of(config.model)
+        config = source.within_context(config, "ubmoe")
+        inputs = pipeline.read(config, source)
         best_device(config.model.device)  # where the processes meet, before one is asked which
         joined = pipeline.join(config, inputs, run.place) if run.is_main else {}
-        run.model = model = pipeline.load(config, inputs, run.place)
+        run.model = model = pipeline.load(inputs, run.place)
         router = pipeline.train(config, inputs, model)
         if run.is_main:
             if "mixture" in config.ubmoe.export:
@@ -45,6 +43,8 @@ def main(config: Config) -> Path:
             run.section = scores | {"bi_weights": joined.pop("bi_weights")}
             run.more |= joined
             run.more["sts"] = pipeline.sts_of(config, inputs, model, run.place("adapter"))
+            record = {"generation": run.section, "sts": run.more["sts"]}
+            pipeline.complete_cards(config, inputs, run.place, record)
             if router:
                 run.section["router"] = router
                 run.figures = figures.routing(router["log"], router["bi_weight_by_role"])

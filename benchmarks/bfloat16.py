@@ -25,8 +25,9 @@ from ubmoe.dependence.measure import measure
 from ubmoe.dependence.texts import cut, tokenize
 from ubmoe.encoder.sentence_encoder import as_encoder
 from ubmoe.evaluate.sts import sts_scores, sts_task
-from ubmoe.models.loading import best_device, load_model, load_tokenizer
+from ubmoe.models.loading import best_device, load_model
 from ubmoe.models.precision import autocast, has_bfloat16
+from ubmoe.models.source import ModelSource
 
 DEVICE = best_device()
 SENTENCES, TOKENS = 64, 48  # the configuration's batch, at its longest
@@ -87,7 +88,7 @@ def speed() -> list[dict[str, Any]]:
 def changes(name: str, pairs: str, chats: str) -> list[dict[str, Any]]:
     """Of a real model: STS under the causal mask, and DP-after of some chats."""
     settings = ModelSection(name=name)
-    tokenizer, model = load_tokenizer(settings), load_model(settings)
+    tokenizer, model = ModelSource.of(settings).tokenizer, load_model(settings)
     encoder = as_encoder(model, tokenizer, BiSection(prompt=None, attention="causal"))
     texts = tokenize(tokenizer, read_texts(chats, CHATS))
     texts, _ = cut(model, texts, 1024)

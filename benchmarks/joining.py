@@ -24,7 +24,7 @@ from transformers import Qwen2Config
 
 from benchmarks.common import write
 from ubmoe.config import ModelSection
-from ubmoe.models.loading import load_tokenizer
+from ubmoe.models.source import ModelSource
 from ubmoe.models.streams import open_weights, shaped
 from ubmoe.models.tensors import Stream, write_model
 from ubmoe.moe import export, pipeline
@@ -87,7 +87,7 @@ def write_form(folder: Path) -> None:
 def join(folder: Path, way: str) -> dict[str, float]:
     """As the program does it, with all that it imports: peak memory and seconds."""
     assert pipeline  # imported for what it takes
-    tokenizer = load_tokenizer(ModelSection(name="tiny"))
+    tokenizer = ModelSource.of(ModelSection(name="tiny")).tokenizer
     began = time.monotonic()
     uni, bi = (open_weights(ModelSection(name=str(folder / name)), DTYPE) for name in ("uni", "bi"))
     before = peak_memory_bytes()

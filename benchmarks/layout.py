@@ -25,8 +25,9 @@ from torch.utils._pytree import tree_map
 import train_bi
 from benchmarks.common import write
 from ubmoe.config import Config, load_config, with_keys
-from ubmoe.models.loading import best_device, load_model, load_tokenizer
+from ubmoe.models.loading import best_device, load_model
 from ubmoe.models.precision import cast, has_bfloat16
+from ubmoe.models.source import ModelSource
 
 LIMIT = 0.3
 PRODUCTS = {
@@ -57,7 +58,7 @@ def main(*given: str) -> None:
     with TemporaryDirectory() as folder:
         start = Path(folder) / "model"
         cast(load_model(config.model), torch.bfloat16).save_pretrained(start)
-        load_tokenizer(config.model).save_pretrained(start)
+        ModelSource.of(config.model).tokenizer.save_pretrained(start)
         stages = range(len(config.bi.stages))
         keys = [f"model.name={start}", *(f"bi.stages.{each}.bf16=true" for each in stages)]
         for dtype in ("float32", "bfloat16"):

@@ -36,6 +36,7 @@ from ubmoe.bitune import model as prefill
 from ubmoe.bitune.model import attach
 from ubmoe.config import BituneSection, ModelSection
 from ubmoe.data.prompts import Example
+from ubmoe.models.source import ModelSource
 from ubmoe.models.streams import of_model
 from ubmoe.moe import joining
 from ubmoe.moe.routers import router_weights
@@ -322,6 +323,11 @@ def pair(tied=True, family="qwen2", **keys):
             if ".mlp." in name:
                 value.copy_(torch.randn(value.shape, generator=generator) * 0.3)
     return uni, bi
+
+
+def tokenizer_of(section):
+    """The tokenizer of a section `model`, as programs get it."""
+    return ModelSource.of(section).tokenizer
 
 
 def weights(*models):

@@ -12,7 +12,7 @@ from builders import ROOT
 FROM_THE_OUTSIDE = {  # tests of no one module
     *("test_architecture", "test_scripts", "test_pages", "config/test_shipped"),
     *("test_bad_inputs", "test_any_input", "test_surroundings", "test_hostile", "test_gpu"),
-    *("config/test_tasks", "dry_run/test_cards"),
+    *("config/test_tasks", "dry_run/test_cards", "test_api", "test_wheel"),
     "encoder/test_gathering",
 }
 

@@ -59,6 +59,8 @@ def wrong(kind: Any) -> Iterator[Any]:
         yield bounds["ge"] - 1
     if "gt" in bounds:
         yield bounds["gt"]
+    if "le" in bounds:
+        yield bounds["le"] + 1
     if bool not in parts and not any(get_origin(part) is Literal for part in parts):
         if str not in parts:
             yield "word"

@@ -6,6 +6,7 @@ import time
 from functools import partial
 
 import pytest
+from builders import tokenizer_of
 
 from ubmoe import bounds
 from ubmoe.config import ModelSection, UserError, load_config
@@ -14,7 +15,6 @@ from ubmoe.data.rows import read_texts, training_rows
 from ubmoe.dependence.texts import tokenize
 from ubmoe.evaluate.generation import check_tasks
 from ubmoe.evaluate.sts import sts_tasks
-from ubmoe.models.loading import load_tokenizer
 from ubmoe.models.lora import adapter_attention
 from ubmoe.results.records import read_result
 
@@ -34,8 +34,8 @@ READERS = {  # the file's name, and who reads it
     "chat.jinja": lambda path: tokenize(None, [], str(path)),
     "task.yaml": lambda path: check_tasks([str(path)]),
     "result.json": lambda path: read_result(path),
-    "tokenizer.json": lambda path: load_tokenizer(ModelSection(name=str(path.parent))),
-    "chat_template.jinja": lambda path: load_tokenizer(ModelSection(name=str(path.parent))),
+    "tokenizer.json": lambda path: tokenizer_of(ModelSection(name=str(path.parent))),
+    "chat_template.jinja": lambda path: tokenizer_of(ModelSection(name=str(path.parent))),
     "ubmoe.json": adapter,
 }
 

@@ -13,7 +13,7 @@ from builders import ROOT
 from safetensors import SafetensorError
 
 from ubmoe import cli as command
-from ubmoe.config import UserError, keys, load_config, reading
+from ubmoe.config import UserError, keys, load_config
 
 
 def outcome(monkeypatch, capsys, error=None, arguments=(), main=None):
@@ -137,11 +137,8 @@ def test_another_process_says_what_the_first_one_did_not_meet(monkeypatch, capsy
     assert code == 2 and errors.startswith("error (process 3): out of memory")
 
 
-PROGRAMS = ["calculate_dp", "train_bi", "train_ubmoe"]
-PROGRAMS += [
-    f"ubmoe.{name}.__main__"
-    for name in ("bitune", "evaluate", "probing", "results", "scan", "swap", "shift")
-]
+PROGRAMS = ["calculate_dp", "train_bi", "train_ubmoe", "ubmoe.scan", "ubmoe.swap", "ubmoe.shift"]
+PROGRAMS += [f"ubmoe.{name}.__main__" for name in ("bitune", "evaluate", "probing", "results")]
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -159,16 +156,6 @@ runpy.run_module({program!r}, run_name="__main__")
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
-
-
-def test_without_the_repository_a_config_is_asked_for(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(reading, "DEFAULT_CONFIG", tmp_path / "configs" / "tiny.yaml")
-    code, output, errors = outcome(monkeypatch, capsys, arguments=["seed=1"])
-    assert (code, output) == (2, "") and errors.count("\n") == 1
-    assert "no CONFIG; expected a YAML file, as configs/tiny.yaml of the repository" in errors
-    (tmp_path / "own.yaml").write_text("")
-    given = [str(tmp_path / "own.yaml")]
-    assert outcome(monkeypatch, capsys, arguments=given) == (0, "runs/own/x.json\n", "")
 
 
 class PanicException(BaseException):  # noqa: N818  # as libraries in Rust call theirs

@@ -12,7 +12,7 @@ from ubmoe import layered as masks
 from ubmoe.bidirectional import (
     PADDINGS,
     attending,
-    layer_leaks,
+    layer_sights,
     prove_attention,
     set_attention,
     set_layers,
@@ -21,7 +21,8 @@ from ubmoe.config import BiSection, ModelSection, UserError
 from ubmoe.dependence.recorder import dependence_of, observed
 from ubmoe.encoder.sentence_encoder import LayeredTransformer, as_encoder, load_saved, save_encoder
 from ubmoe.layered import NAME, chosen, named_layers
-from ubmoe.models.loading import load_model, saved_attention
+from ubmoe.models.loading import load_model
+from ubmoe.models.source import ModelSource
 from ubmoe.moe.export import encoder_attention, save_adapter, save_mixture, save_modes
 from ubmoe.moe.routes import set_route
 
@@ -72,11 +73,11 @@ def test_the_names_of_layers_are_short():
 def test_exactly_the_named_layers_look_both_ways(family):
     model = layered([1, 3], family)
     for padding in PADDINGS:
-        looks = (torch.tensor(layer_leaks(model, padding)) > 1e-4).tolist()
+        looks = (layer_sights(model, padding)[:, :-1, 1] > 1e-4).tolist()
         assert looks == [[sees] * 7 for sees in (False, True, False, True)], padding
     assert "bidirectional in layers 1, 3, verified layer by layer" in prove_attention(model, True)
     with attending(model, bidirectional=False):
-        assert torch.tensor(layer_leaks(model)).max() < 1e-6
+        assert layer_sights(model)[:, :-1, 1].max() < 1e-6
         assert model.config._attn_implementation == "sdpa"
     assert model.config._attn_implementation == "layered_sdpa"
 
@@ -220,9 +221,9 @@ def test_a_saved_encoder_keeps_its_mask_and_is_the_base_to_language_models(
     with torch.no_grad():
         assert torch.equal(plain(ids).logits, base(ids).logits)
     saved = ModelSection(name=str(tmp_path / "bi"))
-    assert saved_attention(saved) == "bidirectional"
+    assert ModelSource.of(saved).attention == "bidirectional"
     again = load_model(saved, bidirectional=True)
-    assert [[leak > 1e-4 for leak in token[:2]] for token in layer_leaks(again)] == looks
+    assert (layer_sights(again)[:, :2, 1] > 1e-4).tolist() == looks
     assert ("the first token sees itself alone" in (tmp_path / "bi" / "README.md").read_text()) == (
         mask[1]
     )
@@ -459,7 +460,7 @@ def test_the_proof_looks_at_every_layer_and_token(layers):
     model = layered(layers, "qwen2", keep_sink=True)
     numbers = range(DEPTH) if layers == "all" else layers
     for padding in PADDINGS:
-        looks = (torch.tensor(layer_leaks(model, padding)) > 1e-5).tolist()
+        looks = (layer_sights(model, padding)[:, :-1, 1] > 1e-5).tolist()
         assert looks == [[False, *[number in numbers] * 6] for number in range(DEPTH)]
     where = "" if layers == "all" else " in layers 1, 2"
     said = f"attention bidirectional{where} but for the first token, whose states are the causal"

@@ -1,10 +1,13 @@
 """What a config names is fetched, what is here is not, and what cannot be had is said."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import huggingface_hub
 import pytest
+from builders import ROOT
 
 from ubmoe import prefetch
 from ubmoe.config import UserError, load_config
@@ -61,3 +64,10 @@ def test_a_model_of_two_revisions_is_fetched_twice():
 def test_without_a_network_what_is_missing_is_named(tmp_path, key, said):
     with pytest.raises(UserError, match=said):
         prefetch.run(load_config(None, [key, f"output_dir={tmp_path}/run"]))
+
+
+def test_it_is_a_program_with_help():
+    command = [sys.executable, "-m", "ubmoe.prefetch", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stdout.startswith("usage: python -m ubmoe.prefetch [CONFIG] [key=value ...]")

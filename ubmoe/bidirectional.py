@@ -57,8 +57,14 @@ def set_layers(
     return model
 
 
-def make_bidirectional(model: PreTrainedModel) -> PreTrainedModel:
-    """Let every token see every other one; UserError names a family where that has no effect."""
+def make_bidirectional(
+    model: PreTrainedModel, layers: Layers = "all", keep_sink: bool = False
+) -> PreTrainedModel:
+    """Let every token of these layers see every other one, and prove it, as `ubmoe` documents."""
+    for config in (model.config, model.config.get_text_config()):
+        for name in (layered.KEY, layered.SINK):  # of an earlier mask
+            vars(config).pop(name, None)
+    set_layers(model, layers, keep_sink)
     set_attention(model, bidirectional=True)
     prove_attention(model, bidirectional=True)
     return model
@@ -150,7 +156,7 @@ def _prove_ours(model: PreTrainedModel, family: str) -> str:
     config = model.config.get_text_config()
     layers, sink = layered.partial_layers(config), layered.keeps_sink(config)
     for padding in PADDINGS:
-        for number, moves in enumerate(layer_leaks(model, padding)):
+        for number, moves in enumerate(layer_sights(model, padding)[:, :-1, 1].tolist()):
             for token, moved in enumerate(moves):
                 sees = (layers is None or number in layers) and not (sink and token == 0)
                 bound = SIGHT if sees else tolerance(model)
@@ -200,7 +206,7 @@ def _prove_windows(model: PreTrainedModel, family: str, bidirectional: bool) -> 
         reaches: dict[str | None, list[int | None]] = {None: [window, None]}
         reaches |= {"sliding_attention": [window], "full_attention": [None]}
         for padding in PADDINGS if window else ():
-            for number, moved in enumerate(_sights(model, padding, len(places))):
+            for number, moved in enumerate(layer_sights(model, padding, len(places))):
                 _finite(moved.max().item(), family, padding)
                 kinds: Any = getattr(config, "layer_types", None)
                 kind = kinds[number] if kinds else None
@@ -250,12 +256,16 @@ def _short_windows(model: PreTrainedModel) -> Iterator[int | None]:
 
 
 @torch.no_grad()
-def _sights(model: PreTrainedModel, padding: str, count: int) -> torch.Tensor:
+def layer_sights(
+    model: PreTrainedModel, padding: str = "none", count: int | None = None
+) -> torch.Tensor:
     """(L, T, 2) how far each layer alone moves each of T tokens when the input of the first or of
     the last changes; the most of two texts, as one may hardly attend.
+
+    count: T; None: as many as are proved elsewhere, no more than a sliding window shows.
     """
     found: list[torch.Tensor] = []
-    start = 3 if padding == "left" else 0
+    start, count = 3 if padding == "left" else 0, count or _proof_length(model)
     real = slice(start, start + count)
 
     def look(layer: Any, arguments: tuple[Any, ...], keys: dict[str, Any], output: Any) -> None:
@@ -296,32 +306,6 @@ def _finite(moved: float, family: str, padding: str) -> float:
     return moved
 
 
-@torch.no_grad()
-def layer_leaks(model: PreTrainedModel, padding: str = "none") -> list[list[float]]:
-    """How far each layer alone moves each token when the last one's input changes."""
-    found: list[list[float]] = []
-    first, last = {"none": (0, -1), "left": (3, -1), "right": (0, -4)}[padding]
-
-    def look(layer: Any, arguments: tuple[Any, ...], keys: dict[str, Any], output: Any) -> None:
-        states, *rest = arguments
-        changed = states.clone()
-        changed[:, last] += states[:, last].roll(1, dims=-1) - 2 * states[:, last]
-        again = layer.forward(changed, *rest, **keys)
-        one, other = (each[0] if isinstance(each, tuple) else each for each in (output, again))
-        own = one[0, first:last].float()
-        moved = (own - other[0, first:last]).abs().amax(-1) / own.abs().amax(-1)
-        found.append(moved.tolist())
-
-    inner: Any = model.base_model
-    hooks = [layer.register_forward_hook(look, with_kwargs=True) for layer in inner.layers]
-    try:
-        _first_states(model, padding, _unlike(model))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
-
-
 def tolerance(model: PreTrainedModel) -> float:
     """Relative change that is rounding; equal shapes are bit-equal, save where experts regroup."""
     return max(1e-5, 2 * torch.finfo(model.dtype).eps)
@@ -358,14 +342,18 @@ def _unlike(model: PreTrainedModel) -> list[int]:
     return tokens[[*range(0, CANDIDATES, CANDIDATES // PROOF_TOKENS), *pair]].tolist()
 
 
+def _proof_length(model: PreTrainedModel) -> int:
+    """Tokens that a proof reads: no more than a sliding window shows."""
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    return min(PROOF_TOKENS, window or PROOF_TOKENS)
+
+
 @torch.no_grad()
 def _first_states(
     model: PreTrainedModel, padding: str, tokens: list[int], length: int | None = None
 ) -> torch.Tensor:
     """(layers + 1, D) in fp32: the first real token's states; length: None, a window's at most."""
-    config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None) or PROOF_TOKENS
-    length = length or min(PROOF_TOKENS, window)
+    length = length or _proof_length(model)
     ids = torch.tensor(tokens[-length:])
     real = torch.ones(length, dtype=torch.long)
     pad = torch.zeros(3 if padding != "none" else 0, dtype=torch.long)

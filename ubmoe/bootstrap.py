@@ -1,7 +1,9 @@
 """95 % intervals by the bootstrap: items drawn anew, many draws at a time.
 
-A draw is how often it holds each item. Ranks in a draw follow from these counts and from the order
-of the items, so that nothing is sorted again: Spearman's of 500 pairs takes 0.05 ms a draw.
+The one bootstrap here, and not scipy's: items of the same number get the same draws, so that any
+two intervals are of paired draws; and a draw is how often it holds each item, so that all means of
+a draw are one matrix product. Ranks in a draw follow from these counts and from the order of the
+items, so that nothing is sorted again: Spearman's of 500 pairs takes 0.05 ms a draw.
 """
 
 from collections.abc import Iterator, Sequence

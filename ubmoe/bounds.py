@@ -4,6 +4,7 @@ Nothing of the package is imported here: every reader, the configuration's too, 
 """
 
 import errno
+import json
 import os
 import resource
 import signal
@@ -12,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 SMALL = 2**20  # bytes of what people write by hand: configurations, templates, tasks
 METADATA = 2**28  # of a model's JSON; the largest tokenizers have 40 MB
@@ -47,6 +49,17 @@ def read_bytes(path: str | os.PathLike[str], most: int) -> bytes:
 def read_text(path: str | os.PathLike[str], most: int = SMALL) -> str:
     """A regular file's text. Raises OSError, and UnicodeDecodeError where it is not UTF-8."""
     return read_bytes(path, most).decode("utf-8").replace("\r\n", "\n")
+
+
+def read_json(path: str | os.PathLike[str], most: int = METADATA) -> Any:
+    """A regular file's JSON. Raises OSError, and ValueError where it is none, or nested too deeply.
+
+    The one reader of JSON that somebody else may have written.
+    """
+    try:
+        return json.loads(read_text(path, most))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def _too_large(path: str | os.PathLike[str], size: int, most: int) -> OSError:

@@ -10,16 +10,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
 
-from ubmoe.bounds import naming
-from ubmoe.config import (
-    Config,
-    UserError,
-    dump_config,
-    error_reason,
-    help_text,
-    load_config,
-    shown,
-)
+try:  # every program imports this module first
+    from ubmoe.bounds import naming
+    from ubmoe.config import (
+        Config,
+        UserError,
+        dump_config,
+        error_reason,
+        help_text,
+        load_config,
+        shown,
+    )
+except KeyboardInterrupt:  # before anything was begun
+    sys.exit(130)
 
 # How Python, torch's CPU allocator, and CUDA before accelerate is there, say it.
 NO_MEMORY = ("MemoryError", "OutOfMemoryError", "out of memory", "can't allocate memory")
@@ -55,10 +58,12 @@ def run(
         logging.getLogger("ubmoe").setLevel(logging.INFO)
         _check_environment()
         arguments = sys.argv[1:]
+        called = sys.argv[0] if sys.argv[0].startswith("ubmoe ") else name
         if {"-h", "--help"} & set(arguments):
-            print(help_text(name, purpose, () if callable(main) else tuple(main)))
+            verbs = () if callable(main) else tuple(main)
+            print(help_text(name, purpose, verbs, "all" in arguments, called))
         else:
-            last_line = _called(name, main, dry_run, arguments)
+            last_line = _called(called, main, dry_run, arguments)
             if last_line is not None and is_first_process():
                 print(last_line)
 

@@ -70,12 +70,21 @@ def replace_directory(path: Path, write: Callable[[Path], object]) -> None:
         with naming(path):
             write(temporary)
         owned.name_all(temporary)
+        make_readable(temporary)
         if path.exists():
             path.rename(old)
         temporary.rename(path)
     finally:
         for remains in (temporary, old):
             shutil.rmtree(remains, ignore_errors=True)
+
+
+def make_readable(folder: Path) -> None:
+    """Give a folder's files the rights of any new file; some libraries write for one user."""
+    os.umask(mask := os.umask(0))  # it can only be read by setting it
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~mask)
 
 
 def digest_of_file(path: Path) -> str:

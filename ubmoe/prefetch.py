@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ubmoe import owned
+from ubmoe import cli, owned
 from ubmoe.config import Config, UserError, error_reason
 from ubmoe.data.rows import SUFFIXES, chosen_rows
 from ubmoe.files import write_json
@@ -112,3 +112,7 @@ def _missing(key: str, name: str, error: Exception) -> UserError:
 
 
 FETCH = {"model": _model, "dataset": _dataset, "sts": _sts, "generation": _generation}
+
+
+if __name__ == "__main__":
+    cli.run("python -m ubmoe.prefetch", __doc__ or "", run)

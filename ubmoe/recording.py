@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ubmoe import marked, owned
+from ubmoe import owned
 from ubmoe.cli import is_first_process
 from ubmoe.config import Config, dump_config
 from ubmoe.data.bad_rows import dropping
@@ -26,6 +26,7 @@ from ubmoe.data.plain import noting
 from ubmoe.data.templates import dated
 from ubmoe.files import json_text, make_writable, save_figure, write_text
 from ubmoe.staging import move_into_place, staging, unfinished_of
+from ubmoe.unfinished import is_ours as is_unfinished
 
 log = logging.getLogger(__name__)
 PACKAGES = (
@@ -102,7 +103,7 @@ class Run:
         write_text(self.place(self.path.name), text)
         move_into_place(self.unfinished)
         for leftover in self.directory.glob(f"{self.name}.partial-*"):
-            if PARTIAL.fullmatch(leftover.name) and marked.is_ours(leftover):
+            if PARTIAL.fullmatch(leftover.name) and is_unfinished(leftover):
                 leftover.unlink()
 
 
@@ -143,6 +144,11 @@ def recording(
             run.more |= noted
             if run.is_main:
                 run.write()
+                if config.hub.push is not None:
+                    from ubmoe.models import hub
+
+                    folders = [directory / each for each in made if each in hub.NAMES]
+                    hub.push(config.hub, [each for each in folders if each.is_dir()])
     except BaseException:
         for folder in new:  # deepest first; what holds the sums of an interrupted run stays
             if folder.is_dir() and not any(folder.iterdir()):

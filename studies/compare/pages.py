@@ -1,14 +1,14 @@
 """The generated tables of README.md and of the pages in docs/ and studies/, from the records."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from studies.compare.blocks import differences, probes, scores
-from ubmoe.config import Config, UserError
+from studies.compare.blocks import differences, encoders, probes, scores
+from ubmoe.config import Config, UserError, with_keys
 from ubmoe.files import replace_all, write_text
 from ubmoe.results.records import Records, read_benchmarks, recorded
 
@@ -18,14 +18,29 @@ BLOCK = re.compile(r"(<!-- (\w+): ([\w.-]+)(?: seeds ([\d ]+))? -->)\n.*?<!-- en
 
 def renew(config: Config) -> str:
     """Renew the generated tables of every page from the recorded results of `results.seeds`."""
-    records, benchmarks = recorded(config), read_benchmarks(config)
-    pages = [Path("README.md"), *(each for place in PLACES for each in sorted(Path().glob(place)))]
-    texts = {
-        page: renewed(page.read_text(encoding="utf-8"), records, config.results.seeds, benchmarks)
-        for page in pages
-    }
+    texts = pages(config)
     replace_all({page: partial(write_text, text=text) for page, text in texts.items()})
-    return "\n".join(map(str, pages))
+    return "\n".join(map(str, texts))
+
+
+def pages(config: Config, root: Path = Path()) -> dict[Path, str]:
+    """Every page of a checkout, its tables made anew.
+
+    A study's page, and a block that is named after a study, have that study's records alone.
+    """
+    everything, benchmarks = recorded(config), read_benchmarks(config)
+
+    def of_study(name: str) -> Records:
+        return recorded(with_keys(config, [f"results.directory={root / 'studies' / name}"]))
+
+    def renewed_page(page: Path) -> str:
+        is_of_study = page.parent.parent == root / "studies"
+        records = of_study(page.parent.name) if is_of_study else everything
+        text = page.read_text(encoding="utf-8")
+        return renewed(text, records, config.results.seeds, benchmarks, of_study)
+
+    found = [root / "README.md", *(page for place in PLACES for page in sorted(root.glob(place)))]
+    return {page: renewed_page(page) for page in found}
 
 
 def renewed(
@@ -33,21 +48,23 @@ def renewed(
     records: Records,
     seeds: Sequence[int],
     benchmarks: Mapping[str, list[dict[str, Any]]] = MappingProxyType({}),
+    of_study: Callable[[str], Records] | None = None,
 ) -> str:
     """The text with every block between `<!-- kind: name -->` and `<!-- end -->` made anew.
 
-    seeds: those whose runs are averaged, where a block does not say its own. Raises UserError for a
-    block without any record.
+    seeds: those whose runs are averaged, where a block does not say its own. of_study: reads the
+    records of a study, after which the blocks of STUDY are named. Raises UserError for a block
+    without any record.
     """
 
     def block(match: re.Match[str]) -> str:
         heading, kind, name, said = match.groups()
         own = [int(each) for each in said.split()] if said else seeds
-        made = (
-            scores.benchmark_block(benchmarks.get(name, []))
-            if kind == "benchmark"
-            else BLOCKS[kind](name, records, own)
-        )
+        if kind == "benchmark":
+            made = scores.benchmark_block(benchmarks.get(name, []))
+        else:
+            of = of_study(name) if kind in STUDY and of_study else records
+            made = BLOCKS[kind](name, of, own)
         if not made:
             raise UserError(
                 f"results.directory: no records of seeds {', '.join(map(str, own))} for the "
@@ -58,7 +75,10 @@ def renewed(
     return BLOCK.sub(block, text)
 
 
+STUDY = ("encoders", "front")  # blocks that are named after a study
 BLOCKS = {
+    "encoders": encoders.encoders_block,
+    "front": encoders.front_block,
     "dependence": scores.dependence_block,
     "sts": scores.sts_block,
     "change": differences.change_block,

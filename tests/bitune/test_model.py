@@ -335,8 +335,10 @@ def test_an_adapter_that_lacks_a_layer_is_refused(tiny_path, tmp_path):
 
 
 def test_another_model_or_no_directory_is_refused(tiny_path, tmp_path):
-    with pytest.raises(UserError, match=r"no Bitune model of .*No such file"):
-        saving.load(random_model("qwen2"), tmp_path)
+    with pytest.raises(UserError) as caught:
+        saving.load(random_model("qwen2"), tmp_path / "none")
+    expected = "expected the directory that python -m ubmoe.bitune saved"
+    assert str(caught.value) == f"{tmp_path}/none has no bitune.json; {expected}"
     saving.save(tuned(), AutoTokenizer.from_pretrained(tiny_path), None, tmp_path / "bitune")
     with pytest.raises(UserError, match="no Bitune model of"):
         saving.load(random_model("qwen2", hidden_size=16), tmp_path / "bitune")

@@ -1,6 +1,7 @@
 """The configuration is strict, says everything in one line, and reads back what it writes."""
 
 import json
+import resource
 import subprocess
 import sys
 from typing import get_args
@@ -21,6 +22,7 @@ from ubmoe.config import (
     load_config,
     with_keys,
 )
+from ubmoe.config.help import SECTIONS
 
 
 def written(tmp_path, text):
@@ -171,6 +173,30 @@ def test_help_lists_every_key_with_type_default_unit_and_meaning():
         assert f"\n  {name}: " in text
         assert field.description and f"      {field.description}" in text
     assert "dependence.max_tokens: int = 2048 [tokens]" in text
+    assert "Undefined" not in text and "\n  probing.models.N.name: text\n" in text
+
+
+def test_a_program_shows_its_own_sections_the_most_used_first():
+    text = help_text("train_bi.py", "Purpose.", everything=False)
+    assert "\n  bi.prompt: " in text and "\n  probing." not in text and "\n  ubmoe." not in text
+    order = [text.index(f"\n  {name}: ") for name in ("output_dir", "model.name", "bi.attention")]
+    assert order == sorted(order) and order[-1] < text.index("\n  evaluation.sts: ")
+    assert "keys are of other programs: train_bi.py --help all" in text
+    sections = {name.partition(".")[0] for name, _ in keys() if "." in name}
+    shown = {each for own in SECTIONS.values() for each in own}
+    assert shown == sections  # each key is shown by some program
+    for program in SECTIONS:
+        assert len(help_text(program, "", everything=False)) < len(help_text(program, ""))
+
+
+def test_help_answers_in_under_a_second_of_work():
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "train_bi.py", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0 and "bi.prompt" in done.stdout
+    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert spent < 1, spent  # of the processor: others may use it, too
 
 
 def test_help_answers_without_importing_torch():

@@ -9,7 +9,8 @@ from ubmoe.config import load_config
 from ubmoe.results.study import steps
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-STUDIES = sorted(ROOT.glob("studies/*/study.yaml"))
+PAPER = sorted((ROOT / "configs" / "paper").glob("*.yaml"))
+STUDIES = sorted(ROOT.glob("studies/*/*.yaml"))
 NAMES = {"tiny"} | {
     f"{family}-{size}"
     for family, sizes in {
@@ -28,7 +29,7 @@ def test_all_sizes_of_the_study_are_there():
     assert {path.stem for path in CONFIGS} == NAMES
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*CONFIGS, *PAPER], ids=lambda path: path.stem)
 def test_a_shipped_config_is_valid_and_opens_like_a_lab_record(path):
     config = load_config(path)
     size = path.stem.rpartition("-")[2]
@@ -49,6 +50,6 @@ def test_a_study_plans_its_rows(path, tmp_path):
     assert len({step.row for step in found}) >= len(config.results.rows) // 2
 
 
-@pytest.mark.parametrize("path", [*CONFIGS, *STUDIES], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*CONFIGS, *PAPER, *STUDIES], ids=lambda path: path.name)
 def test_every_command_that_a_config_shows_works(path):
     check_commands(path.read_text())

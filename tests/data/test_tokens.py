@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from builders import marked, random_model
+from builders import marked, random_model, tokenizer_of
 from transformers import AutoTokenizer
 
 from ubmoe.bitune.examples import read_examples
@@ -14,7 +14,6 @@ from ubmoe.data.rows import read_texts
 from ubmoe.dependence.texts import tokenize
 from ubmoe.encoder.contrastive import read_dataset
 from ubmoe.encoder.mntp import chunked
-from ubmoe.models.loading import load_tokenizer
 from ubmoe.probing.word_vectors import Sentences, Word
 
 
@@ -27,7 +26,7 @@ def grown(tiny_path, tmp_path):
     tokenizer.save_pretrained(tmp_path / "model")
     random_model("qwen2", vocab_size=rows).save_pretrained(tmp_path / "model")
     assert AutoTokenizer.from_pretrained(tmp_path / "model").pad_token_id == rows
-    return load_tokenizer(ModelSection(name=str(tmp_path / "model")))
+    return tokenizer_of(ModelSection(name=str(tmp_path / "model")))
 
 
 def test_padding_is_a_token_that_the_model_has(grown):

@@ -11,6 +11,7 @@ import torch
 from builders import ROOT, marked, random_model, run
 from transformers import AutoTokenizer
 
+from ubmoe import unfinished
 from ubmoe.config import DependenceSection, UserError
 from ubmoe.data.padding import batches_by_length
 from ubmoe.data.rows import Text
@@ -227,7 +228,7 @@ def failing_in_the_fourth_batch(monkeypatch, error):
 def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path, monkeypatch):
     model, ids = random_model("qwen2"), texts()
     whole = measure.measure(model, ids, SETTINGS, tmp_path / "none")
-    monkeypatch.setattr(measure, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(unfinished, "SAVE_EVERY", 0.0)
     calls = failing_in_the_fourth_batch(monkeypatch, StopError)
     with pytest.raises(StopError):
         measure.measure(model, ids, SETTINGS, tmp_path)
@@ -251,7 +252,7 @@ def test_ctrl_c_keeps_the_batches_that_are_complete(tmp_path, monkeypatch):
 
 def test_sums_of_the_same_run_are_taken_up_whatever_its_paths(tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO", "ubmoe")
-    monkeypatch.setattr(measure, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(unfinished, "SAVE_EVERY", 0.0)
     model, ids = random_model("qwen2"), texts()
     model.name_or_path = "here"
     measure.measure(model, ids, SETTINGS, tmp_path)
@@ -272,7 +273,7 @@ def test_sums_of_the_same_run_are_taken_up_whatever_its_paths(tmp_path, monkeypa
 
 def test_sums_of_another_run_are_not_taken_up(tmp_path, monkeypatch):
     model, ids = random_model("qwen2"), texts()
-    monkeypatch.setattr(measure, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(unfinished, "SAVE_EVERY", 0.0)
     measure.measure(model, ids, SETTINGS, tmp_path)
     other = texts(seed=1)
     (tmp_path / "fresh").mkdir()

@@ -357,7 +357,7 @@ def test_supervised_rows_and_hard_negatives(tokenizer, tmp_path):
     three = settings.model_copy(update={"per_device_train_batch_size": 3})
     with pytest.raises(UserError, match="nothing was trained: the rows make no batch of 3"):
         train(encoder, model, three, tmp_path / "stages" / "0")  # each text is in three rows
-    assert not list((tmp_path / "stages").rglob("stage.json"))
+    assert not (tmp_path / "stages").exists()
     with pytest.raises(UserError, match="nt_xent knows no hard negatives"):
         train(encoder, model, stage(tmp_path, **keys), tmp_path)
 

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from builders import marked, random_model
+from builders import marked, random_model, tokenizer_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
@@ -21,10 +21,10 @@ from ubmoe.encoder.sentence_encoder import (
     as_encoder,
     lengths,
     load_saved,
+    own_prompt,
     rendered,
     save_encoder,
 )
-from ubmoe.models.loading import load_tokenizer
 
 TEXTS = ["The cat slept.", "A much longer sentence about {braces} and 'quotes' in the garden."]
 
@@ -133,7 +133,7 @@ def test_the_ids_are_those_of_the_text_in_its_prompt(tokenizer, tmp_path, prompt
     for text in ("a cab", "b", " a ", "f" * 90):
         whole = found((prompt or "{text}").replace("{text}", text))["input_ids"]
         for each in (encoder, saved):
-            [ids] = each.preprocess([text])["input_ids"].tolist()
+            [ids] = each.preprocess([text], prompt=own_prompt(each))["input_ids"].tolist()
             assert ids == whole if len(whole) <= 50 else (len(ids), ids[-1]) == (50, whole[-1])
 
 
@@ -188,7 +188,8 @@ def test_the_directory_loads_in_stock_libraries_both_ways(tokenizer, tmp_path, t
     prove_attention(lm, bidirectional=False)
     torch.testing.assert_close(lm.lm_head.weight, model.lm_head.weight, atol=0, rtol=0)
     assert AutoTokenizer.from_pretrained(tmp_path / "bi").model_max_length == 2048
-    assert "is_causal=True" in (tmp_path / "bi" / "README.md").read_text()
+    card = (tmp_path / "bi" / "README.md").read_text()
+    assert ("is_causal=True" in card) == (attention == "bidirectional")
     modules = json.loads((tmp_path / "bi" / "modules.json").read_text())
     assert all(module["type"].startswith("sentence_transformers.") for module in modules)
 
@@ -221,7 +222,7 @@ def test_a_model_without_a_padding_token_is_padded_all_the_same(tokenizer, tmp_p
     bare.pad_token = None
     bare.save_pretrained(tmp_path)
     model.config.save_pretrained(tmp_path)
-    loaded = load_tokenizer(ModelSection(name=str(tmp_path)))
+    loaded = tokenizer_of(ModelSection(name=str(tmp_path)))
     encoder = as_encoder(model, loaded, bi)
     np.testing.assert_allclose(encoder.encode(TEXTS), expected.encode(TEXTS), atol=1e-6)
     save_encoder(encoder, model, loaded, bi, tmp_path / "bi")

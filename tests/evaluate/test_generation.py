@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ubmoe.config import EvaluationSection, UserError, load_config
 from ubmoe.data.chats import read_chats
 from ubmoe.evaluate import generation
+from ubmoe.models.source import ModelSource
 from ubmoe.tiny import tasks as tiny_tasks
 
 TASK = """
@@ -259,7 +260,8 @@ def test_further_chats_are_told_each_by_its_name(tiny_path, tmp_path, model, tok
     config = load_config(
         None, [*keys, "evaluation.generation=[]", f"evaluation.perplexity={named}"]
     )
-    found = generation.language_model_scores(config)["further"]
+    source = ModelSource.of(config.model)
+    found = generation.language_model_scores(config, source)["further"]
     chats = read_chats(f"{tmp_path}/long.jsonl", tokenizer, 512).chats
     assert list(found) == ["long", "last"]
     for name, own in (("long", chats[::2]), ("last", chats[3:])):  # evenly spaced: 0 and 2
@@ -267,7 +269,7 @@ def test_further_chats_are_told_each_by_its_name(tiny_path, tmp_path, model, tok
         assert found[name]["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-5)
     twice = f"evaluation.perplexity=[{tmp_path}/long.jsonl, other/long.jsonl]"
     with pytest.raises(UserError, match="evaluation.perplexity: two are called long"):
-        generation.language_model_scores(load_config(None, [*keys, twice]))
+        generation.language_model_scores(load_config(None, [*keys, twice]), source)
 
 
 def test_each_question_is_told_and_its_error_is_theirs(model, tokenizer):

@@ -6,9 +6,10 @@ from builders import random_model, run
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ubmoe.config import TABLE2, BiSection, UserError, load_config
+from ubmoe.config import TABLE2, BiSection, UserError, load_config, with_keys
 from ubmoe.encoder.sentence_encoder import as_encoder, load_encoder
 from ubmoe.evaluate import sts as evaluate
+from ubmoe.models.source import ModelSource
 from ubmoe.tiny import language, sizes
 
 
@@ -167,9 +168,11 @@ def test_an_adapter_is_scored_under_its_own_mask_only(tiny_path, tmp_path):
     get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
     (tmp_path / "ubmoe.json").write_text('{"attention": "causal"}')
     keys = ["model.device=cpu", f"model.adapter={tmp_path}"]
+    config = load_config(None, keys)
+    source = ModelSource.of(config.model)
     with pytest.raises(UserError, match=r"trained causal, not bidirectional"):
-        load_encoder(load_config(None, keys))
-    load_encoder(load_config(None, [*keys, "bi.attention=causal"]))
+        load_encoder(config, source)
+    load_encoder(with_keys(config, ["bi.attention=causal"]), source)
     untrained = [*keys, "bi.stages=[]", f"output_dir={tmp_path}/run"]
     status, _, errors = run(*untrained, script="train_bi.py")
     assert status == 2 and "trained causal, not bidirectional" in errors

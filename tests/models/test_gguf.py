@@ -6,14 +6,15 @@ import gguf as format_of
 import numpy as np
 import pytest
 import torch
-from builders import random_model, write_gguf, write_gguf_model
+from builders import random_model, tokenizer_of, write_gguf, write_gguf_model
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ubmoe.config import ModelSection, UserError
 from ubmoe.models import gguf
-from ubmoe.models.loading import load_model, load_tokenizer, settings_of
+from ubmoe.models.loading import load_model
+from ubmoe.models.source import ModelSource
 
 IDS = torch.arange(1, 97).repeat(2)[None, :150]  # longer than any window, and than old contexts
 TEXT = "It's 2024,  café café\u0301  12345 你好 \n\n\tfoo 7\u00bd \U0001f600 x\u00b2  99"
@@ -144,7 +145,7 @@ def test_what_scales_and_caps_scores_in_gemma_is_read(tmp_path):
         "gemma3_text", query_pre_attn_scalar=16, num_hidden_layers=62, rope_parameters=rope, **sizes
     )
     write_gguf_model(model, tmp_path / "large.gguf", {"gemma3.rope.freq_base_swa": 500.0})
-    read = settings_of(section(tmp_path / "large.gguf"))
+    read = ModelSource.of(section(tmp_path / "large.gguf")).settings
     assert (read.query_pre_attn_scalar, read.rope_parameters) == (16, rope)
     assert read.layer_types == model.config.layer_types
 
@@ -234,7 +235,7 @@ def bytes_keys(pre, **more):
 
 def tokenizer(tmp_path, keys, family="llama"):
     write_gguf_model(made_model(family, vocab_size=300), tmp_path / "model.gguf", keys)
-    return load_tokenizer(section(tmp_path / "model.gguf"))
+    return tokenizer_of(section(tmp_path / "model.gguf"))
 
 
 @pytest.mark.parametrize("pre", list(SPLITS))
@@ -253,7 +254,7 @@ def test_a_text_is_split_as_the_file_names_it(tmp_path, pre):
     assert found(TEXT)["input_ids"] == first + ids
     assert found("a<end>b<own>c", add_special_tokens=False)["input_ids"][1::2] == [274, 275]
     found.save_pretrained(tmp_path / "saved")
-    settings_of(section(tmp_path / "model.gguf")).save_pretrained(tmp_path / "saved")
+    ModelSource.of(section(tmp_path / "model.gguf")).settings.save_pretrained(tmp_path / "saved")
     stock = AutoTokenizer.from_pretrained(tmp_path / "saved")
     assert stock(TEXT)["input_ids"] == first + ids
 
@@ -333,10 +334,10 @@ def test_a_file_is_parsed_once_and_again_when_it_changed(tiny_path, tmp_path, mo
     )
     config = section(tmp_path / "model.gguf")
     write_gguf(tiny_path, tmp_path / "model.gguf")
-    load_tokenizer(config), load_model(config), settings_of(config), load_model(config)
+    tokenizer_of(config), load_model(config), load_model(config)
     assert len(parsed) == 1
     write_gguf(tiny_path, tmp_path / "model.gguf", {"qwen2.context_length": 77})
-    assert settings_of(config).max_position_embeddings == 77
+    assert ModelSource.of(config).settings.max_position_embeddings == 77
     assert len(parsed) == 2
 
 

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from builders import random_model, run, write_gguf
+from builders import random_model, run, tokenizer_of, write_gguf
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -15,14 +15,12 @@ from ubmoe.config import ModelSection, UserError, load_config, with_keys
 from ubmoe.models.digests import fingerprint
 from ubmoe.models.loading import (
     best_device,
-    context_length,
     environment,
     is_finite,
     load_model,
-    load_tokenizer,
     load_with_encoder,
-    within_context,
 )
+from ubmoe.models.source import ModelSource, context_length
 
 
 def section(path, **keys):
@@ -57,7 +55,7 @@ def test_dtype_device_and_attention_are_those_asked_for(saved):
 def test_the_embedded_model_loads_like_any_other(tiny_path):
     config = ModelSection(device="cpu")
     assert load_model(config).name_or_path == str(tiny_path)
-    assert load_tokenizer(config).chat_template
+    assert tokenizer_of(config).chat_template
 
 
 def test_a_directory_without_config_or_weights(saved, tmp_path):
@@ -150,7 +148,7 @@ def test_a_hub_id_that_cannot_be_had_is_one_line():
 def test_a_tokenizer_that_is_not_there(tmp_path, family, reason):
     random_model(family).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=reason):
-        load_tokenizer(section(tmp_path))
+        tokenizer_of(section(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:77", "tpu9", "meta", "cpu:3", "privateuseone"])
@@ -163,10 +161,10 @@ def test_a_gguf_file_is_a_model_like_any_other(tiny_path, tmp_path):
     write_gguf(tiny_path, tmp_path / "model.gguf")
     settings = ModelSection(name=str(tmp_path / "model.gguf"))
     model, dense = load_model(settings), load_model(ModelSection(name=str(tiny_path)))
-    tokenizer = load_tokenizer(settings)
+    tokenizer = tokenizer_of(settings)
     text = "<|im_start|>user\nWhere does Anna live?"
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
-    own = load_tokenizer(ModelSection(name=str(tiny_path)))
+    own = tokenizer_of(ModelSection(name=str(tiny_path)))
     assert ids.tolist()[0] == own(text)["input_ids"]
     with torch.no_grad():
         assert torch.equal(model(ids).logits, dense(ids).logits)
@@ -194,7 +192,7 @@ def test_a_broken_gguf_file_is_one_line(tmp_path, content, expected):
 def test_a_file_of_weights_beside_an_index_of_others_is_named(saved):
     index = saved / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"lm_head.weight": "model-1-of-2.safetensors"}}))
-    for load in (load_model, load_tokenizer):
+    for load in (load_model, tokenizer_of):
         with pytest.raises(UserError, match="would read model.safetensors; remove it if it is old"):
             load(section(saved))
     index.write_text(json.dumps({"weight_map": {"lm_head.weight": "model.safetensors"}}))
@@ -229,7 +227,7 @@ def test_no_limit_of_a_program_is_beyond_the_context(saved, caplog):
     stage = "{objective: mntp, max_tokens: 600, lm_max_tokens: 700}"
     keys = ["bi.max_tokens=4096", f"bi.stages=[{stage}]", "bitune.max_tokens=513"]
     config = load_config(None, [f"model.name={saved}", *keys])
-    found = within_context(config, "bi", "bitune")
+    found = ModelSource.of(config.model).within_context(config, "bi", "bitune")
     assert (found.bi.max_tokens, found.bi.stages[0].max_tokens) == (512, 512)
     assert (found.bitune.max_tokens, found.bi.stages[0].lm_max_tokens) == (512, 700)  # unused
     assert found.ubmoe == config.ubmoe and found.bi.stages[0].objective == "mntp"
@@ -238,20 +236,20 @@ def test_no_limit_of_a_program_is_beyond_the_context(saved, caplog):
         "bi.stages.0.max_tokens: 512, the model's context, not 600",
         "bitune.max_tokens: 512, the model's context, not 513",
     ]
-    assert within_context(found, "bi", "bitune") == found
+    assert ModelSource.of(found.model).within_context(found, "bi", "bitune") == found
 
 
 def test_a_tokenizer_is_told_of_the_context(tiny_path, tmp_path):
     AutoTokenizer.from_pretrained(tiny_path).save_pretrained(tmp_path)
     random_model("qwen2", vocab_size=8192, max_position_embeddings=77).save_pretrained(tmp_path)
-    assert load_tokenizer(section(tmp_path)).model_max_length == 77
+    assert tokenizer_of(section(tmp_path)).model_max_length == 77
 
 
 def test_models_that_are_not_alike_are_refused(config, tmp_path, tiny_path):
     random_model("qwen2").save_pretrained(tmp_path / "other")
     asked = with_keys(config, [f"model.name={tiny_path}", f"ubmoe.bi={tmp_path / 'other'}"])
     with pytest.raises(UserError, match="ubmoe.bi: .*other has other weights than .*tuned from it"):
-        load_with_encoder(asked)
+        load_with_encoder(asked, ModelSource.of(asked.model))
 
 
 @pytest.mark.parametrize("kind", [torch.bool, torch.int64, torch.uint8])

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from builders import random_model
+from builders import random_model, tokenizer_of
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
@@ -13,7 +13,6 @@ from transformers import AutoTokenizer
 from ubmoe.config import ModelSection, UserError, load_config
 from ubmoe.encoder.sentence_encoder import as_encoder, load_saved, save_encoder
 from ubmoe.models import tokenizer_file
-from ubmoe.models.loading import load_tokenizer
 
 TEXT = "It's Café cafe\u0301 12  345\n\n\tanna  lives 7\u00bd in <|im_start|>the house"
 
@@ -62,7 +61,7 @@ def test_other_parts_are_used_as_the_file_has_them(tiny_path, tmp_path, kind, pa
     folder = changed(
         tiny_path, tmp_path / "model", PARTS[part], known.get(kind, {}), {"model_type": kind}
     )
-    tokenizer, before = load_tokenizer(section(folder)), load_tokenizer(section(tiny_path))
+    tokenizer, before = tokenizer_of(section(folder)), tokenizer_of(section(tiny_path))
     assert tokenizer(TEXT)["input_ids"] == own(folder)
     stated = Tokenizer.from_file(str(folder / "tokenizer.json"))
     assert tokenizer.decode(own(folder)) == stated.decode(own(folder), skip_special_tokens=False)
@@ -87,7 +86,7 @@ def test_a_way_to_split_that_no_merge_tells_is_seen(tiny_path, tmp_path):
 
 def test_a_tokenizer_that_is_its_file_stays_what_it_is(tiny_path, monkeypatch):
     monkeypatch.setattr(tokenizer_file, "PreTrainedTokenizerFast", None)  # nobody makes another
-    assert type(load_tokenizer(section(tiny_path))).__name__ == "Qwen2Tokenizer"
+    assert type(tokenizer_of(section(tiny_path))).__name__ == "Qwen2Tokenizer"
 
 
 def test_tokens_that_end_a_text_are_the_files(tiny_path, tmp_path):
@@ -96,7 +95,7 @@ def test_tokens_that_end_a_text_are_the_files(tiny_path, tmp_path):
     form = [{"Sequence": single}, end]
     after = {"type": "TemplateProcessing", "single": form, "pair": form, "special_tokens": known}
     folder = changed(tiny_path, tmp_path / "model", PARTS["lower"] | {"post_processor": after})
-    assert load_tokenizer(section(folder))(TEXT)["input_ids"] == own(folder)
+    assert tokenizer_of(section(folder))(TEXT)["input_ids"] == own(folder)
     assert own(folder)[-1] == 2
 
 
@@ -107,7 +106,7 @@ def test_a_tokenizer_without_the_file_is_left_alone(tiny_path, tmp_path):
 
 
 def test_an_encoder_that_stock_libraries_would_read_otherwise_is_refused(tiny_path, tmp_path):
-    tokenizer = load_tokenizer(section(changed(tiny_path, tmp_path / "model", PARTS["lower"])))
+    tokenizer = tokenizer_of(section(changed(tiny_path, tmp_path / "model", PARTS["lower"])))
     model = random_model("qwen2", vocab_size=len(tokenizer))
     with pytest.raises(UserError, match="beside a model of type qwen2 stock libraries would read"):
         as_encoder(model, tokenizer, load_config(None, ["bi.prompt=null"]).bi)
@@ -116,7 +115,7 @@ def test_an_encoder_that_stock_libraries_would_read_otherwise_is_refused(tiny_pa
 def test_an_encoder_is_saved_and_read_with_the_files_own(tiny_path, tmp_path):
     known = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False}
     folder = changed(tiny_path, tmp_path / "model", PARTS["lower"], known, {"model_type": "llama"})
-    tokenizer = load_tokenizer(section(folder))
+    tokenizer = tokenizer_of(section(folder))
     model = random_model("llama", vocab_size=len(tokenizer))
     settings = load_config(None, ["bi.prompt=null"]).bi
     encoder = as_encoder(model, tokenizer, settings)
@@ -129,7 +128,7 @@ def test_an_encoder_is_saved_and_read_with_the_files_own(tiny_path, tmp_path):
 
 def test_a_strangers_encoder_is_read_as_its_file_says(tiny_path, tmp_path):
     """A stock encoder whose class replaces what its tokenizer.json says."""
-    tokenizer = load_tokenizer(section(tiny_path))
+    tokenizer = tokenizer_of(section(tiny_path))
     model = random_model("qwen2", vocab_size=len(tokenizer))
     settings = load_config(None, ["bi.prompt=null"]).bi
     save_encoder(
@@ -147,4 +146,4 @@ def test_files_that_contradict_each_other_are_one_line(tiny_path, tmp_path, monk
     folder = changed(tiny_path, tmp_path / "model", PARTS["lower"])
     monkeypatch.setattr(tokenizer_file, "alike", lambda *each: False)
     with pytest.raises(UserError, match="gives other tokens than alone; expected them"):
-        load_tokenizer(section(folder))
+        tokenizer_of(section(folder))

@@ -17,6 +17,7 @@ from ubmoe.bidirectional import prove_attention
 from ubmoe.config import BiSection, Config, ModelSection, UserError, WhitenSection
 from ubmoe.encoder import whitening
 from ubmoe.encoder.sentence_encoder import as_encoder, load_saved, save_encoder
+from ubmoe.models import cards
 from ubmoe.models.digests import fingerprint
 from ubmoe.models.loading import load_model
 from ubmoe.models.streams import open_weights
@@ -337,6 +338,18 @@ def test_an_encoder_that_was_trained_as_an_adapter_is_kept_whole(tiny_path, tmp_
         name=str(tmp_path / "adapter"), adapter=str(tmp_path / "adapter" / "bi"), device="cpu"
     )
     torch.testing.assert_close(logits(load_model(config)), logits(bi), atol=1e-4, rtol=1e-4)
+    one_copy(str(tmp_path / "adapter"), uni, encoder.encode(TEXTS))
+
+
+def one_copy(path, uni, vectors):
+    """As docs/mixture.md shows it: one process, one copy of the weights, the adapter on and off."""
+    encoder = SentenceTransformer(path, device="cpu")
+    language_model = AutoModelForCausalLM.from_pretrained(path)
+    language_model.model = encoder[0].model
+    language_model.model.disable_adapters()
+    assert torch.equal(logits(language_model), logits(uni))
+    language_model.model.enable_adapters()
+    torch.testing.assert_close(encoder.encode(TEXTS), vectors, atol=1e-5, rtol=1e-5)
 
 
 def test_an_adapter_that_cannot_be_made_is_refused_in_one_line(sources, tmp_path):
@@ -397,3 +410,38 @@ def test_a_form_and_a_whitening_are_kept_in_every_export(tiny_path, tmp_path):
                 found = saved.encode(TEXTS, convert_to_tensor=True)
                 torch.testing.assert_close(found, vectors, atol=1e-4, rtol=1e-4)
         assert "trust_remote_code=True" in (path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kind", ["mixture", "modes", "adapter"])
+def test_the_code_of_a_card_generates_and_embeds(tiny_path, tmp_path, monkeypatch, kind):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_path)
+    uni, bi = pair(vocab_size=len(tokenizer))
+    bi.config.is_causal = False
+    settings = BiSection(prompt="Word of {text}:", max_tokens=99)
+    encoder = as_encoder(bi, tokenizer, settings)
+    save_encoder(encoder, bi, tokenizer, settings, tmp_path / "bi")
+    given = (uni, bi, tokenizer, tmp_path / "bi")
+    if kind == "mixture":
+        saved_mixture(*given, tmp_path / "made")
+    elif kind == "modes":
+        export.save_modes(*weights(uni, bi), *given[2:], tmp_path / "made", MADE)
+    else:
+        save_adapter((*given, None), tmp_path / "made", 32)
+        said = json.loads((tmp_path / "made" / "bi" / "adapter_config.json").read_text())
+        assert said["base_model_name_or_path"] is None  # no path of this machine
+    front, text = cards.read(tmp_path / "made")
+    assert front["library_name"] == "transformers" and front["pipeline_tag"] == "text-generation"
+    [code] = re.findall(r"```python\n(.*?)```", text, re.S)
+    monkeypatch.chdir(tmp_path / "made")
+    names = {}
+    exec(code, names)
+    assert names["answer"].shape[1] > names["prompt"]["input_ids"].shape[1]
+    if kind != "mixture":
+        found = torch.as_tensor(names["encoder"].encode(TEXTS))
+        expected = encoder.encode(TEXTS, convert_to_tensor=True)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert all(
+        path.stat().st_mode & 0o777 == 0o644
+        for path in (tmp_path / "made").rglob("*")
+        if path.is_file() and not path.name.startswith(".ubmoe")
+    )

@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from builders import ROOT, random_model, run
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -15,8 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ubmoe.bidirectional import make_bidirectional
 from ubmoe.config import BiSection, load_config
 from ubmoe.encoder.sentence_encoder import as_encoder, save_encoder
+from ubmoe.models import cards
 from ubmoe.models.loading import load_model
 from ubmoe.models.streams import open_weights
+from ubmoe.moe import export, pipeline
 from ubmoe.moe.joining import write_mixture
 from ubmoe.results.__main__ import table
 
@@ -39,6 +43,39 @@ def keys(encoder, output, *more):
     common = ["ubmoe.max_steps=2", "ubmoe.held_out=8", "ubmoe.max_rows=40", "model.device=cpu"]
     common += ["evaluation.sts=[]", "evaluation.generation=[]", "ubmoe.routes=[]"]
     return [*common, f"ubmoe.bi={encoder}", f"output_dir={output}", *more]
+
+
+def test_cards_have_the_scores_of_their_own_uses(tmp_path):
+    folders = ("ubmoe", "modes", "adapter")
+    for name in folders:
+        (tmp_path / name).mkdir()
+        cards.write(tmp_path / name, export.METADATA, "# Some\n")
+    keys = ["ubmoe.export=[mixture, modes, adapter]", "ubmoe.dataset=org/chats", "output_dir=x"]
+    config = load_config(None, [*keys, "model.name=org/base"])
+    routes = {
+        name: {"tasks": {"piqa": {"acc": score}}, "perplexity": score / 10}
+        for name, score in (("learned", 60.0), ("uni", 70.0))
+    }
+    sts = [
+        {"route": route, "attention": mask, "tasks": {"STS": score}, "sources": {"STS": {}}}
+        for route, mask, score in (
+            *(("learned", "bidirectional", 40.0), ("learned", "causal", 1.0)),
+            *(("bi", "bidirectional", 50.0), ("adapter", "bidirectional", 49.0)),
+        )
+    ]
+    record = {"generation": {"routes": routes, "metrics": {"piqa": "acc"}}, "sts": sts}
+    inputs = SimpleNamespace(joins=True, attention="bidirectional")
+    pipeline.complete_cards(config, inputs, tmp_path.joinpath, record)
+    expected = {
+        "ubmoe": [60.0, 6.0, 40.0],
+        "modes": [70.0, 7.0, 50.0],
+        "adapter": [70.0, 7.0, 49.0],
+    }
+    for name in folders:
+        data = ModelCard.load(tmp_path / name / "README.md").data
+        assert [each.metric_value for each in data.eval_results] == expected[name]
+        assert data.base_model == "org/base"
+        assert data.datasets == (["org/chats"] if name == "ubmoe" else None)
 
 
 @pytest.mark.slow
@@ -149,10 +186,13 @@ from pathlib import Path
 from ubmoe.config import load_config
 from ubmoe.moe import pipeline
 from ubmoe.recording import peak_memory_bytes
-from ubmoe.models.loading import load_tokenizer
+from ubmoe.models.source import ModelSource
 config = load_config(None, sys.argv[2:])
-encoder, tokenizer = Path(config.ubmoe.bi), load_tokenizer(load_config(None, []).model)
-inputs = pipeline.Inputs(encoder, "bidirectional", tokenizer, [], [], [], [], {})
+source = ModelSource.of(config.model)
+source.tokenizer  # as pipeline.read has read it
+inputs = pipeline.Inputs(
+    source, source.at(config.ubmoe.bi), "bidirectional", [], [], [], [], {}
+)
 Path("/proc/self/clear_refs").write_text("5")  # the peak is what is held now
 before = peak_memory_bytes()
 pipeline.join(config, inputs, lambda name: Path(sys.argv[1]) / name)
@@ -162,11 +202,12 @@ print(peak_memory_bytes() - before)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="the peak is Linux'")
-def test_joining_takes_no_more_memory_than_the_largest_tensor(tmp_path):
+def test_joining_takes_no_more_memory_than_the_largest_tensor(tiny_path, tmp_path):
     """All three exports in float32 of a pair of 400 MB, which differs in one layer."""
     shape = {"hidden_size": WIDTH, "intermediate_size": 1408, "vocab_size": WORDS}
     model = random_model("qwen2", num_hidden_layers=28, **shape, tie_word_embeddings=False)
     model.bfloat16().save_pretrained(tmp_path / "uni")
+    AutoTokenizer.from_pretrained(tiny_path).save_pretrained(tmp_path / "uni")
     with torch.no_grad():
         model.model.layers[7].mlp.up_proj.weight += 0.5
     model.save_pretrained(tmp_path / "bi")

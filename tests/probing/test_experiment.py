@@ -10,7 +10,7 @@ from builders import run
 from ubmoe.config import ProbingSection, UserError, load_config
 from ubmoe.files import save_figure
 from ubmoe.probing import __main__ as probing
-from ubmoe.probing import experiment
+from ubmoe.probing import experiment, rows
 from ubmoe.probing.anisotropy import cosine_of_known, mean_of_known
 from ubmoe.probing.rows import probed
 from ubmoe.probing.tasks import read_tasks
@@ -201,15 +201,20 @@ def test_labels_are_no_paths_and_share_no_files(tmp_path):
     names = [experiment.file_name(label) for label in labels]
     assert len(set(names)) == len(labels)
     for name in names:
-        (tmp_path / name).with_suffix(".report.json").write_text("")
+        (tmp_path / name).with_suffix(".report.npz").write_text("")
     assert len(list(tmp_path.iterdir())) == len(labels)
 
 
-@pytest.mark.parametrize("text", ["[]", "null", "{}", "[" * 100_000, '{"mark": "a"}', "changed"])
-def test_a_report_is_taken_only_as_it_was_written(tmp_path, text):
-    path, report = tmp_path / "a.report.json", {"rows": [{"accuracy": 0.5}], "depth": 3}
-    sealed = {"mark": "a", "sha256": experiment._sha256(json.dumps(report)), "report": report}
-    path.write_text(json.dumps(sealed))
-    assert experiment._kept(path, "a") == report and experiment._kept(path, "b") is None
-    path.write_text(json.dumps(sealed).replace("0.5", "0.9") if text == "changed" else text)
-    assert experiment._kept(path, "a") is None
+@pytest.mark.parametrize(("jobs", "expected"), [(10**9, 2), (1, 1), (None, -1)])
+def test_no_more_processes_are_started_than_there_are_tasks(monkeypatch, jobs, expected):
+    asked = []
+
+    def parallel(n_jobs, **_):
+        asked.append(n_jobs)
+        return lambda work: [[] for _ in work]
+
+    monkeypatch.setattr(rows, "Parallel", parallel)
+    monkeypatch.setattr(rows, "_numbers", lambda *_: None)
+    settings = ProbingSection(jobs=jobs, controls=False)
+    assert rows.all_rows([None, None], np.zeros((1, 1, 1)), {}, [0], settings, "a") == []
+    assert asked == [expected]

@@ -92,10 +92,10 @@ def test_errors_are_those_of_whole_words():
     groups = np.repeat(np.arange(40), 25)
     targets = rng.integers(2, size=1000).astype(float)
     said = np.where(np.repeat(right, 25), targets, 1 - targets)
-    errors = probes.standard_errors(probes.binary_metrics, targets, said, groups, 0)
+    errors = probes.standard_errors(probes.binary_metrics, targets, said, groups)
     share = right.mean()
     assert errors["accuracy"] == pytest.approx((share * (1 - share) / 40) ** 0.5, rel=0.2)
-    apart = probes.standard_errors(probes.binary_metrics, targets, said, np.arange(1000), 0)
+    apart = probes.standard_errors(probes.binary_metrics, targets, said, np.arange(1000))
     assert apart["accuracy"] < errors["accuracy"] / 3
 
 

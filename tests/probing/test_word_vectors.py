@@ -106,10 +106,10 @@ def test_a_file_of_the_same_words_and_model_is_reused_and_no_other(model, tokeni
     assert len(extracted(other, tokenizer, tmp_path, words[:3], key="other")) == 3
 
 
-def test_half_a_file_of_vectors_or_half_its_mark_is_made_anew(tokenizer, tmp_path):
+def test_half_a_file_of_vectors_or_half_its_seal_is_made_anew(tokenizer, tmp_path):
     model = random_model("qwen2", vocab_size=len(tokenizer))
     whole = np.array(extracted(model, tokenizer, tmp_path, all_words()))
-    for name in ("v.npy", "v.json"):
+    for name in ("v.npy", "v.npz"):
         path = tmp_path / name
         path.write_bytes(path.read_bytes()[:-9])
         np.testing.assert_array_equal(extracted(model, tokenizer, tmp_path, all_words()), whole)

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoTokenizer
 
+from ubmoe import owned
 from ubmoe.config import BiSection, LoraSection, StageSection
 from ubmoe.encoder import contrastive
 from ubmoe.encoder.sentence_encoder import as_encoder
@@ -77,6 +78,7 @@ def test_adapters_are_added_in_float32_and_then_cast(tokenizer, tmp_path):
     """Against W + scale B A in float64, from the saved adapter."""
     keys = {"lora": LoraSection(rank=4, dropout=0.0), "bf16": True}
     _, model = tuned(tokenizer, tmp_path, torch.bfloat16, ["ffn"], **keys)
+    assert not list(owned.strangers(tmp_path))  # so that the same run may begin anew
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     base = cast(random_model("qwen2", vocab_size=len(tokenizer)), torch.bfloat16)
     scale = 16.0 / 4**0.5  # alpha / sqrt(rank): rslora

@@ -4,14 +4,10 @@ python -m ubmoe.bitune configs/tiny.yaml
 python -m ubmoe.bitune configs/qwen2.5-0.5b.yaml bitune.variant=lora
 """
 
-import sys
 from pathlib import Path
 
-try:
-    from ubmoe import cli
-    from ubmoe.config import Config
-except KeyboardInterrupt:  # before anything was begun
-    sys.exit(130)
+from ubmoe import cli
+from ubmoe.config import Config
 
 
 def main(config: Config) -> Path | None:
@@ -26,15 +22,17 @@ def main(config: Config) -> Path | None:
         from ubmoe.bitune.likelihoods import Likelihoods
         from ubmoe.data.rows import held_out
         from ubmoe.evaluate import generation
-        from ubmoe.models.loading import load_model, load_tokenizer, within_context
+        from ubmoe.models.loading import load_model
+        from ubmoe.models.source import ModelSource
         from ubmoe.report import figures
         from ubmoe.training.checkpoints import Work
 
-        config = within_context(config, "bitune")
+        source = ModelSource.of(config.model)
+        config = source.within_context(config, "bitune")
         settings = config.bitune
         scoring = config.evaluation.model_copy(update={"generation": settings.generation})
         generation.check_tasks(scoring.generation, scoring.data)
-        tokenizer = load_tokenizer(config.model)
+        tokenizer = source.tokenizer
         found = read_examples(
             settings.dataset, tokenizer, settings.template, settings.max_tokens, settings.max_rows
         )
@@ -43,7 +41,7 @@ def main(config: Config) -> Path | None:
         counts = {"examples": len(examples), "held_out": len(kept), "dropped": found.dropped}
         run.log("examples: %s", counts)
         counts["max_tokens"] = settings.max_tokens
-        bitune = model.attach(load_model(config.model), settings, config.seed)
+        bitune = model.attach(load_model(source), settings, config.seed)
         work = Work(run.directory / "adapters", config.seed, config.resume == "auto")
         log = training.train(bitune, settings, examples, work)
         run.model = bitune.decoder

@@ -143,7 +143,7 @@ class Bitune(nn.Module):
         answer_mask: Tensor,
         labels: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Logits of the answers' tokens and these tokens, as `prediction.predictions` gives them.
+        """Logits of the answers' tokens and these tokens, as `losses.predictions` gives them.
 
         (B, P) prompts without their last tokens, padded left; (B, A) answers padded right, the last
         prompt token first; labels (B, A).

@@ -1,6 +1,5 @@
 """A Bitune model's directory: adapters with their masks, theta, the tokenizer and bitune.json."""
 
-import json
 from pathlib import Path
 
 from peft import PeftModel
@@ -8,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ubmoe.bitune.model import BIDIRECTIONAL, CAUSAL, VARIANTS, Bitune
-from ubmoe.bounds import read_text
+from ubmoe.bounds import read_json
 from ubmoe.config import UserError, error_reason
 from ubmoe.files import replace_directory, write_json
 from ubmoe.models.digests import fingerprint
@@ -45,8 +44,11 @@ def save(
 
 def load(model: PreTrainedModel, directory: Path) -> Bitune:
     """A saved Bitune model on its base, ready to generate. Raises UserError for what is none."""
+    expected = "expected the directory that python -m ubmoe.bitune saved"
+    if not (directory / FORM).exists():
+        raise UserError(f"{directory} has no {FORM}; {expected}")
     try:
-        metadata = json.loads(read_text(directory / FORM))
+        metadata = read_json(directory / FORM)
         own = VARIANTS[metadata["variant"]].own
         kinds = [CAUSAL, *([BIDIRECTIONAL] if own else [])]
         for kind in kinds:
@@ -62,7 +64,6 @@ def load(model: PreTrainedModel, directory: Path) -> Bitune:
     except Exception as error:  # the libraries raise nearly every type here
         reason = error_reason(error)
         raise UserError(
-            f"{directory}: no Bitune model of {model.name_or_path} ({reason}); expected the "
-            "directory that python -m ubmoe.bitune saved"
+            f"{directory}: no Bitune model of {model.name_or_path} ({reason}); {expected}"
         ) from error
     return bitune.requires_grad_(False).eval()

@@ -15,7 +15,7 @@ from ubmoe.config import BituneSection
 from ubmoe.data.padding import batches_by_length
 from ubmoe.data.prompts import Example, batch
 from ubmoe.evaluate.generation import told
-from ubmoe.models.digests import digest_of_frozen, digest_of_rows, mark_of
+from ubmoe.models.digests import digest_of_frozen, digest_of_rows, resume_key
 from ubmoe.models.precision import Setting, autocast
 from ubmoe.training import losses
 from ubmoe.training.checkpoints import Work
@@ -81,7 +81,7 @@ def train(
         work,
         examples,
         bitune.decoder.device,
-        mark=mark_of(bitune.decoder, digest_of_frozen(bitune))
+        mark=resume_key(bitune.decoder, digest_of_frozen(bitune))
         | {"data": digest_of_rows((each.prompt, each.answer) for each in examples)},
         remove_unused_columns=False,
         label_names=["labels"],

@@ -7,7 +7,14 @@ loaded.
 from ubmoe.config.effects import MADE, SCORED, deciding_weights, default, leaves, unlike
 from ubmoe.config.errors import UserError, error_reason, listed, shown
 from ubmoe.config.help import help_text
-from ubmoe.config.reading import DEFAULT_CONFIG, dump_config, load_config, with_keys
+from ubmoe.config.reading import (
+    DEFAULT_CONFIG,
+    dump_config,
+    load_config,
+    shipped,
+    validated,
+    with_keys,
+)
 from ubmoe.config.schema import (
     ECHO,
     EOL,
@@ -26,6 +33,7 @@ from ubmoe.config.schema import (
     EvaluationSection,
     FirstToken,
     Form,
+    HubSection,
     Layers,
     LoraSection,
     ModelSection,
@@ -66,6 +74,7 @@ __all__ = [
     "EvaluationSection",
     "FirstToken",
     "Form",
+    "HubSection",
     "Layers",
     "LoraSection",
     "ModelSection",
@@ -92,7 +101,9 @@ __all__ = [
     "listed",
     "load_config",
     "numbered",
+    "shipped",
     "shown",
     "unlike",
+    "validated",
     "with_keys",
 ]

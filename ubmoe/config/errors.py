@@ -10,6 +10,9 @@ SHOWN = 60  # characters of a value in a message
 INTERNAL = re.compile(
     r"NoneType|<class|object has no|not subscriptable|not iterable|unhashable|PathLike|"
     r"\b(?:str|int|float|bool|bytes|dict|list|tuple|set|object)\b['\"(]|"
+    r"indices must be|index out of range|to unpack|non-iterable|update sequence|-like object|"
+    r"must be (?:str|real number)\b|\bnot (?:str|int|float|bool|bytes|dict|list|tuple|set)\b|"
+    r"\bexpected \w+ instance|can only concatenate|as an integer|"
     r"(?:positional|keyword) argument|\b[A-Z]\w*(?:Error|Exception)\b"
 )
 

@@ -1,7 +1,9 @@
-"""What --help prints: every key of the schema."""
+"""What --help prints: the keys of a program, or every key of the schema."""
 
 from collections.abc import Sequence
 from typing import Any, get_args
+
+from pydantic.fields import FieldInfo
 
 from ubmoe.config.reading import DEFAULT_CONFIG
 from ubmoe.config.schema import Section, keys
@@ -21,25 +23,52 @@ def _kind(annotation: Any) -> str:
     return "text" if annotation is str else annotation.__name__
 
 
-def help_text(program: str, purpose: str, verbs: Sequence[str] = ()) -> str:
-    """Usage, then every key with its type, default, unit and meaning."""
+# Of each program its own sections, after the keys that stand in none, the most used first.
+SECTIONS = {
+    "calculate_dp.py": ("model", "dependence", "data"),
+    "train_bi.py": ("model", "bi", "evaluation", "trajectory", "data", "hub"),
+    "train_ubmoe.py": ("model", "ubmoe", "evaluation", "data", "hub"),
+    "python -m ubmoe.evaluate": ("model", "evaluation", "bi", "data"),
+    "python -m ubmoe.bitune": ("model", "bitune", "evaluation", "data"),
+    "python -m ubmoe.probing": ("model", "probing", "data"),
+    "python -m ubmoe.scan": ("model", "scan", "bi", "data"),
+    "python -m ubmoe.swap": ("model", "swap", "ubmoe", "data"),
+    "python -m ubmoe.shift": ("model", "shift", "ubmoe", "data"),
+    "python -m ubmoe.results": ("results", "model"),
+    "python -m ubmoe.prefetch": ("model", "evaluation", "data"),
+}
+ALL = "--help all"
+
+
+def help_text(
+    program: str, purpose: str, verbs: Sequence[str] = (), everything: bool = True, name: str = ""
+) -> str:
+    """Usage, then keys with their types, defaults, units and meanings.
+
+    everything: the keys of every program, else those of this one. name: how it was called, where
+    that is not the program's own name.
+    """
     verb = f" {'|'.join(verbs)}" if verbs else ""
-    lines = [f"usage: {program}{verb} [CONFIG] [key=value ...] [--show-config]", "", purpose, ""]
+    every, said = list(keys()), name or program
+    sections = () if everything else SECTIONS.get(program, ())
+    own = [
+        each
+        for section in ("", *sections)
+        for each in every
+        if section == (each[0].partition(".")[0] if "." in each[0] else "")
+    ]
+    shown = own if sections else every
+    lines = [f"usage: {said}{verb} [CONFIG] [key=value ...] [--show-config]", "", purpose, ""]
     lines += [
         f"CONFIG is a YAML file (default configs/{DEFAULT_CONFIG.name}); its key `base` names the",
         "file, from its own folder, whose keys it changes. --show-config prints all of them.",
         "Keys, with defaults:",
         "",
     ]
-    for name, field in keys():
-        default = field.get_default(call_default_factory=True)
-        shown = "null" if default is None else default if default != "" else "''"
-        unit = (field.json_schema_extra or {}).get("unit", "")  # type: ignore[union-attr]
-        measured = f" [{unit}]" if unit else ""
-        lines += [
-            f"  {name}: {_kind(field.annotation)} = {shown}{measured}",
-            f"      {field.description}",
-        ]
+    for each in shown:
+        lines += _key_lines(*each)
+    if len(shown) < len(every):
+        lines += ["", f"{len(every) - len(shown)} keys are of other programs: {said} {ALL}"]
     return "\n".join(
         [
             *lines,
@@ -47,3 +76,15 @@ def help_text(program: str, purpose: str, verbs: Sequence[str] = ()) -> str:
             "Exit status: 0, 2 with one line on stderr for what you can mend, 130 after Ctrl-C.",
         ]
     )
+
+
+def _key_lines(name: str, field: FieldInfo) -> list[str]:
+    unit = (field.json_schema_extra or {}).get("unit", "")  # type: ignore[union-attr]
+    measured = f" [{unit}]" if unit else ""
+    default = "" if field.is_required() else f" = {_default(field)}"
+    return [f"  {name}: {_kind(field.annotation)}{default}{measured}", f"      {field.description}"]
+
+
+def _default(field: FieldInfo) -> Any:
+    default = field.get_default(call_default_factory=True)
+    return "null" if default is None else default if default != "" else "''"

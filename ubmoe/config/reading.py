@@ -16,7 +16,18 @@ from ubmoe.config.errors import UserError, shown
 from ubmoe.config.schema import Config, keys, numbered, section_of
 from ubmoe.config.strict_yaml import parsed
 
-DEFAULT_CONFIG = Path(__file__).parent.parent.parent / "configs" / "tiny.yaml"
+CHECKOUT = Path(__file__).parents[2] / "configs"
+CONFIGS = CHECKOUT if (CHECKOUT / "tiny.yaml").is_file() else Path(__file__).parents[1] / "configs"
+DEFAULT_CONFIG = CONFIGS / "tiny.yaml"
+
+
+def shipped(path: str | Path) -> Path:
+    """A file as it is named; of this repository's configs/, wherever one is, where it is not."""
+    path = Path(path)
+    if not path.exists() and path.parts[:1] == ("configs",):
+        inside = CONFIGS.joinpath(*path.parts[1:])
+        return inside if inside.is_file() else path
+    return path
 
 
 def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
@@ -24,14 +35,9 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
 
     Raises UserError, in one line, with every problem of the file (or else of the command line).
     """
-    if path is None and not DEFAULT_CONFIG.exists():  # installed without the repository
-        raise UserError(
-            f"command line: no CONFIG; expected a YAML file, as configs/{DEFAULT_CONFIG.name} of "
-            "the repository (an empty one has every default)"
-        )
-    path = Path(path or DEFAULT_CONFIG)
+    path = shipped(path or DEFAULT_CONFIG)
     tree = _with_base(path)
-    config = _validated(tree, str(path))
+    config = validated(tree, str(path))
     config = _overridden(tree, overrides or [])
     if config.output_dir:
         return config
@@ -57,7 +63,7 @@ def _overridden(tree: dict[str, Any], overrides: list[str]) -> Config:
     problems = [problem for text in overrides if (problem := _override(tree, text))]
     if problems:
         raise UserError("command line: " + "; ".join(problems))
-    return _validated(tree, "command line")
+    return validated(tree, "command line")
 
 
 def dump_config(config: Config) -> str:
@@ -192,7 +198,8 @@ def _slot(node: Any, part: str) -> str | int | None:
     return part if isinstance(node, dict) and part in node else None
 
 
-def _validated(tree: dict[str, Any], source: str) -> Config:
+def validated(tree: dict[str, Any], source: str) -> Config:
+    """A tree of sections as the configuration. Raises UserError, naming the source and the keys."""
     try:
         return Config.model_validate(tree)
     except ValidationError as error:

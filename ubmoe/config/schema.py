@@ -31,6 +31,7 @@ def _exponent_float(value: object) -> object:
 
 Float = Annotated[float, BeforeValidator(_exponent_float)]
 Positive = Annotated[int, Field(ge=1)]
+Rank = Annotated[int, Field(ge=1, le=4096)]  # layers are hardly wider, and memory has an end
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
@@ -275,7 +276,7 @@ class TrainingSection(Section):
 class LoraSection(Section):
     """Low-rank adapters in place of full fine-tuning; the defaults are the paper's code's."""
 
-    rank: Positive = key(8, "rank of the adapters")
+    rank: Rank = key(8, "rank of the adapters")
     alpha: Above = key(16.0, "their scale is alpha / rank, or alpha / sqrt(rank) with rslora")
     dropout: Share = key(0.05, "dropout in front of the adapters")
     rslora: bool = key(True, "rank-stabilised scale")
@@ -517,7 +518,7 @@ class MoeSection(TrainingSection):
     export: list[Literal["mixture", "modes", "adapter"]] = score_key(
         ["mixture", "modes"], "what is saved: to <output_dir>/ubmoe, /modes and /adapter"
     )
-    rank: Positive = score_key(16, "of the adapters of export: adapter")
+    rank: Rank = score_key(16, "of the adapters of export: adapter")
 
     @model_validator(mode="after")
     def _routers_can_learn(self) -> "MoeSection":
@@ -566,7 +567,7 @@ class BituneSection(TrainingSection):
         "full", "naive", "no_mixing", "only_causal", "shared_weights", "anticausal", "lora"
     ] = key("full", "the method, one of the paper's ablations, or lora: the baseline")
     adapter: Literal["lora", "dora", "ia3"] = key("lora", "kind of the adapters")
-    rank: Positive = key(8, "of lora and dora")
+    rank: Rank = key(8, "of lora and dora")
     alpha: Above = key(1.0, "of lora and dora; their scale is alpha / rank")
     layers: Layers = key("all", "as bi.layers: those in which the second reading looks both ways")
     keep_sink: bool = key(False, "as bi.keep_sink, of the second reading")
@@ -737,7 +738,7 @@ class EvaluationSection(Section):
     perplexity: list[str] = score_key(
         [], "with it, further chats whose answers' perplexity is told; as many as ubmoe.held_out"
     )
-    num_fewshot: Annotated[int, Field(ge=0)] | None = score_key(
+    num_fewshot: Annotated[int, Field(ge=0, le=1000)] | None = score_key(
         None, "shots of every generation task; null: the task's own", "examples"
     )
     limit: Positive | None = score_key(None, "score at most this many examples a task", "examples")
@@ -832,6 +833,28 @@ class TrajectorySection(Section):
     dependence: bool = score_key(False, "also measure attention dependence, as `dependence` says")
 
 
+class HubSection(Section):
+    """Where models go when a run ends, and what their cards say."""
+
+    push: str | None = running_key(
+        None,
+        "org/name on the hub: bi/ is put there, and modes/, adapter/ and ubmoe/ to org/name-modes "
+        "and so on; null: nowhere",
+    )
+    private: bool = running_key(True, "a repository that is made is private")
+    license: str | None = running_key(
+        None, "of the base model, for the cards; null: what the card of a local model says"
+    )
+    language: list[str] = running_key(["en"], "of the texts, for the cards")
+
+    @field_validator("push")
+    @classmethod
+    def _is_a_repository(cls, name: str | None) -> str | None:
+        if name is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII):
+            raise ValueError("expected org/name")
+        return name
+
+
 class Config(Section):
     """Every key of every program."""
 
@@ -863,6 +886,7 @@ class Config(Section):
     trajectory: TrajectorySection = key(TrajectorySection(), "")
     evaluation: EvaluationSection = key(EvaluationSection(), "")
     results: ResultsSection = key(ResultsSection(), "")
+    hub: HubSection = key(HubSection(), "")
 
 
 # --- every key ------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from ubmoe.bounds import DATA, read_text, regular
 from ubmoe.config import Config, ModelSection, UserError
+from ubmoe.files import digest_of_file
 from ubmoe.tiny import language
 
 # Keys that say what is read, by the result: their digests stand for them.
@@ -47,7 +48,7 @@ def inputs(config: Config, result: str) -> dict[str, str | None]:
 
     The encoder of a mixture is not among them: its result has a digest of the weights itself.
     """
-    found: dict[str, str | None] = {"model.name": _of_model(config.model)}
+    found: dict[str, str | None] = {"model.name": digest_of_model(config.model)}
     if adapters := config.model.adapters:
         each = [_of_path(Path(adapter).expanduser()) for adapter in adapters]
         found["model.adapter"] = None if None in each else " ".join(map(str, each))
@@ -81,7 +82,8 @@ def _values(config: Config, key: str) -> Iterator[tuple[str, Any]]:
         yield key, getattr(getattr(config, section), last)
 
 
-def _of_model(config: ModelSection) -> str | None:
+def digest_of_model(config: ModelSection) -> str | None:
+    """sha256 of the model's files; None for what is not on this machine."""
     if config.name == "tiny":
         return _of_files([Path(language.__file__), Path(language.__file__).with_name("model.py")])
     path = Path(config.name).expanduser()
@@ -173,8 +175,7 @@ def _of_file(path: Path) -> str:
 @cache
 def _read(path: Path, *_: int) -> str:
     """sha256 of a file's bytes, once in a process as long as the file stays as it is."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return digest_of_file(path)
 
 
 def _of_text(text: str) -> str:

@@ -1,26 +1,18 @@
-"""Sums of shares over texts, the result that they make, and what an interrupted run leaves of them.
+"""Sums of shares over texts, and the result that they make.
 
 Each text counts once, whatever its length (UBMoE, ICML 2025, section 3 and Table 3). DP depends on
 the length: attention that prefers nothing gives main = 1/T and before = after = (T-1)/2T, so that
 share stands beside every number.
 """
 
-import logging
-import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
-from pathlib import Path
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from accelerate import PartialState
 
-from ubmoe import marked
 from ubmoe.dependence import COLUMNS, SHARES
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -119,44 +111,3 @@ def uniform(texts: list[tuple[float, ...]]) -> dict[str, Any]:
     without = (one * several, np.maximum(lengths - 2, 0) / (2 * lengths), several / 2)
     columns = (one, other, other, one, *without)
     return named([column.mean() * 100 for column in columns])
-
-
-# --- an interrupted run ---------------------------------------------------------------------------
-
-
-class Partial:
-    """The sums of an unfinished run, one file a process, replaced whole every half minute."""
-
-    def __init__(self, directory: Path, state: PartialState, mark: dict[str, Any]) -> None:
-        self.path = (
-            directory / f"dependence.partial-{state.process_index}-of-{state.num_processes}.npz"
-        )
-        self.mark = mark
-        self.saved = time.monotonic()
-
-    @contextmanager
-    def kept_on_interrupt(self, totals: Totals, batches: list[list[int]]) -> Iterator[None]:
-        """Save what is complete on Ctrl-C; a batch that was only half added is not."""
-        try:
-            yield
-        except KeyboardInterrupt:
-            ends = accumulate(len(batch) for batch in batches)
-            done = next((n for n, end in enumerate(ends, 1) if end == len(totals.texts)), None)
-            if done is not None:
-                self.save(totals, done)
-            raise
-
-    def save(self, totals: Totals, done: int) -> None:
-        texts = np.array([(text, *each) for text, each in totals.texts.items()])
-        marked.write(self.path, self.mark, done=done, texts=texts, shares=totals.shares)
-        self.saved = time.monotonic()
-
-    def load(self) -> tuple[Totals, int]:
-        """The sums and the number of batches done; none where nothing of the same run is left."""
-        found = marked.read(self.path, self.mark, "done", "texts", "shares")
-        if found is None:
-            return Totals(), 0
-        done, rows, shares = found
-        log.info("resuming after %d texts", len(rows))
-        texts = {int(text): (int(tokens), *each) for text, tokens, *each in rows.tolist()}
-        return Totals(shares, texts), int(done)

@@ -1,6 +1,8 @@
 """The texts whose dependence is measured, as tokens."""
 
 import os
+from collections.abc import Sequence
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -8,10 +10,21 @@ from ubmoe.bounds import read_text
 from ubmoe.config import UserError, error_reason
 from ubmoe.data.bad_rows import RowError, usable
 from ubmoe.data.chats import render
+from ubmoe.data.messages import messages
 from ubmoe.data.plain import is_plain
 from ubmoe.data.rows import Text, left
 from ubmoe.data.tokens import check_ids
-from ubmoe.models.loading import context_length
+from ubmoe.models.source import context_length
+
+
+def unread(contents: Sequence[str | list[dict[str, Any]]]) -> list[Text]:
+    """Texts and chats that are in no file, called by their number. Raises UserError, RowError."""
+    if isinstance(contents, str) or not contents:
+        raise UserError("texts: expected a list of texts or chats, one at least")
+    return [
+        Text(f"texts: {n}", each if isinstance(each, str) else messages(f"texts: {n}", each))
+        for n, each in enumerate(contents, 1)
+    ]
 
 
 def tokenize(

@@ -20,8 +20,8 @@ from transformers.initialization import no_init_weights
 
 from ubmoe.config import Config, TrainingSection
 from ubmoe.encoder.contrastive import attention_dropout
-from ubmoe.models.loading import explained, settings_of
 from ubmoe.models.precision import training_dtypes, weights_dtype
+from ubmoe.models.source import ModelSource, explained
 from ubmoe.recording import peak_memory_bytes
 
 FLOAT, HALF = 4, 2  # bytes of a float32 and of a bfloat16 number
@@ -60,7 +60,7 @@ def fake(config: Config, device: torch.device) -> Any:
     Raises UserError.
     """
     keys = {"attn_implementation": config.model.attn_implementation}
-    settings = settings_of(config.model)
+    settings = ModelSource.of(config.model).settings
     with explained(config.model):
         return shaped(settings, weights_dtype(config.model.dtype, device), **keys)
 

@@ -26,8 +26,9 @@ from ubmoe.dry_run.memory import Batch, shapes
 from ubmoe.dry_run.shipped import COUNTED, Unread, is_shape, read_or_count, without_hub
 from ubmoe.encoder import whitening
 from ubmoe.encoder.stages import read_data
-from ubmoe.models.loading import best_device, load_tokenizer, model_type, within_context
+from ubmoe.models.loading import best_device
 from ubmoe.models.precision import uses_bfloat16
+from ubmoe.models.source import ModelSource
 from ubmoe.moe import joining, routers, routes
 from ubmoe.report.tables import aligned
 from ubmoe.training.modules import MODULES, named_by, train_only
@@ -66,7 +67,7 @@ def reading(said: Callable[[Config], str]) -> Callable[[Config], str]:
 @reading
 def calculate_dp(config: Config) -> str:
     """Texts and tokens, and the memory of one forward."""
-    config = within_context(config, "dependence")
+    config = ModelSource.of(config.model).within_context(config, "dependence")
     settings = config.dependence
     lengths = read_or_count(
         *(config.model, settings.dataset, settings.max_texts),
@@ -92,8 +93,8 @@ def calculate_dp(config: Config) -> str:
 @reading
 def train_bi(config: Config) -> str:
     """A stage after the other; the memory is the largest of theirs."""
-    config = within_context(config, "bi")
-    tokenizer: Any = None if is_shape(config.model) else load_tokenizer(config.model)
+    config = ModelSource.of(config.model).within_context(config, "bi")
+    tokenizer: Any = None if is_shape(config.model) else ModelSource.of(config.model).tokenizer
     training = [number for number, each in enumerate(config.bi.stages) if each.max_steps != 0]
     data = {number: _stage_rows(config, number, tokenizer) for number in training}
     if tokenizer is not None:
@@ -137,8 +138,9 @@ def train_ubmoe(config: Config) -> str:
 
     Of a model without a mixture nothing trains: it is the adapter's.
     """
-    config = within_context(config, "bi", "ubmoe")
-    joins = joining.check_joins(model_type(config.model), config.ubmoe.export)
+    source = ModelSource.of(config.model)
+    config = source.within_context(config, "bi", "ubmoe")
+    joins = joining.check_joins(source.settings.model_type, config.ubmoe.export)
     settings = config.ubmoe
     chats = _kept(
         read_or_count(
@@ -180,7 +182,7 @@ def train_ubmoe(config: Config) -> str:
 @reading
 def bitune(config: Config) -> str:
     """Two passes over each prompt, and one over the answer."""
-    config = within_context(config, "bitune")
+    config = ModelSource.of(config.model).within_context(config, "bitune")
     settings = config.bitune
     examples = _kept(
         read_or_count(
@@ -227,7 +229,7 @@ def device_of(config: Config) -> torch.device:
 def _measured_lengths(config: Config) -> list[int]:
     settings = config.dependence
     texts = read_texts(settings.dataset, settings.max_texts)
-    ids = tokenize(load_tokenizer(config.model), texts, settings.chat_template)
+    ids = tokenize(ModelSource.of(config.model).tokenizer, texts, settings.chat_template)
     return [min(len(each), settings.max_tokens) for each in ids]
 
 
@@ -249,7 +251,7 @@ def _stage_rows(config: Config, number: int, tokenizer: Any) -> Any:
 
 def _training_chats(config: Config) -> list[Chat]:
     settings = config.ubmoe
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = ModelSource.of(config.model).tokenizer
     found = read_chats(settings.dataset, tokenizer, settings.max_tokens, settings.max_rows)
     return found.held_out(settings.held_out, "ubmoe.held_out")[0]
 
@@ -258,13 +260,13 @@ def _sentence_lengths(config: Config) -> list[int]:
     """Of the sentences of a second objective."""
     if is_shape(config.model):
         return [config.bi.max_tokens]
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = ModelSource.of(config.model).tokenizer
     texts = sentences_of(config.ubmoe.sentences, tokenizer, batches.SAMPLE)
     return batches.token_counts(texts, tokenizer, config.bi.prompt, config.bi.max_tokens)
 
 
 def _training_examples(config: Config) -> list[Example]:
-    settings, tokenizer = config.bitune, load_tokenizer(config.model)
+    settings, tokenizer = config.bitune, ModelSource.of(config.model).tokenizer
     given = (settings.template, settings.max_tokens, settings.max_rows)
     found = read_examples(settings.dataset, tokenizer, *given)
     chats, _ = held_out(found.chats, settings.held_out, "bitune.held_out")

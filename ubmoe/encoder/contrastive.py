@@ -30,7 +30,7 @@ from ubmoe.data.tokens import sentences_of
 from ubmoe.encoder.contrastive_loss import CachedContrastiveLoss, ContrastiveLoss, mini_batch
 from ubmoe.encoder.language_loss import LanguageLoss
 from ubmoe.encoder.sentence_encoder import lengths, own_prompt
-from ubmoe.models.digests import digest_of_rows, digest_of_tokenizer, mark_of
+from ubmoe.models.digests import digest_of_rows, digest_of_tokenizer, resume_key
 from ubmoe.training.checkpoints import Work
 from ubmoe.training.modules import announce, tuning
 from ubmoe.training.trainer import GuardedTrainer, run_trainer
@@ -130,7 +130,7 @@ def train_stage(
             raise UserError("bi.stages.N.lm_weight: is for one process; expected 0 under torchrun")
         beside = LanguageLoss(model, list(language), stage.lm_batch_size, work.seed)
     kind = CachedContrastiveLoss if stage.cached else ContrastiveLoss
-    mark = mark_of(model) | {
+    mark = resume_key(model) | {
         "data": digest_of_rows(chain(data.iter(1000), ((c.ids, c.answer) for c in language))),
         "tokenizer": digest_of_tokenizer(encoder.tokenizer),
     }

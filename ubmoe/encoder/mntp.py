@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ubmoe.config import StageSection, UserError
 from ubmoe.data.padding import IGNORE_INDEX
 from ubmoe.data.tokens import check_ids, chunks_of, sentences_of
-from ubmoe.models.digests import digest, digest_of_tokenizer, mark_of
+from ubmoe.models.digests import digest, digest_of_tokenizer, resume_key
 from ubmoe.training.checkpoints import Work
 from ubmoe.training.losses import mean_loss, predictions
 from ubmoe.training.modules import announce, tuning
@@ -151,7 +151,7 @@ def train_stage(
     """
     embedding: Any = model.get_input_embeddings()
     data = Chunks(chunks, Masking(stage, tokenizer, len(embedding.weight)), work.seed)
-    mark = mark_of(model) | {"data": digest([("chunks", chunks)])}
+    mark = resume_key(model) | {"data": digest([("chunks", chunks)])}
     with tuning(model, stage, work) as counts:
         report = {"trainable": counts, "rows": len(chunks), "tokens": chunks.numel()}
         report["max_tokens"] = chunks.shape[1]

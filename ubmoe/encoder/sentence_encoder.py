@@ -22,30 +22,25 @@ from sentence_transformers.util import is_sentence_transformer_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ubmoe.bidirectional import is_bidirectional, set_attention
+from ubmoe.bounds import read_json
 from ubmoe.config import BiSection, Config, UserError, shown
 from ubmoe.data import templates, tokens
-from ubmoe.encoder import whitening
+from ubmoe.encoder import card, whitening
 from ubmoe.encoder.echo import EchoTransformer
 from ubmoe.encoder.prefix import SINK, save_sink
 from ubmoe.files import replace_directory
 from ubmoe.layered import is_ours, keeps_sink, named_layers, partial_layers
-from ubmoe.models.loading import (
-    best_device,
-    context_length,
-    explained,
-    gguf_file,
-    load_model,
-    load_tokenizer,
-    source,
-    within_context,
-)
+from ubmoe.models import cards
+from ubmoe.models.loading import best_device, load_model
 from ubmoe.models.lora import last_attention
 from ubmoe.models.precision import weights_dtype
+from ubmoe.models.source import ModelSource, context_length, explained
+from ubmoe.models.tensors import guard
 from ubmoe.models.tokenizer_file import alike, as_stored
 
 log = logging.getLogger(__name__)
 POOLING = {"mean": "mean", "weighted_mean": "weightedmean", "last": "lasttoken"}
-OWN = "own"  # name of the prompt that every text gets
+TEXT = "text"  # name of the prompt that every text gets, where it only stands before it
 PROBES = (" a", *string.ascii_letters, *string.digits, *string.punctuation, "é", "你", "ж")
 UNCUT, AT_ONCE = 10**6, 1000  # tokens of a text; texts that are tokenised together
 # What may stand behind a module of ours.
@@ -67,7 +62,8 @@ def as_encoder(
     keys: dict[str, Any] = {"modality_config": forms, "module_output_name": "token_embeddings"}
     rows = len(model.get_input_embeddings().weight)  # type: ignore[arg-type, union-attr]
     tokens.fit(tokenizer, rows)
-    prefix, echo = prefix_of(tokenizer, settings), settings.form == "echo"
+    echo = settings.form == "echo"
+    prefix = None if echo else prefix_of(tokenizer, settings)
     if settings.prompt not in (None, "{text}") and prefix is None and not echo:
         forms["message"] = TEXT_FORM | {"format": "flat"}
         template = input_template(tokenizer, settings.prompt)
@@ -94,12 +90,12 @@ def as_encoder(
         module.__class__ = LayeredEchoTransformer if ours else EchoTransformer
         module.echo = settings.prompt
     width = model.config.get_text_config().hidden_size
-    pooling = Pooling(width, POOLING[settings.pooling], include_prompt=prefix is None)
+    pooling = Pooling(width, POOLING[settings.pooling], include_prompt=settings.prompt_in_mean)
     encoder = SentenceTransformer(
         modules=[module, pooling],
         device=str(model.device),
-        prompts=None if prefix is None else {OWN: prefix},
-        default_prompt_name=None if prefix is None else OWN,
+        prompts=None if prefix is None else {TEXT: prefix},
+        default_prompt_name=None if prefix is None else TEXT,
     )
     check_room(encoder, settings)
     return encoder
@@ -132,13 +128,13 @@ def load_saved(directory: str, device: str | None = None, **keys: Any) -> Senten
     own = LayeredTransformer, EchoTransformer, LayeredEchoTransformer
     kinds = {f"{each.__module__}.{each.__qualname__}": each for each in own}
     keys |= {"trust_remote_code": False}
-    kind = path.is_file() and kinds.get(json.loads(path.read_text())[0]["type"])
+    kind = path.is_file() and kinds.get(read_json(path)[0]["type"])
     if not kind:
         return _fitted(SentenceTransformer(directory, device=device, **keys), keys.get("revision"))
-    said = json.loads((Path(directory) / "config_sentence_transformers.json").read_text())
+    said = read_json(path.with_name("config_sentence_transformers.json"))
     modules = [
         STOCK[each["type"].split(".")[-1]].load(directory, subfolder=each["path"])
-        for each in json.loads(path.read_text())[1:]
+        for each in read_json(path)[1:]
     ]
     encoder = SentenceTransformer(
         modules=[kind.load(directory, **keys), *modules],
@@ -204,15 +200,17 @@ class _Given(Transformer):
 
 
 def prefix_of(tokenizer: PreTrainedTokenizerBase, settings: BiSection) -> str | None:
-    """The prompt's text where it is to stay out of the mean; None where it belongs to it.
+    """The prompt's text where it only stands before a text; None for none, and for any other.
 
     Out of the mean means: not its first tokens, as many as the prompt alone has. Raises UserError
     where a text melts into these, as after a prompt that ends in a space, and where
     sentence-transformers would count others.
     """
-    if settings.prompt_in_mean:
-        return None
+    if settings.prompt in (None, "{text}") or not str(settings.prompt).endswith("{text}"):
+        return "" if not settings.prompt_in_mean else None
     prefix = str(settings.prompt).removesuffix("{text}")
+    if settings.prompt_in_mean:
+        return prefix
     alone = tokens.prompt_ids(tokenizer, prefix)
     ended = tokenizer(prefix)["input_ids"]  # it takes one special token off the end of these
     counted = len(ended) - (ended[-1:] != [] and ended[-1] in tokenizer.all_special_ids)
@@ -301,15 +299,16 @@ def check_room(encoder: SentenceTransformer, settings: BiSection) -> None:
 
 def own_prompt(encoder: SentenceTransformer) -> str | None:
     """What `encode` puts before a text by itself, and `preprocess` and the trainer do not."""
-    return encoder.prompts.get(OWN) if encoder.default_prompt_name == OWN else None
+    return encoder.prompts.get(encoder.default_prompt_name or "") or None
 
 
-def load_encoder(config: Config) -> SentenceTransformer:
-    """Any encoder that sentence-transformers knows, or else a causal LM in the form of `bi`."""
-    device, name = best_device(config.model.device), source(config.model)
-    if gguf_file(config.model) is None and is_sentence_transformer_model(
-        name, revision=config.model.revision
-    ):
+def load_encoder(config: Config, source: ModelSource) -> SentenceTransformer:
+    """Any encoder that sentence-transformers knows, or else a causal LM in the form of `bi`.
+
+    source: of the config's model.
+    """
+    device, name = best_device(config.model.device), source.path
+    if source.file is None and is_sentence_transformer_model(name, revision=config.model.revision):
         if config.model.adapters:
             raise UserError(
                 f"model.adapter: {config.model.name} is an encoder of sentence-transformers; "
@@ -322,11 +321,10 @@ def load_encoder(config: Config) -> SentenceTransformer:
         with explained(config.model, "an encoder"):
             return load_saved(name, str(device), **keys)
     check_mask(config)
-    config = within_context(config, "bi")
-    tokenizer = load_tokenizer(config.model)
-    unlabelled = whitening.read_sentences(config.bi.whiten, tokenizer)
-    model = load_model(config.model, *config.bi.mask)
-    encoder = as_encoder(model, tokenizer, config.bi)
+    config = source.within_context(config, "bi")
+    unlabelled = whitening.read_sentences(config.bi.whiten, source.tokenizer)
+    model = load_model(source, *config.bi.mask)
+    encoder = as_encoder(model, source.tokenizer, config.bi)
     whitening.whiten(encoder, config, unlabelled)
     return encoder
 
@@ -372,19 +370,17 @@ def save_encoder(
             form["config_kwargs"] = {"is_causal": False}
             _make_causal(folder / "config.json")
             first = save_sink(model, _firsts(encoder), folder / SINK)
-        path.write_text(json.dumps(form, indent=4, ensure_ascii=False), encoding="utf-8")
-        card = folder / "README.md"
-        text = card.read_text(encoding="utf-8")
-        if isinstance(encoder[0], LayeredTransformer):
-            text += LAYERED_CARD.format(mask=_said(model.config))
-            text += "" if first is None else SINK_CARD.format(first=first)
         else:
-            text += CARD.format(attention=settings.attention)
-        if isinstance(encoder[0], EchoTransformer):
-            text += ECHO_CARD
-        if settings.whiten is not None:
-            text += WHITEN_CARD
-        card.write_text(text, encoding="utf-8")
+            first = None
+        path.write_text(json.dumps(form, indent=4, ensure_ascii=False), encoding="utf-8")
+        card.name_modules_for_servers(folder)
+        if not isinstance(encoder[0], LayeredTransformer | EchoTransformer):
+            family = model.config.model_type
+            cards.write(folder, card.METADATA, card.usage(encoder, tokenizer, settings, family))
+        else:
+            cards.write(folder, card.METADATA, card_of_ours(encoder, settings, first))
+        if is_bidirectional(model.config):
+            guard(folder)
 
     replace_directory(directory, write)
 
@@ -411,38 +407,52 @@ def _said(config: Any) -> str:
     return said + alone * keeps_sink(config)
 
 
-LAYERED_CARD = """
-## Made with ubmoe
+def card_of_ours(encoder: SentenceTransformer, settings: BiSection, first: int | None) -> str:
+    """The card of an encoder that a module of this package reads. first: the token of its sink."""
+    layered = isinstance(encoder[0], LayeredTransformer)
+    inner: Any = encoder[0]
+    mask = _said(inner.model.config) if layered else f"{settings.attention} attention"
+    parts = [OURS.format(start=cards.START, mask=mask)]
+    parts.append(ECHO_CARD if isinstance(encoder[0], EchoTransformer) else "")
+    parts.append("" if first is None else SINK_CARD.format(start=cards.START, first=first))
+    parts.append(card.WHITEN_CARD if settings.whiten is not None else "")
+    causal = "" if layered or not settings.bidirectional else ", is_causal=True"
+    return "".join([*parts, OURS_LANGUAGE.format(causal=causal)])
 
-A causal language model as an encoder that looks both ways in {mask}. Its head is still there.
 
-- As an encoder: `SentenceTransformer(directory, trust_remote_code=True)`, with the package `ubmoe`
-  installed, which knows this mask. The prompt, the pooling and the length are saved.
-- As a language model: `AutoModelForCausalLM.from_pretrained(directory)`, causal in every layer.
-"""
-SINK_CARD = """
-- Its states without this package, in stock peft: every text begins with token {first}, whose keys
-  and values are one virtual token in `sink/`. Give the model the ids behind it:
+OURS = """# A language model as a sentence encoder
+
+A causal language model as an encoder; its head is still there. It reads with {mask}. A module of
+the package `ubmoe` does this: install it. transformers alone, and servers, cannot. `.` is this
+folder.
 
 ```python
-model = AutoModel.from_pretrained(directory, is_causal=False)
-model = PeftModel.from_pretrained(model, f"{{directory}}/sink")
-states = model(input_ids=ids[:, 1:], attention_mask=mask[:, 1:]).last_hidden_state
+{start}
+from sentence_transformers import SentenceTransformer
+
+encoder = SentenceTransformer(directory, trust_remote_code=True)
+vectors = encoder.encode(["The dog sleeps.", "A cat sat in the garden."])
 ```
 """
-CARD = """
-## Made with ubmoe
-
-A causal language model tuned into an encoder with {attention} attention; its head is still there.
-
-- As an encoder: `SentenceTransformer(directory)`. The prompt, the pooling and the length are saved.
-- As a language model: `AutoModelForCausalLM.from_pretrained(directory, is_causal=True)`. Without
-  `is_causal=True` a bidirectional encoder would read its own future: its likelihoods mean nothing.
+OURS_LANGUAGE = """
+As a language model: `AutoModelForCausalLM.from_pretrained("."{causal})`, causal in every layer.
 """
-WHITEN_CARD = """
-A whitening, fitted on unlabelled sentences, is the last module: a Dense layer without activation.
+SINK_CARD = """
+Its states without `ubmoe`, in stock peft: every text begins with token {first}, whose keys and
+values are one virtual token in `sink/`. Give the model the ids behind it:
+
+```python
+{start}
+from peft import PeftModel
+from transformers import AutoModel, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(directory)
+model = AutoModel.from_pretrained(directory, is_causal=False)
+model = PeftModel.from_pretrained(model, f"{{directory}}/sink").eval()
+ids = tokenizer("The dog sleeps.", return_tensors="pt")["input_ids"]  # in the encoder's prompt
+states = model(input_ids=ids[:, 1:]).last_hidden_state
+```
 """
 ECHO_CARD = """
-Every text is read twice, and its vector is of the second copy's tokens. A module of the package
-`ubmoe` does it: install it, and load `SentenceTransformer(directory, trust_remote_code=True)`.
+Every text is read twice, and its vector is of the second copy's tokens.
 """

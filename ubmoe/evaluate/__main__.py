@@ -3,14 +3,10 @@
 python -m ubmoe.evaluate configs/tiny.yaml model.name=runs/tiny/bi
 """
 
-import sys
 from pathlib import Path
 
-try:
-    from ubmoe import cli
-    from ubmoe.config import Config
-except KeyboardInterrupt:  # before anything was begun
-    sys.exit(130)
+from ubmoe import cli
+from ubmoe.config import Config
 
 
 def main(config: Config) -> Path:
@@ -22,11 +18,13 @@ def main(config: Config) -> Path:
         from ubmoe.encoder.sentence_encoder import load_encoder
         from ubmoe.evaluate.generation import language_model_scores
         from ubmoe.evaluate.sts import sts_scores, sts_tasks
+        from ubmoe.models.source import ModelSource
 
         tasks = sts_tasks(config.evaluation.sts)
+        source = ModelSource.of(config.model)
         if config.evaluation.language_model:
-            run.more = {"generation": language_model_scores(config)}
-        encoder = load_encoder(config)
+            run.more = {"generation": language_model_scores(config, source)}
+        encoder = load_encoder(config, source)
         run.section = sts_scores(
             encoder, tasks, config.evaluation.batch_size, config.evaluation.bf16
         )

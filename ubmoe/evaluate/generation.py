@@ -27,12 +27,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ubmoe.bidirectional import is_bidirectional
 from ubmoe.bootstrap import interval, means
 from ubmoe.bounds import read_text
-from ubmoe.config import TABLE4, TASKS_OF_BITUNE, Config, EvaluationSection, UserError, error_reason
+from ubmoe.config import (
+    TABLE4,
+    TASKS_OF_BITUNE,
+    Config,
+    EvaluationSection,
+    UserError,
+    error_reason,
+    shipped,
+)
 from ubmoe.data.chats import Chat, collate, read_chats
 from ubmoe.data.padding import batches_by_length
 from ubmoe.data.rows import spaced
-from ubmoe.models.loading import load_model, load_tokenizer, within_context
+from ubmoe.models.loading import load_model
 from ubmoe.models.precision import Setting, autocast
+from ubmoe.models.source import ModelSource
 from ubmoe.tiny import tasks as tiny_tasks
 from ubmoe.training import losses
 
@@ -60,7 +69,7 @@ def check_tasks(names: list[str], data: str = "") -> None:
     result_names(names)
     for name in names:
         if name.endswith((".yaml", ".yml")):
-            _check_yaml(Path(name), data)
+            _check_yaml(shipped(name), data)
         elif name != "tiny" and name in manager().all_tags:
             raise UserError(
                 f"evaluation.generation: {name} is a tag of several tasks; name the tasks"
@@ -264,7 +273,7 @@ def _evaluated(lm: Any, settings: EvaluationSection) -> dict[str, Any]:
 
 
 def _asked(name: str, data: str) -> Any:
-    return task_of(Path(name), data) if name.endswith((".yaml", ".yml")) else name
+    return task_of(shipped(name), data) if name.endswith((".yaml", ".yml")) else name
 
 
 def result_names(asked: list[str]) -> dict[str, str]:
@@ -294,7 +303,7 @@ def result_names(asked: list[str]) -> dict[str, str]:
 def _names_of(asked: str) -> list[str]:
     if asked == "tiny":
         return [str(task["task"]) for task in tiny_tasks.TASKS]
-    return [_name_in(Path(asked))] if asked.endswith((".yaml", ".yml")) else [asked]
+    return [_name_in(shipped(asked))] if asked.endswith((".yaml", ".yml")) else [asked]
 
 
 def percent(task: str, result: dict[str, Any]) -> dict[str, float]:
@@ -366,16 +375,18 @@ def held_out_chats(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[C
     return found.held_out(settings.held_out, "ubmoe.held_out")[1]
 
 
-def language_model_scores(config: Config) -> dict[str, Any]:
+def language_model_scores(config: Config, source: ModelSource) -> dict[str, Any]:
     """Generation tasks and perplexity of held-out chats, read causally whatever its own mask.
+
+    source: of the config's model.
 
     `further`: {file or id: what `told` says} of those of `evaluation.perplexity`.
     """
     check_tasks(config.evaluation.generation, config.evaluation.data)
-    config = within_context(config, "ubmoe")
-    settings, tokenizer = config.ubmoe, load_tokenizer(config.model)
+    config = source.within_context(config, "ubmoe")
+    settings, tokenizer = config.ubmoe, source.tokenizer
     kept, further = held_out_chats(config, tokenizer), _further_chats(config, tokenizer)
-    model = load_model(config.model)
+    model = load_model(source)
     scores = generation_scores(model, tokenizer, config.evaluation)
     counts = {"held_out": len(kept), "max_tokens": settings.max_tokens}
     counts["truncated"] = sum(chat.cut for chat in kept)

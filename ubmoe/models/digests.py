@@ -49,7 +49,7 @@ def fingerprint_of(tensors: Iterable[Stream]) -> str:
     return found.hexdigest()
 
 
-def mark_of(model: PreTrainedModel, weights: str | None = None) -> dict[str, Any]:
+def resume_key(model: PreTrainedModel, weights: str | None = None) -> dict[str, Any]:
     """What work on a model depends on: every byte of its weights, and its config without paths.
 
     weights: their digest, where it is not of all that the model holds.

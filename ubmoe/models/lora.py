@@ -5,7 +5,6 @@ which weights, and read under the wrong mask (cosine 0.5 to 0.6) or on another m
 shape it is silently wrong: ubmoe.json beside it says both.
 """
 
-import json
 import logging
 import re
 import warnings
@@ -21,10 +20,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ubmoe import owned
 from ubmoe.bidirectional import Attention, attention_name
-from ubmoe.bounds import METADATA, limited, read_text
+from ubmoe.bounds import limited, read_json
 from ubmoe.config import LoraSection, UserError, error_reason
 from ubmoe.files import replace_directory, write_json
+from ubmoe.models.cards import is_hub_id
 from ubmoe.models.digests import fingerprint
 from ubmoe.models.precision import cast
 from ubmoe.models.tensors import Stream
@@ -118,7 +119,7 @@ def save_difference(
         lora_alpha=rank,
         target_modules=_targets(base.base_model, changed),
         task_type="FEATURE_EXTRACTION",
-        base_model_name_or_path=base.name_or_path,
+        base_model_name_or_path=base.name_or_path if is_hub_id(base.name_or_path or "") else None,
         inference_mode=True,
     ).save_pretrained(str(directory))
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
@@ -140,6 +141,7 @@ def nearest(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def save(wrapped: PeftModel, directory: Path, stages_before: int) -> None:
     """The adapter as peft saves it, and ubmoe.json, which says how it was trained."""
+    owned.claim(directory.parent, directory.name)  # or a later run would find a stranger's folder
 
     def write(folder: Path) -> None:
         wrapped.save_pretrained(str(folder))
@@ -157,7 +159,7 @@ def write_mode(folder: Path, base: str, attention: str, stages_before: int = 0) 
 
 def check_base(model: nn.Module, adapter: Path) -> None:
     """Raises ValueError for an adapter that says that it was trained on other weights."""
-    base = json.loads(read_text(adapter / MODE, METADATA)).get("base")
+    base = read_json(adapter / MODE).get("base")
     if base is not None and base != fingerprint(model):
         raise ValueError("it was trained on other weights of the same shape")
 
@@ -181,7 +183,7 @@ def adapter_attention(adapter: str, merged_before: int = 0) -> str:
     path = Path(adapter) / MODE
     expected = 'expected {"attention": "causal"} or {"attention": "bidirectional"} in it'
     try:
-        mode = json.loads(read_text(path, METADATA))
+        mode = read_json(path)
         attention, before = mode["attention"], mode.get("stages_before", 0)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
@@ -297,7 +299,7 @@ def _check_whole_weights(model: nn.Module, shapes: dict[str, list[int]]) -> None
 
 def check_patterns(model: nn.Module, adapter: Path) -> None:
     """Raises ValueError for regular expressions that would match the modules' names for ever."""
-    settings = json.loads(read_text(adapter / "adapter_config.json", METADATA))
+    settings = read_json(adapter / "adapter_config.json")
     whole = [settings.get(name) for name in ("target_modules", "exclude_modules")]
     ends = [*(settings.get("rank_pattern") or ()), *(settings.get("alpha_pattern") or ())]
     layers = settings.get("layers_pattern") or ()
@@ -344,7 +346,7 @@ def strict() -> Iterator[None]:
 
 def _wrapped(model: PreTrainedModel, adapter: str) -> tuple[PeftModel, bool]:
     """The model under its adapter, and whether the adapter is of the LM with its head."""
-    settings = json.loads(read_text(Path(adapter) / "adapter_config.json", METADATA))
+    settings = read_json(Path(adapter) / "adapter_config.json")
     if settings["peft_type"] != "LORA":
         raise ValueError(f"it is {settings['peft_type']}, expected LORA")
     _check_start(settings)

@@ -26,14 +26,8 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from ubmoe.config import ModelSection
 from ubmoe.models.digests import fingerprint_of
-from ubmoe.models.loading import (
-    check_layers,
-    decoder_config,
-    explained,
-    gguf_file,
-    load_model,
-    source,
-)
+from ubmoe.models.loading import check_layers, load_model
+from ubmoe.models.source import ModelSource, explained
 from ubmoe.models.tensors import Stream, held, stored
 
 log = logging.getLogger(__name__)
@@ -71,16 +65,17 @@ class Weights:
         return fingerprint_of(stream for _, stream in self.inner())
 
 
-def open_weights(config: ModelSection, dtype: torch.dtype | None) -> Weights:
+def open_weights(given: ModelSection | ModelSource, dtype: torch.dtype | None) -> Weights:
     """What `load_model` would load, as tensors of a dtype; None: that of the model's own files.
 
     Raises UserError as it does, except for numbers that are not finite: none is read yet.
     """
-    settings = decoder_config(config)
+    source = ModelSource.of(given)
+    config, settings = source.section, source.decoder_settings()
     found = None
-    if not config.adapters and gguf_file(config) is None:
+    if not config.adapters and source.file is None:
         with explained(config):
-            found = _plain(config, settings)
+            found = _plain(source, settings)
     if found is None:
         log.info("%s: loaded whole, since it is not stored tensor by tensor", config.name)
         return of_model(load_model(config.model_copy(update={"device": "cpu"})), config.name, dtype)
@@ -105,13 +100,13 @@ def shaped(settings: Any) -> Any:
 
 
 def _plain(
-    config: ModelSection, settings: Any
+    source: ModelSource, settings: Any
 ) -> tuple[PreTrainedModel, dict[str, Stream], set[str]] | None:
     """The model as shapes, its tensors, and the names of others in its files.
 
     None where its files are not exactly what its class would hold.
     """
-    path, revision = source(config), config.revision
+    path, revision = source.path, source.section.revision
     if hasattr(settings, "quantization_config") or find_adapter_config_file(
         path, revision=revision
     ):

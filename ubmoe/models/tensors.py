@@ -5,6 +5,7 @@ numbers. Its library writes only what is held whole.
 """
 
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,8 @@ from torch import Tensor
 BLOCK = 1 << 21  # numbers of a tensor that are held at once: 8 MiB in float32
 LENGTH = 8  # bytes that give the header's length
 SHARD = "5GB"
+# transformers 4 refuses any other format than pt, and says it; 5 and all else do not look.
+GUARDED = "pt, whose is_causal transformers 5.2 or newer reads"
 # How the format calls them, in the order in which it writes them.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -115,14 +118,34 @@ def write_file(tensors: dict[str, Stream], path: Path) -> None:
         end += each.nbytes
         places = {"shape": list(each.shape), "data_offsets": [start, end]}
         header[name] = {"dtype": NAMES[each.dtype], **places}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of eight
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(LENGTH, "little") + text)
+        file.write(_with_length(header))
         for name in order:
             for block in tensors[name].blocks():
                 flat = block.cpu().contiguous().flatten()
                 file.write(flat.view(torch.uint8).numpy().data)
+
+
+def guard(folder: Path) -> None:
+    """Let transformers 4 refuse a folder's weights, where it would read them causally in silence.
+
+    A header grows by it, so each file is copied once.
+    """
+    for path in folder.glob("*.safetensors"):
+        copy = path.with_suffix(".guarded")
+        with path.open("rb") as old, copy.open("wb") as new:
+            header = json.loads(old.read(int.from_bytes(old.read(LENGTH), "little")))
+            header["__metadata__"] = (header.get("__metadata__") or {}) | {"format": GUARDED}
+            new.write(_with_length(header))
+            shutil.copyfileobj(old, new, BLOCK)
+        copy.replace(path)
+
+
+def _with_length(header: dict[str, object]) -> bytes:
+    """A file's beginning: the numbers behind it begin at a multiple of eight."""
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(LENGTH, "little") + text
 
 
 def write_model(groups: dict[str, dict[str, Stream]], folder: Path, shard: str = SHARD) -> None:

@@ -14,9 +14,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ubmoe.bidirectional import attention_name
+from ubmoe.bounds import read_json
 from ubmoe.config import UserError, error_reason
 from ubmoe.files import replace_directory
-from ubmoe.models import lora
+from ubmoe.models import cards, lora
 from ubmoe.models.streams import Weights
 from ubmoe.models.tensors import SHARD, write_model
 from ubmoe.moe.joining import (
@@ -48,8 +49,8 @@ def encoder_attention(directory: Path) -> str:
     read = {}
     for name in ("config.json", FORM, MODULES):
         try:
-            read[name] = json.loads((directory / name).read_text())
-        except (OSError, ValueError, RecursionError) as error:
+            read[name] = read_json(directory / name)
+        except (OSError, ValueError) as error:
             said = error_reason(error)
             raise UserError(f"ubmoe.bi: {directory / name}: no JSON ({said})") from error
     if not isinstance(read["config.json"], dict) or not isinstance(read[FORM], dict):
@@ -161,51 +162,57 @@ def _finish(
 ) -> None:
     """What is beside the weights: tokenizer, the encoder's form with its switch, the card."""
     tokenizer.save_pretrained(folder)
-    modules = json.loads((encoder / MODULES).read_text(encoding="utf-8"))
+    modules = read_json(encoder / MODULES)
     for name in {*FORM_FILES, *(each["path"] for each in modules[1:])}:  # a whitening is a third
         put = shutil.copytree if (encoder / name).is_dir() else shutil.copy
         put(encoder / name, folder / name)  # type: ignore[operator]
     own = {"is_causal": encoder_attention(encoder) == "causal"}
-    form = json.loads((encoder / FORM).read_text(encoding="utf-8"))
+    form = read_json(encoder / FORM)
     form |= {"config_kwargs": own | switch} | (more or {})
     (folder / FORM).write_text(json.dumps(form, indent=4, ensure_ascii=False), encoding="utf-8")
     if modules[0]["type"].startswith("ubmoe."):
         card += OWN_MODULE
-    (folder / "README.md").write_text(card, encoding="utf-8")
+        card = card.replace("SentenceTransformer(directory)", TRUSTED)
+    cards.write(folder, METADATA, card)
 
 
-USE = """
+USE = f"""
+`.` is the folder of this card.
+
 ```python
+{cards.START}
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 language_model = AutoModelForCausalLM.from_pretrained(directory)  # causal
 tokenizer = AutoTokenizer.from_pretrained(directory)
+prompt = tokenizer("The dog", return_tensors="pt")
+answer = language_model.generate(**prompt, max_new_tokens=16)
 encoder = SentenceTransformer(directory)  # its mask, prompt, pooling and length are saved
+vectors = encoder.encode(["The dog sleeps.", "A cat sat in the garden."])
 ```
 
 Plain `AutoModel.from_pretrained(directory)` is causal. Engines that know the class but read only
-config.json can generate with it; they cannot embed with it.
+config.json can generate with it; they cannot embed with it. The encoder's mask wants transformers
+5.2 or newer: an older one would read it causally without a word.
 """
+TRUSTED = "SentenceTransformer(directory, trust_remote_code=True)"
 OWN_MODULE = """
 The encoder's form wants a module of the package `ubmoe`: install it, and load the encoder with
 `SentenceTransformer(directory, trust_remote_code=True)`.
 """
-MIXTURE_CARD = f"""---
-library_name: transformers
-tags: [ubmoe, mixture-of-experts, sentence-transformers]
----
-# A uni- and bi-directional mixture of experts
+METADATA: dict[str, Any] = {
+    "library_name": "transformers",
+    "pipeline_tag": "text-generation",
+    "tags": ["ubmoe", "mixture-of-experts", "sentence-transformers", "sentence-similarity"],
+}
+MIXTURE_CARD = f"""# A uni- and bi-directional mixture of experts
 
 A mixture whose expert 0 is the original FFN of a causal language model and whose expert 1 is the
 same FFN tuned bidirectionally for sentence embeddings. Attention, norms and embeddings are the
 original's. A router in each layer weighs the two. A shared expert, if any, adds exactly zero.
 {USE}"""
-MODES_CARD = f"""---
-library_name: transformers
-tags: [ubmoe, mixture-of-experts, sentence-transformers]
----
-# Two modes in one checkpoint
+MODES_CARD = f"""# Two modes in one checkpoint
 
 As a language model this is exactly the original model; as an encoder it is exactly the
 bidirectionally tuned one. Both share everything but their FFNs, and each runs at dense speed.
@@ -214,15 +221,12 @@ Each reader reports the other mode's FFN as unexpected tensors: that is how it w
 for transformers and sentence-transformers only: other engines stop at tensors that they did not
 build. There, serve the original model and the dense encoder, which the two modes equal.
 """
-ADAPTER_CARD = f"""---
-library_name: transformers
-tags: [ubmoe, lora, sentence-transformers]
----
-# A language model, and an encoder as an adapter of it
+ADAPTER_CARD = f"""# A language model, and an encoder as an adapter of it
 
 As a language model this is exactly the original model, in its own class. As an encoder it is the
 same model with the low-rank adapter in `{ADAPTER}/`, which sentence-transformers loads by peft.
 {USE}
 Engines that know the class generate with it; the adapter is a LoRA as peft saves it. On a model
-hub, write this repository's own id as `base_model_name_or_path` in `{ADAPTER}/adapter_config.json`.
+hub its `{ADAPTER}/adapter_config.json` must name this repository as `base_model_name_or_path`:
+`hub.push` writes it.
 """

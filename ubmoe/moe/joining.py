@@ -12,18 +12,21 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen2MoeConfig, Qwen3MoeConfig
 
 from ubmoe import layered
-from ubmoe.bidirectional import attending, prove_attention
+from ubmoe.bidirectional import attending, attention_name, prove_attention
 from ubmoe.config import ModelSection, UserError, listed
 from ubmoe.files import replace
 from ubmoe.models.loading import is_finite, load_model, refuse_not_finite
-from ubmoe.models.streams import Weights, shaped
+from ubmoe.models.source import ModelSource
+from ubmoe.models.streams import Weights, of_model, shaped
 from ubmoe.models.tensors import SHARD, Stream, held, write_file, write_model
 from ubmoe.moe.routers import router_weights
 from ubmoe.moe.routes import BI, UNI, blocks, route_of, set_route
@@ -118,12 +121,12 @@ def save_routers(model: PreTrainedModel, folder: Path) -> None:
     replace(folder / f"model-{ROUTERS}.safetensors", lambda path: write_file(tensors, path))
 
 
-def load_mixture(config: ModelSection, attention: str) -> PreTrainedModel:
+def load_mixture(given: ModelSection | ModelSource, attention: str) -> PreTrainedModel:
     """A mixture to be trained: its routers float32, and its masks proved by both routes.
 
     attention: of the route bi, causal or bidirectional; uni is causal. Raises UserError.
     """
-    model = load_model(config)
+    model = load_model(given)
     for block in blocks(model):
         block.gate.float()
         block.gate.register_forward_pre_hook(_in_its_dtype)
@@ -133,6 +136,33 @@ def load_mixture(config: ModelSection, attention: str) -> PreTrainedModel:
         with route_of(model, route), attending(model, bidirectional):  # type: ignore[arg-type]
             log.info("route %s: %s", route, prove_attention(model, bidirectional))
     return model
+
+
+def join_models(
+    uni: PreTrainedModel, bi: PreTrainedModel | SentenceTransformer, top_k: int = 2
+) -> PreTrainedModel:
+    """The mixture of two models in memory, with routers of zero, as `ubmoe.join` documents it."""
+    one = of_model(uni, "model.name")
+    inner: Any = bi[0].model if isinstance(bi, SentenceTransformer) else bi
+    other = _with_head(inner, one) if inner.base_model is inner else of_model(inner, "ubmoe.bi")
+    check_alike(one, other)
+    dtype: Any = str(uni.dtype).removeprefix("torch.")
+    with TemporaryDirectory() as folder:
+        write_mixture(one, other, Path(folder), top_k)
+        section = ModelSection(name=folder, dtype=dtype, device=str(uni.device))
+        mixture = load_mixture(section, attention_name(inner.config))
+    mixture.name_or_path = uni.name_or_path  # the folder is gone
+    return mixture
+
+
+def _with_head(inner: Any, dense: Weights) -> Weights:
+    """A headless model's tensors under the names of its causal language model, whose head it has
+    from `dense`.
+    """
+    prefix = dense.model.base_model_prefix
+    tensors = {f"{prefix}.{name}": held(value) for name, value in inner.state_dict().items()}
+    tensors = {name: tensors.get(name, each) for name, each in dense.tensors.items()}
+    return Weights("ubmoe.bi", shaped(inner.config), dense.dtype, tensors)
 
 
 def share_mask(bi: Any, mixture: Any) -> None:

@@ -1,7 +1,7 @@
 """What train_ubmoe.py does, a step a function: read, load, train the routers, save, score."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,17 +10,19 @@ from typing import Any
 from accelerate import PartialState
 from mteb.abstasks.sts import AbsTaskSTS
 from sentence_transformers import SentenceTransformer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from ubmoe.bidirectional import set_attention
-from ubmoe.config import Config, ModelSection, Route, UserError
+from ubmoe.config import Config, Route, UserError
 from ubmoe.data.chats import Chat, read_chats
 from ubmoe.data.tokens import sentences_of
 from ubmoe.encoder.sentence_encoder import load_saved
 from ubmoe.evaluate import generation
 from ubmoe.evaluate.sts import sts_scores, sts_tasks
-from ubmoe.models.loading import best_device, load_model, load_tokenizer, model_type
+from ubmoe.models import cards
+from ubmoe.models.loading import best_device, load_model
 from ubmoe.models.precision import weights_dtype
+from ubmoe.models.source import ModelSource
 from ubmoe.models.streams import open_weights
 from ubmoe.moe import export, router_training, routers
 from ubmoe.moe.distillation import Distillation
@@ -36,9 +38,9 @@ log = logging.getLogger(__name__)
 class Inputs:
     """Everything that is read before any model is loaded."""
 
-    encoder: Path
+    source: ModelSource  # of the language model
+    tuned: ModelSource  # of its encoder
     attention: str  # the encoder's: bidirectional, or causal (the study's control)
-    tokenizer: PreTrainedTokenizerBase
     chats: list[Chat]
     held_out: list[Chat]
     sentences: list[str]
@@ -46,16 +48,20 @@ class Inputs:
     counts: dict[str, int]
     joins: bool = True  # whether a mixture is known for the model's class; else it is left out
 
+    @property
+    def encoder(self) -> Path:
+        return Path(self.tuned.path)
 
-def read(config: Config) -> Inputs:
+
+def read(config: Config, source: ModelSource) -> Inputs:
     """Raises UserError for whatever is missing or wrong, before a model is loaded."""
     encoder = Path(config.ubmoe.bi or f"{config.output_dir}/bi").expanduser().resolve()
     attention = encoder_attention(encoder)
     generation.check_tasks(config.evaluation.generation, config.evaluation.data)
-    joins = check_joins(model_type(config.model), config.ubmoe.export)
+    joins = check_joins(source.settings.model_type, config.ubmoe.export)
     sts = sts_tasks(config.evaluation.sts)
-    tokenizer = load_tokenizer(config.model)
-    if load_tokenizer(_stored_at(config, encoder)).get_vocab() != tokenizer.get_vocab():
+    tokenizer, tuned = source.tokenizer, source.at(encoder)
+    if tuned.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise UserError(f"ubmoe.bi: {encoder} has another tokenizer than {config.model.name}")
     settings = config.ubmoe
     found = read_chats(settings.dataset, tokenizer, settings.max_tokens, settings.max_rows)
@@ -66,13 +72,7 @@ def read(config: Config) -> Inputs:
     counts = {"chats": len(chats), "held_out": len(kept), "truncated": found.truncated}
     log.info("chats: %s", counts)
     counts |= {"dropped": found.dropped, "max_tokens": settings.max_tokens}
-    return Inputs(encoder, attention, tokenizer, chats, kept, sentences, sts, counts, joins)
-
-
-def _stored_at(config: Config, folder: Path) -> ModelSection:
-    """How a model of the run is loaded from its folder."""
-    changes = {"name": str(folder), "revision": None, "adapter": None}
-    return config.model.model_copy(update=changes)
+    return Inputs(source, tuned, attention, chats, kept, sentences, sts, counts, joins)
 
 
 def join(config: Config, inputs: Inputs, place: Callable[[str], Path]) -> dict[str, Any]:
@@ -82,10 +82,10 @@ def join(config: Config, inputs: Inputs, place: Callable[[str], Path]) -> dict[s
     Raises UserError for models that cannot be joined.
     """
     dtype = weights_dtype(config.model.dtype, best_device(config.model.device))
-    uni = open_weights(config.model, dtype)
-    bi = open_weights(_stored_at(config, inputs.encoder), uni.dtype)
+    uni = open_weights(inputs.source, dtype)
+    bi = open_weights(inputs.tuned, uni.dtype)
     (check_alike if inputs.joins else check_pair)(uni, bi)
-    settings, common = config.ubmoe, (uni, bi, inputs.tokenizer, inputs.encoder)
+    settings, common = config.ubmoe, (uni, bi, inputs.source.tokenizer, inputs.encoder)
     if inputs.joins:
         said = made(config, inputs, routed=True)
         top_k, renormalised = settings.top_k, settings.norm_topk_prob
@@ -100,7 +100,7 @@ def join(config: Config, inputs: Inputs, place: Callable[[str], Path]) -> dict[s
     return report
 
 
-def load(config: Config, inputs: Inputs, place: Callable[[str], Path]) -> PreTrainedModel:
+def load(inputs: Inputs, place: Callable[[str], Path]) -> PreTrainedModel:
     """The mixture that the first process has written, in every process; or the language model of
     the adapter where there is none. Raises UserError.
     """
@@ -112,7 +112,7 @@ def load(config: Config, inputs: Inputs, place: Callable[[str], Path]) -> PreTra
             f"output_dir: process {state.process_index} does not see {folder}; expected a folder "
             "that all processes share"
         )
-    stored = _stored_at(config, folder)
+    stored = inputs.source.at(folder)
     model = load_mixture(stored, inputs.attention) if inputs.joins else load_model(stored)
     state.wait_for_everyone()  # what the run moves at its end has been read by all
     return model
@@ -146,8 +146,8 @@ def made(config: Config, inputs: Inputs, routed: bool) -> str:
     settings, lines = (
         config.ubmoe,
         [
-            f"- language model: {_named(config.model.name)}, {config.model.dtype}",
-            f"- encoder: {_named(str(inputs.encoder))}, tuned under the {inputs.attention} mask",
+            f"- language model: {cards.named(config.model.name)}, {config.model.dtype}",
+            f"- encoder: {cards.named(str(inputs.encoder))}, of {inputs.attention} attention",
         ],
     )
     if routed:
@@ -157,15 +157,37 @@ def made(config: Config, inputs: Inputs, routed: bool) -> str:
         lines.append(
             f"- routers: top_k {settings.top_k}, started from {settings.router_init}, objective "
             f"{settings.objective}, {length} of {settings.per_device_train_batch_size} chats "
-            f"({_named(settings.dataset)}), learning rate {settings.learning_rate:g}, seed "
+            f"({cards.named(settings.dataset)}), learning rate {settings.learning_rate:g}, seed "
             f"{config.seed}"
         )
     return "\n".join(["\n## How it was made\n", "Joined by train_ubmoe.py of ubmoe.\n", *lines, ""])
 
 
-def _named(name: str) -> str:
-    """A hub id as it is; of a local path its last two parts."""
-    return "/".join(Path(name).resolve().parts[-2:]) if Path(name).exists() else name
+def complete_cards(
+    config: Config, inputs: Inputs, place: Callable[[str], Path], record: Mapping[str, Any]
+) -> None:
+    """Add to the card of each saved model what it scored, as far as its routes were scored.
+
+    record: `generation` and `sts`, as the result has them.
+    """
+    routes, metrics = record["generation"]["routes"], record["generation"]["metrics"]
+    settings = config.ubmoe
+    kinds: dict[str, tuple[str, Route, list[str]]]
+    kinds = {"mixture": ("ubmoe", settings.route, [settings.route])}
+    kinds |= {"modes": ("modes", "uni", ["bi", "mode"]), "adapter": ("adapter", "uni", ["adapter"])}
+    for kind in settings.export:
+        name, route, encoding = kinds[kind]
+        if kind == "mixture" and not inputs.joins:
+            continue
+        results = []
+        if found := routes.get(route):
+            results += cards.generation_results(found["tasks"], metrics, found["perplexity"])
+        for row in record["sts"]:
+            if row["route"] in encoding and row["attention"] == inputs.attention:
+                results += cards.sts_results(row)
+                break
+        trained = [settings.dataset] if kind == "mixture" else []
+        cards.complete(place(name), config, trained, results)
 
 
 def _routes(config: Config) -> list[Route]:
@@ -186,7 +208,7 @@ def generation_of(config: Config, inputs: Inputs, model: PreTrainedModel) -> dic
     own: Route = config.ubmoe.route if inputs.joins else "uni"
     for route in _routes(config) if inputs.joins else [own]:
         with route_of(model, route) if inputs.joins else nullcontext():
-            scores = generation.generation_scores(model, inputs.tokenizer, config.evaluation)
+            scores = generation.generation_scores(model, inputs.source.tokenizer, config.evaluation)
             lost = generation.perplexity(model, inputs.held_out, config.evaluation.bf16)
         routes[route] = scores | lost
         log.info("route %s: average %s, perplexity %s", route, *map(routes[route].get, SAID))

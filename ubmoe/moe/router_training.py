@@ -18,7 +18,7 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss
 
 from ubmoe.config import MoeSection, UserError
 from ubmoe.data.chats import Chat, collate
-from ubmoe.models.digests import digest_of_frozen, digest_of_rows, mark_of
+from ubmoe.models.digests import digest_of_frozen, digest_of_rows, resume_key
 from ubmoe.models.precision import uses_bfloat16
 from ubmoe.moe import routers, routes
 from ubmoe.moe.distillation import Distillation
@@ -28,8 +28,6 @@ from ubmoe.training.sharding import sharding
 from ubmoe.training.trainer import GuardedTrainer, enough_rows, run_trainer
 
 log = logging.getLogger(__name__)
-FITTED_ON = 100  # chats that `router_init: uni` is fitted on
-ROLES = ("prompt", "answer", "template", "punctuation")
 
 
 class _Watch:
@@ -143,7 +141,7 @@ def train(
     model.requires_grad_(False)
     for value in routers.router_weights(model).values():
         value.requires_grad = True
-    mark = mark_of(model, digest_of_frozen(model)) | {"data": _digest(chats, distillation)}
+    mark = resume_key(model, digest_of_frozen(model)) | {"data": _digest(chats, distillation)}
     collated = distillation.collated if distillation else collate
     bf16 = uses_bfloat16(settings.bf16, model.device)
     with sharding(model, settings, work.distributed, bf16), _watching(model) as watch:

@@ -30,9 +30,9 @@ def blocks(model: PreTrainedModel) -> list[Any]:
 
 def is_mixture(model: PreTrainedModel) -> bool:
     """Whether every layer holds exactly a uni and a bi expert."""
-    return all(
-        getattr(getattr(mlp, "experts", None), "num_experts", 0) == 2 for mlp in blocks(model)
-    )
+    layers: Any = getattr(model.base_model, "layers", None)  # none under other families' names
+    experts = (getattr(getattr(layer, "mlp", None), "experts", None) for layer in layers or [None])
+    return all(getattr(each, "num_experts", 0) == 2 for each in experts)
 
 
 def set_route(model: PreTrainedModel, route: Route) -> None:

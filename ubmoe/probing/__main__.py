@@ -4,14 +4,10 @@ python -m ubmoe.probing configs/tiny.yaml
 python -m ubmoe.probing configs/tiny.yaml probing.data=path/to/semantic-probing-2025
 """
 
-import sys
 from pathlib import Path
 
-try:
-    from ubmoe import cli
-    from ubmoe.config import Config
-except KeyboardInterrupt:  # before anything was begun
-    sys.exit(130)
+from ubmoe import cli
+from ubmoe.config import Config
 
 
 def main(config: Config) -> Path | None:
@@ -31,9 +27,10 @@ def main(config: Config) -> Path | None:
         reports = []
         for label, which in models.items():
             run.model = None  # before the next one is loaded
-            run.model = experiment.loaded(config, which)
+            source = experiment.source_of(config, which)
+            run.model = experiment.loaded(source, which)
             kept = run.directory / "vectors"
-            reports.append(experiment.probe(config, label, which, run.model, tasks, kept))
+            reports.append(experiment.probe(config, label, which, source, run.model, tasks, kept))
         run.section = {
             "tasks": experiment.described(tasks),
             "models": reports,

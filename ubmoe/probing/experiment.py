@@ -13,21 +13,16 @@ from transformers import PreTrainedModel
 
 from ubmoe import owned
 from ubmoe.config import Config, ProbedModel, ProbingSection, UserError
-from ubmoe.files import replace
-from ubmoe.models.digests import digest_of_rows, digest_of_tokenizer, mark_of
-from ubmoe.models.loading import (
-    bounded,
-    context_length,
-    load_model,
-    load_tokenizer,
-    saved_attention,
-)
+from ubmoe.models.digests import digest_of_rows, digest_of_tokenizer, resume_key
+from ubmoe.models.loading import load_model
 from ubmoe.models.lora import last_attention
+from ubmoe.models.source import ModelSource, bounded, context_length
 from ubmoe.moe.routes import set_route
 from ubmoe.probing.anisotropy import anisotropy
 from ubmoe.probing.items import Task
 from ubmoe.probing.rows import all_rows, alone
 from ubmoe.probing.word_vectors import Sentences, Word, word_vectors
+from ubmoe.unfinished import Unfinished
 
 log = logging.getLogger(__name__)
 BINARY, NUMBERS = "balanced_accuracy", "spearman"  # what models are compared by
@@ -66,6 +61,7 @@ def probe(
     config: Config,
     label: str,
     which: ProbedModel,
+    source: ModelSource,
     model: PreTrainedModel,
     tasks: Sequence[Task],
     folder: Path,
@@ -76,21 +72,18 @@ def probe(
     """
     context = context_length(model.config)
     settings = bounded(config.probing, context, "probing") if context else config.probing
-    tokenizer = load_tokenizer(_section(config, which))
+    tokenizer = source.tokenizer
     count = model.config.get_text_config().num_hidden_layers + 1
     layers = _layers(settings, count)
     path = folder / file_name(label)
     owned.claim(folder, f"{path.name}*", f".{path.name}*")
-    attention = _attention(config, which)
-    key = digest_of_rows([mark_of(model), digest_of_tokenizer(tokenizer), attention, which.route])
-    done = path.with_suffix(".report.json")
-    mark = _mark(key, label, tasks, settings)
-    if config.resume == "auto" and done.exists():
-        kept = _kept(done, mark)
-        if kept is not None:
-            log.info("%s: probed already", label)
-            return kept | {"model": which.name}
-        log.info("%s: %s is of another model, other items or settings, or changed", label, done)
+    attention = _attention(source, which)
+    read_by = [digest_of_tokenizer(tokenizer), attention, which.route]
+    key = digest_of_rows([resume_key(model), *read_by])
+    done = Unfinished(path.with_suffix(".report.npz"), _key(key, label, tasks, settings))
+    if config.resume == "auto" and (kept := done.load("report")):
+        log.info("%s: probed already", label)
+        return json.loads(str(kept[0])) | {"model": which.name}
     log.info("%s: %d of %d layers of %s", label, len(layers), count - 1, which.name)
 
     words = list(dict.fromkeys(word for word in _words(tasks, settings.controls)))
@@ -114,24 +107,8 @@ def probe(
         "rows": all_rows(tasks, vectors, index, layers, settings, label),
         "anisotropy": anisotropy(model, tokenizer, tasks, path, count, settings, keys),
     }
-    sealed = {"mark": mark, "sha256": _sha256(json.dumps(report)), "report": report}
-    replace(done, lambda file: file.write_text(json.dumps(sealed)))
+    done.save(report=json.dumps(report))
     return report
-
-
-def _kept(path: Path, mark: str) -> dict[str, Any] | None:
-    """The report of a run of the same mark, if it is as it was written."""
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        found = kept["report"]
-        same = (kept["mark"], kept["sha256"]) == (mark, _sha256(json.dumps(found)))
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return None
-    return found if same else None
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def file_name(label: str) -> str:
@@ -140,27 +117,26 @@ def file_name(label: str) -> str:
     return f"{re.sub(r'[^a-z0-9]+', '-', label.lower()).strip('-')[:60]}-{digest}"
 
 
-def _mark(key: str, label: str, tasks: Sequence[Task], settings: ProbingSection) -> str:
+def _key(model: str, label: str, tasks: Sequence[Task], settings: ProbingSection) -> dict[str, Any]:
     """What a report depends on: the model as it reads, the items, and the settings."""
     items = [(task.name, task.words, task.targets.tolist(), task.groups) for task in tasks]
     metadata = settings.model_dump(exclude={"models", "data", "jobs", "batch_tokens"})
-    return hashlib.sha256(repr((key, label, items, metadata)).encode()).hexdigest()
+    return {"model": model, "label": label, "items": digest_of_rows(items), "settings": metadata}
 
 
-def _attention(config: Config, which: ProbedModel) -> str:
-    section = _section(config, which)
-    return which.attention or last_attention(section.adapters) or saved_attention(section)
+def _attention(source: ModelSource, which: ProbedModel) -> str:
+    return which.attention or last_attention(source.section.adapters) or source.attention
 
 
-def _section(config: Config, which: ProbedModel) -> Any:
+def source_of(config: Config, which: ProbedModel) -> ModelSource:
+    """Where one of the models is read from. Raises UserError."""
     changes = {"name": which.name, "revision": which.revision, "adapter": which.adapter}
-    return config.model.model_copy(update=changes)
+    return ModelSource.of(config.model.model_copy(update=changes))
 
 
-def loaded(config: Config, which: ProbedModel) -> PreTrainedModel:
+def loaded(source: ModelSource, which: ProbedModel) -> PreTrainedModel:
     """The model under its mask and its route. Raises UserError."""
-    bidirectional = _attention(config, which) == "bidirectional"
-    model = load_model(_section(config, which), bidirectional)
+    model = load_model(source, _attention(source, which) == "bidirectional")
     if which.route is not None:
         set_route(model, which.route)
     return model

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from scipy.stats import bootstrap, pearsonr, spearmanr
+from scipy.stats import pearsonr, spearmanr
 from sklearn.linear_model import (
     LinearRegression,
     LogisticRegression,
@@ -23,6 +23,7 @@ from sklearn.neural_network import MLPClassifier, MLPRegressor
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from ubmoe.bootstrap import draws
 from ubmoe.probing.items import Task
 
 SHARE = 0.2  # of a random split that is tested on
@@ -119,7 +120,7 @@ def scores(
     groups = np.array(task.groups)[test]
     measure = binary_metrics if task.binary else number_metrics
     found = measure(targets[test], predictions)
-    errors = standard_errors(measure, targets[test], predictions, groups, seed)
+    errors = standard_errors(measure, targets[test], predictions, groups)
     return found | {f"{name}_stderr": error for name, error in errors.items()}
 
 
@@ -153,14 +154,13 @@ def standard_errors(
     targets: np.ndarray,
     predictions: np.ndarray,
     groups: np.ndarray,
-    seed: int,
 ) -> dict[str, float]:
-    """Of every metric, by a bootstrap over groups, each taken whole."""
+    """The standard error of every metric, by a bootstrap over groups, each taken whole."""
     names, owner = np.unique(groups, return_inverse=True)
     members = [np.flatnonzero(owner == number) for number in range(len(names))]
 
-    def measured(chosen: np.ndarray) -> list[float]:
-        rows = np.concatenate([members[number] for number in chosen])
+    def measured(counts: np.ndarray) -> list[float]:
+        rows = np.concatenate([members[group] for group in np.arange(len(names)).repeat(counts)])
         return list(measure(targets[rows], predictions[rows]).values())
 
     metrics = measure(targets, predictions)
@@ -168,13 +168,9 @@ def standard_errors(
         return dict.fromkeys(metrics, 0.0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a resample with one class alone
-        drawn = bootstrap(
-            *((np.arange(len(names)),), measured),
-            n_resamples=RESAMPLES,
-            vectorized=False,
-            method="percentile",
-            rng=seed,
-        ).bootstrap_distribution  # (metrics, RESAMPLES)
+        every = (counts for some in draws(len(names), RESAMPLES) for counts in some)
+        drawn = np.array([measured(counts) for counts in every])  # (RESAMPLES, metrics)
     return {
-        name: float(np.nanstd(values, ddof=1)) for name, values in zip(metrics, drawn, strict=True)
+        name: float(np.nanstd(values, ddof=1))
+        for name, values in zip(metrics, drawn.T, strict=True)
     }

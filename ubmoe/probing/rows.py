@@ -37,7 +37,8 @@ def all_rows(
         for task in tasks
         for control in controls
     ]
-    found = Parallel(n_jobs=settings.jobs or -1, return_as="generator")(work)
+    jobs = min(settings.jobs, len(work)) if settings.jobs else -1  # each is a process
+    found = Parallel(n_jobs=jobs, return_as="generator")(work)
     bar = tqdm(found, total=len(work), desc=f"probes of {label}", unit="task", disable=None)
     return [row for rows in bar for row in rows]
 

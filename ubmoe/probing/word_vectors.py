@@ -24,7 +24,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ubmoe.config import UserError
 from ubmoe.data.padding import batches_by_length, padded_with_mask
 from ubmoe.data.tokens import check_ids
-from ubmoe.files import digest_of_file, write_json
+from ubmoe.files import digest_of_file
+from ubmoe.unfinished import Unfinished
 
 log = logging.getLogger(__name__)
 POSITIONS = ("same", "previous")
@@ -110,19 +111,13 @@ def word_vectors(
     """
     width = model.config.get_text_config().hidden_size
     shape = (len(sentences.places), len(positions), len(layers), width)
-    mark = path.with_suffix(".json")
-    metadata = {"key": key, "words": _digest(sentences), "layers": list(layers)}
-    metadata |= {"positions": list(positions)}
-    if path.exists() and mark.exists():
-        try:
-            kept = json.loads(mark.read_text())
-            own = metadata | {"sha256": kept.get("sha256")}
-            if kept == own and kept["sha256"] == digest_of_file(path):
-                return np.load(path, mmap_mode="r")
-        except (ValueError, LookupError, AttributeError, RecursionError):  # half a mark
-            pass
-        log.info("%s: of another model, words or settings, or not whole; made anew", path)
-    mark.unlink(missing_ok=True)
+    made_of = {"key": key, "words": _digest(sentences), "layers": list(layers)}
+    seal = Unfinished(path.with_suffix(".npz"), made_of | {"positions": list(positions)})
+    if path.exists() and (kept := seal.load("digest")):
+        if str(kept[0]) == digest_of_file(path):
+            return np.load(path, mmap_mode="r")
+        log.info("%s: not as it was written; made anew", path)
+    seal.remove()  # first: half a file must have no seal
     path.parent.mkdir(parents=True, exist_ok=True)
     log.info("word vectors: %.2f GB to %s", 4e-9 * math.prod(shape), path)
     vectors = reserved(path, shape)
@@ -157,7 +152,7 @@ def word_vectors(
                 vectors[numbers, position] = part
             bar.update(sum(len(sentences.ids[row]) for row in chosen))
     vectors.flush()
-    write_json(mark, metadata | {"sha256": digest_of_file(path)})
+    seal.save(digest=digest_of_file(path))
     return np.load(path, mmap_mode="r")
 
 

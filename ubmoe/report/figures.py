@@ -5,6 +5,7 @@ Drawn from what is recorded, without torch. Every picture has the style of `STYL
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
+from itertools import product
 from typing import Any, ParamSpec, TypeVar
 
 import matplotlib
@@ -417,8 +418,8 @@ def _scan_panels(axes: Any, rows: Sequence[dict[str, Any]], pooling: str) -> Non
         axes[1].set(xlabel="every K-th layer")
         axes[1].tick_params(axis="x", labelsize=7)
     for name, style in (("none", "-"), ("all", ":")):
-        [score] = [row[pooling]["score"] for row in rows if row["name"] == name]
-        for each in axes:
+        levels = [row[pooling]["score"] for row in rows if row["name"] == name]  # or none of it
+        for score, each in product(levels, axes):
             each.axhline(score, color="black", lw=0.9, ls=style, label=f"{name} ({score:.1f})")
     axes[0].legend()
 

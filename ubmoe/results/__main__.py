@@ -9,13 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-try:
-    from ubmoe import cli
-    from ubmoe.config import Config, UserError
-    from ubmoe.results import plan
-    from ubmoe.results.records import as_text, existing, pack, read_result, record, recorded
-except KeyboardInterrupt:  # before anything was begun
-    sys.exit(130)
+from ubmoe import cli
+from ubmoe.config import Config, UserError
+from ubmoe.results import plan
+from ubmoe.results.records import as_text, existing, pack, read_result, record, recorded
 
 ROOT = Path(__file__).parents[2]  # of a checkout
 

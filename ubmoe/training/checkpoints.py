@@ -8,7 +8,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -88,6 +88,15 @@ def begin(stage: TrainingSection, work: Work, model: nn.Module, **mark: Any) -> 
     elif work.resume and other:
         log.info("%s: of another run (other %s); starting afresh", directory, listed(other))
     return None
+
+
+def withdraw(directory: Path) -> None:
+    """Undo what `begin` has made for a stage of which nothing was trained."""
+    (directory / STAGE).unlink(missing_ok=True)
+    if [each.name for each in directory.iterdir()] == [owned.MARK]:
+        owned.remove(directory)
+        with suppress(OSError):  # other stages are in it
+            directory.parent.rmdir()
 
 
 def _mark_in(path: Path) -> dict[str, Any] | None:

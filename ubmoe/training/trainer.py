@@ -6,7 +6,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from contextlib import redirect_stdout, suppress
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from ubmoe.training.checkpoints import (
     readable,
     save_trainable,
     start_checkpoint,
+    withdraw,
 )
 from ubmoe.training.sharding import gathered, is_sharded, scattered, whole
 
@@ -130,11 +131,8 @@ def fit(trainer: Trainer, checkpoint: Path | None) -> list[dict[str, Any]]:
         if value.requires_grad and not torch.isfinite(whole(value.detach())).all():
             raise UserError(f"the last step made {name} infinite; lower learning_rate")
     if not pace.seconds:  # transformers only warns of it
-        size, mark = trainer.args.train_batch_size, Path(str(trainer.args.output_dir), "stage.json")
-        mark.unlink(missing_ok=True)
-        with suppress(OSError):  # where something is left in them
-            mark.parent.rmdir()
-            mark.parent.parent.rmdir()
+        withdraw(Path(str(trainer.args.output_dir)))
+        size = trainer.args.train_batch_size
         raise UserError(
             f"nothing was trained: the rows make no batch of {size}; lower "
             "per_device_train_batch_size, or add rows (a contrastive batch holds no text twice)"

@@ -1,0 +1,138 @@
+"""Encoders by what they cost: seven sets of STS beside lost perplexity, ours and published ones.
+
+Perplexity is of the language model that the encoder was made from, read causally, over that of the
+untouched model: the last point of the run's trajectory over its first.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from studies.compare.blocks.cells import noted
+from studies.compare.entries import is_tuned
+from studies.compare.published import published
+from ubmoe.report.tables import family, model_of, spread
+from ubmoe.results.records import Record, Records
+
+SETS = ("STS12", "STS13", "STS14", "STS15", "STS16", "STSB", "SICK-R")
+FILES = {"STSB-test": "STSB", "STSBenchmark": "STSB", "SICK-R-test": "SICK-R"}
+COSTS = ("lima", "wikitext2_valid")  # stems of the files that trajectories read
+FORMS = {"eol": "EOL", "plain": "plain", "echo": "echo", "paper": "the paper's"}
+
+
+def encoders_block(name: str, records: Records, seeds: Sequence[int]) -> str:
+    """A row for each kind of encoder of a study, over its seeds; below them published ones."""
+    del name  # the study, whose records these are
+    rows: dict[tuple[str, ...], list[Record]] = {}
+    for record in records.of("sts"):
+        if record.seed in seeds and scores_of(record):
+            rows.setdefault(described(record), []).append(record)
+    body = [
+        [
+            *row,
+            str(len(own)) if is_tuned(own[0]) else "",
+            *(
+                spread([each for record in own for each in scores_of(record, task)])
+                for task in SETS
+            ),
+            average([scores_of(record, *SETS) for record in own]),
+            *(spread([one for each in own for one in costs(each, text)]) for text in COSTS),
+            spread([record.data["seconds"] / 60 for record in own]),
+        ]
+        for row, own in sorted(rows.items(), key=lambda each: (each[0][0], is_tuned(each[1][0])))
+    ]
+    body = [[cell if cell != "not run" else "" for cell in row] for row in body]
+    header = ["model", "read as", "tuned", "seeds", *SETS, "average"]
+    return noted([[*header, "LIMA", "WikiText-2", "minutes"], *body, *_published()], [])
+
+
+def _published() -> list[list[str]]:
+    """Their rows end before what was measured of ours alone."""
+    return [
+        [
+            *(row["model"], row["form"], f"published: {row['source']}", ""),
+            *(f"{score:.2f}" for score in row["scores"]),
+            *(f"{mean(row['scores']):.2f}", "", "", ""),
+        ]
+        for row in published("sts")["sts"]["rows"]
+    ]
+
+
+def described(record: Record) -> tuple[str, str, str]:
+    """Its model, how a text is read, and what was tuned."""
+    bi = record.config["bi"]
+    form = FORMS.get(bi.get("form") or "", bi.get("prompt") or "plain")
+    white = bi.get("whiten")
+    removed = {None: "", "whiten": ", whitened"}.get(white and white["remove"], ", centred")
+    return model_of(record.data), f"{form}, {mask(bi)}{removed}", tuned(record)
+
+
+def mask(bi: dict[str, Any]) -> str:
+    """The mask that an encoder is read under."""
+    if bi.get("attention") == "causal" or bi.get("layers") == "none":
+        return "causal"
+    layers = bi.get("layers", "all")
+    named = {"all": "bidirectional"}.get(str(layers)) or "bidirectional in layers " + (
+        " ".join(f"{word} {number}" for word, number in layers.items())
+        if isinstance(layers, dict)
+        else ", ".join(map(str, layers))
+    )
+    return named + (", sink kept" if bi.get("keep_sink") else "")
+
+
+def tuned(record: Record) -> str:
+    """The modules, objectives and steps; nothing where nothing was."""
+    stages = record.config["bi"]["stages"]
+    if not stages:
+        return ""
+    what = family(record.data).removesuffix(" causal").partition(",")[0]
+    return f"{what}, {' and '.join(str(stage['max_steps']) for stage in stages)} steps"
+
+
+def scores_of(record: Record, *tasks: str) -> list[float]:
+    """Those of these sets that the record has, or of all seven."""
+    found = {FILES.get(stem, stem): value for stem, value in _by_stem(record).items()}
+    return [found[task] for task in tasks or SETS if task in found]
+
+
+def _by_stem(record: Record) -> dict[str, float]:
+    """A local file that has the name of a task of mteb is called by its folder, too."""
+    return {Path(task).name: score for task, score in record.section["tasks"].items()}
+
+
+def average(every: Sequence[Sequence[float]]) -> str:
+    """Over the seven sets, of the runs that have them all."""
+    return spread([mean(scores) for scores in every if len(scores) == len(SETS)])
+
+
+def costs(record: Record, text: str) -> list[float]:
+    """The last perplexity of a trajectory over its first, of one text; or none."""
+    points = record.section.get("trajectory", [])
+    return [ratio(points, -1, text)] if points and text in points[-1]["perplexity"] else []
+
+
+def ratio(points: Sequence[dict[str, Any]], place: int, text: str) -> float:
+    values = [points[each]["perplexity"][text]["perplexity"] for each in (place, 0)]
+    return values[0] / values[1]
+
+
+def front_block(name: str, records: Records, seeds: Sequence[int]) -> str:
+    """A row for each point of each trajectory: STS, lost perplexity, distance of the weights."""
+    del name
+    body = []
+    for record in records.of("sts"):
+        points = record.section.get("trajectory", []) if record.seed in seeds else []
+        for place, point in enumerate(points):
+            body.append(
+                [
+                    record.config["results"]["row"] if place == 0 else "",
+                    str(point["step"]),
+                    f"{point['sts']['average']:.2f}",
+                    *(f"{ratio(points, place, text):.3f}" for text in point["perplexity"]),
+                    f"{100 * point['distance']:.2f}",
+                ]
+            )
+    texts = list(points[0]["perplexity"]) if body else []
+    header = ["run", "step", "STSB-dev", *texts, "moved (%)"]
+    return noted([header, *body], [])

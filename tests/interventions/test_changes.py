@@ -1,0 +1,35 @@
+"""Changes by hand, and parts of a whole."""
+
+import pytest
+
+from ubmoe.interventions.changes import changes
+
+LOST = {
+    "model": [2.0, 4.0],
+    "encoder": [6.0, 8.0],
+    "in": [3.0, 4.0],
+    "in elsewhere": [2.0, 5.0],
+    "back": [4.0, 8.0],
+    "back elsewhere": [7.0, 8.0],
+}
+
+
+def told(lost):
+    tokens = [1, 3]
+    return changes({name: {"answers": {"losses": x, "tokens": tokens}} for name, x in lost.items()})
+
+
+def test_they_are_in_nats_a_token_and_parts_of_the_whole():
+    found = told(LOST)
+    assert [found[name]["change"] for name in found] == [8 / 4, 1 / 4, 1 / 4, -2 / 4, 1 / 4]
+    parts = [found[name]["of_whole"]["part"] for name in list(found)[1:]]
+    assert parts == [1 / 8, 1 / 8, 2 / 8, -1 / 8]
+    answers = [found[name]["by_answer"]["change"] for name in found]
+    assert answers == pytest.approx([(4 + 4 / 3) / 2, 1 / 2, 1 / 6, -1, 1 / 2])
+    assert found["in"]["interval"] == [0.0, 1.0]  # draws of one chat alone, and of the other
+    assert found["in"]["of_whole"]["interval"] == [0.0, 0.25]
+
+
+def test_there_is_no_part_of_what_is_not_surely_lost():
+    found = told(LOST | {"encoder": [1.0, 8.0]})
+    assert found["whole"]["interval"][0] < 0 and found["in"]["of_whole"] is None

@@ -1,0 +1,107 @@
+"""Models with each other's sinks: matched shares, the control, and the program."""
+
+import copy
+import json
+
+import pytest
+import torch
+from builders import random_model, run
+from safetensors.torch import load_file, save_file
+
+from ubmoe.config import with_keys
+from ubmoe.data.chats import Chat
+from ubmoe.evaluate.generation import perplexity
+from ubmoe.interventions import shift
+from ubmoe.report.tables import shift_text
+
+CHATS = [
+    Chat("here", [5, 6, 7, 8, 9, 10], [False, False, False, True, True, True], ["answer"] * 6),
+    Chat("here", [11, 12, 13], [True, False, True], ["answer"] * 3),
+    Chat("here", [20, 21, 22, 23], [False, True, True, True], ["answer"] * 4),
+]
+
+
+@pytest.fixture
+def models():
+    base = random_model("qwen2")
+    encoder = copy.deepcopy(base)
+    with torch.no_grad():
+        for layer in encoder.model.layers:
+            layer.self_attn.k_proj.weight *= 0.7
+    return base, encoder
+
+
+@pytest.fixture
+def asked(config):
+    return with_keys(config, ["evaluation.bf16=false"])
+
+
+def used(model, shifted=None):
+    """(L, H), by a forward a chat."""
+    with shift.shifting(model) as attention:
+        attention.by_layer = shifted or {}
+        return torch.stack([shift.shares(model, attention, [one], False)[0] for one in CHATS])
+
+
+def test_each_gets_the_others_share_in_every_head(models, asked):
+    found = shift.shift(*models, CHATS, asked)
+    readings, exchanges = found["readings"], found["exchanges"]
+    assert found["chats"] == found["matched"] == 3 and found["tokens"] == 7
+    assert not torch.allclose(used(models[0]), used(models[1]), atol=0.02)
+    for name, model, theirs in (("in", *models), ("back", *models[::-1])):
+        own = {n: torch.tensor(each) for n, each in enumerate(exchanges[name]["shifts"])}
+        assert torch.allclose(used(model, own).mean(0), used(theirs).mean(0), atol=1e-4)
+        assert exchanges[name]["gap"] < 0.01 and 0 < exchanges[name]["by_row"] < 100
+        moved = {n: each.roll(1) for n, each in own.items()}
+        with shift.shifting(model) as attention:
+            attention.by_layer = moved
+            expected = perplexity(model, CHATS)["perplexity"]
+        assert readings[f"{name} elsewhere"]["perplexity"] == pytest.approx(expected)
+    for name, model in zip(("model", "encoder"), models, strict=True):  # as they are
+        expected = perplexity(model, CHATS)["perplexity"]
+        assert readings[name]["perplexity"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_shares_may_be_matched_on_some_of_the_chats(models, asked):
+    found = shift.shift(*models, CHATS, with_keys(asked, ["shift.matched=1"]))
+    assert (found["chats"], found["matched"]) == (3, 1) and found["exchanges"]["in"]["gap"] < 0.01
+    assert found["readings"]["in"]["used"] != pytest.approx(found["readings"]["encoder"]["used"])
+
+
+def test_what_is_seen_is_a_mean_over_chats_whatever_the_batches(models):
+    with shift.shifting(models[0]) as attention:
+        attention.seen.clear()
+        for part in (CHATS[:1], CHATS[1:]):
+            perplexity(models[0], part)
+        found = shift.mean_seen(models[0], attention)[..., 0]
+    assert torch.allclose(found, used(models[0]).mean(0), atol=1e-5)
+
+
+def test_a_model_and_itself_lose_nothing(models, asked):
+    found = shift.shift(models[0], copy.deepcopy(models[0]), CHATS, asked)["changes"]
+    assert {name: each["change"] for name, each in found.items()} == pytest.approx(
+        dict.fromkeys(found, 0.0), abs=1e-4
+    )
+    assert found["in"]["of_whole"] is None  # of nothing
+
+
+@pytest.mark.slow
+def test_the_program_writes_a_record_a_table_and_a_picture(tmp_path, tiny_path):
+    encoder = tmp_path / "encoder"
+    encoder.mkdir()
+    for each in tiny_path.iterdir():
+        if each.is_file() and each.suffix != ".safetensors":
+            (encoder / each.name).write_bytes(each.read_bytes())
+    weights = load_file(tiny_path / "model.safetensors")
+    weights = {n: 0.8 * w if "k_proj.weight" in n else w for n, w in weights.items()}
+    save_file(weights, encoder / "model.safetensors", {"format": "pt"})
+    keys = [f"output_dir={tmp_path}/some", f"ubmoe.bi={encoder}", "ubmoe.max_rows=60"]
+    keys += ["ubmoe.held_out=16", "shift.max_chats=8"]
+    status, said, errors = run("configs/tiny.yaml", *keys, script="-m ubmoe.shift")
+    assert status == 0 and said.strip().endswith("shift.json"), errors
+    result = json.loads((tmp_path / "some" / "shift.json").read_text())
+    assert result["shift"]["chats"] == 8 and result["shift"]["bi_weights"]
+    lines = shift_text(result).splitlines()
+    read = ["model", "encoder", "in", "in", "back", "back"]
+    assert [line.split()[0] for line in lines[2:8]] == read
+    assert (tmp_path / "some" / "shift.png").stat().st_size > 1000

@@ -1,0 +1,51 @@
+"""A model's source is resolved once, and what is made from it does not change it."""
+
+import pytest
+import transformers
+from builders import random_model
+from transformers import AutoTokenizer
+
+from ubmoe.config import ModelSection
+from ubmoe.data.inputs import digest_of_model
+from ubmoe.models.loading import load_model
+from ubmoe.models.source import ModelSource
+from ubmoe.models.streams import open_weights
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The paths that a config is read from, from now on."""
+    real, paths = transformers.AutoConfig.from_pretrained.__func__, []
+
+    def from_pretrained(cls, path, *arguments, **keys):
+        paths.append(path)
+        return real(cls, path, *arguments, **keys)
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", classmethod(from_pretrained))
+    return paths
+
+
+def test_a_config_is_read_once_for_tokenizer_model_and_weights(saved, tiny_path, reads):
+    AutoTokenizer.from_pretrained(tiny_path).save_pretrained(saved)
+    del reads[:]
+    source = ModelSource.of(ModelSection(name=str(saved), device="cpu"))
+    assert reads == [str(saved)] and ModelSource.of(source) is source
+    load_model(source), open_weights(source, None)
+    assert reads == [str(saved)]
+    assert source.tokenizer is source.tokenizer  # whose class the library finds by the config
+    assert reads.count(str(saved)) <= 2
+
+
+def test_a_mask_of_one_model_is_not_the_next_ones(saved):
+    source = ModelSource.of(ModelSection(name=str(saved), device="cpu"))
+    assert load_model(source, True, [0], True).config.bidirectional_layers == [0]
+    assert source.attention == "causal" and "bidirectional_layers" not in vars(source.settings)
+    assert load_model(source).config.is_causal is True
+
+
+def test_its_digest_is_that_of_the_result(saved, tmp_path):
+    random_model("llama").save_pretrained(tmp_path / "other")
+    section = ModelSection(name=str(saved))
+    source = ModelSource.of(section)
+    assert source.digest == digest_of_model(section) is not None
+    assert source.at(tmp_path / "other").digest not in (None, source.digest)

@@ -1,0 +1,60 @@
+"""Values of rows, of which an unfinished run keeps those that are computed."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ubmoe.unfinished import Unfinished
+
+log = logging.getLogger(__name__)
+
+
+class Rows:
+    """(..., rows) values, NaN where not yet computed; key: what they depend on."""
+
+    def __init__(
+        self, path: Path, key: dict[str, Any], shape: tuple[int, ...], dtype: type = np.float64
+    ) -> None:
+        self.unfinished = Unfinished(path, key)
+        self.values: np.ndarray = np.full(shape, np.nan, dtype)
+
+    def missing(self) -> list[int]:
+        """Rows that are to be computed."""
+        return np.flatnonzero(np.isnan(self.values).reshape(-1, self.values.shape[-1])[-1]).tolist()
+
+    def save(self) -> None:
+        self.unfinished.save(values=self.values)
+
+    def load(self) -> None:
+        """Take what an interrupted run of the same key left, if anything."""
+        if kept := self.unfinished.load("values"):
+            [self.values] = kept
+            log.info("resuming, %d rows still to do", len(self.missing()))
+
+    @contextmanager
+    def filling(self, tokens: Sequence[int], name: str) -> Iterator["Filling"]:
+        """A progress bar over the tokens of the missing rows; what is complete stays on Ctrl-C."""
+        total = sum(tokens[row] for row in self.missing())
+        with (
+            tqdm(total=total, desc=name, unit="token", unit_scale=True, disable=None) as bar,
+            self.unfinished.kept_on_interrupt(self.save),
+        ):
+            yield Filling(self, tokens, bar)
+
+
+class Filling:
+    """Takes the values of rows as they come."""
+
+    def __init__(self, rows: Rows, tokens: Sequence[int], bar: Any) -> None:
+        self.rows, self.tokens, self.bar = rows, tokens, bar
+
+    def put(self, rows: Sequence[int], values: np.ndarray) -> None:
+        self.rows.values[..., rows] = values
+        if self.rows.unfinished.is_due():
+            self.rows.save()
+        self.bar.update(sum(self.tokens[row] for row in rows))

@@ -1,0 +1,112 @@
+"""Perplexity of a model with one layer of its tuned encoder, and of the encoder with one of its.
+
+Embeddings, last norm and head are the model's throughout, so that what differs are layers alone.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from ubmoe.bootstrap import interval, means
+from ubmoe.config import Config
+from ubmoe.data.chats import Chat, collate
+from ubmoe.data.padding import IGNORE_INDEX, batches_by_length
+from ubmoe.interventions.rows import Rows
+from ubmoe.interventions.walk import Choice, called, final_norm, given, layers_of, walk
+from ubmoe.models.digests import digest_of_rows, resume_key
+from ubmoe.models.precision import autocast, uses_bfloat16
+
+
+def choices(depth: int) -> list[Choice]:
+    """Of each layer, whether it is the encoder's: none, all, each one put in, each put back."""
+    alone = [tuple(each == number for each in range(depth)) for number in range(depth)]
+    back = [tuple(not each for each in own) for own in alone]
+    return [(False,) * depth, (True,) * depth, *alone, *back]
+
+
+def swap(
+    base: Any, encoder: Any, chats: Sequence[Chat], config: Config, directory: Path
+) -> dict[str, Any]:
+    """The `swap` section of the result.
+
+    An interrupted run leaves its sums in `directory`, where `resume=auto` finds them.
+    """
+    asked = choices(len(layers_of(base)))
+    key = {
+        "base": resume_key(base),
+        "encoder": resume_key(encoder),
+        "chats": digest_of_rows((chat.ids, chat.answer) for chat in chats),
+        "bf16": uses_bfloat16(config.evaluation.bf16, base.device),
+    }
+    kept = Rows(directory / "swap.partial-0.npz", key, (len(asked), len(chats)))
+    if config.resume == "auto":
+        kept.load()
+    rows, lengths = kept.missing(), [len(chat.ids) for chat in chats]
+    ids = [chats[row].ids for row in rows]
+    with kept.filling(lengths, "swap") as filling, autocast(config.evaluation.bf16, base.device):
+        for batch in batches_by_length(ids, config.swap.batch_tokens) if rows else ():
+            own = [rows[place] for place in batch]
+            filling.put(own, losses(base, encoder, [chats[row] for row in own], asked))
+    counts = np.array([sum(chat.answer[1:]) for chat in chats])  # nothing predicts a first token
+    return summary(kept.values, counts)
+
+
+@torch.no_grad()
+def losses(base: Any, encoder: Any, chats: Sequence[Chat], asked: Sequence[Choice]) -> np.ndarray:
+    """(choices, chats) summed negative log-likelihood of each chat's answers."""
+    inputs = {name: value.to(base.device) for name, value in collate(list(chats)).items()}
+    labels = inputs.pop("labels")[:, 1:]
+    rows, places = (labels != IGNORE_INDEX).nonzero(as_tuple=True)
+    first, calls = given(base, inputs)
+    norm, of_base, of_encoder = final_norm(base), layers_of(base), layers_of(encoder)
+
+    def layer(number: int, tuned: bool, before: Tensor) -> Tensor:
+        layers = of_encoder if tuned else of_base
+        return called(layers[number], before, calls[number])
+
+    cap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)
+    found = np.zeros((len(asked), len(chats)))
+    for equal, last in walk(first, layer, asked, range(len(asked))):
+        chosen = norm(last)[rows, places]
+        logits = base.get_output_embeddings()(chosen).float()
+        if cap is not None:  # Gemma 2 and its like do it behind the head
+            logits = cap * torch.tanh(logits / cap)
+        each = cross_entropy(logits, labels[rows, places], reduction="none")
+        summed = torch.zeros(len(chats), device=base.device).index_add_(0, rows, each)
+        found[equal] = summed.cpu().numpy()
+    return found
+
+
+def summary(lost: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
+    """Perplexities, and by layer what a swap changes, in nats a token with a 95 % interval.
+
+    lost: (choices, chats). `in`: the encoder's layer in the model, over the model; `back`: the
+    model's layer in the encoder, over the encoder; `whole`: the encoder over the model. `by_answer`
+    counts every chat's mean once, whatever its tokens. The bootstrap draws chats.
+    """
+    depth = (len(lost) - 2) // 2
+    by_token, by_answer = (lost, counts), (lost / counts, np.ones_like(counts))
+    drawn = [(means(*each), each[0].sum(1) / each[1].sum()) for each in (by_token, by_answer)]
+
+    def moved(place: int, whole: int) -> dict[str, Any]:
+        told, answers = (
+            {
+                "change": float(exact[place] - exact[whole]),
+                "interval": interval(draws[:, place] - draws[:, whole]),
+            }
+            for draws, exact in drawn
+        )
+        return told | {"by_answer": answers}
+
+    layers = [
+        {"layer": each, "in": moved(2 + each, 0), "back": moved(2 + depth + each, 1)}
+        for each in range(depth)
+    ]
+    ends = dict(zip(("base", "encoder"), np.exp(drawn[0][1][:2]).tolist(), strict=True))
+    made = {"chats": len(counts), "tokens": int(counts.sum()), "perplexity": ends}
+    return made | {"whole": moved(1, 0), "layers": layers}
