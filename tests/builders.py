@@ -223,8 +223,8 @@ def start(*arguments, script="calculate_dp.py", folder=ROOT, environment=None, *
     return subprocess.Popen(command, cwd=folder, env=environment, **pipes, **keys)
 
 
-def run(*arguments, script="calculate_dp.py"):
-    """(exit status, stdout, stderr) of a program, run in this process.
+def run(*arguments, script="calculate_dp.py", folder=ROOT):
+    """(exit status, stdout, stderr) of a program, run in this process, in a folder.
 
     In a process of its own (`run_apart`) the imports alone would take seconds, each time.
     """
@@ -232,7 +232,7 @@ def run(*arguments, script="calculate_dp.py"):
     before = sys.argv, os.getcwd(), log.handlers
     name = script.removeprefix("-m ")
     sys.argv, log.handlers = [name, *map(str, arguments)], []
-    os.chdir(ROOT)
+    os.chdir(folder)
     status = 0
     try:
         with redirect_stdout(out), redirect_stderr(err):

@@ -35,9 +35,12 @@ def test_a_disk_that_is_full_is_said_and_the_earlier_encoder_stays(tiny_path, tm
     (tmp_path / "run" / "bi" / "earlier").write_text("mine")
     owned.name_all(tmp_path / "run" / "bi")
     owned.claim(tmp_path / "run")
-    limits = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))}
-    arguments = [*TUNED, f"output_dir={tmp_path}/run"]
-    code, output, errors = ended(start(*arguments, script="train_bi.py", **limits))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
+    try:
+        code, output, errors = run(*TUNED, f"output_dir={tmp_path}/run", script="train_bi.py")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (code, output) == (2, "")
     one_line(errors, "no space left", "resume=auto")
     assert (tmp_path / "run" / "bi" / "earlier").read_text() == "mine"
@@ -80,28 +83,40 @@ def test_a_run_that_is_ended_leaves_no_result_and_goes_on(tiny_path, tmp_path):
     code, output, errors = ended(process)
     assert (code, output) == (-signal.SIGTERM, "") and "Traceback" not in errors
     assert not (tmp_path / "run" / "sts.json").exists()
-    code, _, errors = run_apart(*arguments, script="train_bi.py")
+    code, _, errors = run(*arguments, script="train_bi.py")
     assert code == 0, errors
     assert (tmp_path / "run" / "bi" / "model.safetensors").exists()
 
 
-def test_spaces_other_alphabets_and_another_working_directory(tiny_path, tmp_path, monkeypatch):
+def test_spaces_other_alphabets_and_another_working_directory(tiny_path, tmp_path):
     here = tmp_path / "my data" / "Größe 猫 😀"
     here.mkdir(parents=True)
     (here / "chats é.jsonl").write_text('{"text": "The cat sleeps in the garden."}\n' * 3)
-    process = start(
-        *SHORT,
-        "dependence.dataset=chats é.jsonl",
-        "output_dir=out put/ü",
-        script=str(ROOT / "calculate_dp.py"),
-        folder=here,
-    )
-    code, output, errors = ended(process)
+    keys = [*SHORT, "dependence.dataset=chats é.jsonl", "output_dir=out put/ü"]
+    code, output, errors = run(*keys, script=str(ROOT / "calculate_dp.py"), folder=here)
     assert code == 0, errors
     assert output == "out put/ü/dependence.json\n"
     record = json.loads((here / "out put" / "ü" / "dependence.json").read_text())
     assert record["dependence"]["texts"] == 3
     assert sorted(each.name for each in here.iterdir()) == ["chats é.jsonl", "out put"]
+
+
+def test_what_accelerate_is_told_in_the_environment_changes_no_weight(
+    tiny_path, tmp_path, monkeypatch
+):
+    found = []
+    for name, given in {
+        "without": {},
+        "with": {"MIXED_PRECISION": "bf16", "USE_FSDP": "no"},
+    }.items():
+        for key, value in given.items():
+            monkeypatch.setenv(f"ACCELERATE_{key}", value)
+        code, _, errors = run(*TUNED, f"output_dir={tmp_path}/{name}", script="train_bi.py")
+        assert code == 0, errors
+        found.append((tmp_path / name / "bi" / "model.safetensors").read_bytes())
+    assert found[0] == found[1]
+    assert "ACCELERATE_MIXED_PRECISION=bf16: not heeded" in errors
+    assert "ACCELERATE_USE_FSDP" not in errors
 
 
 def test_bytes_that_are_no_text_are_refused_on_the_command_line(tmp_path):

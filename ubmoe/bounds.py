@@ -22,6 +22,14 @@ DATA = min(2**32, MACHINE // 16)  # of a data file: read whole, its rows are as 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """The path with a home written out; as it stands where nobody is called so, as in a shell."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def regular(path: str | os.PathLike[str], most: int | None = None) -> Path:
     """The path of a regular file of at most `most` bytes. Raises OSError for any other.
 

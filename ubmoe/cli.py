@@ -31,6 +31,7 @@ NO_SPACE = (
     *("No space left on device", "PytorchStreamWriter failed writing", "unexpected pos"),
     *("Disk quota exceeded", "File too large"),
 )
+log = logging.getLogger(__name__)
 Program = Callable[[Config], Path | str | None]
 INTERRUPTED = 130
 SHOW = "--show-config"
@@ -102,9 +103,21 @@ def in_one_line(lower: str = "the batch size") -> Iterator[None]:
 PROCESSES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
+OF_ACCELERATE = ("ACCELERATE_", "FSDP_")  # as ACCELERATE_MIXED_PRECISION
+
+
 def _check_environment() -> None:
-    """Raises UserError for variables of torchrun's that say no number, or do not fit together."""
+    """Raises UserError for variables of torchrun's that say no number, or do not fit together.
+
+    Those by which accelerate would train otherwise than the configuration says are taken out.
+    """
     os.environ["MPLBACKEND"] = "agg"  # pictures are written, whatever a shell may show
+    for name in [name for name in os.environ if name.startswith(OF_ACCELERATE)]:
+        value = os.environ.pop(name)
+        if value.lower() not in ("", "0", "no", "false"):
+            log.warning(
+                "%s=%s: not heeded; the configuration alone says how a run trains", name, value
+            )
     given = {name: os.environ[name] for name in PROCESSES if name in os.environ}
     size = given.get("WORLD_SIZE", "1")
     for name, value in given.items():

@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ubmoe import cli, owned
+from ubmoe.bounds import expanded
 from ubmoe.config import Config, UserError, error_reason
 from ubmoe.data.rows import chosen_rows, is_file
 from ubmoe.files import write_json
@@ -43,7 +44,7 @@ def needs(config: Config) -> Iterator[tuple[str, str]]:
     models = [(config.model.name, config.model.revision)]
     models += [(each.name, each.revision) for each in config.probing.models]
     for name, revision in dict.fromkeys(models):
-        if name != "tiny" and not Path(name).expanduser().exists():
+        if name != "tiny" and not expanded(name).exists():
             yield "model", f"{name}@{revision}" if revision else name
     both = [config.ubmoe.sentences] if config.ubmoe.objective == "both" else []
     stages = [stage.dataset for stage in config.bi.stages]

@@ -8,6 +8,7 @@ the first token, DP-after without that key, and what single heads do.
 
 import json
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
@@ -37,6 +38,7 @@ PANELS = {"STS": "STS under its own mask"} | {
     cause: f"{cause}, minus the base's (percentage points)" for cause in SINK
 }
 PANELS |= {cause: f"{said} (percentage points)" for cause, said in HEADS.items()}
+WIDTH = 48  # letters that a panel has room for below it
 GAIN = "STS gained"
 CAUSES = PANELS | {GAIN: "STS gained over the untrained model that reads alike"}
 READS = ("attention", "layers", "keep_sink", "pooling")  # how an encoder reads
@@ -234,9 +236,9 @@ def _panel(axes: Any, encoded: list[Tuned], cause: str, looks: dict[str, Any]) -
     axes.axhline(0, color="grey", lw=0.6)
     if cause in SINK:
         axes.axvline(0, color="grey", lw=0.6)
-    axes.set(xlabel=PANELS[cause])
+    axes.set_xlabel(textwrap.fill(PANELS[cause], WIDTH), fontsize=9)
     own = [each for each in encoded if not each.is_control]
     text = f"rank correlation {correlation(encoded, cause)}"
     if own and len(own) < len(encoded):
-        text += f"\ntuned both ways alone {correlation(own, cause)}"
+        text += f"\ntuned bidirectionally alone {correlation(own, cause)}"
     axes.set_title(text, fontsize=8)

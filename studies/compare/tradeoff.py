@@ -14,9 +14,10 @@ from pathlib import Path
 from statistics import geometric_mean, mean, stdev
 from typing import Any
 
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
-from studies.compare import claim, runs, sink, steps, swapped
+from studies.compare import claim, fronts, runs, sink, steps, swapped
 from studies.compare.entries import Cells, Entry, common_tasks, entries, main_metrics
 from studies.compare.probed import of_context, probings
 from studies.compare.shifted import shifted
@@ -111,20 +112,21 @@ def front(pairs: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def draw(config: Config, records: Records) -> str:
-    """Write the pictures of the study to output_dir, as the records give: tradeoff.png, and more.
+    """Write the pictures of the study to output_dir, as the records give.
 
     Returns their paths. Raises UserError.
     """
     model, seeds = model_of({"config": config.model_dump()}), config.results.seeds
     placed, encoded = points(model, records, seeds), claim.tuned(model, records, seeds)
-    if len(placed) < 2:
+    scored = fronts.of_model(model, records)
+    if len(placed) < 2 and not scored:
         raise UserError(
-            f"{config.results.directory}: {len(placed)} models of {model} with STS and generation; "
-            "python -m ubmoe.results run, with results.table=all, makes them"
+            f"{config.results.directory}: {len(placed)} models of {model} with STS and generation, "
+            "none with a trajectory; results.table=all makes them, with python -m ubmoe.results run"
         )
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    figures = {"tradeoff.png": plane_figure(model, placed)}
+    figures: dict[str, Any] = {}
     rows = {each.settings for each in encoded}
     twins = sink.with_twins(sink.measured(model, records, seeds))
     swaps = swapped.swapped(model, records, seeds)
@@ -134,6 +136,8 @@ def draw(config: Config, records: Records) -> str:
     pairs = runs.pairs(model, records, seeds)
     told = [each for own in pairs.values() for each in own if each.cells.keys() > {runs.GAP}]
     for name, least, count, drawn in (
+        ("tradeoff.png", 2, len(placed), partial(plane_figure, model, placed)),
+        ("fronts.png", 1, len(scored), partial(fronts.figure, model, scored)),
         ("claim.png", 3, len(rows), partial(claim.figure, model, encoded)),
         ("masks.png", runs.FEWEST, len(told), partial(runs.figure, model, pairs)),
         ("sink.png", 3, len(twins), partial(sink.figure, model, twins)),
@@ -164,14 +168,16 @@ COLOURS = {"base": "black", "encoder": "C0", "mixture": "C1"}
 def plane_figure(model: str, placed: dict[str, Point]) -> Any:
     """A panel for the average of the tasks, and one for the perplexity (downwards is worse).
 
-    Those that any model besides the base has. Hollow: tuned under the causal mask.
+    Those that any model besides the base has. Hollow: tuned under the causal mask. The models of
+    the Pareto front are numbered; the tables name all.
     """
     others = [each for each in placed.values() if each.kind != "base"] or [*placed.values()]
     panels = {
         what: label for what, label in PANELS.items() if any(getattr(each, what) for each in others)
     }
-    figure = blank(2.2 + 4.4 * len(panels), max(4.6, 0.8 + 0.17 * len(placed)))
+    figure = blank(0.8 + 4.2 * len(panels), 5.2)
     every = figure.subplots(1, len(panels), squeeze=False)[0]
+    numbers: dict[str, int] = {}  # of the models of a front
     for axes, (what, label) in zip(every, panels.items(), strict=True):
         if what == "perplexity":
             axes.set_yscale("log")
@@ -180,35 +186,54 @@ def plane_figure(model: str, placed: dict[str, Point]) -> Any:
             axes.yaxis.set_minor_locator(NullLocator())
             axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.set(xlabel="STS under the mask of tuning", ylabel=label)
-        _plane(axes, placed, what)
-    figure.legend(*every[-1].get_legend_handles_labels(), loc="outside right center", fontsize=7)
+        _plane(axes, placed, what, numbers)
+    named = [Line2D([], [], ls="", label=f"{n} {name}") for name, n in numbers.items()]
+    keys = [*_kinds(placed), *named]
+    figure.legend(handles=keys, loc="outside lower center", ncols=2 if len(keys) > 8 else 4)
     figure.suptitle(f"{model}: embedding against generation; dashed: Pareto front", fontsize=10)
     return figure
 
 
-def _plane(axes: Any, placed: dict[str, Point], what: str) -> None:
-    """Points with the spread over their seeds, numbered as in the legend, and their front."""
-    shown = [
-        (number, name, point)
-        for number, (name, point) in enumerate(placed.items(), 1)
-        if getattr(point, what)
-    ]
-    pairs = [(mean(point.sts), _middle(getattr(point, what), what)) for _, _, point in shown]
-    sign = 1 if what == "tasks" else -1
-    edge = [pairs[each] for each in front([(x, sign * y) for x, y in pairs])]
-    axes.plot(*zip(*edge, strict=True), color="grey", lw=1, ls="--", zorder=0)
-    for (number, name, point), (x, y) in zip(shown, pairs, strict=True):
+def _kinds(placed: dict[str, Point]) -> list[Any]:
+    """A key for each kind of model that is there, and for the causal mask."""
+    look: Any = {"marker": "o", "ms": 4, "ls": ""}
+    kinds = dict.fromkeys(point.kind for point in placed.values())
+    keys = [Line2D([], [], color=COLOURS[kind], label=kind, **look) for kind in kinds]
+    if any(point.is_control for point in placed.values()):
+        hollow = {"color": "grey", "mfc": "white", "label": "tuned under the causal mask"}
+        keys.append(Line2D([], [], **look | hollow))
+    return keys
+
+
+def _plane(axes: Any, placed: dict[str, Point], what: str, numbers: dict[str, int]) -> None:
+    """Points with the spread over their seeds, and their front, its models numbered."""
+    pairs, best = _front(placed, what)
+    axes.plot(*zip(*(pairs[name] for name in best), strict=True), color="grey", lw=1, ls="--")
+    for name, (x, y) in pairs.items():
+        point = placed[name]
         axes.errorbar(
             *(x, y, _error(getattr(point, what), what), _error(point.sts)),
-            fmt="o", ms=4, lw=0.8, color=COLOURS[point.kind], label=f"{number} {name}",
+            fmt="o", ms=4, lw=0.8, color=COLOURS[point.kind],
             mfc="white" if point.is_control else None,
         )  # fmt: skip
     axes.autoscale_view()  # now, so that places are final
-    fractions = axes.transLimits.transform(axes.transScale.transform(pairs))
+    edge = [pairs[name] for name in best]
+    fractions = axes.transLimits.transform(axes.transScale.transform(edge))
     for together in close(fractions, NEAR):
-        text = ", ".join(str(shown[each][0]) for each in together)
-        place = pairs[together[-1]]
-        axes.annotate(text, place, (4, 3), textcoords="offset points", fontsize=7)
+        text = ", ".join(str(numbers.setdefault(best[each], len(numbers) + 1)) for each in together)
+        place = edge[together[-1]]
+        axes.annotate(text, place, (4, 3), textcoords="offset points", fontsize=8)
+
+
+def _front(placed: dict[str, Point], what: str) -> tuple[dict[str, tuple[float, float]], list[str]]:
+    """The points of a panel, and the names of those that none surpasses in both."""
+    shown = {name: point for name, point in placed.items() if getattr(point, what)}
+    pairs = {
+        name: (mean(each.sts), _middle(getattr(each, what), what)) for name, each in shown.items()
+    }
+    sign = 1 if what == "tasks" else -1
+    names = list(pairs)
+    return pairs, [names[each] for each in front([(x, sign * y) for x, y in pairs.values()])]
 
 
 NEAR = 0.05  # of the width or height of a panel: labels of such points would overlap

@@ -418,6 +418,8 @@ def test_a_form_replaces_the_prompt_of_the_base(tmp_path):
             "last.yaml -> first.yaml -> last.yaml is a circle",
         ),
         ({"last": "base: none.yaml\n"}, "none.yaml is no file; expected one"),
+        ({"last": 'base: "a\\0b"\n'}, "base: got 'a\\x00b', expected the path of a YAML file"),
+        ({"last": "base: ~nobody of this name/a.yaml\n"}, "a.yaml is no file; expected one"),
         ({"last": "base: [a.yaml]\n"}, 'base: got ["a.yaml"], expected the path of a YAML file'),
         ({"first": "model: [\n", "last": "base: first.yaml\n"}, "first.yaml:2: not YAML"),
         (
@@ -435,3 +437,16 @@ def test_a_base_that_cannot_be_is_one_line(tmp_path, texts, expected):
 def test_a_base_is_no_key_of_the_command_line():
     with pytest.raises(UserError, match="base: unknown key"):
         load_config(None, ["base=other.yaml"])
+
+
+def test_a_base_that_is_a_link_to_itself_is_no_file(tmp_path):
+    (tmp_path / "loop.yaml").symlink_to(tmp_path / "loop.yaml")
+    path = files(tmp_path, last="base: loop.yaml\n")
+    assert "loop.yaml is no file; expected one" in problem(path)
+
+
+def test_a_home_that_no_shell_has_written_out_is(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_config(None, ["output_dir=~/runs"]).output_dir == f"{tmp_path}/runs"
+    nobody = "output_dir='~nobody of this name/runs'"
+    assert load_config(None, [nobody]).output_dir == "~nobody of this name/runs"

@@ -63,6 +63,7 @@ def test_a_directory_without_config_or_weights(saved, tmp_path):
     assert "has no weights; expected model.safetensors" in refused(saved)
     assert "has no config.json" in refused(tmp_path)
     assert "is no directory" in refused(tmp_path / "nowhere")
+    assert "is no directory" in refused("~nobody of this name/model")
 
 
 def test_tensors_that_the_checkpoint_lacks_are_an_error(saved):

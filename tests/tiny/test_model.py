@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 import unicodedata
@@ -53,7 +54,7 @@ def start(code: str, **environment: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=ROOT,
-        env=os.environ | environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -70,29 +71,6 @@ def checksums(directory: Path) -> dict[str, str]:
     return {
         file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in directory.iterdir()
     }
-
-
-@pytest.mark.slow
-def test_two_processes_build_the_same_bytes_whatever_the_caller_has_seeded(tmp_path: Path) -> None:
-    code = (
-        "import random, torch; from pathlib import Path; from ubmoe.tiny import model as tiny\n"
-        "torch.manual_seed({seed}); random.seed({seed}); torch.rand({seed})\n"
-        "torch.set_default_dtype(torch.{dtype}); torch.set_grad_enabled({grad})\n"
-        "tiny.build(Path(r'{directory}'), 20)"
-    )
-    callers = [
-        {"seed": 1, "dtype": "float32", "grad": True, "directory": tmp_path / "1"},
-        {"seed": 2, "dtype": "bfloat16", "grad": False, "directory": tmp_path / "2"},
-    ]
-    processes = [
-        start(code.format(**caller), PYTHONHASHSEED=str(number), OMP_NUM_THREADS="1")
-        for number, caller in enumerate(callers)
-    ]
-    for process in processes:
-        output(process)
-    first, second = checksums(tmp_path / "1"), checksums(tmp_path / "2")
-    assert {"model.safetensors", "tokenizer.json", "config.json"} <= set(first)
-    assert first == second
 
 
 def test_building_leaves_the_callers_state_alone(tmp_path: Path) -> None:
@@ -208,13 +186,27 @@ def damage(directory: Path, how: str) -> None:
             (directory / "tokenizer.json").unlink()
 
 
+@pytest.fixture
+def copied(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache with that checkpoint, in which building is copying it."""
+    whole = tiny.tiny_directory(good, STEPS)
+    shutil.copytree(whole, tmp_path / "cache" / whole.relative_to(good))
+
+    def build(directory: Path, steps: int) -> None:
+        assert steps == STEPS
+        shutil.copytree(whole, directory, ignore=shutil.ignore_patterns(tiny.MANIFEST))
+
+    monkeypatch.setattr(tiny, "build", build)
+    return tmp_path / "cache"
+
+
 @pytest.mark.parametrize("how", ["weights cut", "one bit turned", "no manifest", "file missing"])
-def test_a_damaged_cache_is_rebuilt(good: Path, how: str) -> None:
-    directory = tiny.tiny_directory(good, STEPS)
+def test_a_damaged_cache_is_rebuilt(copied: Path, how: str) -> None:
+    directory = tiny.tiny_directory(copied, STEPS)
     before = checksums(directory)
     damage(directory, how)
     assert not tiny.is_complete(directory)
-    assert tiny.tiny_directory(good, STEPS) == directory
+    assert tiny.tiny_directory(copied, STEPS) == directory
     assert checksums(directory) == before
 
 
@@ -230,29 +222,40 @@ def test_a_good_cache_is_used_without_building_or_writing(
     assert tiny.tiny_directory(good, STEPS) == directory
 
 
-def test_what_a_killed_build_left_is_removed(tmp_path: Path) -> None:
-    directory = tiny.cache_folder(tmp_path) / f"tiny-{tiny.recipe(STEPS)}"
+def test_what_a_killed_build_left_is_removed(copied: Path) -> None:
+    directory = tiny.tiny_directory(copied, STEPS)
+    shutil.rmtree(directory)
     partial = directory.with_suffix(".partial")
     partial.mkdir()
     (partial / "rubbish").write_text("half")
-    tiny.tiny_directory(tmp_path, STEPS)
+    assert tiny.tiny_directory(copied, STEPS) == directory
+    assert tiny.is_complete(directory)
     assert not partial.exists()
     assert not (directory / "rubbish").exists()
 
 
 @pytest.mark.slow
-def test_two_processes_at_once_build_once(tmp_path: Path) -> None:
+def test_two_processes_at_once_build_once_and_the_same_bytes_whatever_the_caller_has_seeded(
+    good: Path, tmp_path: Path
+) -> None:
+    """The same as this process has built, in a process of other seeds, hashes and defaults."""
     code = (
-        "from ubmoe.tiny import model as tiny; build = tiny.build\n"
+        "import random, torch; from ubmoe.tiny import model as tiny; build = tiny.build\n"
+        "torch.manual_seed({seed}); random.seed({seed}); torch.rand({seed})\n"
+        "torch.set_default_dtype(torch.bfloat16); torch.set_grad_enabled(False)\n"
         "tiny.build = lambda *rest: (print('built'), build(*rest))\n"
         f"print(tiny.tiny_directory(r'{tmp_path}', {STEPS}))"
     )
-    both = [output(process) for process in [start(code), start(code)]]
+    both = [start(code.format(seed=each), PYTHONHASHSEED=str(each)) for each in (1, 2)]
+    said = [output(process) for process in both]
     directory = tiny.tiny_directory(tmp_path, STEPS)
-    assert sum("built" in text for text in both) == 1, both
-    assert all(text.endswith(str(directory)) for text in both)
+    assert sum("built" in text for text in said) == 1, said
+    assert all(text.endswith(str(directory)) for text in said)
     assert tiny.is_complete(directory)
     assert [path for path in tmp_path.iterdir() if path.suffix != ".lock"] == [directory]
+    found = checksums(directory)
+    assert {"model.safetensors", "tokenizer.json", "config.json"} <= set(found)
+    assert found == checksums(tiny.tiny_directory(good, STEPS))
 
 
 @pytest.mark.parametrize("change", ["steps", "source", "version"])

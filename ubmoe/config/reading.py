@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from ubmoe.bounds import read_text
+from ubmoe.bounds import expanded, read_text
 from ubmoe.config.errors import UserError, shown
 from ubmoe.config.schema import Config, keys, numbered, section_of
 from ubmoe.config.strict_yaml import parsed
@@ -39,6 +39,8 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
     tree = _with_base(path)
     config = validated(tree, str(path))
     config = _overridden(tree, overrides or [])
+    if config.output_dir.startswith("~"):  # no shell has written it out behind a =
+        return config.model_copy(update={"output_dir": str(expanded(config.output_dir))})
     if config.output_dir:
         return config
     return config.model_copy(update={"output_dir": f"runs/{path.stem}"})
@@ -80,14 +82,14 @@ def _with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if BASE not in tree:
         return tree
     base, above = tree.pop(BASE), (*above, path.resolve())
-    if not isinstance(base, str):
+    if not isinstance(base, str) or "\0" in base:
         raise UserError(f"{path}: base: got {shown(base)}, expected the path of a YAML file")
-    below = path.parent / Path(base).expanduser()
+    below = path.parent / expanded(base)
+    if not below.is_file():
+        raise UserError(f"{path}: base: {below} is no file; expected one, from {path.parent} on")
     if below.resolve() in above:
         names = " -> ".join(each.name for each in (*above, below))
         raise UserError(f"{path}: base: {names} is a circle; expected a base that ends somewhere")
-    if not below.is_file():
-        raise UserError(f"{path}: base: {below} is no file; expected one, from {path.parent} on")
     return _changed(_drop_replaced(_with_base(below, above), tree), tree)
 
 

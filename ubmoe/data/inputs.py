@@ -13,7 +13,7 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
-from ubmoe.bounds import DATA, read_text, regular
+from ubmoe.bounds import DATA, expanded, read_text, regular
 from ubmoe.config import Config, ModelSection, UserError
 from ubmoe.files import digest_of_file
 from ubmoe.tiny import language
@@ -50,7 +50,7 @@ def inputs(config: Config, result: str) -> dict[str, str | None]:
     """
     found: dict[str, str | None] = {"model.name": digest_of_model(config.model)}
     if adapters := config.model.adapters:
-        each = [_of_path(Path(adapter).expanduser()) for adapter in adapters]
+        each = [_of_path(expanded(adapter)) for adapter in adapters]
         found["model.adapter"] = None if None in each else " ".join(map(str, each))
     for key in READ.get(result, ()):
         for name, value in _values(config, key):
@@ -86,7 +86,7 @@ def digest_of_model(config: ModelSection) -> str | None:
     """sha256 of the model's files; None for what is not on this machine."""
     if config.name == "tiny":
         return _of_files([Path(language.__file__), Path(language.__file__).with_name("model.py")])
-    path = Path(config.name).expanduser()
+    path = expanded(config.name)
     if path.exists():
         return _of_path(path)
     try:
@@ -115,7 +115,7 @@ def _of_value(value: Any, data: str, folders: bool = False) -> str | None:
         return None if None in dict(several).values() else _of_text(repr(several))
     if value == "tiny":
         return _of_files([Path(language.__file__)])
-    path = Path(value).expanduser()
+    path = expanded(value)
     if folders and _is(Path.is_dir, path):
         return _of_files(sorted(_below(path)), path)
     if not _is(Path.is_file, path):

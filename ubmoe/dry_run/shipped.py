@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from huggingface_hub import constants, try_to_load_from_cache
 
+from ubmoe.bounds import expanded
 from ubmoe.config import Config, ModelSection, UserError
 from ubmoe.data.rows import chosen_rows, is_file
 from ubmoe.files import write_json
@@ -70,7 +71,7 @@ def without_hub(config: Config) -> Iterator[Config]:
 
 def is_hub_id(model: ModelSection) -> bool:
     """Whether a model's name is none of a directory, of a file, and the word tiny."""
-    path = Path(model.name).expanduser()
+    path = expanded(model.name)
     is_file = path.suffix.lower() == ".gguf" or path.is_absolute() or path.exists()
     return not (model.name == "tiny" or is_file or model.name.startswith((".", "~")))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from ubmoe.bounds import METADATA, read_text
+from ubmoe.bounds import METADATA, expanded, read_text
 from ubmoe.config import Config, StageSection
 
 START = 'directory = "."'  # a card's code runs in the folder of the card
@@ -73,7 +73,7 @@ def complete(
 
 def licence_of(name: str) -> str | None:
     """The licence that a local model's card names."""
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     found = read(folder)[0].get("license") if folder.is_dir() else None
     return found if isinstance(found, str) else None
 

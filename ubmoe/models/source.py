@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers import logging as transformers_logging
 
 from ubmoe.bidirectional import Attention, attention_name
-from ubmoe.bounds import METADATA, read_json, regular
+from ubmoe.bounds import METADATA, expanded, read_json, regular
 from ubmoe.config import Config, ModelSection, Section, UserError, error_reason
 from ubmoe.data import templates, tokens
 from ubmoe.data.inputs import SUFFIXES, digest_of_model
@@ -148,7 +148,7 @@ def keywords(config: ModelSection) -> dict[str, Any]:
 
 def _gguf_file(config: ModelSection) -> Path | None:
     """The GGUF file that the model is, or None. Raises UserError."""
-    path = Path(config.name).expanduser()
+    path = expanded(config.name)
     if path.suffix.lower() != ".gguf":
         return None
     if not path.is_file():
@@ -160,7 +160,7 @@ def _path(config: ModelSection) -> str:
     """The directory or hub id to load from. Raises UserError."""
     if config.name == "tiny":
         return str(tiny_directory(config.cache))
-    path = Path(config.name).expanduser()
+    path = expanded(config.name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"model.name: {path} has no config.json; expected a model directory")

@@ -13,6 +13,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import PreTrainedModel
 
 from ubmoe.bidirectional import set_attention
+from ubmoe.bounds import expanded
 from ubmoe.config import Config, Route, UserError
 from ubmoe.data.chats import Chat, read_chats
 from ubmoe.data.tokens import sentences_of
@@ -55,7 +56,7 @@ class Inputs:
 
 def read(config: Config, source: ModelSource) -> Inputs:
     """Raises UserError for whatever is missing or wrong, before a model is loaded."""
-    encoder = Path(config.ubmoe.bi or f"{config.output_dir}/bi").expanduser().resolve()
+    encoder = expanded(config.ubmoe.bi or f"{config.output_dir}/bi").resolve()
     attention = encoder_attention(encoder)
     generation.check_tasks(config.evaluation.generation, config.evaluation.data)
     joins = check_joins(source.settings.model_type, config.ubmoe.export)

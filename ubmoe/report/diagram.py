@@ -1,4 +1,4 @@
-"""The picture at the head of the README: uni, bi, and the two checkpoints that hold both.
+"""The picture at the head of the README: uni, bi, and the three checkpoints that hold both.
 
 python -m ubmoe.report.diagram image/checkpoints.png
 """
@@ -20,24 +20,25 @@ LEFT, MIDDLE, RIGHT = 0.2, 3.9, 7.6
 @styled
 def checkpoints() -> Figure:
     """Two models that differ in their FFNs; on the right what holds both of them."""
-    figure = blank(9.4, 3.9)
+    figure = blank(9.4, 5.4)
     axes = figure.subplots()
-    axes.set(xlim=(0, 11.6), ylim=(0, 5.2))
+    axes.set(xlim=(0, 11.6), ylim=(0, 7.0))
     axes.axis("off")
-    _model(axes, (LEFT, 2.95), "a language model", "uni FFN", UNI, "causal: it generates")
-    _model(axes, (LEFT, 0.35), "its encoder, bi/", "bi FFN", BI, "both ways: it embeds")
-    _arrow(axes, (1.45, 2.9), (1.45, 2.15))
-    axes.text(1.6, 2.52, "train_bi.py", fontsize=8, family="monospace", va="center", color=TEXT)
-    for height in (3.85, 1.25):
-        _arrow(axes, (LEFT + 2.6, height), (MIDDLE + 0.55, 2.6))
+    _model(axes, (LEFT, 4.2), "a language model", "uni FFN", UNI, "causal: it generates")
+    _model(axes, (LEFT, 1.0), "its encoder, bi/", "bi FFN", BI, "bidirectional: it embeds")
+    _arrow(axes, (1.45, 4.15), (1.45, 2.85))
+    axes.text(1.6, 3.5, "train_bi.py", fontsize=8, family="monospace", va="center", color=TEXT)
+    for height in (5.1, 1.9):
+        _arrow(axes, (LEFT + 2.6, height), (MIDDLE + 0.55, 3.5))
     axes.text(
-        *(MIDDLE + 1.35, 2.6), "train_ubmoe.py", fontsize=8, family="monospace", ha="center",
+        *(MIDDLE + 1.35, 3.5), "train_ubmoe.py", fontsize=8, family="monospace", ha="center",
         va="center", color=TEXT,
     )  # fmt: skip
-    for height in (3.85, 1.25):
-        _arrow(axes, (MIDDLE + 2.15, 2.6), (RIGHT - 0.1, height))
-    _both(axes, (RIGHT, 2.95), "modes/", "each library reads its own", "without loss")
-    _both(axes, (RIGHT, 0.35), "ubmoe/", "routers weigh both", "the paper's mixture")
+    for height in (5.95, 3.5, 1.05):
+        _arrow(axes, (MIDDLE + 2.15, 3.5), (RIGHT - 0.1, height))
+    _both(axes, (RIGHT, 5.05), "modes/", "each library reads its own", "without loss")
+    _adapter(axes, (RIGHT, 2.6))
+    _both(axes, (RIGHT, 0.15), "ubmoe/", "routers weigh both", "the paper's mixture")
     return figure
 
 
@@ -46,10 +47,12 @@ def _box(axes: Any, place: tuple[float, float], size: tuple[float, float], colou
     axes.add_patch(FancyBboxPatch(place, *size, boxstyle=style, facecolor=colour, edgecolor="none"))
 
 
-def _ffn(axes: Any, place: tuple[float, float], width: float, name: str, colour: str) -> None:
+def _ffn(
+    axes: Any, place: tuple[float, float], width: float, name: str, colour: str, size: float = 9
+) -> None:
     _box(axes, place, (width, 0.55), colour)
     axes.text(
-        *(place[0] + width / 2, place[1] + 0.27), name, color="white", fontsize=9, ha="center",
+        *(place[0] + width / 2, place[1] + 0.27), name, color="white", fontsize=size, ha="center",
         va="center", weight="bold",
     )  # fmt: skip
 
@@ -86,6 +89,14 @@ def _both(axes: Any, place: tuple[float, float], title: str, how: str, what: str
     _frame(axes, place, 3.8, f"{title}   {what}", how)
     for number, (name, colour) in enumerate({"uni FFN": UNI, "bi FFN": BI}.items()):
         _ffn(axes, (place[0] + 0.2 + 1.75 * number, place[1] + 0.78), 1.65, name, colour)
+
+
+def _adapter(axes: Any, place: tuple[float, float]) -> None:
+    """The language model, and the encoder as what a few ranks add to its FFN."""
+    _frame(axes, place, 3.8, "adapter/   a few percent more", "the adapter is off, or on")
+    _ffn(axes, (place[0] + 0.2, place[1] + 0.78), 1.65, "uni FFN", UNI)
+    axes.text(place[0] + 2.02, place[1] + 1.05, "+", fontsize=11, ha="center", va="center")
+    _ffn(axes, (place[0] + 2.2, place[1] + 0.78), 1.4, "bi - uni, LoRA", BI, size=7.5)
 
 
 def _arrow(axes: Any, start: tuple[float, float], end: tuple[float, float]) -> None:

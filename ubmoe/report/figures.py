@@ -11,6 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from ubmoe.config import FORMS
@@ -141,9 +142,13 @@ def context(models: list[dict[str, Any]], title: str = "") -> Figure:
     every = [list(_context_rows(model, models[0]["rows"])) for model in models]
     names = list(dict.fromkeys(row["feature"] for rows in every for row in rows))
     position, probe = models[0]["rows"][0]["position"], models[0]["rows"][-1]["probe"]
-    figure = blank(3.0 * len(names) + 1.6, 3.4)
-    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
-    for axes, name in zip(panels, names, strict=True):
+    columns = min(2, len(names))  # for the width of a page
+    lines = -(-len(names) // columns)
+    figure = blank(3.6 * columns, 0.9 + 2.5 * lines)
+    panels = figure.subplots(lines, columns, sharey=True, squeeze=False).flatten()
+    for axes in panels[len(names) :]:
+        axes.remove()
+    for axes, name in zip(panels, names, strict=False):
         for number, (model, rows) in enumerate(zip(models, every, strict=True)):
             for own, style in (("same", "-"), ("previous", "--")):
                 line = [row for row in rows if (row["feature"], row["position"]) == (name, own)]
@@ -157,10 +162,11 @@ def context(models: list[dict[str, Any]], title: str = "") -> Figure:
                     label=model["label"] if own == position else None,
                 )
         axes.axhline(0.5, color="grey", lw=0.8, ls=":")
-        axes.set(title=name.replace("_", " "), xlabel="word", xticks=range(1, 6), ylim=(0.3, 1.03))
-    panels[0].set(ylabel=f"balanced accuracy ({probe} probe)")
+        axes.set(xlabel="word", xticks=range(1, 6), ylim=(0.3, 1.03))
+        axes.set_title(name.replace("_", " "), fontsize=10)
+    figure.supylabel(f"balanced accuracy ({probe} probe)", fontsize=10)
     handles = panels[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside right center")
+    figure.legend(*handles, loc="outside lower center", ncols=3)
     if title:
         figure.suptitle(title, fontsize=10)
     return figure
@@ -308,7 +314,7 @@ def _buckets(section: dict[str, Any]) -> Figure:
     if all("first" in bucket for bucket in filled):
         first = [bucket["first"] for bucket in filled]
         style: Any = {"facecolor": "none", "edgecolor": "white", "linewidth": 0}
-        axes.bar(places, first, 0.62, hatch="////", label="to the first token", **style)
+        axes.bar(places, first, 0.62, hatch="////", **style)
         without = [100 - bucket["without_first"]["after"] for bucket in filled]
         dashed: Any = {"color": SHARES["after"], "linestyles": "--", "label": "after without it"}
         axes.hlines(without, places - 0.38, places + 0.38, **dashed)
@@ -323,7 +329,11 @@ def _buckets(section: dict[str, Any]) -> Figure:
         ylim=(0, 100), ylabel="share of attention, percent", xlabel="length of the text, tokens"
     )
     axes.set_xticks(places, labels)
-    figure.legend(loc="outside upper center", ncols=2)
+    handles, names = axes.get_legend_handles_labels()
+    if all("first" in bucket for bucket in filled):  # its white needs a ground
+        ground: Any = {"facecolor": SHARES["before"], "edgecolor": "white", "linewidth": 0}
+        handles, names = [*handles, Patch(hatch="////", **ground)], [*names, "to the first token"]
+    figure.legend(handles, names, loc="outside upper center", ncols=2)
     return figure
 
 
@@ -408,8 +418,8 @@ def _scan_panels(axes: Any, rows: Sequence[dict[str, Any]], pooling: str) -> Non
         axes[1].set(xlabel="every K-th layer")
         axes[1].tick_params(axis="x", labelsize=7)
     for name, style in (("none", "-"), ("all", ":")):
-        scores = [row[pooling]["score"] for row in rows if row["name"] == name]  # or none of it
-        for score, each in product(scores, axes):
+        levels = [row[pooling]["score"] for row in rows if row["name"] == name]  # or none of it
+        for score, each in product(levels, axes):
             each.axhline(score, color="black", lw=0.9, ls=style, label=f"{name} ({score:.1f})")
     axes[0].legend()
 

@@ -148,7 +148,7 @@ def test_the_causal_control_is_drawn_and_told_apart(tmp_path):
     assert list(hollow.get_xdata()) == [52.0]  # 51 the average, each task one more
     first, second = axes.get_title().splitlines()
     assert first.startswith("rank correlation ") and first.endswith("n = 4")
-    assert second.startswith("tuned both ways alone ") and second.endswith("n = 3")
+    assert second.startswith("tuned bidirectionally alone ") and second.endswith("n = 3")
     drawn = {line.get_label(): line for line in axes.lines}
     assert list(drawn["ffn"].get_xdata()) == list(drawn["ffn causal"].get_xdata()) == [1.0]
     assert drawn["ffn causal"].get_fillstyle() == "none" != drawn["ffn"].get_fillstyle()
@@ -172,6 +172,8 @@ def test_every_cause_that_was_measured_has_a_panel(tmp_path):
         "first",
         "after without first",
     ]
+    longest = max(len(line) for each in panels for line in each.get_xlabel().split("\n"))
+    assert longest <= claim.WIDTH  # else the next panel's would lie over it
 
 
 def test_a_panel_is_of_the_encoders_of_which_its_cause_was_measured():

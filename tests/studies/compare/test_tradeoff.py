@@ -40,7 +40,7 @@ def test_without_tasks_the_plane_is_of_perplexity_alone(tmp_path):
         MODEL, tradeoff.points(MODEL, Records.of_names(records), SEEDS)
     ).axes
     assert only.get_ylabel().startswith("perplexity")
-    assert len(only.texts) == len(ROWS) + 1 - sum("," in each.get_text() for each in only.texts)
+    assert ", ".join(each.get_text() for each in only.texts) == "1, 2, 3"
 
 
 def test_a_claim_of_too_few_rows_leaves_no_old_picture(tmp_path):
@@ -135,6 +135,20 @@ def test_a_base_under_another_mask_generates_as_the_base_does():
 def test_a_picture_needs_models(tmp_path):
     with pytest.raises(UserError, match="0 models of tiny with STS and generation"):
         tradeoff.draw(load_config(None, [f"output_dir={tmp_path}"]), Records.of_names({}))
+
+
+def test_only_the_front_is_named_and_kinds_are_keys():
+    """What another surpasses in both has a point and no name; its kind has one key."""
+    placed = {
+        "base": tradeoff.Point("base", sts=[20.0], perplexity=[3.0]),
+        "best": tradeoff.Point("encoder", sts=[40.0], perplexity=[5.0]),
+        "worse": tradeoff.Point("encoder", sts=[30.0], perplexity=[9.0]),
+    }
+    drawn = tradeoff.plane_figure(MODEL, placed)
+    [axes], [legend] = drawn.axes, drawn.legends
+    assert [each.get_text() for each in axes.texts] == ["1", "2"]
+    names = ["base", "encoder", "1 base", "2 best"]
+    assert [each.get_text() for each in legend.texts] == names
 
 
 def test_points_that_are_close_share_a_label():

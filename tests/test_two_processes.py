@@ -1,4 +1,7 @@
-"""Two processes that share what trains end as one process does with the whole batch."""
+"""Two processes end as one does with the whole batch: negatives gathered, what trains in parts.
+
+All that two processes do is done in one launch, since that takes long.
+"""
 
 import os
 import subprocess
@@ -17,6 +20,7 @@ from transformers import AutoTokenizer
 from ubmoe.config import BiSection, MoeSection, StageSection, UserError
 from ubmoe.data.chats import Chat
 from ubmoe.encoder import contrastive, mntp
+from ubmoe.encoder.contrastive_loss import CachedContrastiveLoss, ContrastiveLoss
 from ubmoe.encoder.sentence_encoder import as_encoder
 from ubmoe.models.loading import best_device
 from ubmoe.models.precision import cast
@@ -52,6 +56,27 @@ def contrast(tiny_path, folder, work, dtype="float32", **keys):
     stage = StageSection(**common | {"mini_batch_tokens": 40} | keys)
     rows, _ = contrastive.read_dataset(stage, tokenizer)
     return model, contrastive.train_stage(encoder, model, stage, rows, work)["log"]
+
+
+GATHERED = {"simcse": False, "nt_xent": True}  # the forms of the loss; whether cached
+COLUMNS = [
+    [" ".join(WORDS[: 3 + (5 * i + 3 * c) % 11]) + f" {i}" for i in range(8)] for c in range(3)
+]
+
+
+def gradient(tiny_path, form, cached, rank, world):
+    """The gradient of this rank's share of the batch, as DistributedDataParallel averages it."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_path)
+    model = random_model("qwen2", vocab_size=len(tokenizer))
+    encoder = as_encoder(model, tokenizer, BiSection(prompt=None))
+    columns = COLUMNS if form == "simcse" else COLUMNS[:2]
+    mine = [column[rank * 8 // world : (rank + 1) * 8 // world] for column in columns]
+    kind = CachedContrastiveLoss if cached else ContrastiveLoss
+    loss = kind(encoder, form, 0.1, 30)
+    if world > 1:
+        loss.model = DistributedDataParallel(encoder)
+    loss([dict(encoder.preprocess(texts)) for texts in mine]).backward()
+    return {name: value.grad for name, value in model.model.named_parameters()}
 
 
 def masked(tiny_path, folder, work, **keys):
@@ -139,7 +164,11 @@ def gone_on(tiny_path, folder):
 def main(tiny_path, folder):
     best_device("cpu" if torch.accelerator.is_available() else None)  # as the scripts begin
     folder, state = Path(folder), PartialState()
-    found = every_case(tiny_path, folder), gone_on(tiny_path, folder)
+    place = state.process_index, state.num_processes
+    gathered = {
+        form: gradient(tiny_path, form, cached, *place) for form, cached in GATHERED.items()
+    }
+    found = every_case(tiny_path, folder), gone_on(tiny_path, folder), gathered
     if state.is_main_process:
         torch.save(found, folder / "found.pt")
     state.destroy_process_group()
@@ -147,7 +176,7 @@ def main(tiny_path, folder):
 
 @pytest.fixture(scope="module")
 def of_two_processes(tiny_path, tmp_path_factory):
-    """What `every_case` and `gone_on` have found."""
+    """What `every_case`, `gone_on` and `gradient` have found."""
     folder = tmp_path_factory.mktemp("two")
     pairs(folder / "pairs.csv")
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
@@ -177,6 +206,22 @@ def assert_same(found, expected, **tolerance):
 
 
 @pytest.mark.slow
+def test_gathered_negatives_give_the_gradient_of_the_whole_batch(tiny_path, of_two_processes):
+    _, _, gathered = of_two_processes
+    for form, found in gathered.items():
+        expected = gradient(tiny_path, form, False, 0, 1)
+        largest = max(value.abs().max() for value in expected.values())
+        for name, value in expected.items():
+            torch.testing.assert_close(
+                found[name] / largest,
+                value / largest,
+                atol=1e-5,
+                rtol=0,
+                msg=lambda m, where=f"{form}, {name}": f"{where}: {m}",
+            )
+
+
+@pytest.mark.slow
 def test_two_processes_in_parts_end_as_one_with_the_whole_batch(
     tiny_path, tmp_path, of_two_processes
 ):
@@ -184,7 +229,7 @@ def test_two_processes_in_parts_end_as_one_with_the_whole_batch(
 
     In bfloat16 sums are rounded elsewhere: there it is compared with two whole processes.
     """
-    found, _ = of_two_processes
+    found, _, _ = of_two_processes
     pairs(tmp_path / "pairs.csv")
     for case in CASES:
         expected = trained(case, tiny_path, tmp_path / f"{case}, one", "fsdp2", BATCH)
@@ -196,7 +241,7 @@ def test_two_processes_in_parts_end_as_one_with_the_whole_batch(
 
 @pytest.mark.slow
 def test_a_killed_run_in_parts_goes_on_in_parts_or_whole(of_two_processes):
-    _, found = of_two_processes
+    _, found, _ = of_two_processes
     assert found["ddp"][2] == 2 * found["fsdp2"][2]
     for case in ("fsdp2", "ddp", "fsdp2, again", "ddp, again"):
         assert_same(found[case], found[""], rtol=1e-5, atol=1e-6)

@@ -1,0 +1,106 @@
+"""The picture of what an encoder costs: similarity across, lost language modelling up.
+
+Of runs that were scored on their way (`trajectory.steps`), each a line that begins untrained.
+"""
+
+from collections.abc import Sequence
+from statistics import geometric_mean
+from typing import Any
+
+from studies.compare.published import published
+from ubmoe.report.figures import PALETTE, blank, of_plain, styled
+from ubmoe.results.records import Record, Records
+
+MASKS = {  # in words, by what the section `bi` says: causal or not, some layers, sink kept
+    (True, False, False): "causal",
+    (False, False, False): "bidirectional",
+    (False, True, False): "bidirectional in later layers",
+    (False, False, True): "bidirectional, sink kept",
+    (False, True, True): "bidirectional in later layers, sink kept",
+}
+PAPER = ("Qwen1.5-0.5B-Chat", "ffn")  # its row of Table 2; of its perplexity nothing is published
+
+
+def of_model(model: str, records: Records) -> list[Record]:
+    """The runs of a model that were scored on their way, with perplexity."""
+    return [
+        each
+        for each in records.of("sts", model)
+        if any(point["perplexity"] for point in each.section.get("trajectory", ()))
+    ]
+
+
+def mask(record: Record) -> str:
+    """How an encoder reads, in words."""
+    own = record.config["bi"]
+    layers = own.get("layers", "all")
+    is_causal = own["attention"] == "causal" or layers == "none"
+    some, kept = layers not in ("all", "none"), bool(own.get("keep_sink"))
+    return MASKS[is_causal, some and not is_causal, kept and not is_causal]
+
+
+def ratios(record: Record) -> list[tuple[float, float]]:
+    """(STS, perplexity over the untrained model's) of each point, the untrained one first.
+
+    The ratio is the geometric mean over the texts.
+    """
+    points = record.section["trajectory"]
+    start = points[0]["perplexity"]
+    return [
+        (
+            point["sts"]["average"],
+            geometric_mean(
+                each["perplexity"] / start[name]["perplexity"]
+                for name, each in point["perplexity"].items()
+            ),
+        )
+        for point in points
+    ]
+
+
+def paper(tasks: str) -> tuple[float, str]:
+    """The paper's score to hold beside `tasks`, and what it is: of STSB alone, or of all ten."""
+    table = published("ubmoe")["sts"]
+    column = "STSBenchmark" if tasks.startswith("STSB") and "," not in tasks else "average"
+    [row] = [each for each in table["rows"] if (each["model"], each["method"]) == PAPER]
+    score = row["scores"][table["columns"].index(column)]
+    return score, f"the paper's {PAPER[0]}, {column}; perplexity not published"
+
+
+@styled
+def figure(model: str, scored: Sequence[Record]) -> Any:
+    """A line a run in the colour of its mask, from the black, untrained point on."""
+    drawn = blank(7.2, 4.4)
+    axes: Any = drawn.subplots()
+    masks = [name for name in MASKS.values() if name in {mask(each) for each in scored}]
+    colours = dict(zip(masks, PALETTE, strict=False))
+    for record in sorted(scored, key=lambda each: masks.index(mask(each))):
+        across, up = zip(*ratios(record), strict=True)
+        name = mask(record)
+        new = name not in axes.get_legend_handles_labels()[1]
+        axes.plot(
+            *(across, up),
+            lw=1.3,
+            marker="o",
+            ms=4,
+            color=colours[name],
+            label=name if new else None,
+        )
+    starts = sorted({ratios(each)[0] for each in scored})
+    axes.plot(*zip(*starts, strict=True), ls="", marker="o", ms=5, color="black", label="untrained")
+    axes.set_yscale("log")
+    of_plain(axes.yaxis)
+    texts = " and ".join(scored[0].section["trajectory"][0]["perplexity"])
+    tasks = ", ".join(scored[0].section["trajectory"][0]["sts"]["tasks"])
+    axes.set(
+        xlabel=f"similarity: {tasks}, Spearman x 100",
+        ylabel=f"perplexity over the untrained model's\n({texts})",
+    )
+    score, label = paper(tasks)
+    axes.plot(
+        *(score, 0), ls="", marker="o", ms=9, mfc="none", mec="grey", clip_on=False,
+        transform=axes.get_xaxis_transform(), label=label,
+    )  # fmt: skip
+    axes.legend(loc="upper left")
+    axes.set_title(model, fontsize=10)
+    return drawn

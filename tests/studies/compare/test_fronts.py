@@ -1,0 +1,75 @@
+"""Points by hand, masks by what the section `bi` says, the paper's score by its table."""
+
+import pytest
+
+from studies.compare import fronts, tradeoff
+from ubmoe.config import load_config
+from ubmoe.results.records import Record, Records
+
+MODEL = "tiny"
+
+
+def scored(name, points, **bi):
+    """A record of (step, STS, perplexities of two texts)."""
+    trajectory = [
+        {
+            "stage": 0,
+            "step": step,
+            "sts": {"tasks": {"STSB-dev": sts}, "average": sts},
+            "perplexity": {"chats": {"perplexity": one}, "wiki": {"perplexity": other}},
+        }
+        for step, sts, one, other in points
+    ]
+    stage = {"objective": "simcse", "train": ["ffn"]}
+    own = {"attention": "bidirectional", "stages": [stage]} | bi
+    config = {"model": {"name": MODEL}, "bi": own}
+    section = {"tasks": {}, "average": None, "stages": [], "trajectory": trajectory}
+    return Record(name, "sts", 0, {"config": config, "sts": section})
+
+
+FIRST = scored("first", [(0, 60.0, 10.0, 20.0), (40, 70.0, 20.0, 160.0)])
+
+
+def test_a_ratio_is_the_geometric_mean_over_the_texts():
+    """Twice and eight times: the root of 16."""
+    assert fronts.ratios(FIRST) == [(60.0, 1.0), (70.0, pytest.approx(4.0))]
+
+
+@pytest.mark.parametrize(
+    ("bi", "expected"),
+    [
+        ({}, "bidirectional"),
+        ({"attention": "causal"}, "causal"),
+        ({"layers": "none", "keep_sink": True}, "causal"),
+        ({"layers": {"from": 11}}, "bidirectional in later layers"),
+        ({"keep_sink": True}, "bidirectional, sink kept"),
+        ({"layers": [3, 7], "keep_sink": True}, "bidirectional in later layers, sink kept"),
+    ],
+)
+def test_a_mask_is_what_the_configuration_says(bi, expected):
+    assert fronts.mask(scored("any", [], **bi)) == expected
+
+
+def test_a_line_a_run_a_colour_a_mask_and_the_untrained_in_black():
+    again = scored("again", [(0, 60.0, 10.0, 20.0), (20, 65.0, 11.0, 21.0)])
+    causal = scored("causal", [(0, 50.0, 10.0, 20.0), (9, 66.0, 12.0, 20.0)], attention="causal")
+    [axes] = fronts.figure(MODEL, [FIRST, causal, again]).axes
+    *runs, untrained, ring = axes.lines
+    assert [list(line.get_xdata()) for line in runs] == [[50, 66], [60, 70], [60, 65]]
+    assert runs[0].get_color() != runs[1].get_color() == runs[2].get_color()
+    assert list(untrained.get_xdata()) == [50, 60] and untrained.get_color() == "black"
+    assert axes.get_yscale() == "log" and list(ring.get_xdata()) == [72.61]
+    names = [each.get_text() for each in axes.get_legend().texts]
+    assert names[:3] == ["causal", "bidirectional", "untrained"]
+
+
+def test_the_paper_is_held_beside_the_same_task():
+    assert fronts.paper("STSB-test")[0] == 72.61
+    assert fronts.paper("STSB-test, STS12")[0] == 66.96
+
+
+def test_runs_that_were_scored_on_their_way_are_a_picture(tmp_path):
+    none = scored("none", [])
+    config = load_config(None, [f"output_dir={tmp_path}"])
+    assert tradeoff.draw(config, Records([FIRST, none])) == f"{tmp_path}/fronts.png"
+    assert fronts.of_model(MODEL, Records([FIRST, none])) == [FIRST]
