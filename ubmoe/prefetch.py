@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ubmoe import cli, owned
 from ubmoe.bounds import expanded
 from ubmoe.config import Config, UserError, error_reason
-from ubmoe.data.rows import SUFFIXES, chosen_rows
+from ubmoe.data.rows import chosen_rows, is_file
 from ubmoe.files import write_json
 
 log = logging.getLogger(__name__)
@@ -51,10 +51,10 @@ def needs(config: Config) -> Iterator[tuple[str, str]]:
     stages += [config.bi.whiten.dataset] if config.bi.whiten else []
     texts = [config.dependence.dataset, config.ubmoe.dataset, config.bitune.dataset]
     for name in dict.fromkeys([*texts, *stages, *both]):
-        if name != "tiny" and not name.endswith(SUFFIXES):
+        if name != "tiny" and not is_file(name):
             yield "dataset", name
     for name in dict.fromkeys(config.evaluation.sts):
-        if name != "tiny" and not name.endswith(".tsv"):
+        if name != "tiny" and not is_file(name):
             yield "sts", name
     for name in dict.fromkeys([*config.evaluation.generation, *config.bitune.generation]):
         if name != "tiny" and not name.endswith((".yaml", ".yml")):

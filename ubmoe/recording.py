@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ubmoe import owned
+from ubmoe import endings, owned
 from ubmoe.cli import is_first_process
 from ubmoe.config import Config, dump_config
 from ubmoe.data.bad_rows import dropping
@@ -84,6 +84,13 @@ class Run:
         """A line for the people who watch the run."""
         log.info(message, *values)
 
+    def say_the_end(self, made: Sequence[str]) -> None:
+        """The scores, and every folder and file of the run."""
+        for line in endings.scores(self.name, {self.name: self.section} | self.more):
+            self.log("%s", line)
+        names = [*(each for each in made if each not in self.figures), *sorted(self.figures)]
+        self.log("%s", endings.written(self.directory, [*names, self.path.name]))
+
     def write(self) -> None:
         """The resolved config, the figures and the result, and all of the run into its place."""
         late = inputs(self.config, self.name) if None in self.inputs.values() else {}
@@ -144,6 +151,7 @@ def recording(
             run.more |= noted
             if run.is_main:
                 run.write()
+                run.say_the_end(made)
                 if config.hub.push is not None:
                     from ubmoe.models import hub
 

@@ -1,10 +1,14 @@
 """Every reader gives the rows that are there, and names file and line of one that is wrong."""
 
+import gzip
 import json
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from ubmoe.config import UserError
+from ubmoe.data import rows
 from ubmoe.data.bad_rows import RowError, dropping
 from ubmoe.data.rows import Row, finite_number, read_rows, read_texts, spaced, training_rows
 
@@ -276,3 +280,36 @@ def test_a_score_is_a_number_as_everybody_writes_it(text):
 def test_usual_numbers_are_read():
     found = [finite_number("", text) for text in ("3", "-1.5", "+.5", "4.", "1e-3", " 2 ")]
     assert found == [3, -1.5, 0.5, 4, 0.001, 2]
+
+
+def test_parquet_and_gzipped_lines_are_read_row_by_row(tmp_path):
+    chats = [{"messages": [{"role": "user", "content": text}]} for text in ("Hello.", "Good day.")]
+    parquet.write_table(pyarrow.Table.from_pylist(chats), tmp_path / "chats.parquet")
+    lines = "".join(f"{json.dumps(chat)}\n" for chat in chats)
+    (tmp_path / "chats.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    for name, places in (
+        ("chats.parquet", ["chats.parquet: row 1", "chats.parquet: row 2"]),
+        ("chats.jsonl.gz", ["chats.jsonl.gz:1", "chats.jsonl.gz:2"]),
+    ):
+        found = list(read_rows(str(tmp_path / name)))
+        assert [row.fields for row in found] == chats
+        assert [row.where.removeprefix(f"{tmp_path}/") for row in found] == places
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("a.parquet", "no Parquet file"), ("a.jsonl.gz", "no gzip file"), ("b.parquet", "cannot be")],
+)
+def test_what_is_no_such_file_is_one_line(tmp_path, name, expected):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
+    (tmp_path / "a.jsonl.gz").write_bytes(b"{}")
+    with pytest.raises(UserError, match=expected) as caught:
+        list(read_rows(str(tmp_path / name)))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_gzipped_file_is_bounded_as_any_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "DATA", 1000)
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"a line\n" * 1000))
+    with pytest.raises(UserError, match="holds more than"):
+        list(read_rows(str(tmp_path / "a.txt.gz")))

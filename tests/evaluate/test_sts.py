@@ -1,9 +1,15 @@
 """STS scores are Spearman's rank correlation of cosines, of the right model, or an error."""
 
+import csv
+import gzip
+import json
+
 import numpy as np
+import pyarrow
 import pytest
 from builders import random_model, run
 from peft import LoraConfig, get_peft_model
+from pyarrow import parquet
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ubmoe.config import TABLE2, BiSection, UserError, load_config, with_keys
@@ -145,8 +151,11 @@ def test_missing_files_and_unknown_tasks(tmp_path):
     (tmp_path / "empty.tsv").write_text("score\tsentence1\tsentence2\n")
     for name, expected in (
         (str(tmp_path / "none.tsv"), "cannot be read"),
-        (str(tmp_path / "empty.tsv"), "0 pairs; expected a header and at least two rows"),
-        ("STS99", "no mteb task and no .tsv file"),
+        (
+            str(tmp_path / "empty.tsv"),
+            "0 pairs; expected two rows at least",
+        ),
+        ("STS99", "no mteb task and no local file"),
         ("STSBenchmarkMultilingualSTS", "is 10 data sets .*; expected a task of one"),
         ("Banking77Classification", "is a Classification task; expected an STS task"),
     ):
@@ -176,3 +185,25 @@ def test_an_adapter_is_scored_under_its_own_mask_only(tiny_path, tmp_path):
     untrained = [*keys, "bi.stages=[]", f"output_dir={tmp_path}/run"]
     status, _, errors = run(*untrained, script="train_bi.py")
     assert status == 2 and "trained causal, not bidirectional" in errors
+
+
+@pytest.mark.parametrize("name", ["pairs.csv", "pairs.jsonl", "pairs.jsonl.gz", "pairs.parquet"])
+def test_scored_pairs_are_read_from_whatever_holds_them(tmp_path, name):
+    rows = [
+        {"score": 1.5, "sentence1": "A, cat.", "sentence2": "The cat."},
+        {"score": 4.0, "sentence1": 'A "dog".', "sentence2": "No."},
+    ]
+    path = tmp_path / name
+    text = "".join(f"{json.dumps(row)}\n" for row in rows)
+    if name.endswith(".csv"):
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    elif name.endswith(".parquet"):
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    assert evaluate.read_pairs(path) == rows
+    [task] = evaluate.sts_tasks([str(path)])
+    assert task.metadata.name == "pairs"

@@ -74,6 +74,12 @@ def test_the_table_shows_errors_the_uniform_share_and_empty_buckets(config):
     assert lines[4].split()[:3] == ["all", "7", "10.00"]
 
 
+def test_a_table_of_a_study_without_runs_says_so(tmp_path):
+    keys = [f"results.directory={tmp_path}", "results.table=2", "model.name=org/some"]
+    said = table(load_config(None, keys)).splitlines()[-1]
+    assert said.startswith(f"no run of some is recorded in {tmp_path}: python -m ubmoe.results run")
+
+
 def test_a_table_needs_a_result(config):
     with pytest.raises(UserError, match="holds no result; run calculate_dp.py"):
         table(config)

@@ -156,7 +156,7 @@ class DependenceSection(Section):
 
     dataset: str = score_key(
         "tiny",
-        "chats or texts: hub id[:config[:split]], local .json/.jsonl/.csv/.tsv/.txt, or tiny",
+        "chats or texts: hub id[:config[:split]], local file (docs/data.md), or tiny",
     )
     chat_template: str | None = score_key(
         None, "Jinja file or string; null: the tokenizer's own, or a plain form where it has none"
@@ -661,7 +661,8 @@ class ScanSection(Section):
     """Which layers may look both ways, in which form, untrained (python -m ubmoe.scan)."""
 
     pairs: str = score_key(
-        "tiny", "pairs to compare on: an mteb STS task, a .tsv (score sentence1 sentence2), or tiny"
+        "tiny",
+        "pairs to compare on: an mteb STS task, a file as evaluation.sts, or tiny",
     )
     max_pairs: Annotated[int, Field(ge=3)] | None = score_key(
         500, "use at most this many, evenly spaced; null: all", "pairs"
@@ -723,7 +724,7 @@ class EvaluationSection(Section):
     """Scoring (inside the training scripts, and python -m ubmoe.evaluate)."""
 
     sts: list[str] = score_key(
-        TABLE2, "mteb task names, local STS files (.tsv: score sentence1 sentence2), or tiny"
+        TABLE2, "mteb task names, local files (columns score, sentence1, sentence2), or tiny"
     )
     generation: list[str] = score_key(
         TABLE4, "lm-eval task names, task YAMLs, or tiny (our own, of the embedded language)"

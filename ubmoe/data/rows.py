@@ -1,15 +1,17 @@
 """Chats and texts of a hub id, a local file or the embedded language; complaints name the line."""
 
 import csv
+import gzip
 import io
 import math
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ubmoe.bounds import DATA, read_bytes
+from ubmoe.bounds import DATA, read_bytes, regular
 from ubmoe.config import UserError, error_reason, shown
 from ubmoe.data.bad_rows import RowError, usable
 from ubmoe.data.messages import (
@@ -25,7 +27,8 @@ from ubmoe.data.messages import (
 )
 from ubmoe.tiny import language
 
-SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt")
+SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet")
+GZIPPED = ".gz"  # may follow the suffixes of texts
 TINY_CHATS = 400  # held out of the embedded language
 TINY_HELD_OUT_SEED = 1  # unlike the seed that the embedded model was trained with
 TINY_SENTENCES, TINY_SENTENCES_SEED = 8000, 3
@@ -106,7 +109,7 @@ def chosen_rows(dataset: str, most: int | None = None) -> Rows:
     Of a file the rows that can be parsed count. Of a hub's data set all count, and the chosen ones
     alone are read. What a row holds is checked after the choice: one dropped then is not replaced.
     """
-    if _is_file(dataset):
+    if is_file(dataset):
         return spaced(list(read_rows(dataset)), most)
     table = _hub_table(dataset)
     return HubRows(dataset, table, spaced(range(len(table)), most))
@@ -177,15 +180,16 @@ def held_out(items: list[Item], count: int, key: str) -> tuple[list[Item], list[
 
 
 def read_rows(dataset: str, ragged: bool = False) -> Iterator[Row]:
-    """Rows of a local .json/.jsonl/.csv/.tsv/.txt file or of a hub data set `id[:config[:split]]`.
+    """Rows of a local file of `SUFFIXES`, gzipped or not, or of a hub's `id[:config[:split]]`.
 
     A .txt line is a row {"text": line}; blank lines are skipped. A .tsv knows no quoting (csv's
     default would swallow rows). ragged: a table's row may have fewer cells than its header.
     """
-    path = Path(dataset)
-    suffix = path.suffix.lower()
-    if not _is_file(dataset):
+    path, suffix = Path(dataset), suffix_of(dataset)
+    if not is_file(dataset):
         yield from chosen_rows(dataset)
+    elif suffix == ".parquet":
+        yield from _parquet(path)
     elif suffix in (".csv", ".tsv"):
         yield from table_rows(path, decoded(path), ragged)
     else:
@@ -193,8 +197,36 @@ def read_rows(dataset: str, ragged: bool = False) -> Iterator[Row]:
         yield from readers[suffix](path, decoded(path))
 
 
-def _is_file(dataset: str) -> bool:
-    return Path(dataset).suffix.lower() in SUFFIXES
+def is_file(dataset: str) -> bool:
+    """Whether a name is of a local data file, here or not."""
+    return suffix_of(dataset) in SUFFIXES
+
+
+def suffix_of(dataset: str | Path) -> str:
+    """The suffix that says how a file is read: of a.jsonl.gz it is .jsonl."""
+    return Path(str(dataset).lower().removesuffix(GZIPPED)).suffix
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    """Rows of a Parquet file, a group of them at a time. Raises UserError where it is none."""
+    from pyarrow import ArrowException, parquet
+
+    def numbered() -> Iterator[tuple[str, Any]]:
+        number = 0
+        with regular(path, DATA).open("rb") as file, parquet.ParquetFile(file) as table:
+            for batch in table.iter_batches():
+                for fields in batch.to_pylist():
+                    number += 1
+                    yield f"{path}: row {number}", fields
+
+    try:
+        yield from usable(lambda each: _object(*each), numbered())
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error_reason(error)}); expected a Parquet file"
+        ) from error
+    except ArrowException as error:
+        raise UserError(f"{path}: no Parquet file ({error_reason(error)})") from error
 
 
 def decoded(path: Path) -> str:
@@ -205,6 +237,8 @@ def decoded(path: Path) -> str:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}); expected a data file or a hub id"
         ) from error
+    if path.suffix.lower() == GZIPPED:
+        raw = _unzipped(path, raw)
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -212,6 +246,18 @@ def decoded(path: Path) -> str:
         raise UserError(
             f"{path}:{line}: not UTF-8 (byte {error.start}); save the file as UTF-8"
         ) from error
+
+
+def _unzipped(path: Path, raw: bytes) -> bytes:
+    """What a gzipped file holds, as far as any file may be long. Raises UserError."""
+    try:
+        with gzip.open(io.BytesIO(raw)) as file:
+            text = file.read(DATA + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: no gzip file ({error_reason(error)})") from error
+    if len(text) > DATA:
+        raise UserError(f"{path}: holds more than {DATA >> 30} GiB; expected a smaller file")
+    return text
 
 
 def _json(path: Path, text: str) -> Iterator[Row]:
@@ -264,7 +310,7 @@ def table_rows(path: Path, text: str, ragged: bool = False) -> Iterator[Row]:
     def named(row: tuple[str, list[str]]) -> Row:
         where, cells = row
         if len(cells) > len(header) or (len(cells) < len(header) and not ragged):
-            stray = "; is there a stray tab?" if path.suffix.lower() == ".tsv" else ""
+            stray = "; is there a stray tab?" if suffix_of(path) == ".tsv" else ""
             raise RowError(
                 where,
                 f"got {len(cells)} columns, expected {len(header)} ({', '.join(header)}){stray}",
@@ -278,7 +324,7 @@ def _cells(path: Path, text: str) -> Iterator[tuple[str, list[str]]]:
     """(file:line, cells) of each row that has any. Raises UserError for an open quote."""
     csv.field_size_limit(LONGEST)  # a chat may be longer than csv's 131,072 characters
     tabs: Any = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-    is_tsv = path.suffix.lower() == ".tsv"
+    is_tsv = suffix_of(path) == ".tsv"
     reader = csv.reader(io.StringIO(text, newline=""), **(tabs if is_tsv else {"strict": True}))
     while True:
         where = f"{path}:{reader.line_num + 1}"  # where the row begins: a cell may hold lines

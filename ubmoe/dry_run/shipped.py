@@ -20,7 +20,7 @@ from huggingface_hub import constants, try_to_load_from_cache
 
 from ubmoe.bounds import expanded
 from ubmoe.config import Config, ModelSection, UserError
-from ubmoe.data.rows import SUFFIXES, chosen_rows
+from ubmoe.data.rows import chosen_rows, is_file
 from ubmoe.files import write_json
 
 SHIPPED: dict[str, Any] = json.loads(
@@ -107,7 +107,7 @@ def read_or_count(
 
 
 def _is_here(dataset: str) -> bool:
-    if dataset == "tiny" or Path(dataset).suffix.lower() in SUFFIXES:
+    if dataset == "tiny" or is_file(dataset):
         return True
     try:
         chosen_rows(dataset, 1)

@@ -222,15 +222,17 @@ def _by_question(found: dict[str, Any], name: str, metric: str) -> list[float]:
     return [round(float(value), 6) for value in values]
 
 
+SAID: dict[str, logging.LogRecord] = {}  # warnings that were shown, by their words
+
+
 @contextmanager
 def said_once(library: str) -> Iterator[None]:
-    """A library's warnings, each once whatever the numbers in it; what is less is not shown."""
-    first: dict[str, logging.LogRecord] = {}
+    """A library's warnings, each once a process, whatever its numbers; less is not shown."""
 
     def once(record: logging.LogRecord) -> bool:
         message = re.sub(r"\d+", "N", record.getMessage())
         ours = record.name.partition(".")[0] == library
-        return not ours or first.setdefault(message, record) is record  # for every handler
+        return not ours or SAID.setdefault(message, record) is record  # for every handler
 
     logger, handlers = logging.getLogger(library), logging.getLogger().handlers[:]
     logger.setLevel(logging.WARNING)

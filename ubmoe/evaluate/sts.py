@@ -26,8 +26,9 @@ from ubmoe.bootstrap import correlations, interval
 from ubmoe.bounds import DATA, read_bytes
 from ubmoe.config import UserError, listed
 from ubmoe.data.bad_rows import usable
-from ubmoe.data.rows import Row, cell, finite_number, read_rows
+from ubmoe.data.rows import GZIPPED, Row, cell, finite_number, is_file, read_rows
 from ubmoe.encoder.sentence_encoder import lengths
+from ubmoe.endings import UNITS
 from ubmoe.models.precision import Setting, autocast
 from ubmoe.tiny import language, sizes
 
@@ -44,8 +45,8 @@ def sts_scores(
 ) -> dict[str, Any]:
     """The `sts` section: Spearman correlation of cosines x 100 by task, their average, and sources.
 
-    `intervals`: 95 % of each score, by the bootstrap over its pairs. Raises UserError for a score
-    that is not finite: it is never averaged.
+    It names its metric and its unit. `intervals`: 95 % of each score, by the bootstrap over its
+    pairs. Raises UserError for a score that is not finite: it is never averaged.
     """
     scores, sources, cut, intervals = {}, {}, {}, {}
     for task in tasks:
@@ -75,6 +76,7 @@ def sts_scores(
         sources[name] = {**task.metadata.dataset, "subset": row["hf_subset"]}
     average = sum(scores.values()) / len(scores) if scores else None
     return {
+        **UNITS,
         **{"tasks": scores, "intervals": intervals, "average": average},
         **{"sources": sources, "truncated": cut},
         **{"max_tokens": encoder.max_seq_length, "mteb": mteb.__version__},
@@ -126,7 +128,7 @@ def local_names(paths: Sequence[Path]) -> dict[Path, str]:
 
     Raises UserError for one file that is named twice.
     """
-    parts = {path: path.resolve().with_suffix("").parts for path in paths}
+    parts = {path: _without_suffix(path.resolve()).parts for path in paths}
     found: dict[Path, str] = {}
     for path, own in parts.items():
         others = [other for each, other in parts.items() if each != path]
@@ -138,8 +140,13 @@ def local_names(paths: Sequence[Path]) -> dict[Path, str]:
     return found
 
 
+def _without_suffix(path: Path) -> Path:
+    """a/pairs of a/pairs.tsv and a/pairs.jsonl.gz."""
+    return Path(str(path).removesuffix(GZIPPED)).with_suffix("")
+
+
 def _is_local(name: str) -> bool:
-    return name.endswith(".tsv")
+    return is_file(name)
 
 
 def _mteb_task(name: str) -> Any:
@@ -149,7 +156,7 @@ def _mteb_task(name: str) -> Any:
     except (KeyError, ValueError) as error:
         close = re.search(r"Did you mean: '([^']+)'", str(error))
         meant = f"; did you mean {close[1]}?" if close else ""
-        raise UserError(f"evaluation.sts: {name}: no mteb task and no .tsv file{meant}") from error
+        raise UserError(f"evaluation.sts: {name}: no mteb task and no local file{meant}") from error
     return task
 
 
@@ -173,7 +180,7 @@ def sts_task(name: str, called: str = "") -> AbsTaskSTS:
         path = Path(name)
         rows = read_pairs(path)
         revision = hashlib.sha256(read_bytes(path, DATA)).hexdigest()
-        return local_task(called or path.stem, rows, revision)
+        return local_task(called or _without_suffix(path).name, rows, revision)
     task = _mteb_task(name)
     if not isinstance(task, AbsTaskSTS):
         raise UserError(
@@ -190,18 +197,19 @@ def sts_task(name: str, called: str = "") -> AbsTaskSTS:
 
 
 def read_pairs(path: Path) -> list[dict[str, Any]]:
-    """Rows of a tab-separated file with header `score sentence1 sentence2`; nothing is quoted.
-
-    Further columns are passed over. Raises UserError naming file and line.
+    """Rows of a local file with columns score, sentence1 and sentence2; further ones are passed
+    over. Of a .tsv nothing is quoted. Raises UserError naming file and line.
     """
     rows = list(usable(_pair, read_rows(str(path), ragged=True)))
     if len(rows) < 2:
-        raise UserError(f"{path}: {len(rows)} pairs; expected a header and at least two rows")
+        raise UserError(f"{path}: {len(rows)} pairs; expected two rows at least, under a header")
     return rows
 
 
 def _pair(row: Row) -> dict[str, Any]:
-    score = finite_number(row.where, cell(row, ["score"]), "score")
+    given = row.fields.get("score")
+    is_number = isinstance(given, int | float) and not isinstance(given, bool)
+    score = finite_number(row.where, repr(given) if is_number else cell(row, ["score"]), "score")
     return {"score": score} | {name: cell(row, [name]) for name in ("sentence1", "sentence2")}
 
 

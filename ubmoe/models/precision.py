@@ -7,6 +7,7 @@ training step is many times faster. `auto` asks the device.
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from typing import Literal
 
 import torch
@@ -40,8 +41,13 @@ def autocast(setting: Setting, device: torch.device) -> AbstractContextManager:
     """The context of a forward pass under a key bf16; said once where `auto` switched it on."""
     chosen = uses_bfloat16(setting, device)
     if chosen and setting == "auto":
-        log.info("bfloat16 autocast, which %s has in hardware (bf16: auto)", device.type)
+        _say_once(device.type)
     return torch.autocast(device.type, torch.bfloat16, enabled=chosen)
+
+
+@cache
+def _say_once(device: str) -> None:
+    log.info("bfloat16 autocast, which %s has in hardware (bf16: auto)", device)
 
 
 def weights_dtype(name: str, device: torch.device) -> torch.dtype:

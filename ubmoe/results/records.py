@@ -227,7 +227,7 @@ def existing(config: Config) -> list[Path]:
     if not found:
         raise UserError(
             f"output_dir: {config.output_dir} holds no result; run calculate_dp.py with the same "
-            "config first"
+            "config first, or of a study ubmoe.results run, and add results.table=all"
         )
     return found
 
