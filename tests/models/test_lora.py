@@ -231,7 +231,7 @@ def test_adapters_that_are_not_lora_or_know_other_modules_are_refused(saved, tmp
     [
         (None, "does not say how the adapter was trained (No such file or directory)"),
         ("{}", "does not say how the adapter was trained ('attention' is missing)"),
-        ("[1]", "does not say how the adapter was trained (list indices must be integers"),
+        ("[1]", "was trained (something in it is missing or of an unexpected kind)"),
         ("{", "does not say how the adapter was trained (Expecting property name"),
         ('{"attention": "both"}', "got 'both'; expected"),
         ('{"attention": "causal", "stages_before": 2}', "on top of 2 earlier stages"),
