@@ -126,6 +126,7 @@ def test_half_a_mark_is_none(tokenizer, tmp_path):
 def tuned(tokenizer, directory, resume=False, seed=0):
     """The FFN's weights after a few steps of a random model, saved at each."""
     keys = {"max_steps": 4, "save_steps": 1, "save_total_limit": 3, "train": ["ffn"]}
+    keys |= {"bf16": False}  # a module's fixture is made before conftest.py switches it off
     (directory.parent / "a.txt").write_text("\n".join(SENTENCES))
     more = {"objective": "mntp", "dataset": f"{directory.parent}/a.txt", "max_tokens": 8}
     stage = StageSection(**STEPS | keys | more, lora=None)
