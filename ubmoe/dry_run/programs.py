@@ -13,7 +13,16 @@ import torch
 
 from ubmoe.bitune.examples import read_examples
 from ubmoe.bitune.model import VARIANTS
-from ubmoe.config import BituneSection, Config, StageSection, TrainingSection, UserError, with_keys
+from ubmoe.config import (
+    BituneSection,
+    Config,
+    DependenceSection,
+    MoeSection,
+    StageSection,
+    TrainingSection,
+    UserError,
+    with_keys,
+)
 from ubmoe.data.bad_rows import dropping
 from ubmoe.data.chats import Chat, read_chats
 from ubmoe.data.prompts import Example
@@ -67,11 +76,12 @@ def reading(said: Callable[[Config], str]) -> Callable[[Config], str]:
 @reading
 def calculate_dp(config: Config) -> str:
     """Texts and tokens, and the memory of one forward."""
-    config = ModelSource.of(config.model).within_context(config, "dependence")
+    source = ModelSource.of(config.model)
+    config = source.within_context(config, "dependence")
     settings = config.dependence
     lengths = read_or_count(
         *(config.model, settings.dataset, settings.max_texts),
-        lambda: _measured_lengths(config),
+        lambda: _measured_lengths(settings, source.tokenizer),
         read_texts,
     )
     if isinstance(lengths, Unread):
@@ -93,8 +103,9 @@ def calculate_dp(config: Config) -> str:
 @reading
 def train_bi(config: Config) -> str:
     """A stage after the other; the memory is the largest of theirs."""
-    config = ModelSource.of(config.model).within_context(config, "bi")
-    tokenizer: Any = None if is_shape(config.model) else ModelSource.of(config.model).tokenizer
+    source = ModelSource.of(config.model)
+    config = source.within_context(config, "bi")
+    tokenizer: Any = None if is_shape(config.model) else source.tokenizer
     training = [number for number, each in enumerate(config.bi.stages) if each.max_steps != 0]
     data = {number: _stage_rows(config, number, tokenizer) for number in training}
     if tokenizer is not None:
@@ -142,15 +153,8 @@ def train_ubmoe(config: Config) -> str:
     config = source.within_context(config, "bi", "ubmoe")
     joins = joining.check_joins(source.settings.model_type, config.ubmoe.export)
     settings = config.ubmoe
-    chats = _kept(
-        read_or_count(
-            *(config.model, settings.dataset, settings.max_rows),
-            lambda: _training_chats(config),
-            read_texts,
-        ),
-        settings.held_out,
-    )
-    lengths = _sentence_lengths(config) if settings.objective == "both" else []
+    chats = _training_rows(config, settings, lambda: _training_chats(settings, source.tokenizer))
+    lengths = _sentence_lengths(config, source) if settings.objective == "both" else []
 
     def plan(config: Config) -> Plan:
         settings, device = config.ubmoe, device_of(config)
@@ -182,15 +186,11 @@ def train_ubmoe(config: Config) -> str:
 @reading
 def bitune(config: Config) -> str:
     """Two passes over each prompt, and one over the answer."""
-    config = ModelSource.of(config.model).within_context(config, "bitune")
+    source = ModelSource.of(config.model)
+    config = source.within_context(config, "bitune")
     settings = config.bitune
-    examples = _kept(
-        read_or_count(
-            *(config.model, settings.dataset, settings.max_rows),
-            lambda: _training_examples(config),
-            read_texts,
-        ),
-        settings.held_out,
+    examples = _training_rows(
+        config, settings, lambda: _training_examples(settings, source.tokenizer)
     )
 
     def plan(config: Config) -> Plan:
@@ -226,10 +226,9 @@ def device_of(config: Config) -> torch.device:
     return best_device(config.model.device)
 
 
-def _measured_lengths(config: Config) -> list[int]:
-    settings = config.dependence
+def _measured_lengths(settings: DependenceSection, tokenizer: Any) -> list[int]:
     texts = read_texts(settings.dataset, settings.max_texts)
-    ids = tokenize(ModelSource.of(config.model).tokenizer, texts, settings.chat_template)
+    ids = tokenize(tokenizer, texts, settings.chat_template)
     return [min(len(each), settings.max_tokens) for each in ids]
 
 
@@ -249,33 +248,32 @@ def _stage_rows(config: Config, number: int, tokenizer: Any) -> Any:
     return rows
 
 
-def _training_chats(config: Config) -> list[Chat]:
-    settings = config.ubmoe
-    tokenizer = ModelSource.of(config.model).tokenizer
+def _training_rows(
+    config: Config, settings: MoeSection | BituneSection, read: Callable[[], Any]
+) -> Any:
+    """What is read for a section but for those held out; or how many rows that is, if counted."""
+    rows = read_or_count(config.model, settings.dataset, settings.max_rows, read, read_texts)
+    return Unread(max(1, len(rows) - settings.held_out)) if isinstance(rows, Unread) else rows
+
+
+def _training_chats(settings: MoeSection, tokenizer: Any) -> list[Chat]:
     found = read_chats(settings.dataset, tokenizer, settings.max_tokens, settings.max_rows)
     return found.held_out(settings.held_out, "ubmoe.held_out")[0]
 
 
-def _sentence_lengths(config: Config) -> list[int]:
-    """Of the sentences of a second objective."""
-    if is_shape(config.model):
-        return [config.bi.max_tokens]
-    tokenizer = ModelSource.of(config.model).tokenizer
-    texts = sentences_of(config.ubmoe.sentences, tokenizer, batches.SAMPLE)
-    return batches.token_counts(texts, tokenizer, config.bi.prompt, config.bi.max_tokens)
-
-
-def _training_examples(config: Config) -> list[Example]:
-    settings, tokenizer = config.bitune, ModelSource.of(config.model).tokenizer
+def _training_examples(settings: BituneSection, tokenizer: Any) -> list[Example]:
     given = (settings.template, settings.max_tokens, settings.max_rows)
     found = read_examples(settings.dataset, tokenizer, *given)
     chats, _ = held_out(found.chats, settings.held_out, "bitune.held_out")
     return [each for chat in chats for each in chat]
 
 
-def _kept(rows: Any, count: int) -> Any:
-    """Rows that were counted, without those that are held out; others are without them."""
-    return Unread(max(1, len(rows) - count)) if isinstance(rows, Unread) else rows
+def _sentence_lengths(config: Config, source: ModelSource) -> list[int]:
+    """Of the sentences of a second objective."""
+    if is_shape(config.model):
+        return [config.bi.max_tokens]
+    texts = sentences_of(config.ubmoe.sentences, source.tokenizer, batches.SAMPLE)
+    return batches.token_counts(texts, source.tokenizer, config.bi.prompt, config.bi.max_tokens)
 
 
 def _shards(config: Config, splits: bool) -> int:
