@@ -66,7 +66,7 @@ class Entry:
         """It was tuned, or embeds untuned, under the causal mask; a mixture: its expert was."""
         if self.role == "mixture":
             return self.made[0].section["bi_attention"] == "causal"
-        return self.settings.get(MASK) == "causal" or self.settings.get("layers") == "none"
+        return reads_causally(self.settings)
 
     @property
     def modules(self) -> tuple[Any, ...]:
@@ -122,6 +122,17 @@ class Entry:
         """Of the scores of these tasks, which it has."""
         scores: list[Any] = [self.scores[task] for task in tasks]
         return sum(scores) / len(scores)
+
+
+def reads_causally(settings: dict[str, Any]) -> bool:
+    """Whether an encoder of this section `bi` reads under the causal mask."""
+    return settings.get(MASK) == "causal" or settings.get("layers") == "none"
+
+
+def lost(points: Sequence[dict[str, Any]], place: int, text: str) -> float:
+    """That of a point of a trajectory over the first one's, of one text."""
+    values = [points[each]["perplexity"][text]["perplexity"] for each in (place, 0)]
+    return values[0] / values[1]
 
 
 def but(settings: dict[str, Any], *left_out: str, of_stages: Collection[str] = ()) -> str:

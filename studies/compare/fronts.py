@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from statistics import geometric_mean
 from typing import Any
 
+from studies.compare.entries import lost, reads_causally
 from studies.compare.published import published
 from ubmoe.report.figures import PALETTE, blank, of_plain, styled
 from ubmoe.results.records import Record, Records
@@ -33,8 +34,7 @@ def of_model(model: str, records: Records) -> list[Record]:
 def mask(record: Record) -> str:
     """How an encoder reads, in words."""
     own = record.config["bi"]
-    layers = own.get("layers", "all")
-    is_causal = own["attention"] == "causal" or layers == "none"
+    layers, is_causal = own.get("layers", "all"), reads_causally(own)
     some, kept = layers not in ("all", "none"), bool(own.get("keep_sink"))
     return MASKS[is_causal, some and not is_causal, kept and not is_causal]
 
@@ -45,16 +45,12 @@ def ratios(record: Record) -> list[tuple[float, float]]:
     The ratio is the geometric mean over the texts.
     """
     points = record.section["trajectory"]
-    start = points[0]["perplexity"]
     return [
         (
             point["sts"]["average"],
-            geometric_mean(
-                each["perplexity"] / start[name]["perplexity"]
-                for name, each in point["perplexity"].items()
-            ),
+            geometric_mean(lost(points, place, text) for text in point["perplexity"]),
         )
-        for point in points
+        for place, point in enumerate(points)
     ]
 
 

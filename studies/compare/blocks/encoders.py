@@ -10,7 +10,7 @@ from statistics import mean
 from typing import Any
 
 from studies.compare.blocks.cells import noted
-from studies.compare.entries import is_tuned
+from studies.compare.entries import is_tuned, lost, reads_causally
 from studies.compare.published import published
 from ubmoe.report.tables import family, model_of, spread
 from ubmoe.results.records import Record, Records
@@ -70,7 +70,7 @@ def described(record: Record) -> tuple[str, str, str]:
 
 def mask(bi: dict[str, Any]) -> str:
     """The mask that an encoder is read under."""
-    if bi.get("attention") == "causal" or bi.get("layers") == "none":
+    if reads_causally(bi):
         return "causal"
     layers = bi.get("layers", "all")
     named = {"all": "bidirectional"}.get(str(layers)) or "bidirectional in layers " + (
@@ -109,12 +109,7 @@ def average(every: Sequence[Sequence[float]]) -> str:
 def costs(record: Record, text: str) -> list[float]:
     """The last perplexity of a trajectory over its first, of one text; or none."""
     points = record.section.get("trajectory", [])
-    return [ratio(points, -1, text)] if points and text in points[-1]["perplexity"] else []
-
-
-def ratio(points: Sequence[dict[str, Any]], place: int, text: str) -> float:
-    values = [points[each]["perplexity"][text]["perplexity"] for each in (place, 0)]
-    return values[0] / values[1]
+    return [lost(points, -1, text)] if points and text in points[-1]["perplexity"] else []
 
 
 def front_block(name: str, records: Records, seeds: Sequence[int]) -> str:
@@ -129,7 +124,7 @@ def front_block(name: str, records: Records, seeds: Sequence[int]) -> str:
                     record.config["results"]["row"] if place == 0 else "",
                     str(point["step"]),
                     f"{point['sts']['average']:.2f}",
-                    *(f"{ratio(points, place, text):.3f}" for text in point["perplexity"]),
+                    *(f"{lost(points, place, text):.3f}" for text in point["perplexity"]),
                     f"{100 * point['distance']:.2f}",
                 ]
             )
