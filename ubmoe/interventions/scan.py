@@ -10,7 +10,7 @@ from mteb.abstasks.sts import AbsTaskSTS
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
-from torch import Tensor
+from sentence_transformers.util import batch_to_device
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ubmoe.bootstrap import gains, interval
@@ -131,10 +131,7 @@ def _read(
     texts: the first of each pair, then the second.
     """
     features = encoder.preprocess(list(texts), prompt=own_prompt(encoder))
-    features = {
-        key: value.to(model.device) if isinstance(value, Tensor) else value
-        for key, value in features.items()
-    }
+    features = batch_to_device(features, model.device)
     given: Any = encoder[1]
     pools = [
         Pooling(given.embedding_dimension, word, include_prompt=given.include_prompt)
