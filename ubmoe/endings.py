@@ -19,9 +19,11 @@ def scores(name: str, result: Mapping[str, Any]) -> Iterator[str]:
         shares = section["overall"]
         said = ", ".join(f"{share} {shares[share]:.1f}" for share in ("main", "before", "after"))
         yield f"attention dependence: {said} (% of attention)"
-    for each in (section, result.get("generation") or {}) if name != "generation" else (section,):
-        yield from _generation(each)
-    for row in result.get("sts") or () if name == "generation" else ():
+    yield from _generation(section)
+    if name != "generation":  # what another program measures beside its own
+        yield from _generation(result.get("generation") or {})
+        return
+    for row in result.get("sts") or ():
         yield from _similarity(f"STS, {row['route']}, {row['attention']}", row)
 
 

@@ -13,7 +13,15 @@ from ubmoe import cli
 from ubmoe.config import Config, UserError
 from ubmoe.report.tables import model_of
 from ubmoe.results import plan
-from ubmoe.results.records import as_text, existing, pack, read_result, record, recorded
+from ubmoe.results.records import (
+    Records,
+    as_text,
+    existing,
+    pack,
+    read_result,
+    record,
+    recorded,
+)
 
 ROOT = Path(__file__).parents[2]  # of a checkout
 
@@ -36,17 +44,18 @@ def comparing(module: str) -> Any:
 def table(config: Config) -> str:
     """A table of the paper from the records; without results.table, what output_dir holds."""
     if config.results.table is not None:
-        shown: str = comparing("paper").text(config.results.table, config, recorded(config))
-        return shown + no_runs(config)
+        records = recorded(config)
+        shown: str = comparing("paper").text(config.results.table, config, records)
+        return shown + no_runs(config, records)
     parts = [as_text(path, path.stem, read_result(path)) for path in existing(config)]
     figures = sorted(str(path) for path in Path(config.output_dir).glob("*.png"))
     return "\n\n".join([*parts, "\n".join(["figures:", *(f"  {path}" for path in figures)])])
 
 
-def no_runs(config: Config) -> str:
+def no_runs(config: Config, records: Records) -> str:
     """A last line for a table whose columns hold nothing of ours."""
     model = model_of({"config": config.model_dump()})
-    if any(each.model == model for each in recorded(config).by_name.values()):
+    if any(each.model == model for each in records.by_name.values()):
         return ""
     return (
         f"\n\nno run of {model} is recorded in {config.results.directory}: "
