@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import itertools
 import json
 
 import numpy as np
@@ -67,6 +68,22 @@ def test_two_local_models_get_their_own_scores_equal_to_a_hand_computation(encod
         assert section["tasks"]["tiny"] == pytest.approx(by_hand(encoder, tiny_rows), abs=1e-3)
         assert section["average"] == pytest.approx(np.mean(list(section["tasks"].values())))
     assert found[0]["tasks"] != found[1]["tasks"]
+
+
+def test_a_text_of_several_pairs_is_encoded_once(encoders, tmp_path, monkeypatch):
+    path = tmp_path / "repeats.tsv"
+    texts = ["a b", "c", "d e f", "g", "h i"]
+    lines = [f"{a}\t{b}\n" for a, b in itertools.combinations(texts, 2)]  # no two cosines tie
+    lines = [f"{(3 * score) % 10}\t{line}" for score, line in enumerate(lines)]
+    path.write_text("score\tsentence1\tsentence2\n" + "".join(lines))
+    expected = by_hand(encoders[0], evaluate.read_pairs(path))
+    encode, encoded = encoders[0].encode, []
+    monkeypatch.setattr(
+        encoders[0], "encode", lambda some, **keys: encoded.extend(some) or encode(some, **keys)
+    )
+    found = scores(encoders[0], str(path))
+    assert found["average"] == pytest.approx(expected, abs=1e-3)
+    assert sorted(encoded) == sorted(set(texts))
 
 
 def test_the_interval_of_a_score_is_a_slow_bootstraps(encoders, tmp_path):
