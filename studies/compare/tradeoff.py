@@ -17,7 +17,7 @@ from typing import Any
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
-from studies.compare import claim, fronts, runs, sink, steps, swapped
+from studies.compare import claim, fronts, norms, runs, sink, steps, swapped
 from studies.compare.entries import Cells, Entry, common_tasks, entries, main_metrics
 from studies.compare.probed import of_context, probings
 from studies.compare.shifted import shifted
@@ -118,7 +118,7 @@ def draw(config: Config, records: Records) -> str:
     """
     model, seeds = model_of({"config": config.model_dump()}), config.results.seeds
     placed, encoded = points(model, records, seeds), claim.tuned(model, records, seeds)
-    scored = fronts.of_model(model, records)
+    scored, measured = fronts.of_model(model, records), norms.by_model(records)
     if len(placed) < 2 and not scored:
         raise UserError(
             f"{config.results.directory}: {len(placed)} models of {model} with STS and generation, "
@@ -138,6 +138,7 @@ def draw(config: Config, records: Records) -> str:
     for name, least, count, drawn in (
         ("tradeoff.png", 2, len(placed), partial(plane_figure, model, placed)),
         ("fronts.png", 1, len(scored), partial(fronts.figure, model, scored)),
+        ("norms.png", 1, len(measured), partial(norms.figure, measured)),
         ("claim.png", 3, len(rows), partial(claim.figure, model, encoded)),
         ("masks.png", runs.FEWEST, len(told), partial(runs.figure, model, pairs)),
         ("sink.png", 3, len(twins), partial(sink.figure, model, twins)),
