@@ -232,6 +232,20 @@ def test_perplexity_is_that_of_each_answer_token_alone(model, tokenizer):
         assert found["answers"]["tokens"] == list(map(len, losses))
 
 
+def test_logits_of_a_forward_are_bounded_whatever_the_vocabulary(model, tokenizer, monkeypatch):
+    """With room for the logits of forty tokens no forward has more, but for a longer text's."""
+    chats = read_chats("tiny", tokenizer, 200, 12).chats
+    vocabulary, sizes = model.get_output_embeddings().weight.shape[0], []
+    monkeypatch.setattr(generation, "LOGITS", 40 * vocabulary)
+    hook = model.register_forward_pre_hook(
+        lambda _, __, inputs: sizes.append(inputs["input_ids"].shape), with_kwargs=True
+    )
+    generation.perplexity(model, chats)
+    hook.remove()
+    assert sum(rows for rows, _ in sizes) == len(chats)
+    assert all(rows == 1 or rows * width <= 40 for rows, width in sizes)
+
+
 def test_the_interval_of_a_perplexity_is_a_slow_bootstraps(model, tokenizer):
     chats = read_chats("tiny", tokenizer, 200, 12).chats
     found = generation.perplexity(model, chats)

@@ -45,7 +45,8 @@ from ubmoe.models.source import ModelSource
 from ubmoe.tiny import tasks as tiny_tasks
 from ubmoe.training import losses
 
-BATCH_TOKENS = 8192  # padded tokens of a forward, for perplexity
+BATCH_TOKENS = 8192  # padded tokens of a forward, for perplexity; fewer of a large vocabulary:
+LOGITS = 2**28  # of a forward at most, which are a GB in float32, and the loss makes two or three
 # Metrics of lm-eval that are shares of 1, and tasks whose metrics are percent already.
 SHARES = re.compile(r"acc|^exact_match|^em$|^f1$|^mcc$|^pass@|^mc[12]$")
 PERCENT = ("squadv2", "scrolls", "longbench")
@@ -328,14 +329,17 @@ def perplexity(
     model: PreTrainedModel,
     chats: Sequence[Chat],
     bf16: Setting = False,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
 ) -> dict[str, Any]:
     """Of the answers' tokens, end tokens included. Raises UserError for a bidirectional model.
+
+    batch_tokens: of a forward, padded; None: as many as `LOGITS` allows.
 
     What it returns: `told`.
     """
     check_causal(model)
     head: Any = model.get_output_embeddings()
+    batch_tokens = batch_tokens or min(BATCH_TOKENS, LOGITS // head.weight.shape[0])
 
     def predicted(batch: list[int]) -> tuple[Tensor, Tensor]:
         inputs = collate([chats[index] for index in batch])
