@@ -5,6 +5,8 @@ import os
 import random
 import resource
 import shutil
+import subprocess
+import sys
 import tarfile
 import zipfile
 from contextlib import contextmanager
@@ -48,6 +50,14 @@ def index(tmp_path, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, str(value))
     return folder
+
+
+def test_help_is_no_complaint():
+    done = subprocess.run(
+        [sys.executable, "-m", "ubmoe.fetch", "--help"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "qwen2.5-coder-0.5b" in done.stdout
 
 
 @pytest.fixture

