@@ -18,6 +18,7 @@ def main(config: Config) -> Path:
 
     made, stages = ("bi", "training.png"), [f"stages/{n}" for n in range(len(config.bi.stages))]
     with recording("train_bi", "sts", config, *made, working=stages) as run:
+        from ubmoe.bidirectional import attention_name
         from ubmoe.encoder import card, whitening
         from ubmoe.encoder.sentence_encoder import (
             as_encoder,
@@ -56,7 +57,7 @@ def main(config: Config) -> Path:
                 encoder, tasks, config.evaluation.batch_size, config.evaluation.bf16
             )
             card.complete(run.place("bi"), config, scores)
-            run.section = scores | parts
+            run.section = {"attention": attention_name(model.config)} | scores | parts
             if whitened is not None:
                 run.section["whiten"] = whitened
             if tables.has_collapsed(reports):

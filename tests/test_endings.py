@@ -9,6 +9,12 @@ from ubmoe import endings
 from ubmoe.recording import recording
 
 STS = {"tasks": {"a": 53.61, "b": 40.0}, "average": 46.805}
+PROBES = [
+    {"control": "none", "balanced_accuracy": 0.5},
+    {"control": "none", "balanced_accuracy": 0.75},
+    {"control": "none", "spearman": 0.1},
+    {"control": "no context", "balanced_accuracy": 0.1},
+]
 GENERATION = {"metrics": {"piqa": "acc"}, "average": 51.26, "perplexity": 2.0341}
 
 
@@ -38,6 +44,24 @@ GENERATION = {"metrics": {"piqa": "acc"}, "average": 51.26, "perplexity": 2.0341
             "dependence",
             {"dependence": {"overall": {"main": 1.26, "before": 90.0, "after": 8.74}}},
             ["attention dependence: main 1.3, before 90.0, after 8.7 (% of attention)"],
+        ),
+        (
+            "scan",
+            {
+                "scan": {
+                    "patterns": [
+                        {"name": "none", "layers": "none", "last": {"score": 30.0}},
+                        {"name": "from 1", "layers": {"from": 1}, "weighted_mean": {"score": 45.39}}
+                        | {"last": {"score": 31.0}},
+                    ]
+                }
+            },
+            ["STS, untrained: at best 45.4 (Spearman x 100), layers from 1, weighted mean"],
+        ),
+        (
+            "probing",
+            {"probing": {"models": [{"label": "base", "rows": PROBES}]}},
+            ["probes: base 62.5 (balanced accuracy in %, mean of all)"],
         ),
         ("sts", {"sts": {"tasks": {}, "average": None}}, []),
         ("swap", {"swap": {"layers": []}}, []),

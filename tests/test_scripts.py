@@ -280,6 +280,10 @@ def test_the_mixture_is_trained_saved_and_scored(encoder, tmp_path):
     routes = ("learned", "half", "average", "uni", "bi")
     expected = {(route, mask) for route in routes for mask in ("causal", "bidirectional")}
     assert places == expected | {("adapter", "bidirectional")}
+    encoded = json.loads((encoder.parent / "sts.json").read_text())["sts"]
+    parts = {"stages"}  # how it was trained
+    assert all(set(row) - {"route"} == set(encoded) - parts for row in result["sts"])
+    assert encoded["attention"] == "bidirectional"
     assert result["adapter"]["rank"] == 4 and 0 < result["adapter"]["kept"] < 1
     assert {each.name for each in (tmp_path / "run").iterdir()} == {
         *("generation.json", "train_ubmoe.config.yaml", "routing.png"),

@@ -3,34 +3,66 @@
 Nothing heavy is imported: only the result is read.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-UNITS = {"metric": "cosine_spearman", "unit": "Spearman x 100"}  # of an `sts` section
+from ubmoe.similarity import UNITS, sections
+
+NAMED = ("route", "attention")  # of a mixture's similarity
 
 
 def scores(name: str, result: Mapping[str, Any]) -> Iterator[str]:
     """A line for each score of a result that is called so; none for a result without one."""
     section = result.get(name) or {}
     if name in ("sts", "evaluation"):
-        yield from _similarity("STS", section)
+        yield from _similarities(result)
     if name == "dependence" and "overall" in section:
         shares = section["overall"]
         said = ", ".join(f"{share} {shares[share]:.1f}" for share in ("main", "before", "after"))
         yield f"attention dependence: {said} (% of attention)"
+    if name == "scan":
+        yield from _scanned(section.get("patterns") or [])
+    if name == "probing":
+        yield from _probed(section.get("models") or [])
     yield from _generation(section)
     if name != "generation":  # what another program measures beside its own
         yield from _generation(result.get("generation") or {})
         return
-    for row in result.get("sts") or ():
-        yield from _similarity(f"STS, {row['route']}, {row['attention']}", row)
+    yield from _similarities(result)
 
 
-def _similarity(what: str, section: Mapping[str, Any]) -> Iterator[str]:
-    if section.get("average") is not None:
-        count = len(section["tasks"])
-        yield f"{what}: {section['average']:.1f} ({UNITS['unit']}, {_counted(count)})"
+def _similarities(result: Mapping[str, Any]) -> Iterator[str]:
+    for section in sections(result):
+        what = ", ".join(["STS", *(section[key] for key in NAMED if "route" in section)])
+        if section.get("average") is not None:
+            count = len(section["tasks"])
+            yield f"{what}: {section['average']:.1f} ({UNITS['unit']}, {_counted(count)})"
+
+
+def _scanned(patterns: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """The best pattern, by whichever pooling; its vectors as they are, and not centred."""
+    found = [
+        (own["score"], each["name"], name.replace("_", " "))
+        for each in patterns
+        for name, own in each.items()
+        if isinstance(own, Mapping) and "score" in own
+    ]
+    if found:
+        score, layers, pooling = max(found)
+        yield f"STS, untrained: at best {score:.1f} ({UNITS['unit']}), layers {layers}, {pooling}"
+
+
+def _probed(models: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Each model's mean over its probes of classes, but for the controls."""
+    means = []
+    for model in models:
+        rows = [each for each in model["rows"] if each["control"] == "none"]
+        every = [each["balanced_accuracy"] for each in rows if "balanced_accuracy" in each]
+        means += [f"{model['label']} {100 * fmean(every):.1f}"] if every else []
+    if means:
+        yield f"probes: {', '.join(means)} (balanced accuracy in %, mean of all)"
 
 
 def _generation(section: Mapping[str, Any]) -> Iterator[str]:

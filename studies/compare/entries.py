@@ -12,6 +12,7 @@ from typing import Any, Literal
 from ubmoe.dependence import SHARES
 from ubmoe.report.tables import has_collapsed, mixed, trained, variant
 from ubmoe.results.records import EXCHANGES, Record, Records
+from ubmoe.similarity import sections
 
 Cells = dict[str, float | None]
 Role = Literal["base", "encoder", "mixture", "bitune"]
@@ -363,7 +364,7 @@ def _again(model: str, records: Records) -> Iterator[Entry]:
     for made in records.of("sts", model):
         record = measured_of(made, "evaluation", records)
         if record is not None and (section := record.data.get("generation")):
-            sts = {f"STS {made.config['bi']['attention']}": made.section["average"]}
+            sts = {f"STS {each['attention']}": each["average"] for each in sections(made.data)}
             role: Role = "encoder" if is_tuned(made) else "base"
             scores, measures = scored(section, section["metrics"])
             yield Entry(_called(made), role, record, scores, measures | sts, (made,))
@@ -377,7 +378,7 @@ def _routes(model: str, records: Records) -> Iterator[Entry]:
         for route, found in section["routes"].items():
             sts = {
                 f"STS {row['attention']}": row["average"]
-                for row in record.data["sts"]
+                for row in sections(record.data)
                 if row["route"] == route
             }
             role: Role = "base" if route == "uni" else "mixture"

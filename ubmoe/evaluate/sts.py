@@ -30,8 +30,8 @@ from ubmoe.config import UserError, listed
 from ubmoe.data.bad_rows import usable
 from ubmoe.data.rows import GZIPPED, Row, cell, finite_number, is_file, read_rows
 from ubmoe.encoder.sentence_encoder import lengths
-from ubmoe.endings import UNITS
 from ubmoe.models.precision import Setting, autocast
+from ubmoe.similarity import UNITS
 from ubmoe.tiny import language, sizes
 
 TINY_SEED = 2  # of the embedded language

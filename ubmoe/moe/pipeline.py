@@ -30,6 +30,7 @@ from ubmoe.moe.distillation import Distillation
 from ubmoe.moe.export import encoder_attention
 from ubmoe.moe.joining import check_alike, check_joins, check_pair, load_mixture
 from ubmoe.moe.routes import route_of
+from ubmoe.similarity import sections
 from ubmoe.training.checkpoints import Work
 
 log = logging.getLogger(__name__)
@@ -183,7 +184,7 @@ def complete_cards(
         results = []
         if found := routes.get(route):
             results += cards.generation_results(found["tasks"], metrics, found["perplexity"])
-        for row in record["sts"]:
+        for row in sections(record):
             if row["route"] in encoding and row["attention"] == inputs.attention:
                 results += cards.sts_results(row)
                 break

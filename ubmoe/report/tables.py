@@ -11,6 +11,7 @@ from typing import Any
 from tabulate import tabulate
 
 from ubmoe.dependence import SHARES
+from ubmoe.similarity import sections
 
 NO_TEXTS = "no texts"
 CAUSAL = " causal"  # after a row's modules: tuned under the causal mask, a control
@@ -127,18 +128,20 @@ def _stage(stage: dict[str, Any]) -> str:
 
 
 def sts_text(result: dict[str, Any]) -> str:
-    rows = sts_rows(result["sts"], "trained", trained(result))
+    [section] = sections(result)
+    rows = sts_rows(section, "trained", trained(result))
     return f"STS of {model_of(result)}, Spearman x 100.\n{aligned(rows)}"
 
 
 def evaluation_text(result: dict[str, Any]) -> str:
     """STS of whatever model was scored, and what it generates where that was asked."""
     model = model_of(result)
-    rows = sts_rows(result["evaluation"], "model", model)
+    [section] = sections(result)
+    rows = sts_rows(section, "model", model)
     parts = [f"STS of {model}, Spearman x 100.\n{aligned(rows)}"]
-    if section := result.get("generation"):
-        names = list(section["metrics"])
-        cells = _generated(section, names, section["metrics"])
+    if generated := result.get("generation"):
+        names = list(generated["metrics"])
+        cells = _generated(generated, names, generated["metrics"])
         rows = [["model", *names, "average", "perplexity"], [model, *cells]]
         parts.append(f"Generation of {model}, read causally, percent.\n{aligned(rows)}")
     return "\n\n".join(parts)
@@ -164,7 +167,7 @@ def generation_text(result: dict[str, Any]) -> str:
     for route, each in section["routes"].items():
         rows.append([route, *_generated(each, names, section["metrics"])])
     parts = [f"Generation of the mixture on {model}, percent.\n{aligned(rows)}"]
-    if sts := result["sts"]:
+    if sts := sections(result):
         tasks = list(sts[0]["tasks"])
         rows = [["route", "attention", *tasks, "average"]]
         for row in sts:
