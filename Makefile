@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?=
 BIN := .venv/bin
 
-.PHONY: demo model real real-study test fuzz study figures lock clean
+.PHONY: demo model real real-study paper-0.5b test fuzz study figures lock clean
 
 # Bytecode is left to the first import: compiling every file takes half of the installation.
 .venv/installed: requirements.lock pyproject.toml
@@ -51,10 +51,16 @@ real: .venv/installed
 		$(BIN)/python $$program $(REAL) model.name=$$file || exit; \
 	done
 
-# The study of studies/smollm2-135m, on the same model; data/ is a folder of your own, which the YAML tells.
+# The study of studies/smollm2-135m, on the same model; data/ is a folder of your own, with the files that the YAML names.
 real-study: .venv/installed
 	$(BIN)/python -m ubmoe.fetch smollm2-135m
 	$(BIN)/python -m ubmoe.results run studies/smollm2-135m/study.yaml
+
+# The paper's tables on Qwen2.5-Coder-0.5B, by its settings and by ours; data/ as above.
+paper-0.5b: .venv/installed
+	$(BIN)/python -m ubmoe.fetch qwen2.5-coder-0.5b
+	$(BIN)/python -m ubmoe.results run studies/paper-0.5b/study.yaml
+	$(BIN)/python -m ubmoe.results table studies/paper-0.5b/study.yaml
 
 # The whole study on the embedded model, three seeds; goes on where it stopped.
 study: .venv/installed

@@ -63,9 +63,9 @@ def test_snippets_are_python_and_import_what_is_there(page):
 
 
 def test_every_make_target_that_a_page_names_exists():
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    targets = set(re.findall(r"^([\w.-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     every = "".join(page.read_text() for page in PAGES)
-    assert {"demo", "test"} <= set(re.findall(r"(?:^ +|`)make (\w+)", every, re.M)) <= targets
+    assert {"demo", "test"} <= set(re.findall(r"(?:^ +|`)make ([\w.-]+)", every, re.M)) <= targets
 
 
 def test_the_readme_is_a_door():
@@ -97,7 +97,7 @@ def test_the_rooms_that_the_readme_shows_are_there():
     rooms = {path.parent.name for path in (ROOT / "ubmoe").glob("*/__init__.py")}
     assert set(re.findall(r"^ {6}(\w+)/ ", package, re.M)) == rooms
     folders = {path.parent.name for path in (ROOT / "studies").glob("*/*.*")}
-    assert set(re.findall(r"([\w-]+)/", studies)) == folders - {"__pycache__"}
+    assert set(re.findall(r"([\w.-]+)/", studies)) == folders - {"__pycache__"}
     assert all(
         Path(ROOT / "ubmoe" / name).is_file()
         for name in re.findall(r"(\w+\.py)\b", README.split("## The tree")[1].split("```")[0])
