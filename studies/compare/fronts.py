@@ -1,4 +1,4 @@
-"""The picture of what an encoder costs: similarity across, lost language modelling up.
+"""The figure of an encoder's cost: similarity across, lost language modelling up.
 
 Of runs that were scored on their way (`trajectory.steps`), each a line that begins untrained.
 """
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from statistics import geometric_mean
 from typing import Any
 
-from studies.compare.entries import lost, reads_causally
 from studies.compare.published import published
+from studies.compare.rows import perplexity_ratio, reads_causally
 from ubmoe.report.figures import PALETTE, blank, of_plain, styled
 from ubmoe.results.records import Record, Records
 
@@ -25,17 +25,17 @@ PAPER = ("Qwen1.5-0.5B-Chat", "ffn")  # its row of Table 2; of its perplexity no
 def of_model(model: str, records: Records) -> list[Record]:
     """The runs of a model that were scored on their way, with perplexity."""
     return [
-        each
-        for each in records.of("sts", model)
-        if any(point["perplexity"] for point in each.section.get("trajectory", ()))
+        record
+        for record in records.of("sts", model)
+        if any(point["perplexity"] for point in record.section.get("trajectory", ()))
     ]
 
 
 def mask(record: Record) -> str:
     """How an encoder reads, in words."""
-    own = record.config["bi"]
-    layers, is_causal = own.get("layers", "all"), reads_causally(own)
-    some, kept = layers not in ("all", "none"), bool(own.get("keep_sink"))
+    settings = record.config["bi"]
+    layers, is_causal = settings.get("layers", "all"), reads_causally(settings)
+    some, kept = layers not in ("all", "none"), bool(settings.get("keep_sink"))
     return MASKS[is_causal, some and not is_causal, kept and not is_causal]
 
 
@@ -48,7 +48,7 @@ def ratios(record: Record) -> list[tuple[float, float]]:
     return [
         (
             point["sts"]["average"],
-            geometric_mean(lost(points, place, text) for text in point["perplexity"]),
+            geometric_mean(perplexity_ratio(points, place, text) for text in point["perplexity"]),
         )
         for place, point in enumerate(points)
     ]
@@ -58,7 +58,7 @@ def paper(tasks: str) -> tuple[float, str]:
     """The paper's score to hold beside `tasks`, and what it is: of STSB alone, or of all ten."""
     table = published("ubmoe")["sts"]
     column = "STSBenchmark" if tasks.startswith("STSB") and "," not in tasks else "average"
-    [row] = [each for each in table["rows"] if (each["model"], each["method"]) == PAPER]
+    [row] = [row for row in table["rows"] if (row["model"], row["method"]) == PAPER]
     score = row["scores"][table["columns"].index(column)]
     return score, f"the paper's {PAPER[0]}, {column}; perplexity not published"
 
@@ -68,9 +68,9 @@ def figure(model: str, scored: Sequence[Record]) -> Any:
     """A line a run in the colour of its mask, from the black, untrained point on."""
     drawn = blank(7.2, 4.4)
     axes: Any = drawn.subplots()
-    masks = [name for name in MASKS.values() if name in {mask(each) for each in scored}]
+    masks = [name for name in MASKS.values() if name in {mask(record) for record in scored}]
     colours = dict(zip(masks, PALETTE, strict=False))
-    for record in sorted(scored, key=lambda each: masks.index(mask(each))):
+    for record in sorted(scored, key=lambda record: masks.index(mask(record))):
         across, up = zip(*ratios(record), strict=True)
         name = mask(record)
         new = name not in axes.get_legend_handles_labels()[1]
@@ -82,7 +82,7 @@ def figure(model: str, scored: Sequence[Record]) -> Any:
             color=colours[name],
             label=name if new else None,
         )
-    starts = sorted({ratios(each)[0] for each in scored})
+    starts = sorted({ratios(record)[0] for record in scored})
     axes.plot(*zip(*starts, strict=True), ls="", marker="o", ms=5, color="black", label="untrained")
     axes.set_yscale("log")
     of_plain(axes.yaxis)

@@ -39,8 +39,8 @@ def pages(config: Config, root: Path = Path()) -> dict[Path, str]:
         text = page.read_text(encoding="utf-8")
         return renewed(text, records, config.results.seeds, benchmarks, of_study)
 
-    found = [root / "README.md", *(page for place in PLACES for page in sorted(root.glob(place)))]
-    return {page: renewed_page(page) for page in found}
+    paths = [root / "README.md", *(page for place in PLACES for page in sorted(root.glob(place)))]
+    return {page: renewed_page(page) for page in paths}
 
 
 def renewed(
@@ -59,15 +59,15 @@ def renewed(
 
     def block(match: re.Match[str]) -> str:
         heading, kind, name, said = match.groups()
-        own = [int(each) for each in said.split()] if said else seeds
+        chosen = [int(seed) for seed in said.split()] if said else seeds
         if kind == "benchmark":
             made = scores.benchmark_block(benchmarks.get(name, []))
         else:
             of = of_study(name) if kind in STUDY and of_study else records
-            made = BLOCKS[kind](name, of, own)
+            made = BLOCKS[kind](name, of, chosen)
         if not made:
             raise UserError(
-                f"results.directory: no records of seeds {', '.join(map(str, own))} for the "
+                f"results.directory: no records of seeds {', '.join(map(str, chosen))} for the "
                 f"block {kind}: {name}"
             )
         return f"{heading}\n{made}\n<!-- end -->"
@@ -82,7 +82,7 @@ BLOCKS = {
     "dependence": scores.dependence_block,
     "sts": scores.sts_block,
     "change": differences.change_block,
-    "twins": differences.twins_block,
+    "controls": differences.controls_block,
     "layers": differences.layers_block,
     "swap": differences.swap_block,
     "shift": differences.shift_block,

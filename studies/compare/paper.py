@@ -7,8 +7,8 @@ the published number and the gap stand in brackets. Nothing is averaged over mis
 from collections.abc import Iterable, Sequence
 from statistics import mean
 
-from studies.compare.entries import BASE, KINDS, Entry, all_entries, by_row, entries
 from studies.compare.published import published
+from studies.compare.rows import BASE, KINDS, RunRow, all_run_rows, by_row, run_rows
 from ubmoe.config import MADE, SCORED, Config, leaves
 from ubmoe.dependence import SHARES
 from ubmoe.report.tables import aligned, model_of, spread
@@ -22,7 +22,7 @@ TITLES = {
 NAMES = {2: "sts", 3: "dependence", 4: "generation"}
 UBMOE = "learned, top_k 2, chat"  # what the paper's second row of Table 4 is
 # Columns, by role, that a row has, but of other data than the rows beside it.
-ELSEWHERE = {("bitune", "perplexity"): "other chats"}
+OTHER_DATA = {("bitune", "perplexity"): "other chats"}
 
 
 def text(number: int | str, config: Config, records: Records) -> str:
@@ -32,14 +32,14 @@ def text(number: int | str, config: Config, records: Records) -> str:
     return "\n\n".join(
         "\n".join(
             [
-                f"{TITLES[each]}, {model}: ours (published, ours minus published).",
-                aligned(rows(each, model, records, seeds)),
-                *notes(NAMES[each], model, records, seeds),
-                *left_out(NAMES[each], model, records, seeds),
-                *misprints(each, model),
+                f"{TITLES[table]}, {model}: ours (published, ours minus published).",
+                aligned(rows(table, model, records, seeds)),
+                *notes(NAMES[table], model, records, seeds),
+                *left_out(NAMES[table], model, records, seeds),
+                *misprints(table, model),
             ]
         )
-        for each in numbers
+        for table in numbers
     )
 
 
@@ -59,32 +59,32 @@ def rows(
     every = dict.fromkeys((*theirs, *ours))
     body = []
     for row in sorted(every, key=lambda row: not _is_base(row, ours.get(row, []))):
-        own, published_row = ours.get(row, []), theirs.get(row, {})
-        cells = [compared(row, own, name, published_row) for name in shown]
-        body.append([row, str(len(own)), *cells])
+        runs, published_row = ours.get(row, []), theirs.get(row, {})
+        cells = [compared(row, runs, name, published_row) for name in shown]
+        body.append([row, str(len(runs)), *cells])
     return [["row", "seeds", *shown], *body]
 
 
-def _is_base(row: str, own: list[Entry]) -> bool:
+def _is_base(row: str, runs: list[RunRow]) -> bool:
     """own: ours of the row; of none, it is the paper's, whose own word it is."""
-    return own[0].is_base if own else row.partition(",")[0] == BASE
+    return runs[0].is_base if runs else row.partition(",")[0] == BASE
 
 
 def columns(number: int, model: str, records: Records, seeds: Sequence[int]) -> list[str]:
     """Those of the published table, and further ones of ours."""
-    ours = entries(NAMES[number], model, records, seeds)
-    every: list[Iterable[str]] = [*_theirs(number, model).values(), *(each.cells for each in ours)]
+    ours = run_rows(NAMES[number], model, records, seeds)
+    every: list[Iterable[str]] = [*_theirs(number, model).values(), *(run.cells for run in ours)]
     return list(dict.fromkeys(name for row in every for name in row))
 
 
-def compared(row: str, own: list[Entry], name: str, published_row: dict[str, float]) -> str:
-    values = [value for each in own if (value := each.cells.get(name)) is not None]
-    if not values and own and (said := ELSEWHERE.get((own[0].role, name))):
+def compared(row: str, runs: list[RunRow], name: str, published_row: dict[str, float]) -> str:
+    values = [value for run in runs if (value := run.cells.get(name)) is not None]
+    if not values and runs and (said := OTHER_DATA.get((runs[0].role, name))):
         return said
-    tasks = {each.tasks for each in own}
+    tasks = {run.tasks for run in runs}
     if name == "average" and len(tasks) > 1:
         return "unlike tasks"
-    cell = spread(values) + (f" of {len(values)}" if 0 < len(values) < len(own) else "")
+    cell = spread(values) + (f" of {len(values)}" if 0 < len(values) < len(runs) else "")
     if (theirs := published_row.get(name)) is None:
         return cell
     if name == "average" and values and tasks != {frozenset(published_row) - {"average"}}:
@@ -94,7 +94,7 @@ def compared(row: str, own: list[Entry], name: str, published_row: dict[str, flo
 
 
 def misprints(number: int, model: str) -> list[str]:
-    """What is wrong in the published table of a model, as printed."""
+    """The misprints in the published table of a model."""
     return [
         f"Misprint in {model}, {row['method']}: {row['misprint']}."
         for row in published("ubmoe")[NAMES[number]]["rows"]
@@ -104,7 +104,7 @@ def misprints(number: int, model: str) -> list[str]:
 
 def _theirs(number: int, model: str) -> dict[str, dict[str, float]]:
     table = published("ubmoe")[NAMES[number]]
-    found: dict[str, dict[str, float]] = {}
+    published_rows: dict[str, dict[str, float]] = {}
     for row in table["rows"]:
         if row["model"] != model:
             continue
@@ -112,10 +112,10 @@ def _theirs(number: int, model: str) -> dict[str, dict[str, float]]:
         if number == 3:
             for place, share in enumerate(SHARES):
                 scores = {bucket: triple[place] for bucket, triple in pairs}
-                found[f"{row['method']}, {share}"] = scores
+                published_rows[f"{row['method']}, {share}"] = scores
         else:
-            found[UBMOE if row["method"] == "ubmoe" else row["method"]] = dict(pairs)
-    return found
+            published_rows[UBMOE if row["method"] == "ubmoe" else row["method"]] = dict(pairs)
+    return published_rows
 
 
 def models() -> list[str]:
@@ -124,7 +124,7 @@ def models() -> list[str]:
     return list(dict.fromkeys(row["model"] for row in rows))
 
 
-# --- what the numbers do not say ------------------------------------------------------------------
+# --- notes below the tables -----------------------------------------------------------------------
 
 # What a run scored beside, and where its models were: no setting of a number.
 NO_SETTINGS = {
@@ -135,58 +135,58 @@ NO_SETTINGS = {
 
 def notes(kind: str, model: str, records: Records, seeds: Sequence[int]) -> list[str]:
     """In what the runs of a row differ, where they do, and how generation was asked."""
-    every = all_entries(kind, model, records, seeds)
+    every = all_run_rows(kind, model, records, seeds)
     values: dict[str, dict[str, set[str]]] = {}
-    for each in every:
-        for key, value in _settings(each).items():
-            values.setdefault(each.row, {}).setdefault(key, set()).add(value)
+    for run in every:
+        for key, value in _settings(run).items():
+            values.setdefault(run.row, {}).setdefault(key, set()).add(value)
     unlike: dict[str, list[str]] = {}
     for row, keys in values.items():
-        if said := ", ".join(sorted(key for key, found in keys.items() if len(found) > 1)):
+        if said := ", ".join(sorted(key for key, distinct in keys.items() if len(distinct) > 1)):
             unlike.setdefault(said, []).append(row)
     notes = [f"Unlike runs in one row, {'; '.join(rows)}: {said}." for said, rows in unlike.items()]
-    return notes + _asked(every)
+    return notes + _shots(every)
 
 
 def left_out(kind: str, model: str, records: Records, seeds: Sequence[int]) -> list[str]:
     """The seeds of runs that are not shown, and further runs of one row and seed."""
-    others = {each.seed for each in KINDS[kind](model, records)} - {None, *seeds}
+    others = {run.seed for run in KINDS[kind](model, records)} - {None, *seeds}
     said = ", ".join(map(str, sorted(seed for seed in others if seed is not None)))
     notes = [f"Not shown: runs of seed {said}; see results.seeds."] if others else []
-    shown = {(each.row, each.seed): each for each in entries(kind, model, records, seeds)}
-    for each in all_entries(kind, model, records, seeds):
-        first = shown[each.row, each.seed]
-        if _numbers(each) - _numbers(first):
+    shown = {(run.row, run.seed): run for run in run_rows(kind, model, records, seeds)}
+    for run in all_run_rows(kind, model, records, seeds):
+        first = shown[run.row, run.seed]
+        if _numbers(run) - _numbers(first):
             notes.append(
-                f"Not shown: {each.record.name}, which says otherwise of {each.row} than "
+                f"Not shown: {run.record.name}, which says otherwise of {run.row} than "
                 f"{first.record.name}."
             )
     return notes
 
 
-def _numbers(entry: Entry) -> set[tuple[str, float]]:
-    return {(name, value) for name, value in entry.cells.items() if value is not None}
+def _numbers(run: RunRow) -> set[tuple[str, float]]:
+    return {(name, value) for name, value in run.cells.items() if value is not None}
 
 
-def _settings(entry: Entry) -> dict[str, str]:
-    """What an entry's numbers depend on besides the seed: how it was scored, and how made."""
-    found: dict[str, str] = {}
-    for record in (entry.record, *entry.beside):
-        found |= leaves(record.config, SCORED[record.kind])
-    for record in () if entry.is_base else entry.made:
-        found |= leaves(record.config, MADE[record.kind])
-    return {key: value for key, value in found.items() if key not in NO_SETTINGS}
+def _settings(run: RunRow) -> dict[str, str]:
+    """The settings behind a run's numbers, besides the seed: of its scoring, and of its making."""
+    settings: dict[str, str] = {}
+    for record in (run.record, *run.beside):
+        settings |= leaves(record.config, SCORED[record.kind])
+    for record in () if run.is_base else run.made:
+        settings |= leaves(record.config, MADE[record.kind])
+    return {key: value for key, value in settings.items() if key not in NO_SETTINGS}
 
 
-def _asked(every: Iterable[Entry]) -> list[str]:
+def _shots(every: Iterable[RunRow]) -> list[str]:
     """How many shots and questions a task had; the paper does not say its own."""
-    found = set()
-    for each in every:
-        section = each.record.data.get("generation") or each.record.data.get("bitune", {})
+    sentences = set()
+    for run in every:
+        section = run.record.data.get("generation") or run.record.data.get("bitune", {})
         counts = section.get("shots", {})
         known = [f"{task} {count}" for task, count in counts.items() if count is not None]
         if known:
             limit = section["limit"]
             only = f"; the first {limit} questions of each task" if limit else ""
-            found.add(f"Shots of ours: {', '.join(known)}{only}.")
-    return sorted(found)
+            sentences.add(f"Shots of ours: {', '.join(known)}{only}.")
+    return sorted(sentences)

@@ -1,9 +1,9 @@
-"""What exchanging the first token's share alone does, of every run of which it was measured."""
+"""The effect of exchanging the first token's share alone, for every run where it was measured."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from studies.compare.entries import base_first, by_row, measured_of
+from studies.compare.rows import base_first, by_row, measured_of
 from ubmoe.results.records import Records
 
 
@@ -11,8 +11,8 @@ def shifted(model: str, records: Records, seeds: Sequence[int]) -> dict[str, dic
     """{row and seed: the `shift` section}, the rows in the order of tables."""
     rows = by_row("encoders", model, records, seeds)
     return {
-        f"{entry.row}, seed {entry.seed}": record.section
-        for own in sorted(rows.values(), key=base_first)
-        for entry in own
-        if (record := measured_of(entry.record, "shift", records)) is not None
+        f"{run.row}, seed {run.seed}": record.section
+        for runs in sorted(rows.values(), key=base_first)
+        for run in runs
+        if (record := measured_of(run.record, "shift", records)) is not None
     }

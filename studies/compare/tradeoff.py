@@ -18,8 +18,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
 from studies.compare import claim, fronts, norms, runs, sink, steps, swapped
-from studies.compare.entries import Cells, Entry, common_tasks, entries, main_metrics
 from studies.compare.probed import of_context, probings
+from studies.compare.rows import Cells, RunRow, common_tasks, main_metrics, run_rows
 from studies.compare.shifted import shifted
 from ubmoe import owned
 from ubmoe.config import Config, UserError
@@ -48,64 +48,64 @@ class Point:
     perplexity: list[float] = field(default_factory=list)
 
     def add(self, *values: float | None) -> None:
-        for found, value in zip((self.sts, self.tasks, self.perplexity), values, strict=True):
+        for known, value in zip((self.sts, self.tasks, self.perplexity), values, strict=True):
             if value is not None:
-                found.append(value)
+                known.append(value)
 
 
 def points(model: str, records: Records, seeds: Sequence[int]) -> dict[str, Point]:
     """Every model of the study that both uses were scored of, by its row's name."""
-    found: dict[str, Point] = {}
+    placed: dict[str, Point] = {}
     encoders = [
-        each
-        for each in entries("encoders", model, records, seeds)
-        if each.tasks and "perplexity" in each.measures and not each.has_collapsed
+        run
+        for run in run_rows("encoders", model, records, seeds)
+        if run.tasks and "perplexity" in run.measures and not run.has_collapsed
     ]
     mixtures = [
-        each
-        for each in entries("routes", model, records, seeds)
-        if _sts_of(each) in each.measures and each.route not in NO_MIXTURES
+        run
+        for run in run_rows("routes", model, records, seeds)
+        if _sts_of(run) in run.measures and run.route not in NO_MIXTURES
     ]
     common = common_tasks(encoders)
-    asked = [own for each in (*encoders, *mixtures) if (own := _asked(each))]
-    tasks = set.intersection(*(set(each) for each in asked)) if asked else set()
-    for each in encoders if common else ():
-        kind = "base" if each.is_base else "encoder"
-        point = found.setdefault(each.row, Point(kind, each.is_control))
-        point.add(each.mean(common), _average(each, tasks), each.measures["perplexity"])
-    for each in mixtures:
-        point = found.setdefault(each.row, Point("mixture", each.is_control))
-        point.add(each.measures[_sts_of(each)], _average(each, tasks), each.measures["perplexity"])
-    return found
+    asked = [own for run in (*encoders, *mixtures) if (own := _asked(run))]
+    tasks = set.intersection(*(set(scores) for scores in asked)) if asked else set()
+    for run in encoders if common else ():
+        kind = "base" if run.is_base else "encoder"
+        point = placed.setdefault(run.row, Point(kind, run.is_control))
+        point.add(run.mean(common), _average(run, tasks), run.measures["perplexity"])
+    for run in mixtures:
+        point = placed.setdefault(run.row, Point("mixture", run.is_control))
+        point.add(run.measures[_sts_of(run)], _average(run, tasks), run.measures["perplexity"])
+    return placed
 
 
-def _sts_of(mixture: Entry) -> str:
+def _sts_of(mixture: RunRow) -> str:
     """The column of its STS as it is meant to read: as its tuned expert was."""
     return f"STS {mixture.record.section.get('bi_attention', 'bidirectional')}"
 
 
-def _asked(entry: Entry) -> Cells:
+def _asked(run: RunRow) -> Cells:
     """{generation task: score} of an encoder read causally, or of a mixture."""
-    if (evaluated := entry.measured("evaluation")) is not None:
+    if (evaluated := run.measured("evaluation")) is not None:
         again = evaluated.data["generation"]
         return main_metrics(again, again["metrics"])
-    return entry.scores if entry.role == "mixture" else {}
+    return run.scores if run.role == "mixture" else {}
 
 
-def _average(entry: Entry, tasks: set[str]) -> float | None:
-    scores = [value for name, value in _asked(entry).items() if name in tasks and value is not None]
+def _average(run: RunRow, tasks: set[str]) -> float | None:
+    scores = [value for name, value in _asked(run).items() if name in tasks and value is not None]
     return mean(scores) if scores else None
 
 
 def front(pairs: Sequence[tuple[float, float]]) -> list[int]:
     """Indices of the points that none surpasses in both, by the first coordinate."""
-    order = sorted(range(len(pairs)), key=lambda each: (-pairs[each][0], -pairs[each][1]))
-    best, found = -math.inf, []
-    for each in order:
-        if pairs[each][1] > best:
-            best = pairs[each][1]
-            found.append(each)
-    return found[::-1]
+    order = sorted(range(len(pairs)), key=lambda index: (-pairs[index][0], -pairs[index][1]))
+    best, best_indices = -math.inf, []
+    for index in order:
+        if pairs[index][1] > best:
+            best = pairs[index][1]
+            best_indices.append(index)
+    return best_indices[::-1]
 
 
 # --- pictures -------------------------------------------------------------------------------------
@@ -127,21 +127,23 @@ def draw(config: Config, records: Records) -> str:
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Any] = {}
-    rows = {each.settings for each in encoded}
-    twins = sink.with_twins(sink.measured(model, records, seeds))
+    rows = {encoder.settings for encoder in encoded}
+    compared = sink.with_controls(sink.measured(model, records, seeds))
     swaps = swapped.swapped(model, records, seeds)
     shifts = shifted(model, records, seeds)
-    longer = steps.along(model, records, seeds)
+    longer = steps.by_steps(model, records, seeds)
     known = of_context(probings(model, records, seeds))
     pairs = runs.pairs(model, records, seeds)
-    told = [each for own in pairs.values() for each in own if each.cells.keys() > {runs.GAP}]
+    comparable = [
+        pair for of_kind in pairs.values() for pair in of_kind if pair.cells.keys() > {runs.GAP}
+    ]
     for name, least, count, drawn in (
         ("tradeoff.png", 2, len(placed), partial(plane_figure, model, placed)),
         ("fronts.png", 1, len(scored), partial(fronts.figure, model, scored)),
         ("norms.png", 1, len(measured), partial(norms.figure, measured)),
         ("claim.png", 3, len(rows), partial(claim.figure, model, encoded)),
-        ("masks.png", runs.FEWEST, len(told), partial(runs.figure, model, pairs)),
-        ("sink.png", 3, len(twins), partial(sink.figure, model, twins)),
+        ("masks.png", runs.MIN_PAIRS, len(comparable), partial(runs.figure, model, pairs)),
+        ("sink.png", 3, len(compared), partial(sink.figure, model, compared)),
         ("swaps.png", 1, len(swaps), partial(swapped.figure, model, swaps)),
         ("shifts.png", 1, len(shifts), partial(shift, shifts)),
         ("steps.png", 1, len(longer), partial(steps.figure, model, longer)),
@@ -154,7 +156,7 @@ def draw(config: Config, records: Records) -> str:
                 (folder / name).unlink()  # of other records
             log.info("%s: not drawn, of %d rows with what it shows", name, count)
     owned.check(*(folder / name for name in figures))
-    replace_all({folder / name: partial(save_figure, each) for name, each in figures.items()})
+    replace_all({folder / name: partial(save_figure, drawn) for name, drawn in figures.items()})
     return "\n".join(str(folder / name) for name in figures)
 
 
@@ -172,9 +174,11 @@ def plane_figure(model: str, placed: dict[str, Point]) -> Any:
     Those that any model besides the base has. Hollow: tuned under the causal mask. The models of
     the Pareto front are numbered; the tables name all.
     """
-    others = [each for each in placed.values() if each.kind != "base"] or [*placed.values()]
+    others = [point for point in placed.values() if point.kind != "base"] or [*placed.values()]
     panels = {
-        what: label for what, label in PANELS.items() if any(getattr(each, what) for each in others)
+        what: label
+        for what, label in PANELS.items()
+        if any(getattr(point, what) for point in others)
     }
     figure = blank(0.8 + 4.2 * len(panels), 5.2)
     every = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -221,7 +225,9 @@ def _plane(axes: Any, placed: dict[str, Point], what: str, numbers: dict[str, in
     edge = [pairs[name] for name in best]
     fractions = axes.transLimits.transform(axes.transScale.transform(edge))
     for together in close(fractions, NEAR):
-        text = ", ".join(str(numbers.setdefault(best[each], len(numbers) + 1)) for each in together)
+        text = ", ".join(
+            str(numbers.setdefault(best[number], len(numbers) + 1)) for number in together
+        )
         place = edge[together[-1]]
         axes.annotate(text, place, (4, 3), textcoords="offset points", fontsize=8)
 
@@ -230,11 +236,12 @@ def _front(placed: dict[str, Point], what: str) -> tuple[dict[str, tuple[float, 
     """The points of a panel, and the names of those that none surpasses in both."""
     shown = {name: point for name, point in placed.items() if getattr(point, what)}
     pairs = {
-        name: (mean(each.sts), _middle(getattr(each, what), what)) for name, each in shown.items()
+        name: (mean(point.sts), _middle(getattr(point, what), what))
+        for name, point in shown.items()
     }
     sign = 1 if what == "tasks" else -1
     names = list(pairs)
-    return pairs, [names[each] for each in front([(x, sign * y) for x, y in pairs.values()])]
+    return pairs, [names[index] for index in front([(x, sign * y) for x, y in pairs.values()])]
 
 
 NEAR = 0.05  # of the width or height of a panel: labels of such points would overlap
@@ -246,7 +253,7 @@ def close(points: Sequence[tuple[float, float]], near: float) -> list[list[int]]
     In the order of the first coordinate.
     """
     groups: list[list[int]] = []
-    for each in sorted(range(len(points)), key=lambda each: points[each][0]):
+    for each in sorted(range(len(points)), key=lambda run: points[run][0]):
         for group in groups:
             last = points[group[-1]]
             if max(abs(a - b) for a, b in zip(points[each], last, strict=True)) <= near:

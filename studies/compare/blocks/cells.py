@@ -1,17 +1,17 @@
-"""What the generated tables have in common: cells over seeds, and notes below."""
+"""Shared parts of the generated tables: cells over seeds, and notes below."""
 
 from collections.abc import Iterable, Sequence
 
-from studies.compare.entries import Cells, Entry
+from studies.compare.rows import Cells, RunRow
 from ubmoe.report.tables import markdown, spread
 
 
-def score_of(every: Iterable[Entry], task: str) -> str:
-    return _spread(task, (each.scores for each in every))
+def score_of(every: Iterable[RunRow], task: str) -> str:
+    return _spread(task, (run.scores for run in every))
 
 
-def measure_of(every: Iterable[Entry], name: str) -> str:
-    return _spread(name, (each.measures for each in every))
+def measure_of(every: Iterable[RunRow], name: str) -> str:
+    return _spread(name, (run.measures for run in every))
 
 
 def _spread(name: str, every: Iterable[Cells]) -> str:
@@ -20,14 +20,14 @@ def _spread(name: str, every: Iterable[Cells]) -> str:
     return spread(values) if values else ""
 
 
-def average_of(every: Iterable[Entry], tasks: Sequence[str]) -> str:
-    """Of these tasks, which all rows have."""
-    return spread([each.mean(tasks) for each in every])
+def average_of(every: Iterable[RunRow], tasks: Sequence[str]) -> str:
+    """The average of these tasks, which all rows have."""
+    return spread([run.mean(tasks) for run in every])
 
 
-def task_names(rows: dict[str, list[Entry]]) -> list[str]:
+def task_names(rows: dict[str, list[RunRow]]) -> list[str]:
     """Those that any has."""
-    every = (name for row in rows.values() for each in row for name in each.scores)
+    every = (name for row in rows.values() for run in row for name in run.scores)
     return list(dict.fromkeys(every))
 
 

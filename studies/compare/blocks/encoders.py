@@ -10,8 +10,8 @@ from statistics import mean
 from typing import Any
 
 from studies.compare.blocks.cells import noted
-from studies.compare.entries import is_tuned, lost, reads_causally
 from studies.compare.published import published
+from studies.compare.rows import is_tuned, perplexity_ratio, reads_causally
 from ubmoe.report.tables import family, model_of, spread
 from ubmoe.results.records import Record, Records
 
@@ -31,16 +31,16 @@ def encoders_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     body = [
         [
             *row,
-            str(len(own)) if is_tuned(own[0]) else "",
+            str(len(runs)) if is_tuned(runs[0]) else "",
             *(
-                spread([each for record in own for each in scores_of(record, task)])
+                spread([score for record in runs for score in scores_of(record, task)])
                 for task in SETS
             ),
-            average([scores_of(record, *SETS) for record in own]),
-            *(spread([one for each in own for one in costs(each, text)]) for text in COSTS),
-            spread([record.data["seconds"] / 60 for record in own]),
+            average([scores_of(record, *SETS) for record in runs]),
+            *(spread([one for record in runs for one in costs(record, text)]) for text in COSTS),
+            spread([record.data["seconds"] / 60 for record in runs]),
         ]
-        for row, own in sorted(rows.items(), key=lambda each: (each[0][0], is_tuned(each[1][0])))
+        for row, runs in sorted(rows.items(), key=lambda item: (item[0][0], is_tuned(item[1][0])))
     ]
     body = [[cell if cell != "not run" else "" for cell in row] for row in body]
     header = ["model", "read as", "tuned", "seeds", *SETS, "average"]
@@ -92,8 +92,8 @@ def tuned(record: Record) -> str:
 
 def scores_of(record: Record, *tasks: str) -> list[float]:
     """Those of these sets that the record has, or of all seven."""
-    found = {FILES.get(stem, stem): value for stem, value in _by_stem(record).items()}
-    return [found[task] for task in tasks or SETS if task in found]
+    scores = {FILES.get(stem, stem): value for stem, value in _by_stem(record).items()}
+    return [scores[task] for task in tasks or SETS if task in scores]
 
 
 def _by_stem(record: Record) -> dict[str, float]:
@@ -109,7 +109,9 @@ def average(every: Sequence[Sequence[float]]) -> str:
 def costs(record: Record, text: str) -> list[float]:
     """The last perplexity of a trajectory over its first, of one text; or none."""
     points = record.section.get("trajectory", [])
-    return [lost(points, -1, text)] if points and text in points[-1]["perplexity"] else []
+    return (
+        [perplexity_ratio(points, -1, text)] if points and text in points[-1]["perplexity"] else []
+    )
 
 
 def front_block(name: str, records: Records, seeds: Sequence[int]) -> str:
@@ -124,7 +126,10 @@ def front_block(name: str, records: Records, seeds: Sequence[int]) -> str:
                     record.config["results"]["row"] if place == 0 else "",
                     str(point["step"]),
                     f"{point['sts']['average']:.2f}",
-                    *(f"{lost(points, place, text):.3f}" for text in point["perplexity"]),
+                    *(
+                        f"{perplexity_ratio(points, place, text):.3f}"
+                        for text in point["perplexity"]
+                    ),
                     f"{100 * point['distance']:.2f}",
                 ]
             )

@@ -1,4 +1,4 @@
-"""The table of what word vectors know, beside what is published of another model."""
+"""The table of word-level probing, beside published numbers of another model."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -28,10 +28,10 @@ def probing_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     The published ones are of another family, at the same stage of training, and of the random or
     the shipped splits.
     """
-    found = records.of("probing", label=name)
-    tables = [(record.section["models"], record) for record in found]
-    if not found and (study := probings(name, records, seeds)):
-        tables = [([model for each in study for model in each.section["models"]], study[0])]
+    probed_alone = records.of("probing", label=name)
+    tables = [(record.section["models"], record) for record in probed_alone]
+    if not probed_alone and (study := probings(name, records, seeds)):
+        tables = [([model for record in study for model in record.section["models"]], study[0])]
     return "\n\n".join(
         _probing_table(models, record.config["probing"]["data"] == "tiny")
         for models, record in tables
@@ -58,9 +58,9 @@ def _published_probe(task: str, probe: str, label: str) -> float | None:
     if probe == "ridge":
         return None  # nor is any ridge
     name, column = ("context", f"word {word}") if at else PUBLISHED_PROBES[task]
-    found = published("feng")[name if at else f"{name}_{probe}"]
-    for row in found["rows"]:
-        own = (PUBLISHED_FAMILY, label, feature if at else None)
-        if (row["model"], row["method"], row.get("task")) == own:
-            return row["scores"][found["columns"].index(column)]
+    table = published("feng")[name if at else f"{name}_{probe}"]
+    for row in table["rows"]:
+        wanted = (PUBLISHED_FAMILY, label, feature if at else None)
+        if (row["model"], row["method"], row.get("task")) == wanted:
+            return row["scores"][table["columns"].index(column)]
     return None

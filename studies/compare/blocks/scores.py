@@ -1,12 +1,12 @@
-"""Tables of what runs reached: DP, STS, generation, speed; and the paper's own."""
+"""Tables of results: DP, STS, generation, speed; and the paper's own."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from studies.compare import paper
 from studies.compare.blocks.cells import average_of, measure_of, noted, score_of, task_names
-from studies.compare.entries import Entry, base_first, by_row, common_tasks, first_measured
 from studies.compare.published import published
+from studies.compare.rows import RunRow, base_first, by_row, common_tasks, first_measured
 from ubmoe.report.tables import (
     ROUTES,
     dependence_caption,
@@ -30,13 +30,13 @@ def dependence_block(name: str, records: Records, _: Sequence[int]) -> str:
     )
 
 
-def benchmark_block(found: list[dict[str, Any]]) -> str:
+def benchmark_block(benchmarks: list[dict[str, Any]]) -> str:
     """A table for each device."""
     parts = []
-    for each in found:
-        rows = each["rows"]
+    for benchmark in benchmarks:
+        rows = benchmark["rows"]
         cells = [list(rows[0]), *([_number(value) for value in row.values()] for row in rows)]
-        parts.append(f"On {each['device']}, torch {each['torch']}:\n\n{markdown(cells)}")
+        parts.append(f"On {benchmark['device']}, torch {benchmark['torch']}:\n\n{markdown(cells)}")
     return "\n\n".join(parts)
 
 
@@ -46,18 +46,18 @@ def sts_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     Where measured: what the first token gets, and the perplexity when read causally again.
     """
     rows = by_row("encoders", name, records, seeds)
-    there = {name for row in rows.values() for each in row for name in each.measures}
+    there = {name for row in rows.values() for run in row for name in run.measures}
     more = [name for name in ("first", "after without first", "perplexity") if name in there]
-    tasks, common = task_names(rows), common_tasks([each for own in rows.values() for each in own])
+    tasks, common = task_names(rows), common_tasks([run for runs in rows.values() for run in runs])
     average = "average" if len(common) == len(tasks) else f"average of {', '.join(common)}"
     averages = [average] if len(common) > 1 else []
     body = [
         [
-            *(row, str(len(own)), *(score_of(own, task) for task in tasks)),
-            *(average_of(own, common) for _ in averages),
-            *(measure_of(own, column) for column in ("DP-after", *more)),
+            *(row, str(len(runs)), *(score_of(runs, task) for task in tasks)),
+            *(average_of(runs, common) for _ in averages),
+            *(measure_of(runs, column) for column in ("DP-after", *more)),
         ]
-        for row, own in sorted(rows.items(), key=lambda each: base_first(each[1]))
+        for row, runs in sorted(rows.items(), key=lambda item: base_first(item[1]))
     ]
     header = ["trained", "seeds", *tasks, *averages, "DP-after", *more]
     return noted([header, *body], paper.notes("encoders", name, records, seeds))
@@ -66,8 +66,8 @@ def sts_block(name: str, records: Records, seeds: Sequence[int]) -> str:
 def poolings_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     """The first seed of every row that was scanned, under both masks with either pooling."""
     body = []
-    for row, own in by_row("encoders", name, records, seeds).items():
-        if (scan := first_measured(own, "scan", records)) is not None:
+    for row, runs in by_row("encoders", name, records, seeds).items():
+        if (scan := first_measured(runs, "scan", records)) is not None:
             none, every = scan.section["patterns"][:2]
             scores = [pattern[pool]["score"] for pattern in (every, none) for pool in POOLINGS]
             body.append([row, *(f"{score:.2f}" for score in scores)])
@@ -76,7 +76,7 @@ def poolings_block(name: str, records: Records, seeds: Sequence[int]) -> str:
 
 
 POOLINGS = {"mean": "mean", "weighted_mean": "weighted mean"}
-MASKS = ("read both ways", "read causally")
+MASKS = ("read bidirectionally", "read causally")
 
 
 def mixture_block(name: str, records: Records, seeds: Sequence[int]) -> str:
@@ -88,10 +88,10 @@ def mixture_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     tasks, columns = task_names(rows), ["perplexity", "STS bidirectional", "STS causal"]
     body = [
         [
-            *(row, str(len(own)), *(score_of(own, task) for task in tasks)),
-            *(measure_of(own, column) for column in columns),
+            *(row, str(len(runs)), *(score_of(runs, task) for task in tasks)),
+            *(measure_of(runs, column) for column in columns),
         ]
-        for row, own in sorted(rows.items(), key=lambda each: _by_route(each[1][0]))
+        for row, runs in sorted(rows.items(), key=lambda item: _by_route(item[1][0]))
     ]
     header = ["generates with", "seeds", *tasks, *columns]
     return noted([header, *body], paper.notes("routes", name, records, seeds))
@@ -107,8 +107,8 @@ def _scan_table(section: dict[str, Any]) -> str:
     if has_forms(section):
         return f"{caption}, Spearman x 100:\n\n{markdown(scan_form_rows(section, BEST))}"
     patterns = section["patterns"]
-    ordered = sorted(patterns, key=lambda each: -each["mean"]["score"])
-    shown = [each for each in ordered if each in ordered[:BEST] or each in patterns[:2]]
+    ordered = sorted(patterns, key=lambda pattern: -pattern["mean"]["score"])
+    shown = [pattern for pattern in ordered if pattern in ordered[:BEST] or pattern in patterns[:2]]
     columns = [scan_rows({"patterns": shown}, pooling) for pooling in ("mean", "weighted_mean")]
     weighted = {row[0]: row[1:] for row in columns[1][1:]}
     body = [[*row, *weighted[row[0]]] for row in columns[0][1:]]
@@ -116,15 +116,15 @@ def _scan_table(section: dict[str, Any]) -> str:
     return f"{caption}:\n\n{markdown([header, *body])}"
 
 
-def _by_route(entry: Entry) -> tuple[bool, int, str]:
+def _by_route(run: RunRow) -> tuple[bool, int, str]:
     """Forced routes in their order, then learned ones; with a causally tuned expert, last.
 
     A study's own rows stand by their names.
     """
-    is_named = entry.record.config.get("results", {}).get("row") and not entry.is_base
+    is_named = run.record.config.get("results", {}).get("row") and not run.is_base
     forced = [] if is_named else list(ROUTES)
-    place = forced.index(entry.route) if entry.route in forced else len(ROUTES)
-    return entry.is_control, place, entry.row
+    place = forced.index(run.route) if run.route in forced else len(ROUTES)
+    return run.is_control, place, run.row
 
 
 def bitune_block(name: str, records: Records, seeds: Sequence[int]) -> str:
@@ -134,14 +134,17 @@ def bitune_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     printed = {
         row["method"]: [f"{score:.1f}" for score in row["scores"]] for row in ablations["rows"]
     }
-    named = {variant(own[0].record.data): own for own in runs.values()}
+    named = {variant(variant_runs[0].record.data): variant_runs for variant_runs in runs.values()}
     rows = []
-    for method in [*(each for each in printed if each in named), *sorted(named.keys() - printed)]:
-        own = named[method]
-        perplexity = spread([each.record.section["perplexity"] for each in own])
-        cells = [perplexity, *(score_of(own, column) for column in columns)]
+    for method in [
+        *(method for method in printed if method in named),
+        *sorted(named.keys() - printed),
+    ]:
+        variant_runs = named[method]
+        perplexity = spread([run.record.section["perplexity"] for run in variant_runs])
+        cells = [perplexity, *(score_of(variant_runs, column) for column in columns)]
         theirs = printed.get(method, [""] * len(ablations["columns"]))
-        rows.append([method, str(len(own)), *cells, *theirs])
+        rows.append([method, str(len(variant_runs)), *cells, *theirs])
     heads = [f"published average, {column}" for column in ablations["columns"]]
     header = ["variant", "seeds", "perplexity", *columns, *heads]
     return noted([header, *rows], paper.notes("bitune", name, records, seeds))
@@ -164,7 +167,7 @@ def paper_block(name: str, records: Records, seeds: Sequence[int]) -> str:
 def _printed(score: Any) -> str:
     """A score, or the triple main, before, after."""
     return (
-        " / ".join(f"{each:.2f}" for each in score) if isinstance(score, list) else f"{score:.2f}"
+        " / ".join(f"{value:.2f}" for value in score) if isinstance(score, list) else f"{score:.2f}"
     )
 
 

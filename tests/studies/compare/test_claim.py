@@ -32,8 +32,8 @@ def test_an_answer_counts_once_and_gain_is_over_what_reads_alike():
         generation = records[f"r{number}.evaluation.seed0"]["generation"]
         generation["answers"] = {"losses": losses, "tokens": [1, 4]}
     found = claim.tuned(MODEL, Records.of_names(records), SEEDS)
-    assert [each.by_answer for each in found] == [1.5, 1.0, 1.25]  # (4 - 1 + 0) / 2, and so on
-    assert claim.correlation(found, by_answer=True).value == pytest.approx(-0.5)
+    assert [each.per_answer for each in found] == [1.5, 1.0, 1.25]  # (4 - 1 + 0) / 2, and so on
+    assert claim.correlation(found, per_answer=True).value == pytest.approx(-0.5)
     assert [each.causes[claim.GAIN] for each in found] == [1.0, 2.0, 3.0]  # a row a point more
     records["r0.sts.seed0"]["config"]["bi"] |= {"pooling": "last"}
     found = claim.tuned(MODEL, Records.of_names(records), SEEDS)
@@ -66,7 +66,7 @@ def test_rows_of_equal_steps_are_those_of_most_rows_without_a_language_model_los
     assert claim.of_equal_steps([]) == []
 
 
-def test_a_row_and_its_twin_are_drawn_together():
+def test_a_row_and_its_control_are_drawn_together():
     moved, lost = np.random.default_rng(1).normal(size=(2, 16))
     rows = [
         claim.Tuned(

@@ -1,10 +1,10 @@
-"""What single heads do, by hand; and where it is told."""
+"""Changes of single heads, by hand; and where they are shown."""
 
 import pytest
 from builders import MODEL, SEEDS, causal, measured, shares
 
 from studies.compare import claim, runs
-from studies.compare.heads import AHEAD, HEADS, MOVED, turned
+from studies.compare.heads import HEADS, MOVED, TOWARDS_LATER, head_changes
 from studies.compare.pages import renewed
 from ubmoe.results.records import Records
 
@@ -27,8 +27,8 @@ def study():
         tuned = measured("a", seed, ["ffn"], shares(1.0), LOSSES)
         # up 4 and down 6, up 2, not at all: 3 points either way; without the first key up 8, down 8
         found |= with_heads(tuned, (14.0, 28.0), (24.0, 32.0), (52.0, 60.0), (70.0, 80.0))
-        twin = causal(measured("b", seed, ["ffn"], shares(1.0), LOSSES), 40.0)
-        found |= with_heads(twin, (10.0, 21.0), (30.0, 40.0), (50.0, 60.0), (70.0, 80.0 - seed))
+        control = causal(measured("b", seed, ["ffn"], shares(1.0), LOSSES), 40.0)
+        found |= with_heads(control, (10.0, 21.0), (30.0, 40.0), (50.0, 60.0), (70.0, 80.0 - seed))
     return found
 
 
@@ -38,26 +38,26 @@ def dependence(records, name):
 
 def test_heads_that_turn_both_ways_do_not_hide_in_their_mean():
     records = study()
-    found = turned(dependence(records, "a"), dependence(records, "base"))
-    assert found == {AHEAD: pytest.approx(8 / 4), MOVED: pytest.approx(12 / 4)}
+    found = head_changes(dependence(records, "a"), dependence(records, "base"))
+    assert found == {TOWARDS_LATER: pytest.approx(8 / 4), MOVED: pytest.approx(12 / 4)}
 
 
 def test_heads_of_other_texts_or_of_an_older_record_tell_nothing():
-    def told(change):
+    def changes(change):
         records = study()
         change(records["a.dependence.seed0"])
-        return turned(dependence(records, "a"), dependence(records, "base"))
+        return head_changes(dependence(records, "a"), dependence(records, "base"))
 
-    assert told(lambda record: None) != {}
-    assert told(lambda record: record.update(inputs={"dependence.dataset": "other"})) == {}
-    assert told(lambda record: record["dependence"].pop("layers")) == {}
+    assert changes(lambda record: None) != {}
+    assert changes(lambda record: record.update(inputs={"dependence.dataset": "other"})) == {}
+    assert changes(lambda record: record["dependence"].pop("layers")) == {}
     head = "layers", 0, "heads", 0
-    assert told(lambda record: reached(record["dependence"], *head).pop("without_first")) == {}
-    assert turned(None, dependence(study(), "base")) == {}
+    assert changes(lambda record: reached(record["dependence"], *head).pop("without_first")) == {}
+    assert head_changes(None, dependence(study(), "base")) == {}
     records = study()
     for name in ("a", "base"):  # of texts that neither says
         records[f"{name}.dependence.seed0"]["dependence"].pop("by_text")
-    assert turned(dependence(records, "a"), dependence(records, "base")) == {}
+    assert head_changes(dependence(records, "a"), dependence(records, "base")) == {}
 
 
 def reached(tree, *path):
@@ -66,22 +66,24 @@ def reached(tree, *path):
     return tree
 
 
-def test_they_are_told_over_runs_over_pairs_and_beside_lost_generation():
+def test_they_are_shown_over_runs_over_pairs_and_beside_lost_generation():
     records = Records.of_names(study())
     [pairs] = runs.pairs(MODEL, records, SEEDS).values()
-    assert [(each.cells[AHEAD], each.cells[MOVED]) for each in pairs] == [(2 - 1 / 4, 3.0)] * 3
+    assert [(each.cells[TOWARDS_LATER], each.cells[MOVED]) for each in pairs] == [
+        (2 - 1 / 4, 3.0)
+    ] * 3
     changes = runs.changes(MODEL, records, SEEDS)
     told = {
-        kind: [(each.cells[AHEAD], each.cells[MOVED]) for each in own]
+        kind: [(each.cells[TOWARDS_LATER], each.cells[MOVED]) for each in own]
         for kind, own in changes.items()
     }
     assert told == {"ffn": [(2.0, 3.0)] * 3, "ffn causal": [(1 / 4, 0.0)] * 3}
     own = [each for each in claim.tuned(MODEL, records, SEEDS) if not each.is_control]
-    assert [(each.causes[AHEAD], each.causes[MOVED]) for each in own] == [(2.0, 3.0)] * 3
+    assert [(each.causes[TOWARDS_LATER], each.causes[MOVED]) for each in own] == [(2.0, 3.0)] * 3
     for block, cell in (("masks", "1.75 (1.75 to 1.75)"), ("runs", "2.00 (2.00 to 2.00)")):
         page = renewed(f"<!-- {block}: {MODEL} -->\n<!-- end -->", records, SEEDS)
-        assert cell in page and HEADS[AHEAD] in page
-        assert (f"{HEADS[AHEAD]}, minus its" in page) == (block == "masks")
+        assert cell in page and HEADS[TOWARDS_LATER] in page
+        assert (f"{HEADS[TOWARDS_LATER]}, minus its" in page) == (block == "masks")
 
 
 def test_a_pair_of_which_one_has_no_heads_tells_the_rest():

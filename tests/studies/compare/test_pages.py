@@ -9,8 +9,8 @@ from builders import MODEL, RECORDS, ROOT, ROWS, SEEDS, encoder, recorded, study
 from scipy.stats import t as student
 
 from studies.compare import paired, runs
-from studies.compare.entries import SINK, entries
 from studies.compare.pages import BLOCKS, PLACES, pages, renewed
+from studies.compare.rows import SINK, run_rows
 from ubmoe.config import UserError, load_config
 from ubmoe.results.records import Records
 
@@ -88,11 +88,11 @@ def test_encoders_stand_beside_each_other_over_their_seeds():
     assert sink[4].endswith("| 48.00 ±1.41 | 20.00 | 58.00 |")
 
 
-def test_changes_are_told_with_their_intervals(monkeypatch):
+def test_changes_are_shown_with_their_intervals(monkeypatch):
     moved = {name: paired.Difference(2.0, lambda: (1.5, 2.25)) for name in SINK}
     moved[paired.BY_SINK] = paired.Difference(3.0, lambda: (2.5, 3.25))
     ratio = paired.Difference(1.5, lambda: (1.25, 2))
-    found = {"ffn": moved | {"perplexity": ratio, "by answer": None}}
+    found = {"ffn": moved | {"perplexity": ratio, "per answer": None}}
     found["attention"] = found["ffn"] | {"first": None}
     monkeypatch.setattr(paired, "changes", lambda *_: found)
     rows = encoder("x-ffn", 0, 50.0, ["ffn"]) | encoder("x-attention", 0, 60.0, ["attention"])
@@ -105,14 +105,14 @@ def test_changes_are_told_with_their_intervals(monkeypatch):
     assert lines[4].startswith("| ffn | 1 | 51.00 |") and f"| {told} 2.00" in lines[4]
 
 
-def test_twins_stand_beside_each_other(monkeypatch):
+def test_causal_controls_stand_beside_each_other(monkeypatch):
     both = [row for seed in (0, 1) for row in named(encoder("a", seed, 50.0 + seed, ["ffn"]))]
     causal = [row for seed in (0, 1) for row in named(encoder("b", seed, 40.0, ["ffn"]))]
-    cells = dict.fromkeys(("perplexity", "by answer", paired.BY_SINK, *SINK))
+    cells = dict.fromkeys(("perplexity", "per answer", paired.BY_SINK, *SINK))
     cells["DP-after"] = paired.Difference(2.0, lambda: (1.5, 2.25), (1.0, 3.0))
-    found = {"ffn": paired.Twins(both, causal, cells)}
-    monkeypatch.setattr(paired, "twins", lambda *_: found)
-    text = "<!-- twins: small -->\n<!-- end -->"
+    found = {"ffn": paired.AgainstControl(both, causal, cells)}
+    monkeypatch.setattr(paired, "against_controls", lambda *_: found)
+    text = "<!-- controls: small -->\n<!-- end -->"
     line = renewed_squeezed(text, Records.of_names({}), SEEDS).splitlines()[3]
     moved = "2.00 (1.50 to 2.25; seeds 1.00 to 3.00)"
     assert line == f"| ffn | 2 | 51.50 ±0.71 | 41.00 ±0.00 | | | {moved} | | | |"
@@ -124,14 +124,14 @@ def test_masks_are_compared_over_pairs_of_runs_and_at_equal_sts(monkeypatch):
         return {kind: [runs.Pair(kind, each) for each in cells]}
 
     every = pairs("ffn", (-1.0, 1.0), (1.0, 3.0), (3.0, 5.0), (5.0, 7.0))
-    every["ffn"][0].cells["by answer"] = 0.5  # one alone
+    every["ffn"][0].cells["per answer"] = 0.5  # one alone
     for place in (1, 2, 3):
         every["ffn"][place].cells["perplexity, 9 answers of over 20 tokens"] = 0.5
         every["ffn"][place].cells["quiz, in points"] = 2.0
     monkeypatch.setattr(runs, "pairs", lambda *_: every)
     text = "<!-- masks: small -->\n<!-- end -->"
     lines = renewed_squeezed(text, Records.of_names({}), SEEDS).splitlines()
-    whose = "| tuned both ways against its causal twin"
+    whose = "| tuned bidirectionally against its causal control"
     assert lines[1] == f"{whose} | ffn, 4 pairs of runs | at equal STS |"
     spread = student.ppf(0.975, 3) * math.sqrt(20 / 3 / 4)
     found = dict(line.strip("| ").split(" | ", 1) for line in lines[3:-1])
@@ -143,7 +143,7 @@ def test_masks_are_compared_over_pairs_of_runs_and_at_equal_sts(monkeypatch):
     assert found["quiz minus its"].startswith("2.00 (2.00 to 2.00), n = 3") and len(found) == 4
     every |= pairs("attention", (1.0, 1.0), (2.0, 2.0), (4.0, 2.0), (5.0, 3.0))
     header = renewed_squeezed(text, Records.of_names({}), SEEDS).splitlines()[1]
-    # all four embed better both ways: no line says where they would embed alike
+    # all four embed better bidirectionally: no line says where they would embed alike
     kinds = "| ffn, 4 pairs of runs | at equal STS | attention, 4 pairs of runs |"
     assert header == f"{whose} {kinds}"
     every.clear()
@@ -168,7 +168,7 @@ def test_what_tuning_changes_stands_over_runs(monkeypatch):
 
 
 def named(records):
-    return entries("encoders", MODEL, Records.of_names(records), SEEDS)
+    return run_rows("encoders", MODEL, Records.of_names(records), SEEDS)
 
 
 def test_rows_stand_against_the_other_mask_and_correlations_by_mask(monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 from builders import MODEL, SEEDS, TOKENS, causal, encoder, measured, scores, shares
 
 from studies.compare import claim, paired, tradeoff
-from studies.compare.entries import SINK
+from studies.compare.rows import SINK
 from ubmoe.results.records import Records
 
 RNG = np.random.default_rng(0)
@@ -31,28 +31,34 @@ def test_what_all_texts_share_is_certain_however_far_apart_they_are():
         assert (moved.value, moved.interval, moved.seeds) == (2.5, (2.5, 2.5), (2.5,))
         assert str(rows["ffn"][column]) == "2.50 (2.50 to 2.50)"
     assert rows["ffn"]["perplexity"].value == pytest.approx(math.exp(2.0 / 10))
-    by_answer = 0.5 * (1 / 2 + 1 / 3 + 1 / 4 + 1) / 4  # of 2, 3, 4 and 1 tokens
-    assert rows["ffn"]["by answer"].value == pytest.approx(math.exp(by_answer))
+    per_answer = 0.5 * (1 / 2 + 1 / 3 + 1 / 4 + 1) / 4  # of 2, 3, 4 and 1 tokens
+    assert rows["ffn"]["per answer"].value == pytest.approx(math.exp(per_answer))
 
 
 def test_further_chats_have_a_column_of_their_own():
-    def told(name, train, losses):
+    def shares_of(name, train, losses):
         every = measured(name, 0, train, shares(), [1.0, 2.0, 3.0, 4.0])
         further = {"essays": {"answers": {"losses": losses, "tokens": [4, 6]}}}
         every[f"{name}.evaluation.seed0"]["generation"]["further"] = further
         return every
 
     [row] = paired.changes(
-        MODEL, Records.of_names(told("c", [], [4.0, 6.0]) | told("a", ["ffn"], [8.0, 7.0])), SEEDS
+        MODEL,
+        Records.of_names(shares_of("c", [], [4.0, 6.0]) | shares_of("a", ["ffn"], [8.0, 7.0])),
+        SEEDS,
     ).values()
     assert row["perplexity of essays"].value == pytest.approx(math.exp((4 + 1) / 10))
     assert row["perplexity"].value == 1
-    both = told("c", [], [4.0, 6.0]) | told("a", ["ffn"], [8.0, 7.0])
-    both |= measured("b", 1, ["ffn"], shares(), [1.0, 2.0, 3.0, 9.0])  # a seed that does not tell
+    both = shares_of("c", [], [4.0, 6.0]) | shares_of("a", ["ffn"], [8.0, 7.0])
+    both |= measured(
+        "b", 1, ["ffn"], shares(), [1.0, 2.0, 3.0, 9.0]
+    )  # a seed without losses by text
     [row] = paired.changes(MODEL, Records.of_names(both), SEEDS).values()
     assert row["perplexity of essays"].value == pytest.approx(math.exp((4 + 1) / 10))
     assert row["perplexity"].value == pytest.approx(math.exp(2.5 / 10))
-    [alone] = found(told("a", ["ffn"], [8.0, 7.0])).values()  # the base's are not told
+    [alone] = found(
+        shares_of("a", ["ffn"], [8.0, 7.0])
+    ).values()  # the base's have no losses by text
     assert alone["perplexity of essays"] is None
 
 
@@ -60,19 +66,19 @@ def test_what_the_sink_moves_is_the_change_of_its_factor():
     """Of one row a text, so that DP-after is the product: (1 - first) x without."""
     first, without = np.array([20.0, 30.0, 10.0, 40.0]), np.array([50.0, 60.0, 55.0, 70.0])
 
-    def told(first, without):
+    def shares_of(first, without):
         after = (100 - first) * without / 100
         columns = {"after": after, "first": first, "without_first.after": without}
         return {"tokens": TOKENS} | {name: list(each) for name, each in columns.items()}
 
-    every = measured("c", 0, [], told(first, without), [1.0, 2.0, 3.0, 4.0])
-    every |= measured("a", 0, ["ffn"], told(first - 8, without), [1.0, 2.0, 3.0, 4.0])
-    every |= measured("b", 0, ["attention"], told(first, without + 3), [1.0, 2.0, 3.0, 4.0])
+    every = measured("c", 0, [], shares_of(first, without), [1.0, 2.0, 3.0, 4.0])
+    every |= measured("a", 0, ["ffn"], shares_of(first - 8, without), [1.0, 2.0, 3.0, 4.0])
+    every |= measured("b", 0, ["attention"], shares_of(first, without + 3), [1.0, 2.0, 3.0, 4.0])
     rows = paired.changes(MODEL, Records.of_names(every), SEEDS)
     by_sink = rows["ffn"][paired.BY_SINK].value
     assert by_sink == pytest.approx(8 * without.mean() / 100) == rows["ffn"]["DP-after"].value
     assert rows["attention"][paired.BY_SINK].value == 0 < rows["attention"]["DP-after"].value
-    every |= measured("d", 0, ["all"], told(first - 8, without + 3), [1.0, 2.0, 3.0, 4.0])
+    every |= measured("d", 0, ["all"], shares_of(first - 8, without + 3), [1.0, 2.0, 3.0, 4.0])
     both = paired.changes(MODEL, Records.of_names(every), SEEDS)["all"]
     other = (3 * (100 - first + 4) / 100).mean()  # the other factor, at the middle of the first
     assert both[paired.BY_SINK].value + other == pytest.approx(both["DP-after"].value)
@@ -97,21 +103,21 @@ def test_the_interval_is_that_of_the_mean_over_seeds():
     assert rows["ffn"]["perplexity"].interval == pytest.approx(expected, rel=0.03)
 
 
-def test_a_row_is_held_against_its_causal_twin_seed_by_seed():
+def test_a_row_is_held_against_its_causal_control_seed_by_seed():
     one, two = [1.5, 2.5, 3.5, 4.5], [1.0, 2.0, 3.0, 8.0]
     every = measured("a", 0, ["ffn"], shares(5.0), one)
     every |= measured("a", 1, ["ffn"], shares(4.0), two)
-    every |= measured("a", 2, ["ffn"], shares(90.0), two)  # no twin
+    every |= measured("a", 2, ["ffn"], shares(90.0), two)  # no control
     every |= causal(measured("z", 0, ["ffn"], shares(2.0), [1.5, 2.5, 3.5, 3.5]), 45.0)
     every |= causal(measured("b", 1, ["ffn"], shares(3.0), [1.0, 2.0, 3.0, 6.0]), 47.0)
     every |= causal(measured("d", 0, ["attention"], shares(), one), 45.0)
-    [(row, twins)] = paired.twins(MODEL, Records.of_names(every), [0, 1, 2]).items()
+    [(row, pair)] = paired.against_controls(MODEL, Records.of_names(every), [0, 1, 2]).items()
     assert row == "ffn"
-    assert [[each.seed for each in own] for own in (twins.both, twins.causal)] == [[0, 1]] * 2
-    moved = twins.cells["DP-after"]
+    assert [[each.seed for each in own] for own in (pair.both, pair.causal)] == [[0, 1]] * 2
+    moved = pair.cells["DP-after"]
     assert (moved.value, moved.interval, moved.seeds) == (2.0, (2.0, 2.0), (3.0, 1.0))
-    assert twins.cells["perplexity"].value == pytest.approx(math.exp((1 + 2) / 2 / 10))
-    assert twins.cells["perplexity"].seeds == pytest.approx([math.exp(0.1), math.exp(0.2)])
+    assert pair.cells["perplexity"].value == pytest.approx(math.exp((1 + 2) / 2 / 10))
+    assert pair.cells["perplexity"].seeds == pytest.approx([math.exp(0.1), math.exp(0.2)])
 
 
 def rows_of(*more):
@@ -134,7 +140,7 @@ def test_a_run_that_has_collapsed_is_a_row_apart_and_held_against_the_base_alone
     records = Records.of_names(every)
     rows = paired.changes(MODEL, records, SEEDS)
     assert list(rows) == ["ffn", "ffn, collapsed", "ffn causal"]
-    assert paired.twins(MODEL, records, SEEDS) == {}  # its own seed has none
+    assert paired.against_controls(MODEL, records, SEEDS) == {}  # its own seed has none
     assert {each.row for each in paired.matches(MODEL, records, SEEDS)} == {"ffn", "ffn causal"}
     assert {each.row for each in claim.tuned(MODEL, records, SEEDS)} == {"ffn", "ffn causal"}
     assert set(tradeoff.points(MODEL, records, SEEDS)) == {"base", "ffn", "ffn causal"}
@@ -144,7 +150,7 @@ def test_a_row_is_held_against_the_least_loss_that_embeds_as_well():
     both = measured("a", 0, ["ffn"], shares(), [1.5, 2.5, 3.5, 4.5])  # its STS is 51
     worse = causal(measured("b", 0, ["ffn"], shares(), [3.0, 3.5, 4.0, 5.0]), 45.0)
     rows = rows_of(both, worse, measured("d", 0, ["attention"], shares(), [1.0, 2.0, 3.0, 4.0]))
-    assert set(rows) == {"ffn", "ffn causal"}  # attention has no twin
+    assert set(rows) == {"ffn", "ffn causal"}  # attention has no control
     assert rows["ffn"] == paired.Match("ffn", 51.0)  # nothing of the other mask embeds as well
     found = rows["ffn causal"]
     assert (found.sts, found.other, found.other_sts) == (45.0, "ffn", 51.0)

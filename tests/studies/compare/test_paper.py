@@ -3,7 +3,7 @@
 from builders import MODEL, RECORDS, SEEDS, dependence, encoder, scores
 
 from studies.compare import paper
-from studies.compare.entries import by_row, entries
+from studies.compare.rows import by_row, run_rows
 from ubmoe.config import load_config
 from ubmoe.dependence import SHARES
 from ubmoe.results.records import Records
@@ -121,7 +121,7 @@ def test_what_was_measured_of_another_model_stands_beside_none():
     assert lines(3, records=records)[1]["ffn, after"][0] == "2"
 
 
-def test_mixtures_of_unlike_encoders_are_told():
+def test_mixtures_of_unlike_encoders_are_noted():
     records = dict(RECORDS)
     for seed in (0, 1):
         encoded = records[f"a.sts.seed{seed}"]
@@ -139,17 +139,21 @@ def test_mixtures_of_unlike_encoders_are_told():
 
 def test_what_was_measured_of_one_run_never_stands_beside_another_of_its_row():
     """The first folder lacks the perplexity, and the second the dependence."""
-    twin = encoder("z", 0, 99.0, ["ffn"])
+    control = encoder("z", 0, 99.0, ["ffn"])
     evaluated = {"z.evaluation.seed0": RECORDS["a.evaluation.seed0"]}
     records = {key: each for key, each in RECORDS.items() if key != "a.evaluation.seed0"}
     [first] = [
         each
-        for each in entries("encoders", MODEL, Records.of_names(records | twin | evaluated), [0])
+        for each in run_rows(
+            "encoders", MODEL, Records.of_names(records | control | evaluated), [0]
+        )
         if each.row == "ffn"
     ]
     assert ("DP-after" in first.cells) != ("perplexity" in first.cells)
     whole = dependence("z", 0, "bi", 77.0)
-    every = entries("encoders", MODEL, Records.of_names(records | twin | evaluated | whole), [0])
+    every = run_rows(
+        "encoders", MODEL, Records.of_names(records | control | evaluated | whole), [0]
+    )
     [first] = [each for each in every if each.row == "ffn"]
     assert (first.cells["average"], first.cells["DP-after"]) == (99.0, 77.0)  # of which more is
 

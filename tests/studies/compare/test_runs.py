@@ -16,11 +16,11 @@ RNG = np.random.default_rng(4)
 
 def test_a_mean_over_runs_has_the_interval_of_a_t_test():
     values = RNG.normal(2.0, size=6)
-    found = runs.OverRuns.of(values)
+    found = runs.MeanWithCI.estimate(values)
     expected = ttest_1samp(values, 0).confidence_interval()
     assert (found.value, found.runs) == (pytest.approx(values.mean()), 6)
     assert found.interval == pytest.approx((expected.low, expected.high))
-    assert runs.OverRuns.of(values[:2]) is None
+    assert runs.MeanWithCI.estimate(values[:2]) is None
 
 
 def test_at_equal_sts_is_where_the_line_crosses_zero():
@@ -28,12 +28,12 @@ def test_at_equal_sts_is_where_the_line_crosses_zero():
     values = 0.4 + 0.1 * gaps + RNG.normal(size=7) / 3
     line = linregress(gaps, values)
     half = student.ppf(0.975, 5) * line.intercept_stderr
-    found = runs.OverRuns.of(values, gaps)
+    found = runs.MeanWithCI.estimate(values, gaps)
     assert found.value == pytest.approx(line.intercept)
     assert found.interval == pytest.approx((line.intercept - half, line.intercept + half))
     assert str(found.exp).startswith(f"{math.exp(line.intercept):.2f} (")
-    assert runs.OverRuns.of(values[:3], gaps[:3]) is None  # one degree of freedom
-    assert runs.OverRuns.of(values, np.abs(gaps)) is None  # beyond what was seen
+    assert runs.MeanWithCI.estimate(values[:3], gaps[:3]) is None  # one degree of freedom
+    assert runs.MeanWithCI.estimate(values, np.abs(gaps)) is None  # beyond what was seen
 
 
 def tuned(name, seed, after, losses, sts=None, **stage):
@@ -53,7 +53,9 @@ def test_pairs_are_of_one_seed_and_of_equal_settings_but_for_the_mask():
     far = {"warmup_steps": 9, "learning_rate": 2.0}  # as fast, both of them
     records |= tuned("d", 1, 9.0, [2.0, 2.0, 3.0, 4.0], **far)
     records |= tuned("e", 1, 3.0, [1.0, 2.0, 3.0, 4.0], 51.0, **far)
-    records |= tuned("f", 1, 9.0, [1.0, 1.0, 1.0, 1.0], temperature=0.1)  # another way, no twin
+    records |= tuned(
+        "f", 1, 9.0, [1.0, 1.0, 1.0, 1.0], temperature=0.1
+    )  # another temperature, no control
     records |= tuned("g", 1, 9.0, [1.0, 1.0, 1.0, 1.0], max_steps=9)  # longer
     records |= tuned("h", 1, 9.0, [1.0, 1.0, 1.0, 1.0], 50.0, max_steps=9)
     for name, moved in (("a.evaluation.seed1", 1), ("z.evaluation.seed1", 0)):  # one seed of two
@@ -68,8 +70,8 @@ def test_pairs_are_of_one_seed_and_of_equal_settings_but_for_the_mask():
     records["z.evaluation.seed0"]["generation"] |= told | {"questions": {"quiz": [1, 0]}}
     for name, row in (("d", "ffn far"), ("g", "ffn long")):
         records[f"{name}.sts.seed1"]["config"]["results"] = {"row": row}
-        twin = records[f"{chr(ord(name) + 1)}.sts.seed1"]
-        twin["config"]["results"] = {"row": f"{row} causal"}
+        control = records[f"{chr(ord(name) + 1)}.sts.seed1"]
+        control["config"]["results"] = {"row": f"{row} causal"}
     for key in ("a.sts.seed0", "z.sts.seed0"):  # a task of these alone
         records[key]["sts"]["tasks"] |= {"another": 90.0 * (key < "b")}
     records = Records.of_names(records)
@@ -93,7 +95,9 @@ def test_pairs_are_of_one_seed_and_of_equal_settings_but_for_the_mask():
     assert told == {"ffn": {5.0, 4.0, 9.0}, "ffn causal": {2.0, 3.0}}
     quiz = [each.cells.get("quiz, in points") for each in changes["ffn"]]
     assert quiz == [None, 75.0, None]  # the first was asked others than the base
-    assert not any(runs.GAP in each.cells for each in changes["ffn"])  # the base reads both ways
+    assert not any(
+        runs.GAP in each.cells for each in changes["ffn"]
+    )  # the base reads bidirectionally
 
 
 def test_perplexities_are_ratios_and_what_few_pairs_tell_has_no_interval():
@@ -106,18 +110,18 @@ def test_perplexities_are_ratios_and_what_few_pairs_tell_has_no_interval():
             (0.7, 4.0, 5),
         )
     ]
-    found = runs.over_runs(own, "perplexity")
+    found = runs.mean_with_ci(own, "perplexity")
     logs = ttest_1samp(np.log([0.5, 0.25, 1.0, 0.7]), 0).confidence_interval()
     assert found.value == pytest.approx((0.5 * 0.25 * 0.7) ** 0.25)
     assert found.interval == pytest.approx((math.exp(logs.low), math.exp(logs.high)))
-    assert runs.over_runs(own, "DP-after").value == 2.5
-    equal = runs.over_runs(own, "DP-after", at_equal_sts=True)
+    assert runs.mean_with_ci(own, "DP-after").value == 2.5
+    equal = runs.mean_with_ci(own, "DP-after", at_equal_sts=True)
     assert equal.value == pytest.approx(linregress([-2, 1, 2, 5], [1, 3, 2, 4]).intercept)
-    assert runs.over_runs(own, "by answer") is None
-    assert runs.over_runs(own[:2], "DP-after") is None
+    assert runs.mean_with_ci(own, "per answer") is None
+    assert runs.mean_with_ci(own[:2], "DP-after") is None
     without = [runs.Pair("ffn", {"DP-after": 9.0}), *own]  # no task that both have
-    assert runs.over_runs(without, "DP-after").runs == 5
-    assert runs.over_runs(without, "DP-after", at_equal_sts=True) == equal
+    assert runs.mean_with_ci(without, "DP-after").runs == 5
+    assert runs.mean_with_ci(without, "DP-after", at_equal_sts=True) == equal
 
 
 def test_the_picture_has_a_point_a_pair_and_the_mean_of_each_kind():
@@ -136,17 +140,17 @@ def test_the_picture_has_a_point_a_pair_and_the_mean_of_each_kind():
     ratios, scores, points = found.axes
     called = [[text.get_text() for text in axes.get_yticklabels()] for axes in found.axes]
     assert called[0] == [
-        "perplexity, by the token",
+        "perplexity, per token",
         "9 answers of over 20 tokens",
         "perplexity of essays",
     ]
     assert called[1:] == [["STS", "quiz"], ["DP-after"]]
-    assert scores.get_xlabel() == "both ways minus causally (points)"
+    assert scores.get_xlabel() == "bidirectional minus causal (points)"
     assert points.get_xlabel().endswith("(percentage points of attention)")
     for own, lines in zip(kinds.values(), (ratios.lines[:3], ratios.lines[3:6]), strict=True):
         drawn, interval, mean = lines
         assert list(drawn.get_xdata()) == [each.cells["perplexity"] for each in own]
-        expected = runs.over_runs(own, "perplexity")
+        expected = runs.mean_with_ci(own, "perplexity")
         assert tuple(interval.get_xdata()) == expected.interval
         assert mean.get_xdata() == [expected.value]
     labels = [text.get_text() for text in found.legends[0].get_texts()]
@@ -159,7 +163,7 @@ def test_kinds_of_one_name_stay_apart():
         for seed in range(3 * number, 3 * number + 3):
             losses = [1.5, 2.5, 3.5, 4.5]
             records |= tuned(name, seed, float(number), losses, temperature=temperature)
-    for seed in range(3, 6):  # another temperature than the twin's of this seed and name
+    for seed in range(3, 6):  # another temperature than the control's of this seed and name
         records |= tuned("z", seed, 2.0, [1.5, 2.5, 3.5, 3.5], 45.0, temperature=0.3)
     records = Records.of_names(records)
     changes = runs.changes(MODEL, records, range(9))
@@ -188,7 +192,7 @@ def test_a_picture_without_perplexities_has_no_panel_of_ratios():
     own = [runs.Pair("ffn", {"DP-after": each, "STS": each}) for each in (1.0, 2.0, 4.0)]
     found = runs.figure("small", {"ffn": own})
     assert [axes.get_xlabel() for axes in found.axes] == [
-        "both ways minus causally (points)",
-        "both ways minus causally\n(percentage points of attention)",
+        "bidirectional minus causal (points)",
+        "bidirectional minus causal\n(percentage points of attention)",
     ]
     assert [text.get_text() for text in found.legends[0].get_texts()] == ["ffn"]

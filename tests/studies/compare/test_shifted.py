@@ -1,4 +1,4 @@
-"""Runs whose sink was exchanged, told in a table and drawn."""
+"""Runs whose sink was exchanged, in a table and in a figure."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def records(weights="new"):
     return Records.of_names(found)
 
 
-def test_every_seed_is_told_and_an_earlier_encoders_is_passed_over():
+def test_every_seed_is_shown_and_an_earlier_encoders_is_passed_over():
     assert list(shifted("small", records(), SEEDS)) == ["ffn, seed 0", "ffn, seed 1"]
     assert list(shifted("small", records(weights="old"), SEEDS)) == ["ffn, seed 0"]
 
@@ -66,5 +66,5 @@ def test_the_picture_has_what_is_lost_and_what_is_saved():
     assert list(saved.lines[0].get_xdata()) == [1.0, 1.0]  # what is saved is above 0
     [reach] = saved.lines[2]
     assert [list(each[:, 0]) for each in reach.get_segments()] == [pytest.approx([0.5, 1.25])] * 2
-    by_answer = other.containers[list(SHIFTED).index("in")]
-    assert np.allclose(by_answer.lines[0].get_xdata(), 0.0)
+    per_answer = other.containers[list(SHIFTED).index("in")]
+    assert np.allclose(per_answer.lines[0].get_xdata(), 0.0)

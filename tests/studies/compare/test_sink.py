@@ -1,4 +1,4 @@
-"""Rows with a causal twin, drawn by length and by layer."""
+"""Rows with a causal control, drawn by length and by layer."""
 
 import copy
 import re
@@ -7,8 +7,8 @@ import pytest
 from builders import SEEDS
 
 from studies.compare import sink
-from studies.compare.entries import Entry
 from studies.compare.pages import renewed
+from studies.compare.rows import RunRow
 from ubmoe.report.figures import PALETTE
 from ubmoe.results.records import Record, Records
 
@@ -46,12 +46,12 @@ def records():
     return Records.of_names(found)
 
 
-def test_only_rows_with_a_twin_stand_beside_the_base():
+def test_only_rows_with_a_control_stand_beside_the_base():
     every = sink.measured("small", records(), SEEDS)
-    rows = sink.with_twins(every)
+    rows = sink.with_controls(every)
     assert {row: len(own) for row, own in rows.items()} == {"base": 1, "ffn": 2, "ffn causal": 1}
     assert every.keys() - rows.keys() == {"all"}
-    assert set(sink.with_twins(sink.measured("small", records(), [1]))) == {"base"}
+    assert set(sink.with_controls(sink.measured("small", records(), [1]))) == {"base"}
 
 
 def tuned(row, seed):
@@ -60,18 +60,18 @@ def tuned(row, seed):
     attention = "causal" if of else "bidirectional"
     bi = {"stages": [{"objective": "simcse", "train": [train]}], "attention": attention}
     made = Record(row, "sts", seed, {"config": {"seed": seed, "bi": bi}, "sts": {}})
-    return Entry(row, "encoder", made, {}, {}, (made,))
+    return RunRow(row, "encoder", made, {}, {}, (made,))
 
 
 def test_no_more_rows_than_colours_are_drawn_and_first_those_of_more_runs(monkeypatch):
     runs = {"a": [1], "control of a": [1], "b": [1, 2], "control of b": [1], "c": [1]}
     runs |= {"control of c": [1]}
     rows = {row: [tuned(row, seed) for seed in seeds] for row, seeds in runs.items()}
-    assert sink.with_twins(rows) == rows
+    assert sink.with_controls(rows) == rows
     monkeypatch.setattr(sink, "PALETTE", PALETTE[:2])
-    assert list(sink.with_twins(rows)) == ["a", "control of a", "b", "control of b"]
+    assert list(sink.with_controls(rows)) == ["a", "control of a", "b", "control of b"]
     monkeypatch.setattr(sink, "PALETTE", PALETTE[:1])
-    assert list(sink.with_twins(rows)) == ["b", "control of b"]
+    assert list(sink.with_controls(rows)) == ["b", "control of b"]
 
 
 def test_records_without_the_sink_are_left_out():
@@ -82,7 +82,7 @@ def test_records_without_the_sink_are_left_out():
 
 
 def test_lines_are_means_over_seeds():
-    panels = sink.figure("small", sink.with_twins(sink.measured("small", records(), SEEDS))).axes
+    panels = sink.figure("small", sink.with_controls(sink.measured("small", records(), SEEDS))).axes
     lines = {axes.get_title(): {} for axes in panels}
     for axes in panels:
         for line in axes.lines:
@@ -103,7 +103,7 @@ def test_layers_are_told_apart_by_what_the_sink_explains():
     moved = sink.layers(rows)["ffn causal"]  # against the base: 2 more, first 2 and 4 more
     assert (list(moved.after), list(moved.first)) == ([2.0, 0.0], [2.0, 4.0])
     assert (list(moved.without), list(moved.by_sink)) == ([0.0, 0.0], [-1.0, -2.0])
-    assert moved.explained == 1 - (3.0**2 + 2.0**2) / (1.0**2 + 1.0**2)
+    assert moved.r_squared == 1 - (3.0**2 + 2.0**2) / (1.0**2 + 1.0**2)
     text = "<!-- layers: small -->\n<!-- end -->"
     found = re.sub(" +", " ", renewed(text, records(), SEEDS)).splitlines()
     assert found[5] == "| ffn causal | 1 | 1 of 2 | 0 of 2 | -5.50 |"
@@ -118,7 +118,9 @@ def test_layers_want_a_base_on_the_same_texts():
 
 
 def test_the_last_panel_has_a_point_a_layer():
-    *_, last = sink.figure("small", sink.with_twins(sink.measured("small", records(), SEEDS))).axes
+    *_, last = sink.figure(
+        "small", sink.with_controls(sink.measured("small", records(), SEEDS))
+    ).axes
     points = [line for line in last.lines if line.get_marker() == "o"]
     assert [list(line.get_ydata()) for line in points] == [[1.5, 0.5], [2.0, 0.0]]
     assert [line.get_markerfacecolor() for line in points] == [PALETTE[0], "white"]

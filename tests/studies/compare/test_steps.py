@@ -35,8 +35,8 @@ def records():
 
 
 def test_runs_stand_by_their_steps_after_the_untrained_model():
-    [(row, longer)] = steps.along(MODEL, Records.of_names(records()), SEEDS).items()
-    own = longer.told
+    [(row, longer)] = steps.by_steps(MODEL, Records.of_names(records()), SEEDS).items()
+    own = longer.metrics
     assert (longer.is_control, longer.run) == (False, None)
     assert row == "ffn" and list(own) == [0, 20, 60]
     assert [[each["DP-after"] for each in runs] for runs in own.values()] == [[0], [2], [4, 6]]
@@ -48,20 +48,22 @@ def test_runs_stand_by_their_steps_after_the_untrained_model():
 def test_a_row_tuned_causally_begins_at_the_model_that_reads_causally():
     every = records() | causal(tuned("y", 0, 20, 1.0), 33.0)
     every["y.sts.seed0"]["config"]["results"] = {"row": "ffn 20 causal"}
-    found = steps.along(MODEL, Records.of_names(every), SEEDS)
+    found = steps.by_steps(MODEL, Records.of_names(every), SEEDS)
     assert found.keys() == {"ffn", "ffn causal"}
     assert (found["ffn causal"].is_control, found["ffn causal"].run) == (True, "ffn")
-    assert [[each["STS"] for each in runs] for runs in found["ffn causal"].told.values()] == [
+    assert [[each["STS"] for each in runs] for runs in found["ffn causal"].metrics.values()] == [
         [31.0],
         [33.0],
         [45.0],
     ]
-    assert found["ffn causal"].told[0][0]["perplexity"] == 1.0  # the base's, whose weights it has
+    assert (
+        found["ffn causal"].metrics[0][0]["perplexity"] == 1.0
+    )  # the base's, whose weights it has
 
 
-def test_without_a_base_nothing_is_told():
+def test_without_a_base_nothing_is_shown():
     alone = tuned("a", 0, 20, 2.0) | tuned("b", 0, 60, 4.0)
-    assert steps.along(MODEL, Records.of_names(alone), SEEDS) == {}
+    assert steps.by_steps(MODEL, Records.of_names(alone), SEEDS) == {}
 
 
 def test_the_picture_goes_through_the_means():
@@ -70,7 +72,10 @@ def test_the_picture_goes_through_the_means():
         "control": {0: [{"STS": 30.0}], 60: [{"STS": 40.0, "perplexity": 8.0}]},
     }
     rows["ffn"][20].append({"STS": 24.0, "perplexity": 8.0})
-    rows = {"ffn": steps.Longer(rows["ffn"]), "control": steps.Longer(rows["control"], True, "ffn")}
+    rows = {
+        "ffn": steps.BySteps(rows["ffn"]),
+        "control": steps.BySteps(rows["control"], True, "ffn"),
+    }
     sts, ratio, *_ = steps.figure("small", rows).axes
     lines = {line.get_label(): line for line in sts.lines if not line.get_label().startswith("_")}
     assert [list(lines["ffn"].get_data()[each]) for each in (0, 1)] == [[0, 1], [10.0, 22.0]]

@@ -1,4 +1,4 @@
-"""Rows whose layers were swapped, told in a table and drawn."""
+"""Rows whose layers were swapped, in a table and in a figure."""
 
 import numpy as np
 import pytest
@@ -13,9 +13,9 @@ PUT, BACK = [0.1, 0.4, 0.2, 0.05], [-0.3, -0.1, -0.5, -0.6]
 RISEN = [1.0, 3.0, 2.0, 4.0]
 
 
-def told(change):
-    by_answer = {"change": change, "interval": [change - 0.1, change + 0.1]}
-    return by_answer | {"change": 10 * change, "by_answer": by_answer}
+def losses(change):
+    per_answer = {"change": change, "interval": [change - 0.1, change + 0.1]}
+    return per_answer | {"change": 10 * change, "by_answer": per_answer}
 
 
 def dependence(risen):
@@ -41,15 +41,15 @@ def records(seeds=(0, 1), weights="new"):
         own = {"model": {"name": "runs/bi"}, "seed": seed}
         found[f"a.dependence.seed{seed}"] = {"config": own, "dependence": dependence(RISEN)}
         layers = [
-            {"layer": number, "in": told(put + seed), "back": told(back + seed)}
+            {"layer": number, "in": losses(put + seed), "back": losses(back + seed)}
             for number, (put, back) in enumerate(zip(PUT, BACK, strict=True))
         ]
-        section = {"chats": 5, "whole": told(0.9), "layers": layers, "bi_weights": weights}
+        section = {"chats": 5, "whole": losses(0.9), "layers": layers, "bi_weights": weights}
         found[f"a.swap.seed{seed}"] = {"config": small | {"seed": seed}, "swap": section}
     return Records.of_names(found)
 
 
-def test_a_row_is_told_by_its_first_seed_that_was_swapped():
+def test_a_row_is_shown_by_its_first_seed_that_was_swapped():
     both = swapped.swapped("small", records(), SEEDS)
     assert list(both) == ["ffn"]
     assert both["ffn"].changes("in") == pytest.approx(PUT)
@@ -71,14 +71,14 @@ def test_the_table_says_what_layers_cost_together_and_alone():
     # ranks with the rise -0.2 and 0.4, with depth -0.4 and 0.8, the rise with depth 0.8
     expected = [(-0.2 + 0.4 * 0.8) / (0.84 * 0.36) ** 0.5, (0.4 - 0.8 * 0.8) / 0.36]
     [found] = swapped.swapped("small", records(), SEEDS).values()
-    assert [found.with_after(word) for word in ("in", "back")] == pytest.approx(expected)
+    assert [found.rank_with_after(word) for word in ("in", "back")] == pytest.approx(expected)
 
 
 def test_without_dependence_there_is_no_rank():
     without = {name: each.data for name, each in records().by_name.items()}
     del without["base.dependence.seed0"]
     [found] = swapped.swapped("small", Records.of_names(without), SEEDS).values()
-    assert found.with_after("in") is None
+    assert found.rank_with_after("in") is None
 
 
 def test_the_picture_has_a_bar_a_layer_and_a_point_a_layer():
@@ -102,8 +102,8 @@ def test_the_picture_has_a_bar_a_layer_and_a_point_a_layer():
     ],
 )
 def test_where_depth_leaves_nothing_there_is_no_rank(changes, after):
-    layers = [{"in": told(each), "back": told(each)} for each in changes]
-    section = {"chats": 5, "whole": told(0.9), "layers": layers}
+    layers = [{"in": losses(each), "back": losses(each)} for each in changes]
+    section = {"chats": 5, "whole": losses(0.9), "layers": layers}
     found = swapped.Swapped(section, np.array(after))
-    assert found.with_after("in") is None
+    assert found.rank_with_after("in") is None
     assert "none and none" in swapped.figure("small", {"ffn": found}).axes[1].get_title()

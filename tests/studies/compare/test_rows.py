@@ -4,16 +4,16 @@ import pytest
 from builders import MODEL, SEEDS, causal, dependence, encoder, scores
 
 from studies.compare import paired, runs, steps, tradeoff
-from studies.compare.entries import (
+from studies.compare.pages import renewed
+from studies.compare.rows import (
     base_first,
     by_row,
     causal_controls,
     common_tasks,
     controls_of,
-    entries,
     reference,
+    run_rows,
 )
-from studies.compare.pages import renewed
 from ubmoe.results.records import Records
 
 
@@ -25,7 +25,7 @@ def named(records, row):
 
 def encoders(*records, seeds=SEEDS):
     every = Records.of_names({name: each for own in records for name, each in own.items()})
-    return entries("encoders", MODEL, every, seeds)
+    return run_rows("encoders", MODEL, every, seeds)
 
 
 def test_untrained_rows_come_first_and_a_run_beside_its_causal_control():
@@ -151,10 +151,10 @@ def test_a_mixture_is_a_mixture_whatever_its_row_is_called():
 
 
 def test_a_generation_task_is_no_ratio_whatever_it_is_called():
-    assert not runs.is_ratio(f"perplexity of birds{paired.ASKED}")
-    assert runs.is_ratio("perplexity") and runs.is_ratio("by answer")
-    pair = runs.Pair("ffn", {f"perplexity of birds{paired.ASKED}": -3.0})
-    assert runs.over_runs([pair] * 3, f"perplexity of birds{paired.ASKED}").value == -3.0
+    assert not runs.is_ratio(f"perplexity of birds{paired.IN_POINTS}")
+    assert runs.is_ratio("perplexity") and runs.is_ratio("per answer")
+    pair = runs.Pair("ffn", {f"perplexity of birds{paired.IN_POINTS}": -3.0})
+    assert runs.mean_with_ci([pair] * 3, f"perplexity of birds{paired.IN_POINTS}").value == -3.0
 
 
 def test_longer_tuning_begins_at_the_base_that_reads_alike():
@@ -167,5 +167,5 @@ def test_longer_tuning_begins_at_the_base_that_reads_alike():
     late = named(encoder("b", 0, 45.0, []), "b")
     late["b.sts.seed0"]["config"]["bi"]["layers"] = {"from": 3}
     every = encoder("a", 0, 40.0, []) | late | tuned("c", 20) | tuned("d", 60)
-    [longer] = steps.along(MODEL, Records.of_names(every), SEEDS).values()
-    assert longer.told[0] == [{"STS": 46.0}]
+    [longer] = steps.by_steps(MODEL, Records.of_names(every), SEEDS).values()
+    assert longer.metrics[0] == [{"STS": 46.0}]

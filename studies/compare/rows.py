@@ -1,4 +1,4 @@
-"""What the records say in rows of tables: encoders, mixtures, dependence, generation, Bitune.
+"""Records as rows of tables: encoders, mixtures, dependence, generation, Bitune.
 
 What was measured of one model never stands beside another's: records are paired by the run and by
 the digest of the weights.
@@ -30,7 +30,7 @@ CHATS = ("dataset", "max_rows", "held_out", "max_tokens")  # what decides of whi
 
 
 @dataclass(frozen=True)
-class Entry:
+class RunRow:
     """A run in a row of a table. What it is, its configuration says; `row` is what it is called.
 
     role: an untrained base, an encoder, a mixture or Bitune. scores: of the tasks, of STS or of
@@ -71,7 +71,7 @@ class Entry:
 
     @property
     def modules(self) -> tuple[Any, ...]:
-        """What was tuned, a tuple a stage, and by which objectives."""
+        """The modules and the objective of each stage, a tuple a stage."""
         return tuple(
             (
                 *(stage["objective"], tuple(stage["train"])),
@@ -113,14 +113,14 @@ class Entry:
 
     def measured(self, kind: str) -> Record | None:
         """The further record of this kind."""
-        return next((each for each in self.beside if each.kind == kind), None)
+        return next((record for record in self.beside if record.kind == kind), None)
 
     @property
     def tasks(self) -> frozenset[str]:
         return frozenset(self.scores)
 
     def mean(self, tasks: Sequence[str]) -> float:
-        """Of the scores of these tasks, which it has."""
+        """The mean score of these tasks, all of which it has."""
         scores: list[Any] = [self.scores[task] for task in tasks]
         return sum(scores) / len(scores)
 
@@ -130,13 +130,13 @@ def reads_causally(settings: dict[str, Any]) -> bool:
     return settings.get(MASK) == "causal" or settings.get("layers") == "none"
 
 
-def lost(points: Sequence[dict[str, Any]], place: int, text: str) -> float:
+def perplexity_ratio(points: Sequence[dict[str, Any]], place: int, text: str) -> float:
     """That of a point of a trajectory over the first one's, of one text."""
-    values = [points[each]["perplexity"][text]["perplexity"] for each in (place, 0)]
+    values = [points[point]["perplexity"][text]["perplexity"] for point in (place, 0)]
     return values[0] / values[1]
 
 
-def but(settings: dict[str, Any], *left_out: str, of_stages: Collection[str] = ()) -> str:
+def settings_key(settings: dict[str, Any], *left_out: str, of_stages: Collection[str] = ()) -> str:
     """How a run was tuned, by its section `bi`, some of its keys and of its stages' left out."""
     kept = _without(settings, left_out)
     if MASK in left_out:  # two more keys say the mask
@@ -156,91 +156,97 @@ def _without(settings: dict[str, Any], left_out: Collection[str]) -> dict[str, A
     }
 
 
-def causal_controls(every: Sequence[Entry]) -> list[tuple[Entry, Entry]]:
+def causal_controls(every: Sequence[RunRow]) -> list[tuple[RunRow, RunRow]]:
     """(run, its causal control): of one seed, their settings equal but for the mask.
 
     Of runs that have learnt: where one of two has collapsed, there is no control.
     """
-    learnt = [each for each in every if each.has_learnt]
-    causal = {(but(each.settings, MASK), each.seed): each for each in learnt if each.is_control}
+    learnt = [run for run in every if run.has_learnt]
+    causal = {(settings_key(run.settings, MASK), run.seed): run for run in learnt if run.is_control}
     return [
-        (each, control)
-        for each in learnt
-        if not each.is_control and (control := causal.get((but(each.settings, MASK), each.seed)))
+        (run, control)
+        for run in learnt
+        if not run.is_control
+        and (control := causal.get((settings_key(run.settings, MASK), run.seed)))
     ]
 
 
-def controls_of(rows: Iterable[Sequence[Entry]]) -> dict[str, str]:
+def controls_of(rows: Iterable[Sequence[RunRow]]) -> dict[str, str]:
     """{a row of causal controls: the row that they are of}."""
-    every = [each for own in rows for each in own]
-    return {control.row: each.row for each, control in causal_controls(every)}
+    every = [run for runs in rows for run in runs]
+    return {control.row: run.row for run, control in causal_controls(every)}
 
 
-def reference(every: Sequence[Entry]) -> Entry | None:
+def reference(every: Sequence[RunRow]) -> RunRow | None:
     """The untrained base that others are held against: of several, the one with the whole mask."""
-    bases = [each for each in every if each.is_base]
-    return min(bases, key=lambda each: (each.is_control, each.layers != "all"), default=None)
+    bases = [run for run in every if run.is_base]
+    return min(bases, key=lambda run: (run.is_control, run.layers != "all"), default=None)
 
 
-def entries(kind: str, model: str, records: Records, seeds: Sequence[int]) -> list[Entry]:
+def run_rows(kind: str, model: str, records: Records, seeds: Sequence[int]) -> list[RunRow]:
     """The first record of each row and seed, of these seeds and of the base."""
-    found: dict[tuple[str, int | None], Entry] = {}
-    for each in all_entries(kind, model, records, seeds):
-        found.setdefault((each.row, each.seed), each)
-    return list(found.values())
+    first: dict[tuple[str, int | None], RunRow] = {}
+    for run in all_run_rows(kind, model, records, seeds):
+        first.setdefault((run.row, run.seed), run)
+    return list(first.values())
 
 
-def all_entries(kind: str, model: str, records: Records, seeds: Sequence[int]) -> list[Entry]:
-    return [each for each in KINDS[kind](model, records) if each.seed is None or each.seed in seeds]
+def all_run_rows(kind: str, model: str, records: Records, seeds: Sequence[int]) -> list[RunRow]:
+    return [run for run in KINDS[kind](model, records) if run.seed is None or run.seed in seeds]
 
 
-def common_tasks(every: Sequence[Entry]) -> list[str]:
+def common_tasks(every: Sequence[RunRow]) -> list[str]:
     """Those that all have: averages of unlike tasks are not compared."""
-    shared = frozenset.intersection(*(each.tasks for each in every)) if every else frozenset()
+    shared = frozenset.intersection(*(run.tasks for run in every)) if every else frozenset()
     return sorted(shared)
 
 
-def by_row(kind: str, model: str, records: Records, seeds: Sequence[int]) -> dict[str, list[Entry]]:
+def by_row(
+    kind: str, model: str, records: Records, seeds: Sequence[int]
+) -> dict[str, list[RunRow]]:
     """The entries of a kind, a list for each row, in the order of their seeds."""
-    return grouped(entries(kind, model, records, seeds))
+    return grouped(run_rows(kind, model, records, seeds))
 
 
-def grouped(every: Sequence[Entry]) -> dict[str, list[Entry]]:
+def grouped(every: Sequence[RunRow]) -> dict[str, list[RunRow]]:
     """A list for each row, in the order of their seeds."""
-    found: dict[str, list[Entry]] = {}
-    for each in every:
-        found.setdefault(each.row, []).append(each)
-    return {row: sorted(own, key=lambda each: each.seed or 0) for row, own in found.items()}
+    rows: dict[str, list[RunRow]] = {}
+    for run in every:
+        rows.setdefault(run.row, []).append(run)
+    return {row: sorted(runs, key=lambda run: run.seed or 0) for row, runs in rows.items()}
 
 
-def _encoders(model: str, records: Records) -> Iterator[Entry]:
-    """What train_bi.py left, and what was measured of it; first those of which more was.
+def _encoders(model: str, records: Records) -> Iterator[RunRow]:
+    """The runs of train_bi.py with their measurements; those with the most of them first.
 
     STS by task and its average, DP-after with the sink; read causally again, perplexity and tasks.
     """
-    found = []
+    encoders = []
     for record in records.of("sts", model):
-        row, section = _called(record), record.section
+        row, section = _row_name(record), record.section
         role: Role = "encoder" if is_tuned(record) else "base"
         measures: Cells = {"average": section["average"]}
-        own = {
+        own_measurements = {
             kind: one
-            for kind in CAUSALLY
-            if (one := measured_of(record, kind, records)) is not None and _tells(one)
+            for kind in READ_CAUSALLY
+            if (one := measured_of(record, kind, records)) is not None and _has_values(one)
         }
-        beside = (_of_base(record, records) if role == "base" else {}) | own
+        beside = (_of_base(record, records) if role == "base" else {}) | own_measurements
         if measured := beside.get("dependence"):
             measures |= {"DP-after": measured.section["overall"]["after"]} | _sink(measured)
         if evaluated := beside.get("evaluation"):
-            again = evaluated.data["generation"]
-            measures |= {"perplexity": again["perplexity"], "generation": again["average"]}
+            generation = evaluated.data["generation"]
+            measures |= {
+                "perplexity": generation["perplexity"],
+                "generation": generation["average"],
+            }
         further = tuple(beside.values())
-        entry = Entry(row, role, record, dict(section["tasks"]), measures, (record,), further)
-        found.append((len(own), entry))
-    yield from (entry for _, entry in sorted(found, key=lambda each: -each[0]))
+        run = RunRow(row, role, record, dict(section["tasks"]), measures, (record,), further)
+        encoders.append((len(own_measurements), run))
+    yield from (run for _, run in sorted(encoders, key=lambda item: -item[0]))
 
 
-def _called(made: Record) -> str:
+def _row_name(made: Record) -> str:
     """The row of what train_bi.py left; a tuned one that a study calls as the base stands apart."""
     row = trained(made.data)
     return f"{row}, tuned" if row == BASE and is_tuned(made) else row
@@ -251,50 +257,57 @@ def is_tuned(made: Record) -> bool:
     return bool(made.config["bi"]["stages"])
 
 
-CAUSALLY = ("dependence", "evaluation")  # what is measured of a model read causally
+READ_CAUSALLY = ("dependence", "evaluation")  # what is measured of a model read causally
 
 
-def _tells(measured: Record) -> bool:
+def _has_values(measured: Record) -> bool:
     if measured.kind == "dependence":
         return _flow(measured) == "causal"
     return bool(measured.data.get("generation"))
 
 
 def _of_base(made: Record, records: Records) -> dict[str, Record]:
-    """What was measured of the model in other folders: however it embeds, it reads causally."""
-    every = {kind: records.of(kind, made.model) for kind in CAUSALLY}
+    """The base's measurements in other folders: as a language model it always reads causally."""
+    every = {kind: records.of(kind, made.model) for kind in READ_CAUSALLY}
     return {
         kind: usable[0]
-        for kind, found in every.items()
-        if (usable := [each for each in found if _tells(each) and not _unlike(each, made)])
+        for kind, candidates in every.items()
+        if (
+            usable := [
+                record
+                for record in candidates
+                if _has_values(record) and not _has_other_weights(record, made)
+            ]
+        )
     }
 
 
-def _unlike(one: Record, other: Record) -> bool:
+def _has_other_weights(one: Record, other: Record) -> bool:
     """Whether their weights are others, as far as both say."""
     return None not in (one.weights, other.weights) and one.weights != other.weights
 
 
 def _sink(measured: Record) -> Cells:
-    """What goes to the first token, and DP-after without it; older records do not say it."""
+    """The first token's share, and DP-after without it; older records have neither."""
     if "first" not in measured.section:
         return {}
     without = measured.section["without_first"]["after"]
     return {"first": measured.section["first"], "after without first": without}
 
 
-def _sts(model: str, records: Records) -> Iterator[Entry]:
+def _sts(model: str, records: Records) -> Iterator[RunRow]:
     """STS by task, and its average, of every run of train_bi.py."""
-    for each in _encoders(model, records):
-        average = {"average": each.measures["average"]}
-        yield replace(each, measures=average, beside=())
+    for run in _encoders(model, records):
+        average = {"average": run.measures["average"]}
+        yield replace(run, measures=average, beside=())
 
 
 def measured_of(made: Record, kind: str, records: Records) -> Record | None:
-    """What another program recorded of the model that a run left.
+    """Another program's record of the model that a run left.
 
     In the same folder there may be a record of the base, or of an earlier encoder: the measured
-    model's name and weights tell. EXCHANGES are of the base, and of the encoder that they say.
+    model's name and weights tell them apart. EXCHANGES are of the base, and of the encoder that
+    they say.
     """
     measured = records.beside(made, kind)
     if kind in EXCHANGES:
@@ -305,19 +318,19 @@ def measured_of(made: Record, kind: str, records: Records) -> Record | None:
         left = made.model
     if measured is None or measured.model != left:
         return None
-    return None if _unlike(made, measured) else measured
+    return None if _has_other_weights(made, measured) else measured
 
 
-def base_first(own: Sequence[Entry]) -> tuple[bool, int, str]:
+def base_first(runs: Sequence[RunRow]) -> tuple[bool, int, str]:
     """To sort rows by: untrained ones, then by the number of words, a control with its run."""
-    first = own[0]
+    first = runs[0]
     return not first.is_base, first.row.count(" ") - first.is_control, first.row
 
 
-def first_measured(own: Sequence[Entry], kind: str, records: Records) -> Record | None:
-    """What another program recorded of the first of these runs of which it did."""
-    every = (measured_of(each.record, kind, records) for each in own)
-    return next((each for each in every if each is not None), None)
+def first_measured(runs: Sequence[RunRow], kind: str, records: Records) -> Record | None:
+    """Another program's record of the first of these runs that has one."""
+    every = (measured_of(run.record, kind, records) for run in runs)
+    return next((record for record in every if record is not None), None)
 
 
 Measured = tuple[str, Role, Record | None, Record]
@@ -328,38 +341,39 @@ def _measured(model: str, records: Records) -> Iterator[Measured]:
     for record in records.of("dependence", model):
         yield BASE, "base", record, record
     for made in sorted(
-        (*records.of("sts", model), *records.of("generation", model)), key=lambda each: each.name
+        (*records.of("sts", model), *records.of("generation", model)),
+        key=lambda record: record.name,
     ):
         if made.kind == "generation":
             row = mixed(made.data, "learned")
             yield row, "mixture", measured_of(made, "dependence", records), made
         elif is_tuned(made):
-            yield _called(made), "encoder", measured_of(made, "dependence", records), made
+            yield _row_name(made), "encoder", measured_of(made, "dependence", records), made
 
 
-def dependences(model: str, records: Records) -> Iterator[Entry]:
-    """Of which it was measured; under another flow than the paper's they are other rows."""
+def dependences(model: str, records: Records) -> Iterator[RunRow]:
+    """The runs with a measured dependence; a flow other than the paper's makes other rows."""
     for row, role, record, made in _measured(model, records):
         if record is not None:
             flow = _flow(record)
             row += f", {flow} flow" if flow != "causal" else ""
-            yield Entry(row, role, record, {}, {}, (made,))
+            yield RunRow(row, role, record, {}, {}, (made,))
 
 
 def _flow(record: Record) -> str:
     return record.config.get("dependence", {}).get("flow", "causal")
 
 
-def _dependence(model: str, records: Records) -> Iterator[Entry]:
+def _dependence(model: str, records: Records) -> Iterator[RunRow]:
     """Three rows for each model: a share in every bucket."""
-    for each in dependences(model, records):
+    for run in dependences(model, records):
         for share in SHARES:
-            buckets = each.record.section["buckets"]
+            buckets = run.record.section["buckets"]
             cells = {"-".join(map(str, bucket["range"])): bucket[share] for bucket in buckets}
-            yield replace(each, row=f"{each.row}, {share}", measures=cells)
+            yield replace(run, row=f"{run.row}, {share}", measures=cells)
 
 
-def _again(model: str, records: Records) -> Iterator[Entry]:
+def _causal_lm(model: str, records: Records) -> Iterator[RunRow]:
     """Generation of the base, and of every encoder as a language model again; STS as it is."""
     for made in records.of("sts", model):
         record = measured_of(made, "evaluation", records)
@@ -367,50 +381,50 @@ def _again(model: str, records: Records) -> Iterator[Entry]:
             sts = {f"STS {each['attention']}": each["average"] for each in sections(made.data)}
             role: Role = "encoder" if is_tuned(made) else "base"
             scores, measures = scored(section, section["metrics"])
-            yield Entry(_called(made), role, record, scores, measures | sts, (made,))
+            yield RunRow(_row_name(made), role, record, scores, measures | sts, (made,))
 
 
-def _routes(model: str, records: Records) -> Iterator[Entry]:
+def _routes(model: str, records: Records) -> Iterator[RunRow]:
     """The mixtures by route: generation, read causally, and STS under both masks."""
     for record in records.of("generation", model):
         section = record.section
         made = (record, *_encoder_of(record, records))
-        for route, found in section["routes"].items():
+        for route, scores_of_route in section["routes"].items():
             sts = {
                 f"STS {row['attention']}": row["average"]
                 for row in sections(record.data)
                 if row["route"] == route
             }
             role: Role = "base" if route == "uni" else "mixture"
-            scores, measures = scored(found, section["metrics"])
+            scores, measures = scored(scores_of_route, section["metrics"])
             row = mixed(record.data, route)
-            yield Entry(row, role, record, scores, measures | sts, made, route=route)
+            yield RunRow(row, role, record, scores, measures | sts, made, route=route)
 
 
 def _encoder_of(mixture: Record, records: Records) -> list[Record]:
-    """How its bi expert was tuned, if that run is among the records: its weights tell."""
+    """The run that tuned its bi expert, found by its weights, if it is among the records."""
     weights = mixture.section.get("bi_weights")
-    return [each for each in records.of("sts") if weights and each.weights == weights][:1]
+    return [record for record in records.of("sts") if weights and record.weights == weights][:1]
 
 
-def _bitune(model: str, records: Records) -> Iterator[Entry]:
+def _bitune(model: str, records: Records) -> Iterator[RunRow]:
     """Bitune's variants: generation; its perplexity is of other chats than the mixtures'."""
     for record in records.of("bitune", model):
         section = record.section
         scores = main_metrics(section, section["metrics"])
         average = {"average": section.get("average")}
-        yield Entry(f"bitune, {variant(record.data)}", "bitune", record, scores, average)
+        yield RunRow(f"bitune, {variant(record.data)}", "bitune", record, scores, average)
 
 
-def _generation(model: str, records: Records) -> Iterator[Entry]:
+def _generation(model: str, records: Records) -> Iterator[RunRow]:
     """All of these; of the base's, first the one that has STS under both masks."""
     routes = list(_routes(model, records))
-    for each in routes:
-        if each.is_base:
-            yield replace(each, row=BASE)
-    for each in _again(model, records):
-        yield each if each.is_base else replace(each, row=each.row + ENCODER)
-    yield from (each for each in routes if not each.is_base)
+    for run in routes:
+        if run.is_base:
+            yield replace(run, row=BASE)
+    for run in _causal_lm(model, records):
+        yield run if run.is_base else replace(run, row=run.row + ENCODER)
+    yield from (run for run in routes if not run.is_base)
     yield from _bitune(model, records)
 
 
@@ -423,11 +437,11 @@ def scored(scores: dict[str, Any], metrics: dict[str, str]) -> tuple[Cells, Cell
     return main_metrics(scores, metrics), {name: scores[name] for name in ("average", "perplexity")}
 
 
-KINDS: dict[str, Callable[[str, Records], Iterator[Entry]]] = {
+KINDS: dict[str, Callable[[str, Records], Iterator[RunRow]]] = {
     "encoders": _encoders,
     "sts": _sts,
     "dependence": _dependence,
-    "again": _again,
+    "causal_lm": _causal_lm,
     "routes": _routes,
     "bitune": _bitune,
     "generation": _generation,
