@@ -9,7 +9,7 @@ from typing import Any
 
 from studies.compare.published import published
 from studies.compare.rows import perplexity_ratio, reads_causally
-from ubmoe.report.figures import PALETTE, blank, of_plain, styled
+from ubmoe.report.figures import PALETTE, blank, plain_ticks, styled
 from ubmoe.results.records import Record, Records
 
 MASKS = {  # in words, by what the section `bi` says: causal or not, some layers, sink kept
@@ -85,7 +85,7 @@ def figure(model: str, scored: Sequence[Record]) -> Any:
     starts = sorted({ratios(record)[0] for record in scored})
     axes.plot(*zip(*starts, strict=True), ls="", marker="o", ms=5, color="black", label="untrained")
     axes.set_yscale("log")
-    of_plain(axes.yaxis)
+    plain_ticks(axes.yaxis)
     texts = " and ".join(scored[0].section["trajectory"][0]["perplexity"])
     tasks = ", ".join(scored[0].section["trajectory"][0]["sts"]["tasks"])
     axes.set(

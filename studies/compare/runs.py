@@ -33,7 +33,7 @@ from studies.compare.rows import (
     run_rows,
     settings_key,
 )
-from ubmoe.report.figures import PALETTE, blank, of_ratios, styled
+from ubmoe.report.figures import PALETTE, blank, ratio_ticks, styled
 from ubmoe.results.records import Records
 
 GAP = "STS"
@@ -228,7 +228,7 @@ def _panel(
     axes.set_xlabel(label)
     if is_ratio(columns[0]):
         axes.set_xscale("log")
-        of_ratios(axes.xaxis)
+        ratio_ticks(axes.xaxis)
 
 
 RATIO_AXIS = ("tuned bidirectionally over causally\n(left: tuning causally loses more)", 1)

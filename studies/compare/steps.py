@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from studies.compare.paired import differences
 from studies.compare.rows import MASK, RunRow, common_tasks, reference, run_rows, settings_key
-from ubmoe.report.figures import PALETTE, blank, of_ratios, styled
+from ubmoe.report.figures import PALETTE, blank, ratio_ticks, styled
 from ubmoe.results.records import Records
 
 Metrics = dict[str, float]
@@ -118,7 +118,7 @@ def figure(model: str, rows: dict[str, BySteps]) -> Figure:
         axes.set_xticks([*places.values()], [str(steps) for steps in places])
         if what == RATIO:
             axes.set_yscale("log")
-            of_ratios(axes.yaxis)
+            ratio_ticks(axes.yaxis)
     for axes in panels[2:]:
         axes.set_xlabel("steps (0: untrained, reading alike)")
     drawn.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")

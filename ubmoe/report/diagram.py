@@ -13,13 +13,18 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from ubmoe.files import save_figure
 from ubmoe.report.figures import blank, styled
 
-UNI, BI, SHARED, TEXT = "#0072b2", "#d55e00", "#e8e8e8", "#222222"  # told apart by the colour-blind
+UNI, BI, SHARED, TEXT = (
+    "#0072b2",
+    "#d55e00",
+    "#e8e8e8",
+    "#222222",
+)  # distinguishable with any colour vision
 LEFT, MIDDLE, RIGHT = 0.2, 3.9, 7.6
 
 
 @styled
 def checkpoints() -> Figure:
-    """Two models that differ in their FFNs; on the right what holds both of them."""
+    """Two models that differ in their FFNs; on the right the three checkpoints that hold both."""
     figure = blank(9.4, 5.4)
     axes = figure.subplots()
     axes.set(xlim=(0, 11.6), ylim=(0, 7.0))

@@ -1,4 +1,4 @@
-"""Pictures of results: what people would rather look at than read.
+"""Figures of results.
 
 Drawn from what is recorded, without torch. Every picture has the style of `STYLE`.
 """
@@ -39,7 +39,7 @@ def styled(draw: Callable[Arguments, Drawn]) -> Callable[Arguments, Drawn]:
     return drawn
 
 
-# Told apart by the colour-blind (Okabe and Ito, 2008).
+# Distinguishable with any colour vision (Okabe and Ito, 2008).
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 SHARES = {
     "before": "#4c78a8",
@@ -51,10 +51,10 @@ SHARES = {
 @styled
 def dependence(section: dict[str, Any]) -> dict[str, Figure]:
     """DP by length bucket, DP-after by layer and head, and norms where they were measured."""
-    found = {"dependence_buckets.png": _buckets(section), "dependence_heads.png": _heads(section)}
+    figures = {"dependence_buckets.png": _buckets(section), "dependence_heads.png": _heads(section)}
     if section.get("norms"):  # older results have none
-        found["dependence_norms.png"] = _norms(section["norms"])
-    return found
+        figures["dependence_norms.png"] = _norms(section["norms"])
+    return figures
 
 
 @styled
@@ -126,7 +126,7 @@ def mixing(section: dict[str, Any]) -> dict[str, Figure]:
 
 @styled
 def probing(section: dict[str, Any]) -> dict[str, Figure]:
-    """What each position tells, and anisotropy by layer, a line a model; the first is in black."""
+    """Probing accuracy by position, and anisotropy by layer, a line a model; the first in black."""
     figures = {"probing_anisotropy.png": anisotropy(section["models"])}
     if any("@" in row["task"] for model in section["models"] for row in model["rows"]):
         figures["probing_context.png"] = context(section["models"])
@@ -150,16 +150,16 @@ def context(models: list[dict[str, Any]], title: str = "") -> Figure:
         axes.remove()
     for axes, name in zip(panels, names, strict=False):
         for number, (model, rows) in enumerate(zip(models, every, strict=True)):
-            for own, style in (("same", "-"), ("previous", "--")):
-                line = [row for row in rows if (row["feature"], row["position"]) == (name, own)]
+            for way, style in (("same", "-"), ("previous", "--")):
+                line = [row for row in rows if (row["feature"], row["position"]) == (name, way)]
                 axes.errorbar(
                     [row["word"] for row in line],
                     [row["balanced_accuracy"] for row in line],
                     [row["balanced_accuracy_stderr"] for row in line],
                     fmt=style,
                     elinewidth=0.6,
-                    **_of_model(number),
-                    label=model["label"] if own == position else None,
+                    **_model_style(number),
+                    label=model["label"] if way == position else None,
                 )
         axes.axhline(0.5, color="grey", lw=0.8, ls=":")
         axes.set(xlabel="word", xticks=range(1, 6), ylim=(0.3, 1.03))
@@ -172,10 +172,10 @@ def context(models: list[dict[str, Any]], title: str = "") -> Figure:
     return figure
 
 
-def _of_model(number: int) -> dict[str, Any]:
+def _model_style(number: int) -> dict[str, Any]:
     """A line's look: the first, the untrained one where there is one, is black.
 
-    Where colours come again, another marker tells them apart.
+    Where a colour is used again, the marker differs.
     """
     wrapped, color = divmod(number - 1, len(PALETTE))
     marker = " os^D"[wrapped % 5] if number else " "
@@ -187,8 +187,8 @@ def _context_rows(model: dict[str, Any], shown: list[dict[str, Any]]) -> Iterato
     kept = ("none", shown[0]["layer"], shown[-1]["probe"])
     for row in model["rows"]:
         feature, at, word = row["task"].partition("@")
-        own = (row["control"], row["layer"], row["probe"])
-        if at and row["split"] != "random" and own == kept:
+        settings = (row["control"], row["layer"], row["probe"])
+        if at and row["split"] != "random" and settings == kept:
             yield {**row, "feature": feature, "word": int(word)}
 
 
@@ -197,7 +197,7 @@ def anisotropy(models: list[dict[str, Any]]) -> Figure:
     titles = {"between": "words of different sentences", "within": "words of one sentence"}
     for axes, (kind, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
         for number, model in enumerate(models):
-            values, look = model["anisotropy"][kind], _of_model(number)
+            values, look = model["anisotropy"][kind], _model_style(number)
             axes.plot(range(len(values)), values, label=model["label"], **look)
         axes.set(title=title, xlabel="layer (0: embeddings)", ylabel="mean cosine")
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -239,15 +239,15 @@ def trajectory(points: list[dict[str, Any]]) -> dict[str, Figure]:
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         base = points[0]["perplexity"][name]["perplexity"]
         for stage in sorted({point["stage"] for point in points}):
-            own = [point for point in points if point["stage"] == stage]
-            across = [point["perplexity"][name]["perplexity"] / base for point in own]
-            up = [point["sts"]["average"] for point in own]
+            of_stage = [point for point in points if point["stage"] == stage]
+            across = [point["perplexity"][name]["perplexity"] / base for point in of_stage]
+            up = [point["sts"]["average"] for point in of_stage]
             axes.plot(across, up, lw=1.2, marker="o", ms=4, label=f"stage {stage}")
-            for point, x, y in zip(own, across, up, strict=True):
+            for point, x, y in zip(of_stage, across, up, strict=True):
                 axes.annotate(f" {point['step']}", (x, y), fontsize=7)
         axes.set(xlabel=f"perplexity on {name}, over the start's", ylabel="Spearman x 100")
         axes.set_xscale("log")
-        of_plain(axes.xaxis)
+        plain_ticks(axes.xaxis)
     return {"trajectory.png": figure}
 
 
@@ -266,14 +266,14 @@ def _curve(axes: Any, log: list[dict[str, float]], curve: str) -> None:
         axes.legend()
 
 
-def of_ratios(axis: Any) -> None:
+def ratio_ticks(axis: Any) -> None:
     """Ticks of a logarithmic axis at 1, 3, 10 and so on, as plain numbers."""
     axis.set_major_locator(LogLocator(subs=(1, 3)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_locator(NullLocator())
 
 
-def of_plain(axis: Any) -> None:
+def plain_ticks(axis: Any) -> None:
     """Ticks of a narrow logarithmic axis, as plain numbers."""
     axis.set_major_locator(MaxNLocator(5))
     axis.set_major_formatter("{x:g}")
@@ -354,26 +354,26 @@ def _norms(masks: dict[str, Any]) -> Figure:
     """The first token's states by layer, a line a mask, and thin the other tokens'."""
     figure = blank(6.4, 3.6)
     axes: Any = figure.subplots()
-    for colour, (mask, own) in zip(PALETTE, masks.items(), strict=False):
+    for colour, (mask, norms) in zip(PALETTE, masks.items(), strict=False):
         # where the sink is kept, the first token's line is the causal one
         style = "--" if mask == "sink kept" else "-"
-        axes.plot(own["first"], color=colour, lw=2, ls=style, label=f"first token, {mask}")
-        if None not in own["others"]:
-            axes.plot(own["others"], color=colour, lw=0.8, ls=style, label=f"others, {mask}")
+        axes.plot(norms["first"], color=colour, lw=2, ls=style, label=f"first token, {mask}")
+        if None not in norms["others"]:
+            axes.plot(norms["others"], color=colour, lw=0.8, ls=style, label=f"others, {mask}")
     axes.set(yscale="log", xlabel="layer (0: embeddings)", ylabel="mean norm of the state")
     axes.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(loc="outside right center")
     return figure
 
 
-# Told apart by the colour-blind; what is drawn of a scan, and how its axis is called.
+# The patterns of a scan that are drawn, their colours, and the names of their axis.
 SCANNED = {"from": "#0072b2", "to": "#d55e00", "only": "#009e73"}
 WORDS = {"from": "from layer N on", "to": "up to layer N", "only": "layer N alone"}
 
 
 @styled
 def scan(section: dict[str, Any]) -> dict[str, Figure]:
-    """STS by where the layers that look both ways begin or end; bars: every K-th of them.
+    """STS by the first or last bidirectional layer; bars: every K-th layer.
 
     A row of panels for each form, and each reading of the first token, in the form's own pooling.
     """
@@ -403,47 +403,49 @@ def _scan_panels(axes: Any, rows: Sequence[dict[str, Any]], pooling: str) -> Non
     axes[0].xaxis.get_major_locator().set_params(integer=True)
     for kind, colour in SCANNED.items():
         line = [
-            (at, row[pooling]) for row in rows if (at := _scanned(row["layers"], kind)) is not None
+            (at, row[pooling])
+            for row in rows
+            if (at := _axis_position(row["layers"], kind)) is not None
         ]
         if line:
             places, scores = zip(*line, strict=True)
             style: Any = {"marker": ".", "color": colour, "lw": 1.3, "elinewidth": 0.5}
-            heights = [each["score"] for each in scores]
-            axes[0].errorbar(places, heights, _reach(scores), label=WORDS[kind], **style)
+            heights = [score["score"] for score in scores]
+            axes[0].errorbar(places, heights, _error_bars(scores), label=WORDS[kind], **style)
     if every := _every(rows):
         names = [row["name"].replace("every ", "").replace(" from ", "\nfrom ") for row in every]
         heights = [row[pooling]["score"] for row in every]
-        reach = _reach([row[pooling] for row in every])
+        reach = _error_bars([row[pooling] for row in every])
         axes[1].bar(names, heights, 0.7, yerr=reach, color="#999999", error_kw={"lw": 0.7})
         axes[1].set(xlabel="every K-th layer")
         axes[1].tick_params(axis="x", labelsize=7)
     for name, style in (("none", "-"), ("all", ":")):
         levels = [row[pooling]["score"] for row in rows if row["name"] == name]  # or none of it
-        for score, each in product(levels, axes):
-            each.axhline(score, color="black", lw=0.9, ls=style, label=f"{name} ({score:.1f})")
+        for score, panel in product(levels, axes):
+            panel.axhline(score, color="black", lw=0.9, ls=style, label=f"{name} ({score:.1f})")
     axes[0].legend()
 
 
-def _scanned(layers: Any, kind: str) -> int | None:
+def _axis_position(layers: Any, kind: str) -> int | None:
     """Where on the axis of N a pattern stands; None: it is of another kind."""
     if kind == "only":
         return layers[0] if isinstance(layers, list) else None
     return layers[kind] if isinstance(layers, dict) and list(layers) == [kind] else None
 
 
-def _reach(scores: Sequence[dict[str, Any]]) -> np.ndarray:
+def _error_bars(scores: Sequence[dict[str, Any]]) -> np.ndarray:
     """(2, patterns) how far the interval of the gain goes below and above it."""
     return np.array(
         [
-            [each["gain"] - each["interval"][0] for each in scores],
-            [each["interval"][1] - each["gain"] for each in scores],
+            [score["gain"] - score["interval"][0] for score in scores],
+            [score["interval"][1] - score["gain"] for score in scores],
         ]
     ).clip(0)
 
 
 @styled
 def swap(section: dict[str, Any]) -> dict[str, Figure]:
-    """What one layer of the encoder costs in the model, and one of the model's saves in it."""
+    """The cost of each encoder layer in the model, and the saving of each model layer in it."""
     figure = blank(7.0, 3.4)
     axes: Any = figure.subplots()
     swap_bars(axes, section["layers"])
@@ -462,9 +464,9 @@ def swap_bars(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     """Two bars a layer with their intervals. rows: {word of SWAPPED: change and interval}."""
     places = np.arange(len(rows))
     for (word, (label, colour)), shift in zip(SWAPPED.items(), (-0.2, 0.2), strict=True):
-        own = [row[word] for row in rows]
-        heights = np.array([each["change"] for each in own])
-        ends = np.array([each["interval"] for each in own])
+        changes = [row[word] for row in rows]
+        heights = np.array([change["change"] for change in changes])
+        ends = np.array([change["interval"] for change in changes])
         reach = np.stack([heights - ends[:, 0], ends[:, 1] - heights]).clip(0)
         axes.bar(
             places + shift, heights, 0.4, yerr=reach, color=colour, label=label,
@@ -476,7 +478,7 @@ def swap_bars(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
 
 @styled
 def shift(rows: dict[str, dict[str, Any]]) -> Figure:
-    """What tuning costs, and what exchanging the first token's share alone costs and saves.
+    """The cost of tuning, and the cost and saving of exchanging the first token's share alone.
 
     rows: `shift` sections by label. Bars: 95 % intervals over chats. Hollow: the same shifts on
     other heads.
@@ -485,17 +487,17 @@ def shift(rows: dict[str, dict[str, Any]]) -> Figure:
     panels = figure.subplots(1, 2, sharey=True)
     for axes, by_answer in zip(panels, (False, True), strict=True):
         for name, (label, colour, sign, lift) in SHIFTED.items():
-            own = [each["changes"][name] for each in rows.values()]
-            own = [each["by_answer"] for each in own] if by_answer else own
-            values = np.array([sign * each["change"] for each in own])
-            ends = np.sort([np.multiply(sign, each["interval"]) for each in own])
+            changes = [section["changes"][name] for section in rows.values()]
+            changes = [change["by_answer"] for change in changes] if by_answer else changes
+            values = np.array([sign * change["change"] for change in changes])
+            ends = np.sort([np.multiply(sign, change["interval"]) for change in changes])
             reach = np.stack([values - ends[:, 0], ends[:, 1] - values]).clip(0)
             axes.errorbar(
                 values, np.arange(len(rows)) + lift, xerr=reach, label=label, color=colour,
                 marker="o", ms=4, ls="", elinewidth=1, mfc="white" if "elsewhere" in name else None,
             )  # fmt: skip
         axes.axvline(0, color="grey", lw=0.6)
-        said = "each answer once" if by_answer else "by the token"
+        said = "each answer once" if by_answer else "per token"
         axes.set(xlabel=f"change of the loss, nats a token, {said}")
     panels[0].set_yticks(range(len(rows)), list(rows), fontsize=8)
     panels[0].invert_yaxis()
@@ -525,13 +527,13 @@ def attention_map(attention: np.ndarray, tokens: Sequence[str]) -> dict[str, Fig
     edge = np.arange(len(tokens) + 1) - 0.5
     for way in ("pre", "post"):  # both sides of the diagonal
         axes.step(edge, edge, where=way, color="white", lw=1.2)
-    _mark(axes, attention)
+    _label_parts(axes, attention)
     figure.colorbar(image, label="mean attention over layers and heads, unmasked", shrink=0.85)
     return {"dependence_map.png": figure}
 
 
-def _mark(axes: Any, attention: np.ndarray) -> None:
-    """Name the three parts of the map, and what each sums to."""
+def _label_parts(axes: Any, attention: np.ndarray) -> None:
+    """Label the three parts of the map with their names and sums."""
     count = len(attention)
     shares = {
         "before": np.tril(attention, -1).sum() / count * 100,

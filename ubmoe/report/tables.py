@@ -1,4 +1,4 @@
-"""Tables of results as text for a terminal, and what their rows and cells are called."""
+"""Tables of results as text for a terminal, and the names of their rows and cells."""
 
 import math
 import statistics
@@ -15,7 +15,7 @@ from ubmoe.similarity import sections
 
 NO_TEXTS = "no texts"
 CAUSAL = " causal"  # after a row's modules: tuned under the causal mask, a control
-ALIKE = 0.02  # in cosine; of runs that learn it is 0.4 at least
+COLLAPSED_BELOW = 0.02  # in cosine; of runs that learn it is 0.4 at least
 
 
 def dependence_rows(result: dict[str, Any]) -> list[list[str]]:
@@ -58,20 +58,20 @@ def dependence_caption(result: dict[str, Any]) -> str:
 
 def dependence_text(result: dict[str, Any]) -> str:
     parts = [dependence_caption(result), aligned(dependence_rows(result))]
-    if found := result["dependence"].get("norms"):  # older results have none
+    if norms := result["dependence"].get("norms"):  # older results have none
         said = "Mean norm of the states, in the layer with the largest, of first tokens (others)"
-        parts.append(f"{said}: {norms_line(found)}.")
+        parts.append(f"{said}: {norms_line(norms)}.")
     return "\n".join(parts)
 
 
-def norms_line(found: Mapping[str, Mapping[str, Sequence[float | None]]]) -> str:
+def norms_line(norms: Mapping[str, Mapping[str, Sequence[float | None]]]) -> str:
     """By mask, over the layers: the first token's (the others')."""
     most = {
         mask: [
-            max((each for each in own[who] if each is not None), default=math.nan)
+            max((norm for norm in of_mask[who] if norm is not None), default=math.nan)
             for who in ("first", "others")
         ]
-        for mask, own in found.items()
+        for mask, of_mask in norms.items()
     }
     return ", ".join(f"{mask} {first:.0f} ({rest:.0f})" for mask, (first, rest) in most.items())
 
@@ -85,12 +85,12 @@ def sts_rows(section: dict[str, Any], what: str, label: str) -> list[list[str]]:
     ]
     if intervals := section.get("intervals"):  # older results have none
         ends = (intervals[name] for name in section["tasks"])
-        rows.append(["95 %", *("{:.1f} to {:.1f}".format(*each) for each in ends), ""])
+        rows.append(["95 %", *("{:.1f} to {:.1f}".format(*end) for end in ends), ""])
     return rows
 
 
 def trained(result: dict[str, Any]) -> str:
-    """What train_bi.py trained; of a study's own row: its name. A collapsed run is a row apart."""
+    """The row of a run of train_bi.py: its modules, or a study's name. A collapsed run is apart."""
     name = str(result["config"].get("results", {}).get("row") or family(result))
     stages = result.get("sts", {}).get("stages", [])
     return name + (", collapsed" if has_collapsed(stages) else "")
@@ -99,16 +99,19 @@ def trained(result: dict[str, Any]) -> str:
 def has_collapsed(stages: Sequence[dict[str, Any]]) -> bool:
     """Whether a contrastive stage ended with all texts alike: positives no nearer than others."""
     for stage in stages:
-        told = [row for row in stage.get("log", []) if "negative_cosine" in row]
-        if told and told[-1]["positive_cosine"] - told[-1]["negative_cosine"] < ALIKE:
+        logged = [row for row in stage.get("log", []) if "negative_cosine" in row]
+        if (
+            logged
+            and logged[-1]["positive_cosine"] - logged[-1]["negative_cosine"] < COLLAPSED_BELOW
+        ):
             return True
     return False
 
 
 def family(result: dict[str, Any]) -> str:
-    """What train_bi.py trained, in the words of Table 2; `causal` where under that mask."""
+    """The modules that train_bi.py trained, as in Table 2; `causal` where under that mask."""
     settings = result["config"]["bi"]
-    words = " then ".join(map(_stage, settings["stages"])) or "base"
+    words = " then ".join(map(_stage_name, settings["stages"])) or "base"
     layers = settings.get("layers", "all")
     if settings.get("attention") == "causal" or layers == "none":
         return words + CAUSAL
@@ -119,7 +122,7 @@ def family(result: dict[str, Any]) -> str:
     return words + (", sink kept" if settings.get("keep_sink") else "")
 
 
-def _stage(stage: dict[str, Any]) -> str:
+def _stage_name(stage: dict[str, Any]) -> str:
     """Its modules; an objective other than simcse, and adapters, are named."""
     words = [stage["objective"]] if stage["objective"] != "simcse" else []
     more = ["(LoRA)"] if stage.get("lora") else []
@@ -134,20 +137,22 @@ def sts_text(result: dict[str, Any]) -> str:
 
 
 def evaluation_text(result: dict[str, Any]) -> str:
-    """STS of whatever model was scored, and what it generates where that was asked."""
+    """STS of the scored model, and its generation where that was scored, too."""
     model = model_of(result)
     [section] = sections(result)
     rows = sts_rows(section, "model", model)
     parts = [f"STS of {model}, Spearman x 100.\n{aligned(rows)}"]
     if generated := result.get("generation"):
         names = list(generated["metrics"])
-        cells = _generated(generated, names, generated["metrics"])
+        cells = _generation_cells(generated, names, generated["metrics"])
         rows = [["model", *names, "average", "perplexity"], [model, *cells]]
         parts.append(f"Generation of {model}, read causally, percent.\n{aligned(rows)}")
     return "\n\n".join(parts)
 
 
-def _generated(scores: dict[str, Any], names: list[str], metrics: dict[str, str]) -> list[str]:
+def _generation_cells(
+    scores: dict[str, Any], names: list[str], metrics: dict[str, str]
+) -> list[str]:
     """The main metric of each task ± its standard error, their average, and the perplexity."""
     errors = scores.get("stderr", {})  # older results have none
     tasks = [
@@ -164,8 +169,8 @@ def generation_text(result: dict[str, Any]) -> str:
     section, model = result["generation"], Path(result["config"]["model"]["name"]).name
     names = list(section["metrics"])
     rows = [["route", *names, "average", "perplexity"]]
-    for route, each in section["routes"].items():
-        rows.append([route, *_generated(each, names, section["metrics"])])
+    for route, scores in section["routes"].items():
+        rows.append([route, *_generation_cells(scores, names, section["metrics"])])
     parts = [f"Generation of the mixture on {model}, percent.\n{aligned(rows)}"]
     if sts := sections(result):
         tasks = list(sts[0]["tasks"])
@@ -181,7 +186,7 @@ def bitune_text(result: dict[str, Any]) -> str:
     """Tasks, their average, and perplexity of held-out answers."""
     section, model = result["bitune"], Path(result["config"]["model"]["name"]).name
     names = list(section["metrics"])
-    cells = _generated(section, names, section["metrics"])
+    cells = _generation_cells(section, names, section["metrics"])
     rows = [["variant", *names, "average", "perplexity"], [section["variant"], *cells]]
     return f"Bitune on {model}, percent.\n{aligned(rows)}"
 
@@ -202,17 +207,17 @@ def probing_rows(
     binary: the metric of tasks with two classes; the others have Spearman's. beside: what stands
     behind the score of a row of a label's.
     """
-    found: dict[tuple[str, ...], dict[str, str]] = {}
+    cells: dict[tuple[str, ...], dict[str, str]] = {}
     for model in models:
         for row in model["rows"]:
             if is_shown(row, models):
                 metric = binary if binary in row else "spearman"
                 cell = f"{row[metric]:.3f} ±{row[f'{metric}_stderr']:.3f}"
-                line = found.setdefault((probed(row), row["split"], metric), {})
+                line = cells.setdefault((probed(row), row["split"], metric), {})
                 line[model["label"]] = cell + beside(row, model["label"])
     labels = [model["label"] for model in models]
     body = [
-        [*key, *(line.get(label, "not run") for label in labels)] for key, line in found.items()
+        [*key, *(line.get(label, "not run") for label in labels)] for key, line in cells.items()
     ]
     return [["task", "split", "metric", *labels], *body]
 
@@ -239,16 +244,20 @@ def scan_rows(section: dict[str, Any], pooling: str = "mean") -> list[list[str]]
 
     Where vectors were centred, the score of these.
     """
-    ordered = sorted(section["patterns"], key=lambda each: -each[pooling]["score"])
+    ordered = sorted(section["patterns"], key=lambda pattern: -pattern[pooling]["score"])
     body = [
-        [pattern_name(each), f"{own['score']:.2f}", "{:+.2f} ({:+.2f} to {:+.2f})".format(*gain)]
-        + ([f"{own['centred']:.2f}"] if "centred" in own else [])
-        for each in ordered
-        for own in [each[pooling]]
-        for gain in [(own["gain"], *own["interval"])]
+        [
+            pattern_name(pattern),
+            f"{score['score']:.2f}",
+            "{:+.2f} ({:+.2f} to {:+.2f})".format(*gain),
+        ]
+        + ([f"{score['centred']:.2f}"] if "centred" in score else [])
+        for pattern in ordered
+        for score in [pattern[pooling]]
+        for gain in [(score["gain"], *score["interval"])]
     ]
-    more = ["centred"] if any("centred" in each[pooling] for each in ordered) else []
-    return [["layers that look both ways", "Spearman x 100", "above none (95 %)", *more], *body]
+    more = ["centred"] if any("centred" in pattern[pooling] for pattern in ordered) else []
+    return [["bidirectional layers", "Spearman x 100", "above none (95 %)", *more], *body]
 
 
 def pattern_name(row: dict[str, Any]) -> str:
@@ -268,22 +277,26 @@ def scan_form_rows(section: dict[str, Any], most: int) -> list[list[str]]:
     A cell is Spearman x 100, and behind a slash that of the centred vectors, where these are there.
     """
     first = section["patterns"][0]
-    poolings = [name for name, own in first.items() if isinstance(own, dict) and "score" in own]
+    poolings = [
+        name for name, value in first.items() if isinstance(value, dict) and "score" in value
+    ]
     words = [name.replace("_", " ") for name in poolings]
     body: list[list[str]] = []
-    for form in dict.fromkeys(each["form"] for each in section["patterns"]):
-        own = [each for each in section["patterns"] if each["form"] == form]
-        best = sorted(own, key=lambda each: -max(each[name]["score"] for name in poolings))
-        shown = [each for each in best if each in best[:most] or each in own[:2]]
+    for form in dict.fromkeys(pattern["form"] for pattern in section["patterns"]):
+        of_form = [pattern for pattern in section["patterns"] if pattern["form"] == form]
+        best = sorted(
+            of_form, key=lambda pattern: -max(pattern[name]["score"] for name in poolings)
+        )
+        shown = [pattern for pattern in best if pattern in best[:most] or pattern in of_form[:2]]
         body += [
-            [form, pattern_name(each), *(_scanned(each[name]) for name in poolings)]
-            for each in shown
+            [form, pattern_name(pattern), *(_scan_cell(pattern[name]) for name in poolings)]
+            for pattern in shown
         ]
-    return [["form", "layers that look both ways", *words], *body]
+    return [["form", "bidirectional layers", *words], *body]
 
 
-def _scanned(own: dict[str, Any]) -> str:
-    return f"{own['score']:.2f}" + (f" / {own['centred']:.2f}" if "centred" in own else "")
+def _scan_cell(score: dict[str, Any]) -> str:
+    return f"{score['score']:.2f}" + (f" / {score['centred']:.2f}" if "centred" in score else "")
 
 
 def scan_text(result: dict[str, Any]) -> str:
@@ -297,7 +310,7 @@ def scan_text(result: dict[str, Any]) -> str:
 
 
 def swap_rows(section: dict[str, Any]) -> list[list[str]]:
-    """Header and a row a layer: what putting it in costs, and putting it back brings."""
+    """Header and a row a layer: the cost of putting it in, and the saving of putting it back."""
     body = [
         [str(row["layer"]), *(_change(row[word]) for word in ("in", "back"))]
         for row in section["layers"]
@@ -305,8 +318,8 @@ def swap_rows(section: dict[str, Any]) -> list[list[str]]:
     return [["layer", "encoder's, in the model", "model's, in the encoder"], *body]
 
 
-def _change(own: dict[str, Any]) -> str:
-    return "{:+.4f} ({:+.4f} to {:+.4f})".format(own["change"], *own["interval"])
+def _change(change: dict[str, Any]) -> str:
+    return "{:+.4f} ({:+.4f} to {:+.4f})".format(change["change"], *change["interval"])
 
 
 def swap_text(result: dict[str, Any]) -> str:
@@ -321,11 +334,11 @@ def swap_text(result: dict[str, Any]) -> str:
 
 
 def shift_rows(section: dict[str, Any]) -> list[list[str]]:
-    """Header and a row a reading: its perplexity, and where its attention goes, in percent."""
+    """Header and a row a reading: its perplexity, and its attention shares in percent."""
     shares = ("used", "first", "after")
     body = [
-        [name, *(f"{own[each]:.2f}" for each in ("perplexity", *shares))]
-        for name, own in section["readings"].items()
+        [name, *(f"{reading[column]:.2f}" for column in ("perplexity", *shares))]
+        for name, reading in section["readings"].items()
     ]
     return [["", "perplexity", "first, as used", "first", "DP-after"], *body]
 
@@ -334,8 +347,8 @@ def shift_text(result: dict[str, Any]) -> str:
     section = result["shift"]
     caption = "its encoder, and each with the other's share of the first token, in and back"
     changes = [
-        ", ".join(filter(None, (f"{name} {_change(own)}", part_of_whole(own))))
-        for name, own in section["changes"].items()
+        ", ".join(filter(None, (f"{name} {_change(change)}", part_of_whole(change))))
+        for name, change in section["changes"].items()
     ]
     return (
         f"{model_of(result)}, {caption} ({section['chats']} chats):\n"
@@ -345,10 +358,10 @@ def shift_text(result: dict[str, Any]) -> str:
 
 
 def part_of_whole(change: Mapping[str, Any]) -> str:
-    """Of what the encoder loses, with its interval; empty where there is none."""
-    if (own := change.get("of_whole")) is None:
+    """The part of the encoder's loss, with its interval; empty where there is none."""
+    if (part := change.get("of_whole")) is None:
         return ""
-    return "{:.0%} ({:.0%} to {:.0%})".format(own["part"], *own["interval"])
+    return "{:.0%} ({:.0%} to {:.0%})".format(part["part"], *part["interval"])
 
 
 TEXT = {
@@ -389,14 +402,14 @@ def spread(values: list[float]) -> str:
 
 
 def model_of(record: dict[str, Any]) -> str:
-    """What a record is of: the last part of the model's name, and of its adapters'."""
+    """The model's name: its last part, and its adapters'."""
     settings = record["config"]["model"] if "config" in record else {"name": ""}
     given = settings.get("adapter") or []
-    adapters = [Path(each).name for each in ([given] if isinstance(given, str) else given)]
+    adapters = [Path(path).name for path in ([given] if isinstance(given, str) else given)]
     return Path(settings["name"]).name + (f" with {' and '.join(adapters)}" if adapters else "")
 
 
-# What a forced route is; `uni` and `bi` are the two models themselves, without a mixture.
+# The forced routes; `uni` and `bi` are the two models themselves, without a mixture.
 ROUTES = {
     "uni": "base (uni alone)",
     "bi": "bi alone",
@@ -407,7 +420,7 @@ ROUTES = {
 
 
 def mixed(record: dict[str, Any], route: str) -> str:
-    """What answers: a forced route, or routers and how they were trained; and a study's own row."""
+    """The row of a mixture: a forced route, or how its routers were trained; and a study's name."""
     settings = record["config"]["ubmoe"]
     label = ROUTES.get(route, f"learned, top_k {settings['top_k']}, {settings['objective']}")
     row = record["config"].get("results", {}).get("row")

@@ -55,7 +55,7 @@ def table(config: Config) -> str:
 def no_runs(config: Config, records: Records) -> str:
     """A last line for a table whose columns hold nothing of ours."""
     model = model_of({"config": config.model_dump()})
-    if any(each.model == model for each in records.by_name.values()):
+    if any(run.model == model for run in records.by_name.values()):
         return ""
     return (
         f"\n\nno run of {model} is recorded in {config.results.directory}: "

@@ -20,8 +20,8 @@ from ubmoe.files import replace_all, write_text
 LINES, HEADS = "records.jsonl", "heads.npz"
 SHARED = ("config", "environment")
 Json = dict[str, Any]
-# What a file of any other content raises.
-WRONG = (
+# Raised by a file with other content.
+CONTENT_ERRORS = (
     *(OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, RecursionError),
     BadZipFile,
 )
@@ -55,14 +55,14 @@ def read(folder: Path) -> dict[str, Json]:
     path, heads = folder / LINES, folder / HEADS
     if not path.exists():
         return {}
-    times = tuple(each.stat().st_mtime_ns for each in (path, heads) if each.exists())
+    times = tuple(file.stat().st_mtime_ns for file in (path, heads) if file.exists())
     return dict(_read(path, heads, times))
 
 
 @lru_cache(maxsize=16)
 def _read(path: Path, heads: Path, _: tuple[int, ...]) -> dict[str, Json]:
-    """A study asks for a record a step."""
-    found: dict[str, Json] = {}
+    # cached: a study reads a record for every step
+    records: dict[str, Json] = {}
     number = 1
     try:
         arrays = np.load(heads, allow_pickle=False) if heads.exists() else {}
@@ -72,13 +72,13 @@ def _read(path: Path, heads: Path, _: tuple[int, ...]) -> dict[str, Json]:
             number += 1
             line = json.loads(text)
             array = arrays[line["name"]] if "heads" in line else None
-            found[line["name"]] = _unpacked(line, shared, array)
-    except WRONG as error:
+            records[line["name"]] = _unpacked(line, shared, array)
+    except CONTENT_ERRORS as error:
         raise UserError(
             f"{path}, line {number}: no packed records ({error}); expected what "
             "python -m ubmoe.results pack wrote, and heads.npz beside it"
         ) from error
-    return found
+    return records
 
 
 # --- a record as a line ---------------------------------------------------------------------------
@@ -95,13 +95,13 @@ def _packed(name: str, record: Json, shared: Json) -> tuple[Json, np.ndarray | N
     values = [[[head.get(name) for name in columns] for head in layer] for layer in flat]
     if not columns or not _are_floats(values):
         return line, None
-    without = [{key: each for key, each in layer.items() if key != "heads"} for layer in layers]
+    without = [{key: value for key, value in layer.items() if key != "heads"} for layer in layers]
     line["dependence"] = record["dependence"] | {"layers": without}
     return line | {"heads": columns}, np.array(values)
 
 
 def _are_floats(values: Any) -> bool:
-    """Of as many heads in every layer, all their numbers there."""
+    """Whether every layer has the same number of heads, and no number is missing."""
     every = [number for layer in values for head in layer for number in head]
     return len({len(layer) for layer in values}) == 1 and all(type(x) is float for x in every)
 
@@ -113,14 +113,14 @@ def _unpacked(line: Json, shared: Json, heads: np.ndarray | None) -> Json:
             record[section] = _nested(_overridden(shared[section], record[section]))
     if heads is not None:
         layers = [
-            layer | {"heads": [_nested(dict(zip(line["heads"], row, strict=True))) for row in own]}
-            for layer, own in zip(record["dependence"]["layers"], heads.tolist(), strict=True)
+            layer | {"heads": [_nested(dict(zip(line["heads"], row, strict=True))) for row in rows]}
+            for layer, rows in zip(record["dependence"]["layers"], heads.tolist(), strict=True)
         ]
         record["dependence"] = record["dependence"] | {"layers": layers}
     return record
 
 
-# --- what differs ---------------------------------------------------------------------------------
+# --- differences from the shared keys -------------------------------------------------------------
 
 
 def _most_common(records: Mapping[str, Json], section: str) -> Json:
@@ -131,20 +131,20 @@ def _most_common(records: Mapping[str, Json], section: str) -> Json:
         for key, value in flat.items():
             counts.setdefault(key, Counter())[json.dumps(value)] += 1
     return {
-        key: json.loads(each.most_common(1)[0][0])
-        for key, each in counts.items()
-        if 2 * each.total() > len(sections)
+        key: json.loads(values.most_common(1)[0][0])
+        for key, values in counts.items()
+        if 2 * values.total() > len(sections)
     }
 
 
-def _overrides(own: Json, shared: Json) -> Json:
-    """What to set, and under `unset` the keys that are not there."""
+def _overrides(flat: Json, shared: Json) -> Json:
+    """The keys to set, and under `unset` the shared keys that are missing."""
     changed = {
         key: value
-        for key, value in own.items()
+        for key, value in flat.items()
         if key not in shared or json.dumps(shared[key]) != json.dumps(value)
     }
-    unset = [key for key in _overridden(shared, changed) if key not in own]
+    unset = [key for key in _overridden(shared, changed) if key not in flat]
     return changed | ({"unset": unset} if unset else {})
 
 
@@ -161,20 +161,20 @@ def _overridden(shared: Json, changed: Json) -> Json:
 def _above(keys: Any) -> set[str]:
     """bi and bi.stages of bi.stages.0, and so on."""
     parts = [key.split(".") for key in keys]
-    return {".".join(each[:count]) for each in parts for count in range(1, len(each))}
+    return {".".join(path[:count]) for path in parts for count in range(1, len(path))}
 
 
 def _flat(value: Any, at: str = "") -> Json:
     """{dotted key: value}; items of a list of sections go by their numbers."""
     items: Any = value.items() if isinstance(value, dict) else None
-    if isinstance(value, list) and all(isinstance(each, dict) for each in value):
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
         items = enumerate(value)
     if not value or items is None:
         return {at: value}
-    found: Json = {}
-    for key, each in items:
-        found |= _flat(each, f"{at}.{key}" if at else str(key))
-    return found
+    flat: Json = {}
+    for key, item in items:
+        flat |= _flat(item, f"{at}.{key}" if at else str(key))
+    return flat
 
 
 def _nested(flat: Json) -> Any:
@@ -192,8 +192,10 @@ def _lists(node: Any, leaves: Json, at: str = "") -> Any:
     """Sections by numbers as lists; a value that is itself a dict is left as it is."""
     if not isinstance(node, dict) or at in leaves:
         return node
-    found = {key: _lists(each, leaves, f"{at}.{key}" if at else key) for key, each in node.items()}
-    return [*found.values()] if found and all(key.isdigit() for key in found) else found
+    children = {
+        key: _lists(child, leaves, f"{at}.{key}" if at else key) for key, child in node.items()
+    }
+    return [*children.values()] if children and all(key.isdigit() for key in children) else children
 
 
 def _text(record: Json) -> str:

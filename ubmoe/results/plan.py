@@ -1,4 +1,4 @@
-"""Running a study: what of it is there yet, what is not, and how long that would take.
+"""Running a study: which of its runs are done, which are missing, and how long those would take.
 
 Nothing here imports torch.
 """
@@ -29,19 +29,19 @@ LARGE = ("bi", "ubmoe", "modes", "adapter", "bitune", "stages", "routers", "adap
 
 
 def plan(config: Config) -> str:
-    """The commands, one a line, with what is there yet as a comment above each."""
+    """The commands, one a line, with the state of each as a comment above it."""
     _check_table(config, "plan")
     lines = []
     estimates: dict[tuple[str, str], str] = {}  # a row's seeds take as long as each other
     for step in steps(config):
-        known = _known(step)
+        status = _status(step)
         if step.state() == "missing" and config.results.timed_steps:
             row = (step.row, step.result)
             if row not in estimates:
                 estimates[row] = estimate(step, config.results.timed_steps)
-            known += f"; {estimates[row]}"
+            status += f"; {estimates[row]}"
         after = f", after {step.after.row}" if step.after else ""
-        lines += [f"# {step.row}, seed {step.config.seed}{after}: {known}", step.command]
+        lines += [f"# {step.row}, seed {step.config.seed}{after}: {status}", step.command]
     return "\n".join(lines)
 
 
@@ -50,8 +50,8 @@ def _check_table(config: Config, verb: str) -> None:
         raise UserError(f"results.table: {verb} needs one; expected 2, 3, 4 or all")
 
 
-def _known(step: Step) -> str:
-    """Whether it is there, and what it took."""
+def _status(step: Step) -> str:
+    """Whether the run is done, and the time and memory it took."""
     state, result = step.state(), step.kept()
     if result is None:
         return "not run"
@@ -62,7 +62,7 @@ def _known(step: Step) -> str:
 
 
 def run(config: Config) -> str:
-    """Run what is not there yet, one after another, and record each. Raises UserError.
+    """Run the missing steps one after another, and record each. Raises UserError.
 
     A run that stopped half-way goes on from its checkpoint; a failed one ends the study, which goes
     on from there when it is called again.
@@ -88,35 +88,35 @@ def _run(config: Config, planned: list[Step]) -> None:
                 bar.update()
             _record(step, config)
             if not config.results.keep_models:
-                _make_room(step, planned)
+                _free_space(step, planned)
 
 
 def _remake(step: Step, config: Config) -> None:
-    """Make again what a step reads, where somebody removed that model to make room, or its run."""
+    """Run the step before again, where its model, which this one reads, or its result is gone."""
     if step.after is not None and not (step.after.left.exists() and step.after.path.exists()):
         _remake(step.after, config)
         execute(step.after)
         _record(step.after, config)
 
 
-def _make_room(step: Step, planned: list[Step]) -> None:
-    """Remove the models and checkpoints that no run which is missing reads."""
+def _free_space(step: Step, planned: list[Step]) -> None:
+    """Remove the models and checkpoints that no missing run reads."""
     for made in (step, step.after):
         if made is not None and made.result in LEFT:
-            readers = [each for each in planned if each.after == made]
-            if all(each.state() == "there" for each in readers):
+            readers = [reader for reader in planned if reader.after == made]
+            if all(reader.state() == "there" for reader in readers):
                 _remove_folders(Path(made.config.output_dir))
 
 
 def _remove_folders(folder: Path) -> None:
-    """Models and checkpoints of a run; what it found stays, and what is not all ours."""
+    """Remove a run's models and checkpoints; its results stay, and folders with files not ours."""
     stages = folder / "stages"
     inside = [] if stages.is_symlink() else sorted(stages.glob("*"))
-    for each in (*inside, *(folder / name for name in LARGE)):
-        if any(owned.strangers(each)):
-            log.info("%s: kept, for what is not ours in it", each)
+    for place in (*inside, *(folder / name for name in LARGE)):
+        if any(owned.strangers(place)):
+            log.info("%s: kept, for what is not ours in it", place)
         else:
-            owned.remove(each)
+            owned.remove(place)
 
 
 def _record(step: Step, config: Config) -> None:
@@ -130,7 +130,7 @@ def execute(step: Step, resume: str = "auto") -> None:
     log_file = folder / f"{step.result}.log"
     if log_file.is_symlink():
         raise owned.refused(log_file)
-    program = [str(ROOT / each) if each.endswith(".py") else each for each in step.program]
+    program = [str(ROOT / word) if word.endswith(".py") else word for word in step.program]
     if program[0] != "-m" and not Path(program[0]).is_file():
         raise UserError(
             f"{step.program[0]} is not beside the package; expected a checkout of the repository, "
@@ -155,7 +155,7 @@ def execute(step: Step, resume: str = "auto") -> None:
 
 def estimate(step: Step, count: int) -> str:
     """Hours and memory of a run, from a few of its steps; scoring and checkpoints not counted."""
-    keys = _short(step, count)
+    keys = _few_steps(step, count)
     if keys is None:
         return "not timed: it only scores"
     if step.after is not None and not step.after.left.exists():
@@ -175,12 +175,12 @@ def estimate(step: Step, count: int) -> str:
     return f"about {took} and {memory:.1f} GB, from {count} {what}, without scoring"
 
 
-def _short(step: Step, count: int) -> list[str] | None:
+def _few_steps(step: Step, count: int) -> list[str] | None:
     """Keys for a few steps of a run, without any scoring; None where scoring is all it does."""
     stages = range(len(step.config.bi.stages))
     scoring = ["evaluation.sts=[]", "evaluation.generation=[]"]
     return {
-        "sts": [*(f"bi.stages.{each}.max_steps={count}" for each in stages), *scoring],
+        "sts": [*(f"bi.stages.{number}.max_steps={count}" for number in stages), *scoring],
         "generation": [f"ubmoe.max_steps={count}", "ubmoe.export=[]", *scoring],
         "bitune": [f"bitune.max_steps={count}", "bitune.generation=[]"],
         "dependence": [f"dependence.max_texts={count}"],
@@ -193,7 +193,7 @@ def _short(step: Step, count: int) -> list[str] | None:
 
 
 def extrapolated(step: Step, result: dict[str, Any]) -> float:
-    """Seconds: what does not grow with the work, and the work at the pace of its small part."""
+    """Seconds: the fixed part as measured, and the steps at the pace of the timed ones."""
     section, config = result[step.result], step.config
     seconds = float(result["seconds"])
     if step.result == "dependence":
@@ -210,7 +210,7 @@ def extrapolated(step: Step, result: dict[str, Any]) -> float:
 def _trained(
     config: Config, section: dict[str, Any]
 ) -> list[tuple[TrainingSection, list[dict[str, Any]], int]]:
-    """(settings, log, rows) of whatever a result says that it trained."""
+    """(settings, log, rows) of each stage that a result says it trained."""
     if "stages" in section:
         reports = zip(config.bi.stages, section["stages"], strict=True)
         return [(stage, report["log"], report["rows"]) for stage, report in reports]

@@ -1,4 +1,4 @@
-"""Results of runs, and records: what is kept of them, one file a program, run and seed."""
+"""Results of runs, and records of them: one file a program, run and seed."""
 
 import json
 import os
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]  # of a checkout
 
 @dataclass(frozen=True)
 class Record:
-    """What one program found in one run.
+    """The result of one program in one run.
 
     label: of the run, its output_dir's last part. kind: the program's result, one of KINDS. data:
     the result, with config and environment.
@@ -38,13 +38,13 @@ class Record:
     @classmethod
     def named(cls, name: str, data: dict[str, Any]) -> "Record":
         """The record of a file's name without `.json`. Raises UserError for one that is none."""
-        found = NAME.fullmatch(name)
-        if found is None or found["seed"] != str(int(found["seed"])):  # seed00 would hide seed0
+        match = NAME.fullmatch(name)
+        if match is None or match["seed"] != str(int(match["seed"])):  # seed00 would hide seed0
             raise UserError(
                 f"results.directory: {name}.json is no record's name; expected "
                 "<run>.<result>.seed<number>.json, as python -m ubmoe.results record writes it"
             )
-        return cls(found["label"], found["kind"], int(found["seed"]), data)
+        return cls(match["label"], match["kind"], int(match["seed"]), data)
 
     @property
     def name(self) -> str:
@@ -52,7 +52,7 @@ class Record:
 
     @property
     def section(self) -> dict[str, Any]:
-        """What the program itself found."""
+        """The program's own section of the result."""
         return self.data[self.kind]
 
     @property
@@ -73,7 +73,9 @@ class Records:
     """The records of a folder, in the order of their names."""
 
     def __init__(self, records: Iterable[Record]) -> None:
-        self.by_name = {each.name: each for each in sorted(records, key=lambda each: each.name)}
+        self.by_name = {
+            record.name: record for record in sorted(records, key=lambda record: record.name)
+        }
 
     @classmethod
     def of_names(cls, results: Mapping[str, dict[str, Any]]) -> "Records":
@@ -82,15 +84,15 @@ class Records:
     def of(self, kind: str, model: str | None = None, label: str | None = None) -> list[Record]:
         """Those of one result, and of a model or a run where it is named."""
         return [
-            each
-            for each in self.by_name.values()
-            if each.kind == kind
-            and (model is None or each.model == model)
-            and (label is None or each.label == label)
+            record
+            for record in self.by_name.values()
+            if record.kind == kind
+            and (model is None or record.model == model)
+            and (label is None or record.label == label)
         ]
 
     def beside(self, record: Record, kind: str) -> Record | None:
-        """What another program recorded of the same run."""
+        """Another program's record of the same run."""
         return self.by_name.get(Record(record.label, kind, record.seed, {}).name)
 
 
@@ -118,7 +120,7 @@ def _folders(directory: str | Path) -> list[Path]:
     folder = Path(directory)
     if folder.resolve() != ROOT / "results":
         return [folder]
-    return [folder, *sorted(each for each in (ROOT / "studies").glob("*/") if each.is_dir())]
+    return [folder, *sorted(study for study in (ROOT / "studies").glob("*/") if study.is_dir())]
 
 
 def _stored(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -157,11 +159,11 @@ def pack(config: Config) -> str:
 
 def read_benchmarks(config: Config) -> dict[str, list[dict[str, Any]]]:
     """The benchmarks of `results.directory` by their names, one for each device."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    benchmarks: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(Path(config.results.directory).glob(f"{BENCHMARK}*.json")):
         name = path.name.removeprefix(BENCHMARK).partition(".")[0]
-        found.setdefault(name, []).append(read_result(path, "rows"))
-    return found
+        benchmarks.setdefault(name, []).append(read_result(path, "rows"))
+    return benchmarks
 
 
 def as_text(path: Path, kind: str, result: dict[str, Any]) -> str:
@@ -178,23 +180,23 @@ def as_text(path: Path, kind: str, result: dict[str, Any]) -> str:
 def read_result(path: Path, needed: str = "config") -> dict[str, Any]:
     """Raises UserError for a file that is not a result."""
     try:
-        found = json.loads(read_text(path, METADATA))
-        if not isinstance(found, dict) or not found.get(needed):
+        result = json.loads(read_text(path, METADATA))
+        if not isinstance(result, dict) or not result.get(needed):
             raise ValueError(f"no {needed} in it")
         if needed == "config":
-            _check_config(found["config"])
-        if not isinstance(found.get("environment", {}), dict):
+            _check_config(result["config"])
+        if not isinstance(result.get("environment", {}), dict):
             raise ValueError("its environment is no object")
     except (OSError, ValueError, RecursionError) as error:
         said = error_reason(error)
         raise UserError(
             f"{path}: no result ({said}); expected what a run wrote: remove it, and run again"
         ) from error
-    return found
+    return result
 
 
 def _check_config(config: Any) -> None:
-    """Raises ValueError for what does not say of which model and seed it is."""
+    """Raises ValueError for a config without model name or seed."""
     model = config.get("model") if isinstance(config, dict) else None
     if not isinstance(model, dict) or not isinstance(model.get("name"), str):
         raise ValueError("no model.name in its config")
@@ -203,7 +205,7 @@ def _check_config(config: Any) -> None:
 
 
 def as_it_ran(result: dict[str, Any]) -> dict[str, Any]:
-    """Every `bf16: auto` of its config as what the device made of it, where the result says it."""
+    """The result with every `bf16: auto` of its config resolved as on the run's device."""
     environment = result.get("environment")
     was = environment.get("bfloat16") if isinstance(environment, dict) else None
     return result if was is None else result | {"config": _resolved(result["config"], was)}
@@ -211,25 +213,25 @@ def as_it_ran(result: dict[str, Any]) -> dict[str, Any]:
 
 def _resolved(value: Any, was: bool) -> Any:
     if isinstance(value, list):
-        return [_resolved(each, was) for each in value]
+        return [_resolved(item, was) for item in value]
     if not isinstance(value, dict):
         return value
     return {
-        name: was if name == "bf16" and each == "auto" else _resolved(each, was)
-        for name, each in value.items()
+        name: was if name == "bf16" and item == "auto" else _resolved(item, was)
+        for name, item in value.items()
     }
 
 
 def existing(config: Config) -> list[Path]:
     """The results in output_dir. Raises UserError where there is none."""
     complete_moves(Path(config.output_dir))
-    found = [path for kind in KINDS if (path := Path(config.output_dir) / f"{kind}.json").exists()]
-    if not found:
+    paths = [path for kind in KINDS if (path := Path(config.output_dir) / f"{kind}.json").exists()]
+    if not paths:
         raise UserError(
             f"output_dir: {config.output_dir} holds no result; run calculate_dp.py with the same "
             "config first, or of a study ubmoe.results run, and add results.table=all"
         )
-    return found
+    return paths
 
 
 def record(config: Config, paths: list[Path] | None = None) -> str:
@@ -238,30 +240,34 @@ def record(config: Config, paths: list[Path] | None = None) -> str:
     for path in paths or existing(config):
         result = read_result(path)
         seed = result["config"]["seed"]
-        own = Record(label(config), path.stem, seed, without_paths(result))
-        target = Path(config.results.directory) / f"{own.name}.json"
+        new = Record(label(config), path.stem, seed, without_paths(result))
+        target = Path(config.results.directory) / f"{new.name}.json"
         if paths is None:  # a study's runs are its own, and run again where they differ
-            _check_same_run(target, own)
+            _check_same_run(target, new)
         elif target.exists():
             read_result(target)  # what is none is not ours
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_json(target, own.data)
+        write_json(target, new.data)
         written.append(str(target))
     return "\n".join(written)
 
 
 def label(config: Config) -> str:
-    """What a run or a study is called: its output_dir's last part."""
+    """The name of a run or a study: its output_dir's last part."""
     return Path(os.path.abspath(config.output_dir)).name
 
 
-def _check_same_run(target: Path, own: Record) -> None:
+def _check_same_run(target: Path, candidate: Record) -> None:
     """Raises UserError for a record of another run: two folders may end in one name."""
-    kept = stored(target.parent, own.name)
+    kept = stored(target.parent, candidate.name)
     if kept is None:
         return
-    names = (*SCORED[own.kind], *MADE.get(own.kind, ())) if own.kind in SCORED else (own.kind,)
-    old, new = (leaves(each, names) for each in (kept["config"], own.config))
+    names = (
+        (*SCORED[candidate.kind], *MADE.get(candidate.kind, ()))
+        if candidate.kind in SCORED
+        else (candidate.kind,)
+    )
+    old, new = (leaves(config, names) for config in (kept["config"], candidate.config))
     unlike = sorted(key for key in old.keys() & new.keys() if old[key] != new[key])
     if unlike:
         raise UserError(
@@ -273,9 +279,9 @@ def _check_same_run(target: Path, own: Record) -> None:
 def without_paths(value: Any) -> Any:
     """Every string that is a path, reduced to its last part; hub ids and texts stay."""
     if isinstance(value, dict):
-        return {key: without_paths(each) for key, each in value.items()}
+        return {key: without_paths(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [without_paths(each) for each in value]
+        return [without_paths(item) for item in value]
     if isinstance(value, str) and "/" in value and "\n" not in value:
         path = Path(value)
         local = path.is_absolute() or value.startswith((".", "~")) or path.exists()

@@ -50,7 +50,7 @@ MIXTURES = {
     "ubmoe-causal": ("ffn causal", ["ubmoe.routes=[learned, bi]"]),
 }
 BITUNE = ("lora", "full")
-# Programs, and their keys, that measure what train_bi.py left.
+# Programs, and their keys, that measure the models of train_bi.py.
 MEASURED = {
     "dependence": ("calculate_dp.py",),
     "evaluation": ("-m ubmoe.evaluate", "evaluation.language_model=true"),
@@ -66,10 +66,10 @@ PROGRAMS = {
 }
 # Results that are of another model than the one that their step is after.
 BESIDE = ("generation", *EXCHANGES)
-# Keys that say where an encoder or data lie, whose digests are compared elsewhere.
-ELSEWHERE = ("ubmoe.bi", "evaluation.data")
-LEFT_NAMES = ("probing.models.N.name",)  # of what the step before has left
-# What a later step reads of an earlier one.
+# Keys that locate an encoder or data, whose digests are compared instead.
+LOCATIONS = ("ubmoe.bi", "evaluation.data")
+LEFT_NAMES = ("probing.models.N.name",)  # of the model that the step before has made
+# The folder of an earlier step's model that a later one reads.
 LEFT = {"sts": "bi", "generation": "ubmoe"}
 MAKES = ("sts", "generation", "bitune")  # results of what makes a row, and not of its measures
 LONGEST = 150  # characters of a row's name
@@ -129,18 +129,18 @@ class Step:
         return None if kept is None else as_it_ran(kept)
 
     def _keys(self, config: dict[str, Any]) -> dict[str, str]:
-        """The settings that decide its numbers, but for those that say where something lies."""
+        """The settings that decide its numbers, except those that only locate a file."""
         read = ("seed", *SCORED[self.result], *MADE.get(self.result, ()))
-        places = {*READ[self.result], *MODEL, *ELSEWHERE, *(LEFT_NAMES if self.after else ())}
-        found = leaves(config, read)
-        return {name: value for name, value in found.items() if numbered(name) not in places}
+        places = {*READ[self.result], *MODEL, *LOCATIONS, *(LEFT_NAMES if self.after else ())}
+        settings = leaves(config, read)
+        return {name: value for name, value in settings.items() if numbered(name) not in places}
 
     def _has_the_same_settings(self, kept: dict[str, Any]) -> bool:
         """Keys that an older version did not have count as their defaults.
 
         Where bf16 is auto now, either will do: what it was stands in the result.
         """
-        before, now = (self._keys(each) for each in (kept["config"], self.config.model_dump()))
+        before, now = (self._keys(config) for config in (kept["config"], self.config.model_dump()))
         had: dict[str, str | None] = {**{name: default(name) for name in now}, **before}
         either = [name for name in now if name.endswith(".bf16") and now[name] == '"auto"']
         return had | {name: now[name] for name in either} == now
@@ -149,8 +149,8 @@ class Step:
         """Whether the digests of data and model are those of what the keys name now."""
         now, before = inputs(self.config, self.result), dict(kept.get("inputs", {}))
         if self.after is not None and self.config.model.name == str(self.after.left):
-            for each in (now, before):  # the weights tell, and the model may be gone
-                each.pop("model.name", None)
+            for digests in (now, before):  # its weights are compared, and the model may be gone
+                digests.pop("model.name", None)
         return now == before and None not in now.values()
 
     def _is_of_what_it_reads(self, kept: dict[str, Any]) -> bool:
@@ -160,37 +160,37 @@ class Step:
         if upstream is None or self.after.state() != "there":
             return False
         if self.result in BESIDE:
-            own = kept[self.result].get("bi_weights")
+            weights = kept[self.result].get("bi_weights")
         else:
-            own = kept["environment"]["weights"]
-        return own == upstream["environment"]["weights"]
+            weights = kept["environment"]["weights"]
+        return weights == upstream["environment"]["weights"]
 
 
-def _whole(planned: Callable[[Config], list[Step]]) -> Callable[[Config], list[Step]]:
-    """All rows are read, or what their reading has written is gone: the commands name a file."""
+def _all_or_nothing(planned: Callable[[Config], list[Step]]) -> Callable[[Config], list[Step]]:
+    """Read all rows, or remove the files written for them: the commands name a file."""
 
     @wraps(planned)
     def wrapped(config: Config) -> list[Step]:
         folder = Path(config.output_dir) / "study"
-        missing = [each for each in (folder, *folder.parents) if not each.exists()]
+        missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
         before = {*folder.glob("study-*.yaml")}
         try:
-            found = planned(config)
-            for step in found:
+            planned_steps = planned(config)
+            for step in planned_steps:
                 _ = step.config  # raises UserError for a key that is none
         except UserError:
             for file in {*folder.glob("study-*.yaml")} - before:
                 file.unlink()
             with suppress(OSError):  # the first one that holds something stays
-                for each in missing:
-                    each.rmdir()
+                for parent in missing:
+                    parent.rmdir()
             raise
-        return found
+        return planned_steps
 
     return wrapped
 
 
-@_whole
+@_all_or_nothing
 def steps(config: Config) -> list[Step]:
     """The runs of `results.table`, in an order in which each finds what it needs.
 
@@ -205,32 +205,34 @@ def steps(config: Config) -> list[Step]:
     replace(file, partial(write_text, text=text))
     rows = [_row(config, given) for given in config.results.rows]
     seeds = dict.fromkeys(seed for row in rows for seed in row.seeds)
-    found = [
-        each
+    planned = [
+        step
         for seed in seeds
-        for each in _of_seed(config, str(file), seed, [row for row in rows if seed in row.seeds])
+        for step in _steps_of_seed(
+            config, str(file), seed, [row for row in rows if seed in row.seeds]
+        )
     ]
-    _check_apart(found)
-    for each in found:
-        _check_place(config, each)
-    return found
+    _check_apart(planned)
+    for step in planned:
+        _check_place(config, step)
+    return planned
 
 
 def slug(row: str) -> str:
     """A row's name as part of a folder's. Raises UserError for a name that has none."""
-    found = re.sub("[^a-z0-9.]+", "-", row.lower()).strip("-")
-    if not found.strip(".") or len(found) > LONGEST or not row.isprintable():
+    name = re.sub("[^a-z0-9.]+", "-", row.lower()).strip("-")
+    if not name.strip(".") or len(name) > LONGEST or not row.isprintable():
         raise UserError(
             f"results.rows: {row!r} cannot be a row's name; expected a line of at most {LONGEST} "
             "characters, with one at least of a-z and 0-9, by which its folder is called"
         )
-    return found
+    return name
 
 
-def _check_apart(found: Sequence[Step]) -> None:
+def _check_apart(planned: Sequence[Step]) -> None:
     """Raises UserError for two rows that would be made in one folder."""
     rows: dict[str, str] = {}
-    for step in found:
+    for step in planned:
         folder = step.folder
         if step.result in MAKES and folder in rows:
             raise UserError(
@@ -272,7 +274,7 @@ def _check_place(config: Config, step: Step) -> None:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a study: how a program makes it, and what else is measured of it.
+    """A row of a study: the program that makes it, and its further measurements.
 
     further: keys of these measurements. of: the row whose encoder it reads.
     """
@@ -287,11 +289,13 @@ class Row:
 
 
 def _row(config: Config, given: str | RowSection) -> Row:
-    """A row in the words of Table 2, or of one's own."""
+    """A row in the words of Table 2, or one with keys of its own."""
     every = {2: (), 3: ("dependence",), 4: (), "all": ("dependence", "evaluation"), None: ()}
     measured, seeds = every[config.results.table], tuple(config.results.seeds)
     if isinstance(given, str):  # the base has no seeds
-        return Row(given, _trains(config, given), seeds[:1] if given == "base" else seeds, measured)
+        return Row(
+            given, _train_keys(config, given), seeds[:1] if given == "base" else seeds, measured
+        )
     if given.measured and given.program != "train_bi":
         raise UserError(
             f"results.rows: {given.name}: measured is of what train_bi leaves, and its program is "
@@ -302,13 +306,13 @@ def _row(config: Config, given: str | RowSection) -> Row:
             f"results.rows: {given.name}: of is what train_ubmoe joins, and its program is "
             f"{given.program}; expected no of"
         )
-    own = measured if given.measured is None else tuple(given.measured)
-    keys = (*given.keys, f"results.row={_word(given.name)}")
+    measurements = measured if given.measured is None else tuple(given.measured)
+    keys = (*given.keys, f"results.row={_as_value(given.name)}")
     program = (given.program, given.of)
-    return Row(given.name, keys, tuple(given.seeds or seeds), own, keys, *program)
+    return Row(given.name, keys, tuple(given.seeds or seeds), measurements, keys, *program)
 
 
-def _word(name: str) -> str:
+def _as_value(name: str) -> str:
     """A text as the value of a key, which is YAML: as it is, or in quotes where it has to be."""
     try:
         return name if yaml.safe_load(name) == name else json.dumps(name)
@@ -316,13 +320,15 @@ def _word(name: str) -> str:
         return json.dumps(name)
 
 
-def _of_seed(config: Config, config_file: str, seed: int, rows: Sequence[Row]) -> Iterator[Step]:
+def _steps_of_seed(
+    config: Config, config_file: str, seed: int, rows: Sequence[Row]
+) -> Iterator[Step]:
     table = config.results.table
 
     def step(program: str, name: str, result: str, *keys: str, after: Step | None = None) -> Step:
         place = Path(config.output_dir) / "study" / f"seed{seed}"
         folder = str(place / f"{label(config)}-{slug(name)}")
-        given = (f"seed={seed}", f"output_dir={_word(folder)}", *keys)
+        given = (f"seed={seed}", f"output_dir={_as_value(folder)}", *keys)
         records = config.results.directory
         command = tuple(program.split())
         return Step(command, name, result, config_file, folder, given, after, records)
@@ -333,7 +339,7 @@ def _of_seed(config: Config, config_file: str, seed: int, rows: Sequence[Row]) -
         if row.program != "train_bi":
             program, result = PROGRAMS[row.program]
             after = _joined(row, encoders) if row.program == "train_ubmoe" else None
-            read = [] if after is None else [f"ubmoe.bi={_word(str(after.left))}"]
+            read = [] if after is None else [f"ubmoe.bi={_as_value(str(after.left))}"]
             yield step(program, row.name, result, *read, *row.keys, after=after)
             continue
         encoders[row.name] = made = step("train_bi.py", row.name, "sts", *row.keys)
@@ -348,7 +354,7 @@ def _of_seed(config: Config, config_file: str, seed: int, rows: Sequence[Row]) -
             if needed not in encoders:
                 raise UserError(f"results.rows: {name} needs {needed!r}; add it")
             after = encoders[needed]
-            bi = f"ubmoe.bi={_word(str(after.left))}"
+            bi = f"ubmoe.bi={_as_value(str(after.left))}"
             mixtures[name] = step("train_ubmoe.py", name, "generation", bi, *keys, after=after)
             yield mixtures[name]
     if mixtures and table == "all":
@@ -357,7 +363,7 @@ def _of_seed(config: Config, config_file: str, seed: int, rows: Sequence[Row]) -
             "calculate_dp.py",
             "ubmoe",
             "dependence",
-            f"model.name={_word(str(after.left))}",
+            f"model.name={_as_value(str(after.left))}",
             after=after,
         )
         for variant in BITUNE:
@@ -370,7 +376,7 @@ def _measuring(row: Row, measured: str, after: Step | None) -> tuple[str, list[s
     program, *keys = MEASURED[measured]
     if after is not None:
         read = "ubmoe.bi" if measured in EXCHANGES else "model.name"
-        keys.append(f"{read}={_word(str(after.left))}")
+        keys.append(f"{read}={_as_value(str(after.left))}")
     elif measured in EXCHANGES:
         raise UserError(f"results.rows: {row.name} tunes nothing that {measured} could exchange")
     if measured == "probing" and after is not None:
@@ -383,16 +389,16 @@ def _measuring(row: Row, measured: str, after: Step | None) -> tuple[str, list[s
 
 def _joined(row: Row, encoders: dict[str, Step]) -> Step:
     """The step whose encoder a row joins to the model. Raises UserError."""
-    found = encoders.get(row.of or "")
-    if found is None or not found.config.bi.stages:
+    encoder = encoders.get(row.of or "")
+    if encoder is None or not encoder.config.bi.stages:
         raise UserError(
             f"results.rows: {row.name}: of is {row.of!r}; expected a row before it that tunes an "
             "encoder with the same seed"
         )
-    return found
+    return encoder
 
 
-def _trains(config: Config, row: str) -> tuple[str, ...]:
+def _train_keys(config: Config, row: str) -> tuple[str, ...]:
     """The keys by which train_bi.py makes a row of Table 2."""
     if row == "base":
         return ("bi.stages=[]",)
