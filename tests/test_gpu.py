@@ -97,14 +97,14 @@ def test_kernels_give_what_blocks_of_rows_give(dtype, size):
     texts = Texts(torch.ones(1, 3000, dtype=torch.long, device=DEVICE))
     scaling = 2 * size**-0.5
     expected = row_shares(query, key, scaling)
-    for both_ways in (False, True):
-        parts = parts_of(query, key, value, scaling, texts, both_ways)
+    for bidirectional in (False, True):
+        parts = parts_of(query, key, value, scaling, texts, bidirectional)
         torch.testing.assert_close(parts.shares(texts), expected, atol=1e-5, rtol=0)
         flow = torch.nn.functional.scaled_dot_product_attention(
             query.float(),
             key.float(),
             value.float(),
-            is_causal=not both_ways,
+            is_causal=not bidirectional,
             scale=scaling,
             enable_gqa=True,
         )

@@ -26,7 +26,7 @@ from ubmoe.models.loading import best_device
 from ubmoe.models.precision import cast
 from ubmoe.moe import router_training
 from ubmoe.training import sharding
-from ubmoe.training.checkpoints import Work
+from ubmoe.training.checkpoints import StageRun
 from ubmoe.training.modules import tuning
 from ubmoe.training.trainer import GuardedTrainer
 
@@ -132,7 +132,7 @@ def trained(case, tiny_path, directory, distributed, size=BATCH // 2, resume=Fal
         return loss
 
     run, keys = CASES[case]
-    work = Work(directory, 0, resume, distributed=distributed)
+    work = StageRun(directory, 0, resume, distributed=distributed)
     keys = STEPS | {"per_device_train_batch_size": size} | keys
     with patch.object(GuardedTrainer, "training_step", step):
         model, log = run(tiny_path, directory.parent, work, **keys)
@@ -257,7 +257,7 @@ def test_a_killed_run_in_parts_goes_on_in_parts_or_whole(of_two_processes):
 def test_what_cannot_be_in_parts_is_refused(tmp_path, monkeypatch, keys, said):
     monkeypatch.setattr(sharding, "PartialState", lambda: SimpleNamespace(num_processes=2))
     model, stage = random_model("qwen2", tie_word_embeddings=True), StageSection(**keys)
-    work = Work(tmp_path, 0, distributed="fsdp2")
+    work = StageRun(tmp_path, 0, distributed="fsdp2")
     with pytest.raises(UserError, match=said), tuning(model, stage, work):
         pass
 

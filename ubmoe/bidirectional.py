@@ -28,7 +28,7 @@ RECURRENT = ("linear_attention", "mamba", "mamba2", "recurrent", "conv")
 
 
 def is_bidirectional(config: Any) -> bool:
-    """Whether a model of this config (an object, or config.json as a dict) looks both ways."""
+    """Whether a model of this config (an object, or config.json as a dict) is bidirectional."""
     if isinstance(config, dict):
         return config.get("is_causal") is False
     return getattr(config, "is_causal", None) is False
@@ -49,11 +49,11 @@ def set_layers(
     """
     config = model.config.get_text_config()
     numbers = layered.chosen(layers, config.num_hidden_layers, f"{section}.layers")
-    for each in (model.config, config):
+    for settings in (model.config, config):
         if numbers is not None:
-            setattr(each, layered.KEY, numbers)
+            setattr(settings, layered.KEY, numbers)
         if keep_sink:
-            setattr(each, layered.SINK, True)
+            setattr(settings, layered.SINK, True)
     return model
 
 
@@ -75,7 +75,7 @@ def set_attention(model: PreTrainedModel, bidirectional: bool) -> PreTrainedMode
     ours = layered.is_ours(model.config.get_text_config())
     layered.switch(model, on=bidirectional and ours)  # first: it may refuse
     for config in {
-        id(each): each for each in (model.config, model.config.get_text_config())
+        id(settings): settings for settings in (model.config, model.config.get_text_config())
     }.values():
         config.is_causal = not bidirectional
     return model
@@ -99,7 +99,7 @@ def masked(
     """As `attending`, with these keys of `layered` alone; those before it come back, too."""
     config = vars(model.config.get_text_config())
     names = (layered.KEY, layered.SINK)
-    own = {name: config.pop(name) for name in names if name in config}
+    before = {name: config.pop(name) for name in names if name in config}
     config.update(keys)
     try:
         with attending(model, bidirectional):
@@ -107,7 +107,7 @@ def masked(
     finally:
         for name in names:
             config.pop(name, None)
-        config.update(own)
+        config.update(before)
         set_attention(model, is_bidirectional(model.config))
 
 
@@ -234,8 +234,8 @@ def _is_of(moved: torch.Tensor, seen: torch.Tensor, model: PreTrainedModel) -> b
     """
     others = seen.clone()
     others[0, 0] = others[-1, 1] = False  # they themselves
-    found = (moved > 0) & others
-    whole = found if model.dtype == torch.float32 else found.any(0)
+    reached = (moved > 0) & others
+    whole = reached if model.dtype == torch.float32 else reached.any(0)
     expected = others if model.dtype == torch.float32 else others.any(0)
     return whole.equal(expected) and bool((moved[~seen] <= tolerance(model)).all())
 
@@ -244,15 +244,15 @@ def _is_of(moved: torch.Tensor, seen: torch.Tensor, model: PreTrainedModel) -> b
 def _short_windows(model: PreTrainedModel) -> Iterator[int | None]:
     """Inside, windows are of SHORT tokens at most; yields that, or None for a model without."""
     holders: list[Any] = [model.config.get_text_config(), *model.base_model.modules()]
-    named = ((each, getattr(each, "sliding_window", None)) for each in holders)
-    own = [(each, size) for each, size in named if isinstance(size, int) and size > 0]
-    for each, size in own:
-        each.sliding_window = min(size, SHORT)
+    named = ((holder, getattr(holder, "sliding_window", None)) for holder in holders)
+    windows = [(holder, size) for holder, size in named if isinstance(size, int) and size > 0]
+    for holder, size in windows:
+        holder.sliding_window = min(size, SHORT)
     try:
-        yield min((SHORT, *(size for _, size in own))) if own else None
+        yield min((SHORT, *(size for _, size in windows))) if windows else None
     finally:
-        for each, size in own:
-            each.sliding_window = size
+        for holder, size in windows:
+            holder.sliding_window = size
 
 
 @torch.no_grad()
@@ -264,7 +264,7 @@ def layer_sights(
 
     count: T; None: as many as are proved elsewhere, no more than a sliding window shows.
     """
-    found: list[torch.Tensor] = []
+    distances: list[torch.Tensor] = []
     start, count = 3 if padding == "left" else 0, count or _proof_length(model)
     real = slice(start, start + count)
 
@@ -276,7 +276,7 @@ def layer_sights(
             changed[:, place] = states[:, place].roll(1, dims=-1) - states[:, place]
             other = _states(layer.forward(changed, *rest, **keys))[0, real].float()
             moved.append((one - other).abs().amax(-1) / one.abs().amax(-1))
-        found.append(torch.stack(moved, 1).cpu())
+        distances.append(torch.stack(moved, 1).cpu())
 
     inner: Any = model.base_model
     hooks = [layer.register_forward_hook(look, with_kwargs=True) for layer in inner.layers]
@@ -286,7 +286,7 @@ def layer_sights(
     finally:
         for hook in hooks:
             hook.remove()
-    return torch.stack(found).unflatten(0, (2, -1)).amax(0)
+    return torch.stack(distances).unflatten(0, (2, -1)).amax(0)
 
 
 def _states(output: Any) -> torch.Tensor:

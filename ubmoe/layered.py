@@ -43,14 +43,14 @@ def chosen(layers: Layers, depth: int, key: str = "bi.layers") -> list[int] | No
 
 
 def partial_layers(config: Any) -> list[int] | None:
-    """The layers that may look both ways, where a config (or config.json) names some; else None."""
+    """The bidirectional layers, where a config (or config.json) names some; else None."""
     return config.get(KEY) if isinstance(config, dict) else getattr(config, KEY, None)
 
 
 def keeps_sink(config: Any) -> bool:
     """Whether a config (or config.json) keeps the first token causal where the rest is not."""
-    found = config.get(SINK) if isinstance(config, dict) else getattr(config, SINK, None)
-    return found is True
+    keeps = config.get(SINK) if isinstance(config, dict) else getattr(config, SINK, None)
+    return keeps is True
 
 
 def is_ours(config: Any) -> bool:
@@ -58,7 +58,7 @@ def is_ours(config: Any) -> bool:
     return partial_layers(config) is not None or keeps_sink(config)
 
 
-def looks_both_ways(module: nn.Module) -> bool:
+def is_bidirectional_layer(module: nn.Module) -> bool:
     """Whether an attention layer does, as its config is now."""
     config: Any = module.config
     layers = partial_layers(config)
@@ -67,8 +67,8 @@ def looks_both_ways(module: nn.Module) -> bool:
 
 def switch(model: PreTrainedModel, on: bool) -> None:
     """Put our attention function into a model's layers, or its own back. Raises UserError."""
-    own = model.config._attn_implementation
-    if on and own not in (NAME, "dependence"):  # which asks the layers itself
+    implementation = model.config._attn_implementation
+    if on and implementation not in (NAME, "dependence"):  # which asks the layers itself
         known = model._supports_attention_backend and hasattr(model.base_model, "layers")
         if not (known and model._supports_sdpa):  # a soft cap, or sinks that are weights
             raise UserError(
@@ -77,9 +77,9 @@ def switch(model: PreTrainedModel, on: bool) -> None:
             )
         AttentionInterface.register(NAME, attend)
         AttentionMaskInterface.register(NAME, flash_attention_mask)  # None, or (B, K)
-        model.own_attention = own  # type: ignore[assignment]
+        model.own_attention = implementation  # type: ignore[assignment]
         model.set_attn_implementation(NAME)
-    elif not on and own == NAME:
+    elif not on and implementation == NAME:
         model.set_attn_implementation(getattr(model, "own_attention", "sdpa"))
 
 
@@ -94,7 +94,7 @@ def attend(
     **keys: Any,
 ) -> tuple[Tensor, None]:
     """(B, H, Q, d), (B, H', K, d), (B, H', K, e), a (B, K) padding mask -> (B, Q, H, e)."""
-    causal = not looks_both_ways(module)
+    causal = not is_bidirectional_layer(module)
     window = sliding_window or getattr(module, "sliding_window", None) or None
     mask = layer_mask(attention_mask, query.shape[2], key.shape[2], causal, window, query.device)
     output, _ = sdpa_attention_forward(module, query, key, value, mask, is_causal=causal, **keys)
@@ -117,9 +117,9 @@ def first_alone(output: Tensor, value: Tensor, padding: Tensor | None) -> Tensor
     else:
         first = padding.int().argmax(1)
     places = torch.arange(keys - queries, keys, device=value.device)
-    own = value[torch.arange(len(value), device=value.device), :, first]  # (B, H', e)
-    own = own.repeat_interleave(output.shape[2] // value.shape[1], 1)
-    return torch.where((places == first[:, None])[..., None, None], own[:, None], output)
+    first_values = value[torch.arange(len(value), device=value.device), :, first]  # (B, H', e)
+    first_values = first_values.repeat_interleave(output.shape[2] // value.shape[1], 1)
+    return torch.where((places == first[:, None])[..., None, None], first_values[:, None], output)
 
 
 def layer_mask(
@@ -130,7 +130,7 @@ def layer_mask(
     window: int | None,
     device: torch.device,
 ) -> Tensor | None:
-    """What a layer's queries may see: (B or 1, 1, Q or 1, K), or None where sdpa knows without."""
+    """The mask of a layer's queries: (B or 1, 1, Q or 1, K), or None where sdpa needs none."""
     left = padding is not None and not bool(padding[:, 0].all())
     limited = window is not None and window < keys
     if causal and not left and not limited and queries in (1, keys):

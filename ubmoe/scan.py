@@ -1,4 +1,4 @@
-"""Which layers may look both ways? Score every pattern of them, with no training at all.
+"""Which layers may be bidirectional? Score every pattern of them, without any training.
 
 python -m ubmoe.scan configs/tiny.yaml
 python -m ubmoe.scan configs/qwen2.5-0.5b.yaml scan.pairs=path/to/STSB-dev.tsv

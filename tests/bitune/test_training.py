@@ -12,7 +12,7 @@ from ubmoe.bitune.examples import read_examples
 from ubmoe.bitune.model import attach
 from ubmoe.config import BituneSection, UserError, load_config
 from ubmoe.data.prompts import Example
-from ubmoe.training.checkpoints import Work
+from ubmoe.training.checkpoints import StageRun
 
 
 def settings(**keys):
@@ -41,7 +41,7 @@ def test_the_embedded_model_learns_a_new_answer(tiny_path, tmp_path):
     bitune = attach(model, keys, 0)
     frozen = {n: v.clone() for n, v in bitune.named_parameters() if not v.requires_grad}
     before = instruct.perplexity(bitune, new)["perplexity"]
-    log = instruct.train(bitune, keys, new, Work(tmp_path, 0))
+    log = instruct.train(bitune, keys, new, StageRun(tmp_path, 0))
     assert instruct.perplexity(bitune, new)["perplexity"] < 0.6 * before
     rows = [row for row in log if "loss" in row]
     assert rows[0]["alpha_keys"] == pytest.approx([0.5] * 4, abs=0.1) != rows[-1]["alpha_keys"]
@@ -55,7 +55,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, dying):
     def train(directory, resume=False):
         keys = settings(max_steps=14, save_steps=3, num_train_epochs=2)
         bitune = attach(random_model("qwen2"), keys, 5)
-        instruct.train(bitune, keys, examples, Work(directory, 5, resume))
+        instruct.train(bitune, keys, examples, StageRun(directory, 5, resume))
         return torch.cat([value.detach().flatten() for value in bitune.parameters()])
 
     whole = train(tmp_path / "whole")

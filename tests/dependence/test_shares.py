@@ -111,14 +111,14 @@ def test_statistics_are_fp32_whatever_the_dtype(dtype):
 
 @pytest.mark.parametrize("both_ways", [False, True])
 @pytest.mark.parametrize("tokens", [1, 2, 3, 60])
-def test_the_parts_make_the_flow(tokens, both_ways):
+def test_the_parts_make_the_flow(tokens, bidirectional):
     query, key, value = (torch.randn(2, heads, tokens, 8) for heads in (4, 2, 2))
     texts = Texts(torch.ones(2, tokens, dtype=torch.long))
     scores = query @ key.repeat_interleave(2, 1).transpose(2, 3) * 0.4
-    if not both_ways:
+    if not bidirectional:
         scores = scores.masked_fill(torch.ones(tokens, tokens).triu(1).bool(), -torch.inf)
     expected = scores.softmax(-1) @ value.repeat_interleave(2, 1)
-    found = parts_of(query, key, value, 0.4, texts, both_ways).flow(value)
+    found = parts_of(query, key, value, 0.4, texts, bidirectional).flow(value)
     torch.testing.assert_close(found, expected)
 
 

@@ -16,7 +16,7 @@ from ubmoe.encoder import contrastive, contrastive_loss
 from ubmoe.encoder.contrastive import attention_dropout
 from ubmoe.encoder.contrastive_loss import CachedContrastiveLoss, ContrastiveLoss
 from ubmoe.encoder.sentence_encoder import as_encoder
-from ubmoe.training.checkpoints import Work
+from ubmoe.training.checkpoints import StageRun
 from ubmoe.training.modules import named_by, train_only
 
 SENTENCES = [
@@ -245,7 +245,7 @@ def stage(tmp_path, **keys):
 
 def train(encoder, model, settings, directory, resume=False):
     data, _ = contrastive.read_dataset(settings, encoder.tokenizer)
-    work = Work(directory, 0, resume)
+    work = StageRun(directory, 0, resume)
     return contrastive.train_stage(encoder, model, settings, data, work)
 
 
@@ -376,7 +376,7 @@ def test_labelled_rows_with_several_negatives_train_as_positives_alone(tokenizer
     keys |= {"loss": "simcse", "max_steps": 1, "per_device_train_batch_size": 4}
     settings = stage(tmp_path, temperature=TEMPERATURE, **keys)
     data, below = contrastive.read_dataset(settings, tokenizer)
-    work = Work(tmp_path, 0)
+    work = StageRun(tmp_path, 0)
     report = contrastive.train_stage(encoder, model, settings, data, work, below=below)
     assert (report["rows"], report["rows_below_positive_from"]) == (4, 4)
     assert report["negatives_per_anchor"] == 4 + 4 + 3

@@ -11,7 +11,7 @@ from ubmoe.encoder.contrastive import read_dataset, train_stage
 from ubmoe.encoder.language_loss import LanguageLoss, read_language
 from ubmoe.encoder.sentence_encoder import as_encoder
 from ubmoe.evaluate.generation import perplexity
-from ubmoe.training.checkpoints import Work
+from ubmoe.training.checkpoints import StageRun
 
 KEYS = {"max_rows": 400, "max_tokens": 32, "learning_rate": 2e-3, "lm_max_tokens": 64}
 
@@ -70,7 +70,7 @@ def test_generation_is_kept_where_it_is_on(tiny_path, tokenizer, tmp_path, cache
         more = {"lm_weight": weight, "lm_batch_size": 8, "max_steps": 12, "cached": cached}
         stage = StageSection(per_device_train_batch_size=16, **KEYS, **more)
         language = read_language(stage, tokenizer)
-        work = Work(tmp_path / str(weight), 0)
+        work = StageRun(tmp_path / str(weight), 0)
         report = train_stage(
             encoder, model, stage, read_dataset(stage, tokenizer)[0], work, language
         )

@@ -11,7 +11,7 @@ from ubmoe.config import StageSection, UserError
 from ubmoe.data.padding import IGNORE_INDEX
 from ubmoe.encoder import mntp as masked
 from ubmoe.encoder.mntp import Chunks, Masking, Places, chunked
-from ubmoe.training.checkpoints import Work
+from ubmoe.training.checkpoints import StageRun
 from ubmoe.training.modules import named_by
 
 
@@ -100,7 +100,9 @@ def test_the_loss_is_that_of_the_position_before_and_softcaps_are_kept(
 
     monkeypatch.setattr(masked.MntpTrainer, "compute_loss", compute_loss)
     settings = stage(max_steps=1, lora=None)
-    masked.train_stage(model, tokenizer, settings, chunked(settings, tokenizer), Work(tmp_path, 0))
+    masked.train_stage(
+        model, tokenizer, settings, chunked(settings, tokenizer), StageRun(tmp_path, 0)
+    )
     [(inputs, loss)] = seen
     model.load_state_dict(start)
     logits = model(input_ids=inputs["input_ids"]).logits
@@ -140,7 +142,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tokenizer, tmp_path, dying, lo
 
     def train(directory, resume=False):
         model = random_model("qwen2", vocab_size=len(tokenizer))
-        masked.train_stage(model, tokenizer, settings, chunks, Work(directory, 0, resume))
+        masked.train_stage(model, tokenizer, settings, chunks, StageRun(directory, 0, resume))
         return model
 
     whole = train(tmp_path / "whole")
@@ -170,7 +172,7 @@ def test_the_objective_is_learned_and_the_tokenizer_knows_of_no_mask(
     before = tokenizer.special_tokens_map
     settings = stage(max_steps=30, lora=None, learning_rate=1e-3, per_device_train_batch_size=16)
     chunks = chunked(settings, tokenizer)
-    report = masked.train_stage(model, tokenizer, settings, chunks, Work(tmp_path, 0))
+    report = masked.train_stage(model, tokenizer, settings, chunks, StageRun(tmp_path, 0))
     losses = [row["loss"] for row in report["log"] if "loss" in row]
     assert sum(losses[-5:]) < 0.95 * sum(losses[:5]), losses
     assert tokenizer.special_tokens_map == before and tokenizer.mask_token is None

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from ubmoe.config import LoraSection, ModelSection, StageSection, UserError
 from ubmoe.models import lora
 from ubmoe.models.loading import load_model
-from ubmoe.training.checkpoints import Work
+from ubmoe.training.checkpoints import StageRun
 from ubmoe.training.modules import named_by, tuning
 
 
@@ -252,7 +252,7 @@ def test_merging_is_the_published_formula_in_fp32_and_then_a_cast(tmp_path, rslo
     model = random_model("qwen2").to(dtype)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     adapters = {}
-    with tuning(model, stage(rslora=rslora), Work(tmp_path, 0)):
+    with tuning(model, stage(rslora=rslora), StageRun(tmp_path, 0)):
         for name, value in model.named_parameters():
             if "lora_" in name:
                 torch.nn.init.normal_(value, std=0.5)
@@ -273,7 +273,7 @@ def test_merging_is_the_published_formula_in_fp32_and_then_a_cast(tmp_path, rslo
 
 def test_only_adapters_on_the_named_modules_train_and_are_counted(tmp_path):
     model = random_model("qwen2")
-    with tuning(model, stage(), Work(tmp_path, 0)) as counts:
+    with tuning(model, stage(), StageRun(tmp_path, 0)) as counts:
         trainable = [name for name, value in model.named_parameters() if value.requires_grad]
         assert all(".mlp." in name and "lora_" in name for name in trainable)
         assert len(trainable) == 2 * 3 * 2  # layers, projections, halves
@@ -283,7 +283,7 @@ def test_only_adapters_on_the_named_modules_train_and_are_counted(tmp_path):
 
 def test_the_saved_adapter_loads_to_the_merged_model(saved, tmp_path):
     model = load_model(section(saved), bidirectional=True)
-    with tuning(model, stage(), Work(tmp_path / "stage", 0)):
+    with tuning(model, stage(), StageRun(tmp_path / "stage", 0)):
         for name, value in model.named_parameters():
             if "lora_" in name:
                 torch.nn.init.normal_(value, std=0.5)
@@ -298,7 +298,7 @@ def test_the_saved_adapter_loads_to_the_merged_model(saved, tmp_path):
 
 def test_an_adapter_of_other_weights_of_the_same_shape_is_refused(saved, tmp_path):
     model = load_model(section(saved), bidirectional=True)
-    with tuning(model, stage(), Work(tmp_path / "stage", 0)):
+    with tuning(model, stage(), StageRun(tmp_path / "stage", 0)):
         pass
     path = str(tmp_path / "stage" / "adapter")
     load_model(section(saved, adapter=path, dtype="bfloat16"), bidirectional=True)  # the same model
@@ -312,6 +312,6 @@ def test_modules_without_linear_layers_have_no_adapters(tmp_path):
     model = random_model("gpt2", n_embd=32, n_layer=2, n_head=4)  # its Conv1D is no Linear
     with (
         pytest.raises(UserError, match="GPT2LMHeadModel has no linear layers"),
-        tuning(model, stage(), Work(tmp_path, 0)),
+        tuning(model, stage(), StageRun(tmp_path, 0)),
     ):
         pass

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ubmoe.models import tensors
-from ubmoe.models.tensors import held, stored, write_file, write_model
+from ubmoe.models.tensors import Stream, write_file, write_model
 
 
 def some(seed=0):
@@ -32,8 +32,8 @@ def test_a_file_is_the_librarys_byte_for_byte(tmp_path, monkeypatch, block, read
     values = some()
     whole = {name: value.contiguous() for name, value in values.items()}
     save_file(whole, tmp_path / "library", metadata={"format": "pt"})
-    streams = {name: held(value) for name, value in values.items()}
-    write_file(stored(tmp_path / "library") if read else streams, tmp_path / "ours")
+    streams = {name: Stream.from_tensor(value) for name, value in values.items()}
+    write_file(Stream.from_file(tmp_path / "library") if read else streams, tmp_path / "ours")
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "library").read_bytes()
     for count in range(1, len(values)):  # headers of many lengths
         part = dict(list(whole.items())[:count])
@@ -47,27 +47,30 @@ def test_blocks_are_rows_of_the_tensor_in_their_order(tmp_path, monkeypatch, blo
     monkeypatch.setattr(tensors, "BLOCK", block)
     values = some()
     save_file({k: v.contiguous() for k, v in values.items()}, tmp_path / "file")
-    for name, stream in stored(tmp_path / "file").items():
-        for each in (stream, held(values[name])):
+    for name, stream in Stream.from_file(tmp_path / "file").items():
+        for each in (stream, Stream.from_tensor(values[name])):
             assert torch.equal(each.whole(), values[name]) and each.dtype == values[name].dtype
             assert torch.equal(each.to(torch.float16).whole(), values[name].half())
             rows = [len(part) for part in each.blocks()]
             width = values[name][:1].numel()
             assert sum(rows) == len(values[name])
             assert all(count == 1 or count * width <= block for count in rows)
-        lengths = [[len(part) for part in each.blocks()] for each in (stream, held(values[name]))]
+        lengths = [
+            [len(part) for part in each.blocks()]
+            for each in (stream, Stream.from_tensor(values[name]))
+        ]
         assert lengths[0] == lengths[1]
 
 
 def test_what_is_no_number_of_floating_point_is_left_out(tmp_path):
     values = {"a": torch.ones(2), "b": torch.ones(2, dtype=torch.int8), "c": torch.tensor(1.0)}
     save_file(values, tmp_path / "file")
-    assert set(stored(tmp_path / "file")) == {"a"}
+    assert set(Stream.from_file(tmp_path / "file")) == {"a"}
 
 
 def test_shards_are_small_enough_and_hold_every_tensor_once(tmp_path):
     values = {f"{n}": torch.full((100,), float(n)) for n in range(10)}
-    streams = {name: held(value) for name, value in values.items()}
+    streams = {name: Stream.from_tensor(value) for name, value in values.items()}
     groups = {"x": {name: streams[name] for name in "0123456"}}
     groups["y"] = {name: streams[name] for name in "789"}
     write_model(groups, tmp_path, "1KB")
@@ -88,7 +91,7 @@ def test_shards_are_small_enough_and_hold_every_tensor_once(tmp_path):
 
 
 def test_one_file_needs_no_index(tmp_path):
-    streams = {f"{n}": held(torch.ones(100)) for n in range(10)}
+    streams = {f"{n}": Stream.from_tensor(torch.ones(100)) for n in range(10)}
     write_model({"": streams}, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
     write_model({"": streams}, tmp_path, "1KB")

@@ -12,7 +12,7 @@ from ubmoe.encoder.sentence_encoder import as_encoder
 from ubmoe.models import lora
 from ubmoe.moe import router_training, routers
 from ubmoe.moe.distillation import Distillation
-from ubmoe.training.checkpoints import Work
+from ubmoe.training.checkpoints import StageRun
 from ubmoe.training.losses import mean_loss, predictions
 
 
@@ -59,7 +59,7 @@ def test_every_router_moves_in_float32_and_nothing_else_does(chats, tmp_path, ke
     uni, bi = pair(vocab_size=1000)
     model = drawn(join(uni, bi, keys.get("top_k", 2)), scale=0.1)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    log = router_training.train(model, settings(**keys), chats, Work(tmp_path, 0))
+    log = router_training.train(model, settings(**keys), chats, StageRun(tmp_path, 0))
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]) == (name not in routers.router_weights(model)), name
     assert {value.dtype for value in routers.router_weights(model).values()} == {torch.float32}
@@ -72,7 +72,7 @@ def test_a_bfloat16_mixture_trains_its_float32_routers_under_autocast(chats, tmp
     uni, bi = (model.bfloat16() for model in pair(vocab_size=1000))
     model = drawn(join(uni, bi), scale=0.1)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    router_training.train(model, settings(bf16=True), chats, Work(tmp_path, 0))
+    router_training.train(model, settings(bf16=True), chats, StageRun(tmp_path, 0))
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]) == (name not in routers.router_weights(model)), name
         assert value.dtype == (
@@ -89,7 +89,7 @@ def test_routers_learn_to_prefer_the_better_expert(tiny_path, chats, tmp_path):
                 value.copy_(value.flip(0))  # an FFN of the right size that says the wrong things
     model = join(uni, bi)
     log = router_training.train(
-        model, settings(max_steps=25, learning_rate=0.01), chats, Work(tmp_path, 0)
+        model, settings(max_steps=25, learning_rate=0.01), chats, StageRun(tmp_path, 0)
     )
     rows = [row for row in log if "loss" in row]
     assert rows[0]["bi_weight"] == pytest.approx(0.5, abs=1e-5)
@@ -101,7 +101,7 @@ def test_a_killed_run_goes_on_to_the_same_routers(chats, tmp_path, dying):
     def train(directory, resume=False):
         model = join(*pair(vocab_size=1000))
         keys = {"max_steps": 14, "save_steps": 3}  # 40 chats in batches of 4: the second epoch
-        router_training.train(model, settings(**keys), chats, Work(directory, 0, resume))
+        router_training.train(model, settings(**keys), chats, StageRun(directory, 0, resume))
         return torch.stack([value.detach() for value in routers.router_weights(model).values()])
 
     whole = train(tmp_path / "whole")
@@ -115,7 +115,7 @@ def test_a_killed_run_goes_on_to_the_same_routers(chats, tmp_path, dying):
 def test_a_run_that_is_over_is_only_loaded_and_another_encoders_routers_are_not(chats, tmp_path):
     def train(model, resume, **keys):
         keys = settings(lr_scheduler_type="constant", **keys)
-        log = router_training.train(model, keys, chats, Work(tmp_path, 0, resume))
+        log = router_training.train(model, keys, chats, StageRun(tmp_path, 0, resume))
         return torch.stack([v.detach() for v in routers.router_weights(model).values()]), log
 
     first, log = train(join(*pair(vocab_size=1000)), False)
@@ -128,7 +128,7 @@ def test_a_run_that_is_over_is_only_loaded_and_another_encoders_routers_are_not(
     assert not torch.equal(first, other)
     fresh = join(uni, bi)
     router_training.train(
-        fresh, settings(lr_scheduler_type="constant"), chats, Work(tmp_path / "x", 0)
+        fresh, settings(lr_scheduler_type="constant"), chats, StageRun(tmp_path / "x", 0)
     )
     assert torch.equal(
         other, torch.stack([v.detach() for v in routers.router_weights(fresh).values()])
@@ -138,10 +138,10 @@ def test_a_run_that_is_over_is_only_loaded_and_another_encoders_routers_are_not(
 def test_fewer_chats_than_a_batch_and_weights_that_explode_are_refused(chats, tmp_path):
     model = join(*pair(vocab_size=1000))
     with pytest.raises(UserError, match="3 rows to train on, and a step takes 4"):
-        router_training.train(model, settings(), chats[:3], Work(tmp_path, 0))
+        router_training.train(model, settings(), chats[:3], StageRun(tmp_path, 0))
     keys = settings(max_steps=1).model_copy(update={"learning_rate": 1e39})
     with pytest.raises(UserError, match="lower learning_rate"):
-        router_training.train(model, keys, chats, Work(tmp_path, 0))
+        router_training.train(model, keys, chats, StageRun(tmp_path, 0))
 
 
 def test_the_load_balancing_loss_is_added_at_top_k_1(chats, tmp_path):
@@ -149,7 +149,7 @@ def test_the_load_balancing_loss_is_added_at_top_k_1(chats, tmp_path):
     for coefficient in (0.0, 1.0):
         model = drawn(join(*pair(vocab_size=1000), 1), scale=0.5)
         keys = {"top_k": 1, "router_init": "uni", "router_aux_loss_coef": coefficient}
-        work = Work(tmp_path / str(coefficient), 0)
+        work = StageRun(tmp_path / str(coefficient), 0)
         values[coefficient] = router_training.train(
             model, settings(**keys, max_steps=1), chats, work
         )
@@ -217,7 +217,7 @@ def test_adapters_on_a_mixture_are_refused_with_the_reason():
 
 def test_only_a_mixture_has_routers(chats, tmp_path):
     with pytest.raises(UserError, match="is no mixture of two experts"):
-        router_training.train(random_model("qwen2"), settings(), chats, Work(tmp_path, 0))
+        router_training.train(random_model("qwen2"), settings(), chats, StageRun(tmp_path, 0))
 
 
 @pytest.fixture
@@ -254,6 +254,8 @@ def test_the_second_objective_is_the_distance_from_the_encoders_vectors(distilla
 def test_routers_learn_both_objectives(distillation, tmp_path):
     data, _ = distillation
     keys = {"objective": "both", "max_steps": 15, "learning_rate": 0.02, "embedding_weight": 10.0}
-    log = router_training.train(data.model, settings(**keys), data.chats, Work(tmp_path, 0), data)
+    log = router_training.train(
+        data.model, settings(**keys), data.chats, StageRun(tmp_path, 0), data
+    )
     rows = [row for row in log if "loss" in row]
     assert rows[-1]["embedding_distance"] < 0.8 * rows[0]["embedding_distance"]

@@ -18,7 +18,7 @@ from ubmoe.data.prompts import Example
 from ubmoe.encoder import contrastive, mntp
 from ubmoe.encoder.sentence_encoder import as_encoder
 from ubmoe.moe import router_training
-from ubmoe.training.checkpoints import Work
+from ubmoe.training.checkpoints import StageRun
 
 STEPS = {"max_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1}
 SENTENCES = ("The dog sleeps.", "A cook burned the pie.", "Anna lives there.", "It rains today.")
@@ -41,7 +41,7 @@ def stage_of(objective, tokenizer, path, directory, resume, texts, patched):
     model.name_or_path = str(path)
     if patched:
         moved(model, "model.layers.1.self_attn.q_proj.weight")
-    work = Work(directory, 0, resume)
+    work = StageRun(directory, 0, resume)
     if objective == "mntp":
         chunks = mntp.chunked(stage, tokenizer)
         report = mntp.train_stage(model, tokenizer, stage, chunks, work)
@@ -59,7 +59,7 @@ def routers_of(tokenizer, path, directory, resume, texts, patched):
     if patched:
         moved(bi, "model.layers.1.mlp.up_proj.weight")
     return router_training.train(
-        join(uni, bi), MoeSection(**STEPS), chats, Work(directory, 0, resume)
+        join(uni, bi), MoeSection(**STEPS), chats, StageRun(directory, 0, resume)
     )
 
 
@@ -70,7 +70,7 @@ def bitune_of(tokenizer, path, directory, resume, texts, patched):
     if patched:
         moved(model, "model.layers.1.self_attn.q_proj.weight")
     keys = BituneSection(**STEPS)
-    return instruct.train(attach(model, keys, 0), keys, examples, Work(directory, 0, resume))
+    return instruct.train(attach(model, keys, 0), keys, examples, StageRun(directory, 0, resume))
 
 
 RUNS = {
@@ -132,7 +132,7 @@ def tuned(tokenizer, directory, resume=False, seed=0):
     stage = StageSection(**STEPS | keys | more, lora=None)
     model = random_model("qwen2", vocab_size=len(tokenizer))
     chunks = mntp.chunked(stage, tokenizer)
-    mntp.train_stage(model, tokenizer, stage, chunks, Work(directory, seed, resume))
+    mntp.train_stage(model, tokenizer, stage, chunks, StageRun(directory, seed, resume))
     return {name: value.clone() for name, value in model.named_parameters() if ".mlp." in name}
 
 

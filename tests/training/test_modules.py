@@ -12,7 +12,7 @@ from ubmoe.config import BiSection, LoraSection, StageSection
 from ubmoe.encoder import contrastive
 from ubmoe.encoder.sentence_encoder import as_encoder
 from ubmoe.models.precision import cast
-from ubmoe.training.checkpoints import Work
+from ubmoe.training.checkpoints import StageRun
 
 STEPS = {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "dropout": 0.2}
 
@@ -32,7 +32,7 @@ def tuned(tokenizer, tmp_path, dtype, train, seen=None, **keys):
     handle = model.base_model.norm.register_forward_hook(lambda *_: seen and seen(model))
     stage = StageSection(**STEPS | keys, train=train, dataset="tiny", max_rows=40, loss="simcse")
     data, _ = contrastive.read_dataset(stage, tokenizer)
-    report = contrastive.train_stage(encoder, model, stage, data, Work(tmp_path, 0))
+    report = contrastive.train_stage(encoder, model, stage, data, StageRun(tmp_path, 0))
     handle.remove()
     return report["log"], model
 

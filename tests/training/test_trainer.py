@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from ubmoe.config import BiSection, StageSection, UserError
 from ubmoe.encoder import contrastive
 from ubmoe.encoder.sentence_encoder import as_encoder
-from ubmoe.training.checkpoints import Work
+from ubmoe.training.checkpoints import StageRun
 from ubmoe.training.trainer import StopOnBadLoss
 
 
@@ -49,6 +49,6 @@ def test_autocast_ends_with_training(tiny_path, tmp_path):
     keys = {"max_steps": 2, "per_device_train_batch_size": 4, "max_rows": 40, "bf16": True}
     stage = StageSection(**keys, train=["ffn"], dataset="tiny")
     data, _ = contrastive.read_dataset(stage, tokenizer)
-    contrastive.train_stage(encoder, model, stage, data, Work(tmp_path, 0))
+    contrastive.train_stage(encoder, model, stage, data, StageRun(tmp_path, 0))
     same = as_encoder(copy.deepcopy(model), tokenizer, form)
     assert np.array_equal(encoder.encode(["The cat sleeps."]), same.encode(["The cat sleeps."]))

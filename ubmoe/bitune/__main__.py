@@ -25,7 +25,7 @@ def main(config: Config) -> Path | None:
         from ubmoe.models.loading import load_model
         from ubmoe.models.source import ModelSource
         from ubmoe.report import figures
-        from ubmoe.training.checkpoints import Work
+        from ubmoe.training.checkpoints import StageRun
 
         source = ModelSource.of(config.model)
         config = source.within_context(config, "bitune")
@@ -33,17 +33,17 @@ def main(config: Config) -> Path | None:
         scoring = config.evaluation.model_copy(update={"generation": settings.generation})
         generation.check_tasks(scoring.generation, scoring.data)
         tokenizer = source.tokenizer
-        found = read_examples(
+        read = read_examples(
             settings.dataset, tokenizer, settings.template, settings.max_tokens, settings.max_rows
         )
-        chats, apart = held_out(found.chats, settings.held_out, "bitune.held_out")
-        examples, kept = ([each for chat in some for each in chat] for some in (chats, apart))
-        counts = {"examples": len(examples), "held_out": len(kept), "dropped": found.dropped}
+        chats, apart = held_out(read.chats, settings.held_out, "bitune.held_out")
+        examples, kept = ([example for chat in some for example in chat] for some in (chats, apart))
+        counts = {"examples": len(examples), "held_out": len(kept), "dropped": read.dropped}
         run.log("examples: %s", counts)
         counts["max_tokens"] = settings.max_tokens
         bitune = model.attach(load_model(source), settings, config.seed)
-        work = Work(run.directory / "adapters", config.seed, config.resume == "auto")
-        log = training.train(bitune, settings, examples, work)
+        stage_run = StageRun(run.directory / "adapters", config.seed, config.resume == "auto")
+        log = training.train(bitune, settings, examples, stage_run)
         run.model = bitune.decoder
         if run.is_main:
             saving.save(bitune, tokenizer, settings.template, run.place("bitune"))
@@ -57,7 +57,7 @@ def main(config: Config) -> Path | None:
 
 
 def dry_run(config: Config) -> str:
-    """What `main` would do: parameters, steps, memory and files."""
+    """The dry run of `main`: parameters, steps, memory and files."""
     from ubmoe.dry_run import programs
 
     return programs.bitune(config)

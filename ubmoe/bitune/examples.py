@@ -40,13 +40,13 @@ def read_examples(
     """
     if template is None:
         rows = read_chats(dataset, tokenizer, sys.maxsize, most).by_row
-        found = [[each for chat in row for each in _parted(chat)] for row in rows]
+        by_row = [[example for chat in row for example in _parted(chat)] for row in rows]
     else:
         texts = read_texts(dataset, most)
         read = usable(lambda text: _templated(text, tokenizer, template), texts)
-        found = left(dataset, list(read), len(texts))
-    kept = [[each for each in chat if len(each) <= max_tokens] for chat in found]
-    total, short = (sum(map(len, chats)) for chats in (found, kept))
+        by_row = left(dataset, list(read), len(texts))
+    kept = [[example for example in chat if len(example) <= max_tokens] for chat in by_row]
+    total, short = (sum(map(len, chats)) for chats in (by_row, kept))
     if not short:
         raise UserError(
             f"{dataset}: none of {total} examples has at most bitune.max_tokens={max_tokens}"
@@ -56,13 +56,13 @@ def read_examples(
 
 def _parted(chat: Chat) -> list[Example]:
     """An example for each run of answer tokens that has something before it."""
-    found, place = [], 0
-    for own, run in groupby(chat.answer):
+    examples, place = [], 0
+    for is_answer, run in groupby(chat.answer):
         end = place + len(list(run))
-        if own and place:
-            found.append(Example(chat.ids[:place], chat.ids[place:end]))
+        if is_answer and place:
+            examples.append(Example(chat.ids[:place], chat.ids[place:end]))
         place = end
-    return found
+    return examples
 
 
 def _templated(text: Text, tokenizer: PreTrainedTokenizerBase, template: str) -> list[Example]:
@@ -73,7 +73,7 @@ def _templated(text: Text, tokenizer: PreTrainedTokenizerBase, template: str) ->
         )
     if tokenizer.eos_token_id is None:
         raise UserError(f"{tokenizer.name_or_path}: its tokenizer has no end token")
-    before, asked, found = "", "", []
+    before, asked, examples = "", "", []
     for turn, message in enumerate(messages):
         content = message["content"].strip()
         if message["role"] != "assistant":
@@ -90,6 +90,6 @@ def _templated(text: Text, tokenizer: PreTrainedTokenizerBase, template: str) ->
         ids, answer = split_ids(tokenizer, prompt, f" {content}")
         check_ids(tokenizer, [*ids, *answer, tokenizer.eos_token_id], text.where)
         if turn in answering:
-            found.append(Example(ids, [*answer, tokenizer.eos_token_id]))
+            examples.append(Example(ids, [*answer, tokenizer.eos_token_id]))
         before, asked = f"{prompt} {content}\n\n", ""
-    return found
+    return examples

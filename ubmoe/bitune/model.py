@@ -128,9 +128,9 @@ class Bitune(nn.Module):
 
     def _mixed(self, first: Any, second: Any) -> Any:
         keys, values = self.alpha("keys"), self.alpha("values")
-        for number, (own, other) in enumerate(zip(first.layers, second.layers, strict=True)):
-            own.keys = mix(own.keys, other.keys, keys[number])
-            own.values = mix(own.values, other.values, values[number])
+        for number, (layer, other) in enumerate(zip(first.layers, second.layers, strict=True)):
+            layer.keys = mix(layer.keys, other.keys, keys[number])
+            layer.values = mix(layer.values, other.values, values[number])
         return first
 
     # --- the answer -------------------------------------------------------------------------------
@@ -195,8 +195,8 @@ def _active(model: Any, adapter: str) -> Iterator[None]:
     try:
         yield
     finally:
-        for value, own in trains:
-            value.requires_grad = own
+        for value, trained in trains:
+            value.requires_grad = trained
 
 
 def _without_wrapper(model: Any) -> Any:

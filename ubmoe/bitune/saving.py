@@ -49,8 +49,8 @@ def load(model: PreTrainedModel, directory: Path) -> Bitune:
         raise UserError(f"{directory} has no {FORM}; {expected}")
     try:
         metadata = read_json(directory / FORM)
-        own = VARIANTS[metadata["variant"]].own
-        kinds = [CAUSAL, *([BIDIRECTIONAL] if own else [])]
+        modules = VARIANTS[metadata["variant"]].own
+        kinds = [CAUSAL, *([BIDIRECTIONAL] if modules else [])]
         for kind in kinds:
             check_base(model, directory / kind)
             check_patterns(model, directory / kind)

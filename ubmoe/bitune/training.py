@@ -18,8 +18,8 @@ from ubmoe.evaluate.generation import told
 from ubmoe.models.digests import digest_of_frozen, digest_of_rows, resume_key
 from ubmoe.models.precision import Setting, autocast
 from ubmoe.training import losses
-from ubmoe.training.checkpoints import Work
-from ubmoe.training.trainer import GuardedTrainer, enough_rows, run_trainer
+from ubmoe.training.checkpoints import StageRun
+from ubmoe.training.trainer import GuardedTrainer, check_enough_rows, run_trainer
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class BituneTrainer(GuardedTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> LikeLengths:
         examples: Any = self.train_dataset
         size = self.args.train_batch_size * self.args.world_size
-        return LikeLengths([len(each) for each in examples], size, self.args.seed)
+        return LikeLengths([len(example) for example in examples], size, self.args.seed)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Any:
         return losses.mean_loss(*model(**inputs))
@@ -67,22 +67,22 @@ def alphas(bitune: Bitune) -> dict[str, Any]:
 
 
 def train(
-    bitune: Bitune, settings: BituneSection, examples: list[Example], work: Work
+    bitune: Bitune, settings: BituneSection, examples: list[Example], stage_run: StageRun
 ) -> list[dict[str, Any]]:
     """Train the adapters and theta in place; returns the log."""
     if settings.max_steps == 0:
         return []
-    enough_rows(len(examples), settings, "bitune.dataset")
+    check_enough_rows(len(examples), settings, "bitune.dataset")
     trainable = sum(value.numel() for value in bitune.parameters() if value.requires_grad)
     log.info("%s: %d examples; %s parameters train", bitune.name, len(examples), f"{trainable:,}")
     history = run_trainer(
         partial(BituneTrainer, bitune, data_collator=batch),
         settings,
-        work,
+        stage_run,
         examples,
         bitune.decoder.device,
-        mark=resume_key(bitune.decoder, digest_of_frozen(bitune))
-        | {"data": digest_of_rows((each.prompt, each.answer) for each in examples)},
+        key=resume_key(bitune.decoder, digest_of_frozen(bitune))
+        | {"data": digest_of_rows((example.prompt, example.answer) for example in examples)},
         remove_unused_columns=False,
         label_names=["labels"],
     )
@@ -100,6 +100,8 @@ def perplexity(
         device = bitune.decoder.device
         return bitune(**{name: value.to(device) for name, value in inputs.items()})
 
-    batches = batches_by_length([each.prompt + each.answer for each in examples], batch_tokens)
+    batches = batches_by_length(
+        [example.prompt + example.answer for example in examples], batch_tokens
+    )
     with torch.no_grad(), autocast(bf16, bitune.decoder.device):
-        return told(predicted, batches, [len(each.answer) for each in examples])
+        return told(predicted, batches, [len(example.answer) for example in examples])

@@ -16,7 +16,7 @@ from ubmoe.layered import visible
 
 @dataclass(frozen=True)
 class Rule:
-    """What a layer's own attention is, beside its queries, keys and values."""
+    """A layer's own attention, beside its queries, keys and values."""
 
     scaling: float
     causal: bool

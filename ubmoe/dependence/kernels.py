@@ -25,8 +25,8 @@ LEAD = 2  # rows that have no key between the first and their own
 class Texts:
     """Where a batch's texts stand, (B, T): from the first column on, with padding behind them.
 
-    What all layers share: which rows are padding and which the first, each row's place when its
-    text is read backwards (padding stays), and the factors that make means of sums over rows.
+    Shared by all layers: the padding rows and the first one, each row's place when its text is
+    read backwards (padding stays), and the factors that turn sums over rows into means.
     """
 
     def __init__(self, mask: Tensor) -> None:
@@ -63,7 +63,7 @@ def causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[T
         )
         return mixed, log
     repeats = query.shape[1] // key.shape[1]
-    key, value = (each.repeat_interleave(repeats, 1) for each in (key, value))
+    key, value = (states.repeat_interleave(repeats, 1) for states in (key, value))
     mixed, log, *_ = aten._scaled_dot_product_efficient_attention(
         query, key, value, None, True, 0.0, True, scale=scaling
     )
@@ -92,17 +92,17 @@ class Parts(NamedTuple):
         whole, without = self.logs.softmax(-1), self.logs[..., 1:].softmax(-1)
         rows = torch.cat((whole, without), -1).masked_fill_(texts.padding, 0.0)
         means = rows.sum(2, dtype=torch.float64) * texts.factors
-        first, own, between, after, *rest = means.unbind(-1)
+        first, itself, between, after, *rest = means.unbind(-1)
         at_itself = whole[:, :, 0, 0] * texts.factors[..., 0]  # the first row's first key
         before = between + (first - at_itself)
-        return torch.stack((own + at_itself, before, after, first, *rest), -1)
+        return torch.stack((itself + at_itself, before, after, first, *rest), -1)
 
     def flow(self, value: Tensor) -> Tensor:
         """The attention itself, (B, H, T, d) in fp32, over the parts whose values there are."""
         count = 3 if self.after is None else 4
-        first, own, between, *after = self.logs[..., :count].softmax(-1)[..., None].unbind(3)
+        first, itself, between, *after = self.logs[..., :count].softmax(-1)[..., None].unbind(3)
         values = value.repeat_interleave(first.shape[1] // value.shape[1], 1)
-        total = torch.addcmul(own * values, first, values[:, :, :1])
+        total = torch.addcmul(itself * values, first, values[:, :, :1])
         total[:, :, LEAD:].addcmul_(between[:, :, LEAD:], self.between)
         if self.after is not None:
             total.addcmul_(after[0], self.after)
@@ -115,20 +115,20 @@ def parts_of(
     value: Tensor | None,
     scaling: float,
     texts: Texts,
-    both_ways: bool = False,
+    bidirectional: bool = False,
 ) -> Parts:
-    """Of (B, H, T, d) queries, (B, K, T, d) keys and (B, K, T, d) values, all of one dtype.
+    """The Parts of (B, H, T, d) queries, (B, K, T, d) keys and values, all of one dtype.
 
-    value: where the flow is asked for, and both_ways: where it sees the keys after a row, too.
+    value: where the flow is asked for; bidirectional: where it sees the keys after a row, too.
     """
-    first, own = _scores_of_two(query, key, scaling)
-    own.masked_fill_(texts.first_row, NO_KEY)
-    keys, values = (None if each is None else each[:, :, 1:-1] for each in (key, value))
+    first, itself = _scores_of_two(query, key, scaling)
+    itself.masked_fill_(texts.first_row, NO_KEY)
+    keys, values = (None if states is None else states[:, :, 1:-1] for states in (key, value))
     assert keys is not None
     between, log = causal(query[:, :, LEAD:], keys, keys if values is None else values, scaling)
     log_between = pad(log, (min(LEAD, query.shape[2]), 0), value=float("-inf"))
-    after, log_after = _after(query, key, value if both_ways else None, scaling, texts)
-    return Parts(torch.stack((first, own, log_between, log_after), -1), between, after)
+    after, log_after = _after(query, key, value if bidirectional else None, scaling, texts)
+    return Parts(torch.stack((first, itself, log_between, log_after), -1), between, after)
 
 
 def _scores_of_two(query: Tensor, key: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
@@ -138,14 +138,16 @@ def _scores_of_two(query: Tensor, key: Tensor, scaling: float) -> tuple[Tensor, 
     """
     queries = query.unflatten(1, (key.shape[1], -1)).float() * scaling  # (B, K, H / K, T, d)
     keys = key[:, :, None].float()
-    first, own = ((queries * each).sum(-1).flatten(1, 2) for each in (keys[:, :, :, :1], keys))
-    return first, own
+    first, itself = (
+        (queries * compared).sum(-1).flatten(1, 2) for compared in (keys[:, :, :, :1], keys)
+    )
+    return first, itself
 
 
 def _after(
     query: Tensor, key: Tensor, value: Tensor | None, scaling: float, texts: Texts
 ) -> tuple[Tensor | None, Tensor]:
-    """Of the keys after each row: the means of their values where these are given, (B, H, T, d),
+    """The keys after each row: the means of their values where these are given, (B, H, T, d),
     and the log of the sum, (B, H, T).
     """
     tensors = [query, key] if value is None else [query, key, value]

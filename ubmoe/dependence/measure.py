@@ -63,8 +63,8 @@ def measure(
                 ids, mask = (value.to(model.device) for value in inputs.values())
                 with autocast(settings.bf16, model.device):
                     shares = dependence_of(model, recorder, ids, mask).numpy()  # (B, L, H, 7)
-                for text, each in zip(batch, shares, strict=True):
-                    totals.add(text, len(texts[text]), each)
+                for text, text_shares in zip(batch, shares, strict=True):
+                    totals.add(text, len(texts[text]), text_shares)
                 if unfinished.is_due():
                     _save(unfinished, totals, number + 1)
             bar.update(sum(len(texts[text]) for text in batch))
@@ -75,7 +75,7 @@ def measure(
 
 
 def _save(unfinished: Unfinished, totals: Totals, done: int) -> None:
-    texts = np.array([(text, *each) for text, each in totals.texts.items()])
+    texts = np.array([(text, *columns) for text, columns in totals.texts.items()])
     unfinished.save(done=done, texts=texts, shares=totals.shares)
 
 
@@ -94,7 +94,7 @@ def _loaded(unfinished: Unfinished) -> tuple[Totals, int]:
         return Totals(), 0
     done, rows, shares = kept
     log.info("resuming after %d texts", len(rows))
-    texts = {int(text): (int(tokens), *each) for text, tokens, *each in rows.tolist()}
+    texts = {int(text): (int(tokens), *columns) for text, tokens, *columns in rows.tolist()}
     return Totals(shares, texts), int(done)
 
 

@@ -32,24 +32,24 @@ MASKS: dict[str, dict[str, Any]] = {
 def norms(
     model: PreTrainedModel, texts: list[list[int]], bf16: Any
 ) -> dict[str, dict[str, list[float | None]]]:
-    """By mask, of the first tokens and of the others: the mean norm of the state by layer.
+    """By mask, the mean norm of the state by layer: of the first tokens, and of the others.
 
     0: the embeddings; n: after n layers. The last layer's is left out: the library gives it behind
     the final norm. A mask that the model cannot have is left out, and the log says why.
     """
     places = np.linspace(0, len(texts) - 1, min(TEXTS, len(texts))).astype(int)
     some = [texts[place][:TOKENS] for place in places]
-    found = {}
+    by_mask = {}
     for name, keys in MASKS.items():
         bidirectional = name != "causal"
         try:
             with masked(model, bidirectional, keys):
                 prove_attention(model, bidirectional)
                 with autocast(bf16, model.device):
-                    found[name] = _by_layer(model, some)
+                    by_mask[name] = _by_layer(model, some)
         except UserError as error:
             log.info("no norms of states, %s: %s", name, error)
-    return found
+    return by_mask
 
 
 @torch.no_grad()
@@ -59,14 +59,14 @@ def _by_layer(model: PreTrainedModel, texts: list[list[int]]) -> dict[str, list[
         inputs = padded_with_mask([texts[text] for text in batch])
         inputs = {name: value.to(model.device) for name, value in inputs.items()}
         output = model.base_model(**inputs, use_cache=False, output_hidden_states=True)
-        sizes = torch.stack([each.float().norm(dim=-1) for each in output.hidden_states[:-1]])
+        sizes = torch.stack([state.float().norm(dim=-1) for state in output.hidden_states[:-1]])
         first = torch.zeros_like(inputs["attention_mask"])
         first[:, 0] = 1
         others = inputs["attention_mask"] - first
         for name, chosen in (("first", first), ("others", others)):
             sums[name] += (sizes * chosen).sum((1, 2)).double().cpu()
     counts = {"first": len(texts), "others": sum(len(text) - 1 for text in texts)}
-    return {name: _means(each, counts[name]) for name, each in sums.items()}
+    return {name: _means(total, counts[name]) for name, total in sums.items()}
 
 
 def _means(total: Tensor, count: int) -> list[float | None]:

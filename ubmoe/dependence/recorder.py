@@ -23,7 +23,7 @@ from ubmoe.config import UserError
 from ubmoe.dependence.flow import Rule, batch_flow
 from ubmoe.dependence.kernels import Texts, computed_here, parts_of
 from ubmoe.dependence.shares import ROWS, row_shares, unmasked_attention
-from ubmoe.layered import first_alone, is_ours, keeps_sink, looks_both_ways
+from ubmoe.layered import first_alone, is_bidirectional_layer, is_ours, keeps_sink
 
 NAME = "dependence"
 SCORE_BYTES = 8  # of a score in fp32, and of the copies that are made of those near the diagonal
@@ -62,7 +62,7 @@ class Recorder:
         if sliding_window is None:  # nor this one, though their masks know it
             sliding_window = getattr(module, "sliding_window", None) or None
         if is_ours(config):
-            is_causal = not looks_both_ways(module)
+            is_causal = not is_bidirectional_layer(module)
         rule = Rule(scaling, is_causal, sliding_window, softcap, s_aux)
         with torch.autocast(query.device.type, enabled=False):  # sums are float32
             if self.texts is not None:
@@ -95,7 +95,7 @@ class Recorder:
         return batch_flow(q, k, value, rule, texts.real, masks=self.memory is not None), shares
 
     def _rows(self, query: Tensor) -> int:
-        """Of a block of scores."""
+        """The number of rows in a block of scores."""
         texts, heads, tokens, _ = query.shape
         return max(ROWS, (self.memory or 0) // (texts * heads * tokens * SCORE_BYTES))
 
@@ -109,7 +109,7 @@ class Recorder:
         shares = []
         for text, row in enumerate(mask):
             real = row.bool()
-            q, k, v = (each[text : text + 1, :, real] for each in (query, key, value))
+            q, k, v = (states[text : text + 1, :, real] for states in (query, key, value))
             only = Texts(torch.ones(1, q.shape[2], dtype=torch.long, device=query.device))
             output[text : text + 1, :, real], share = self._batch(q, k, v, rule, only)
             shares.append(share)
@@ -121,7 +121,7 @@ _ACTIVE: list[Attention] = []  # the innermost last; the interface itself must h
 
 
 def _active(module: nn.Module, *tensors: Any, **keys: Any) -> tuple[Tensor, None]:
-    """What the interface calls: the function of the block around the forward."""
+    """Registered with the interface: calls the function of the block around the forward."""
     return _ACTIVE[-1](module, *tensors, **keys)
 
 
@@ -159,7 +159,7 @@ def attending_by(
         raise UserError(f"{family} does not use transformers' attention interface; {else_}")
     if getattr(model.config.get_text_config(), "attention_chunk_size", None):
         raise UserError(f"{family} attends in chunks; {else_}")
-    own = model.config._attn_implementation
+    implementation = model.config._attn_implementation
     AttentionInterface.register(NAME, _active)
     # Without one of ours padding would be ignored in silence.
     AttentionMaskInterface.register(NAME, _padding)
@@ -171,7 +171,7 @@ def attending_by(
         yield
     finally:
         _ACTIVE.remove(function)
-        model.set_attn_implementation(own)
+        model.set_attn_implementation(implementation)
 
 
 def _spare(device: torch.device) -> int | None:
@@ -193,7 +193,7 @@ def dependence_of(
     """Shares of each text, layer and head: (B, T) ids, (B, T) mask -> (B, L, H, 7) in fp64."""
     recorder.shares.clear()
     to_the_left = attention_mask.argsort(dim=1, descending=True, stable=True)
-    ids, mask = (each.gather(1, to_the_left) for each in (input_ids, attention_mask))
+    ids, mask = (rows.gather(1, to_the_left) for rows in (input_ids, attention_mask))
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     recorder.texts = Texts(mask)
     try:

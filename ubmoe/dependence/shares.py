@@ -58,8 +58,8 @@ FARTHEST = 80.0  # e^80 is in float32's range, and e^-80 far below its precision
 
 
 def relative(top: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest of a row's scores but the first key's -> what exponentials are relative to, and
-    the first key's own exponential.
+    """The largest of a row's scores but the first key's -> the maximum to subtract, and the first
+    key's own exponential.
 
     A sink's score would make the others vanish.
     """
@@ -68,8 +68,8 @@ def relative(top: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def columns_of(rest: Tensor, first: Tensor, low: int = 0) -> Tensor:
-    """Of rows from `low` on: (B, H, R, 3) sums without the first key, (B, H, R) its own ->
-    (B, H, R, 7).
+    """The columns of the rows from `low` on: (B, H, R, 3) sums without the
+    first key, (B, H, R) its own -> (B, H, R, 7).
     """
     at_first = torch.zeros_like(rest)
     at_first[..., 1] = first  # it comes before every row

@@ -51,7 +51,7 @@ def summary(totals: Totals, edges: list[int]) -> dict[str, Any]:
     layers = totals.shares / count * 100  # (L, H, 7)
     buckets = []
     for number, (low, high) in enumerate(pairwise(edges)):
-        members = [each for each in texts if bucket_of(int(each[0]), edges) == number]
+        members = [text for text in texts if bucket_of(int(text[0]), edges) == number]
         buckets.append({"range": [low, high], **_means(members), "uniform": uniform(members)})
     whole = _means(texts)
     return {
@@ -63,26 +63,26 @@ def summary(totals: Totals, edges: list[int]) -> dict[str, Any]:
             {**named(layer.mean(0)), "heads": [named(head) for head in layer]} for layer in layers
         ],
         "by_text": {
-            "tokens": [int(each[0]) for each in texts],
+            "tokens": [int(text[0]) for text in texts],
             **{
-                name: [round(100 * float(each[place]), 4) for each in texts]
+                name: [round(100 * float(text[place]), 4) for text in texts]
                 for place, name in enumerate(COLUMNS, 1)
             },
         },
         "texts": count,
         "outside_buckets": count - sum(bucket["texts"] for bucket in buckets),
-        "tokens": sum(int(each[0]) for each in texts),
+        "tokens": sum(int(text[0]) for text in texts),
     }
 
 
 def named(columns: Iterable[float | None]) -> dict[str, Any]:
     """{main, before, after, first, without_first: {main, before, after}} of the COLUMNS."""
-    found: dict[str, Any] = {}
+    nested: dict[str, Any] = {}
     for name, value in zip(COLUMNS, columns, strict=True):
         *outer, inner = name.split(".")
-        place = found.setdefault(outer[0], {}) if outer else found
+        place = nested.setdefault(outer[0], {}) if outer else nested
         place[inner] = None if value is None else float(value)
-    return found
+    return nested
 
 
 NOTHING = named([None] * len(COLUMNS))
@@ -90,7 +90,7 @@ NOTHING = named([None] * len(COLUMNS))
 
 def _means(texts: list[tuple[float, ...]]) -> dict[str, Any]:
     """Mean and standard error over texts, in percent; null where there are too few."""
-    shares = np.array([each[1:] for each in texts]).reshape(-1, len(COLUMNS)) * 100
+    shares = np.array([text[1:] for text in texts]).reshape(-1, len(COLUMNS)) * 100
     stderr = NOTHING
     if len(texts) > 1:
         stderr = named(shares.std(0, ddof=1) / len(texts) ** 0.5)
@@ -98,14 +98,14 @@ def _means(texts: list[tuple[float, ...]]) -> dict[str, Any]:
 
 
 def uniform(texts: list[tuple[float, ...]]) -> dict[str, Any]:
-    """What attention without any preference gives on the same lengths, in percent.
+    """The shares of uniform attention on the same lengths, in percent.
 
     Without the first key its own row has all of its attention after it, and every other row T - 1
     keys: main 1/T, before (T - 2) / 2T, after 1/2.
     """
     if not texts:
         return NOTHING
-    lengths = np.array([each[0] for each in texts])
+    lengths = np.array([text[0] for text in texts])
     one, other = 1 / lengths, (lengths - 1) / (2 * lengths)
     several = lengths > 1  # of a text of one token nothing is left
     without = (one * several, np.maximum(lengths - 2, 0) / (2 * lengths), several / 2)

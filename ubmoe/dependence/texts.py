@@ -22,8 +22,10 @@ def unread(contents: Sequence[str | list[dict[str, Any]]]) -> list[Text]:
     if isinstance(contents, str) or not contents:
         raise UserError("texts: expected a list of texts or chats, one at least")
     return [
-        Text(f"texts: {n}", each if isinstance(each, str) else messages(f"texts: {n}", each))
-        for n, each in enumerate(contents, 1)
+        Text(
+            f"texts: {n}", content if isinstance(content, str) else messages(f"texts: {n}", content)
+        )
+        for n, content in enumerate(contents, 1)
     ]
 
 
@@ -49,8 +51,8 @@ def _tokens(
         ids = tokenizer(text.content, truncation=False)["input_ids"]
     else:
         rendered = render(tokenizer, text, template, called)
-        own = is_plain(tokenizer, template)
-        ids = tokenizer(rendered, add_special_tokens=own, truncation=False)["input_ids"]
+        adds_special = is_plain(tokenizer, template)
+        ids = tokenizer(rendered, add_special_tokens=adds_special, truncation=False)["input_ids"]
     if not ids:
         raise RowError(text.where, "empty text; it has no tokens")
     check_ids(tokenizer, ids, text.where)

@@ -1,1 +1,1 @@
-"""What a program would do, without doing it."""
+"""Dry runs: steps, memory and files of a program, without running it."""

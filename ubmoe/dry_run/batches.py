@@ -28,7 +28,7 @@ def largest(
 ) -> list[Batch]:
     """The forwards of the largest of the steps; `of` gives those of a batch of row numbers."""
     drawn = [of(batch) for batch in _drawn(rows, section)]
-    return max(drawn, key=lambda forwards: sum(each.padded for each in forwards))
+    return max(drawn, key=lambda forwards: sum(batch.padded for batch in forwards))
 
 
 def _drawn(rows: int, section: TrainingSection) -> Iterator[list[int]]:
@@ -52,8 +52,8 @@ def of_stage(stage: StageSection, data: Any, tokenizer: Any, prompt: str | None)
         ranges = least_padding(sizes, tokens)
         return [Batch(high - low, sizes[high - 1]) for low, high in ranges]
 
-    found = largest(len(places), stage, mini_batches)
-    return [max(found, key=lambda each: each.padded)] if stage.cached else found
+    most = largest(len(places), stage, mini_batches)
+    return [max(most, key=lambda batch: batch.padded)] if stage.cached else most
 
 
 def _lengths(

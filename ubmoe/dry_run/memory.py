@@ -21,7 +21,7 @@ from transformers.initialization import no_init_weights
 from ubmoe.config import Config, TrainingSection
 from ubmoe.encoder.contrastive import attention_dropout
 from ubmoe.models.precision import training_dtypes, weights_dtype
-from ubmoe.models.source import ModelSource, explained
+from ubmoe.models.source import ModelSource, as_user_error
 from ubmoe.recording import peak_memory_bytes
 
 FLOAT, HALF = 4, 2  # bytes of a float32 and of a bfloat16 number
@@ -61,7 +61,7 @@ def fake(config: Config, device: torch.device) -> Any:
     """
     keys = {"attn_implementation": config.model.attn_implementation}
     settings = ModelSource.of(config.model).settings
-    with explained(config.model):
+    with as_user_error(config.model):
         return shaped(settings, weights_dtype(config.model.dtype, device), **keys)
 
 
@@ -91,12 +91,12 @@ def kept_for_backward(
     layers = getattr(model.base_model, "layers", [])
     if len(layers) < 4 or len({_trains(layer) for layer in layers}) > 1:
         return _kept(model, batches, bf16, checkpointing)
-    found = []
+    tensors = []
     for count in (2, 3):
         model.base_model.layers = layers[:count]
-        found.append(_kept(model, batches, bf16, checkpointing))
+        tensors.append(_kept(model, batches, bf16, checkpointing))
     model.base_model.layers = layers
-    return found[0] + (len(layers) - 2) * (found[1] - found[0])
+    return tensors[0] + (len(layers) - 2) * (tensors[1] - tensors[0])
 
 
 def _trains(layer: nn.Module) -> tuple[str, ...]:
@@ -140,7 +140,7 @@ def of_training(
     bf16: bool,
     shards: int = 1,
 ) -> dict[str, int]:
-    """Of a model of which something trains: weights, gradients, the optimiser's, activations.
+    """The bytes of a training step: weights, gradients, the optimiser's states, activations.
 
     bf16: whether the forward passes run under autocast. shards: over how many devices lies what
     trains, as FSDP2 has it; two layers of it are whole at a time, one just being fetched.
@@ -155,8 +155,8 @@ def of_training(
         weights -= FLOAT * (numbers - numbers // shards)
         copies = 2 * (HALF if bf16 else FLOAT) * numbers // layers
     vocabulary = model.get_output_embeddings().weight.shape[0]
-    kept += FLOAT * vocabulary * sum(each.predicted for each in batches)  # the logits' gradient
-    texts, tokens = sum(each.texts for each in batches), sum(each.padded for each in batches)
+    kept += FLOAT * vocabulary * sum(batch.predicted for batch in batches)  # the logits' gradient
+    texts, tokens = sum(batch.texts for batch in batches), sum(batch.padded for batch in batches)
     return {
         "weights": weights,
         "gradients": FLOAT * numbers // shards,
@@ -189,14 +189,14 @@ def _optimiser(name: str, numbers: int) -> int:
 
 
 def of_states(model: Any, tokens: int) -> int:
-    """Of one layer's forward: its input, norm and output, and the three of the FFN."""
+    """The bytes of one layer's forward: its input, norm and output, and the FFN's three."""
     config = model.config.get_text_config()
     width = 4 * config.hidden_size + 3 * config.intermediate_size
     return tokens * width * FLOAT
 
 
 def baseline(device: torch.device, *libraries: str) -> dict[str, int]:
-    """What Python and the program's libraries take of this process; nothing of an accelerator's."""
+    """The memory of Python and the program's libraries in this process; none on an accelerator."""
     if device.type != "cpu":
         return {}
     for name in libraries:
@@ -223,7 +223,7 @@ def adapt(model: nn.Module, parameters: Sequence[str], rank: int, dropout: float
     """Put adapters on the linear layers that own the parameters; the numbers that train now."""
     model.requires_grad_(False)
     count = 0
-    for name in sorted({each.rpartition(".")[0] for each in parameters}):
+    for name in sorted({parameter.rpartition(".")[0] for parameter in parameters}):
         layer = model.get_submodule(name)
         if isinstance(layer, nn.Linear):
             model.set_submodule(name, _Adapted(layer, rank, dropout))

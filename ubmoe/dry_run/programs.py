@@ -1,4 +1,4 @@
-"""What each program would do: parameters, steps, memory and files. Data are read as it reads them.
+"""The dry run of each program: parameters, steps, memory and files. Data are read as it reads them.
 
 Memory is of `model.device`; `cuda` may be asked about where no GPU is.
 """
@@ -48,7 +48,7 @@ PROMPT = 512  # tokens of a benchmark's prompts, which are not read here
 
 @dataclass(frozen=True)
 class Plan:
-    """What a program would do, of a model that is shapes alone."""
+    """A program's dry run, on a model of shapes alone."""
 
     model: Any
     trained: list[str]
@@ -93,9 +93,9 @@ def calculate_dp(config: Config) -> str:
             model = memory.fake(config, device)
             states = memory.of_states(model, max(at_once, max(lengths)))
         work = f"{len(lengths)} texts, {sum(lengths)} tokens, at most {at_once} at once"
-        found = {"weights": memory.size(model), "one layer's states": states}
-        found |= memory.baseline(device)
-        return Plan(model, [], [work], found, ["dependence.json", "dependence_*.png"])
+        memory_of = {"weights": memory.size(model), "one layer's states": states}
+        memory_of |= memory.baseline(device)
+        return Plan(model, [], [work], memory_of, ["dependence.json", "dependence_*.png"])
 
     return _said(config, plan, ["model.dtype=auto", f"dependence.batch_tokens={max(lengths)}"])
 
@@ -106,7 +106,7 @@ def train_bi(config: Config) -> str:
     source = ModelSource.of(config.model)
     config = source.within_context(config, "bi")
     tokenizer: Any = None if is_shape(config.model) else source.tokenizer
-    training = [number for number, each in enumerate(config.bi.stages) if each.max_steps != 0]
+    training = [number for number, stage in enumerate(config.bi.stages) if stage.max_steps != 0]
     data = {number: _stage_rows(config, number, tokenizer) for number in training}
     if tokenizer is not None:
         whitening.read_sentences(config.bi.whiten, tokenizer)
@@ -125,10 +125,10 @@ def train_bi(config: Config) -> str:
                 dropout = stage.dropout * (stage.objective == "simcse")
                 casts = uses_bfloat16(stage.bf16, device)
                 shards = _shards(config, stage.lora is None)
-                found = memory.of_training(tuned, stage, step, dropout, casts, shards)
+                needed = memory.of_training(tuned, stage, step, dropout, casts, shards)
             trained.append(f"stage {number} ({stage.objective}) trains {said}")
             work.append(f"stage {number}: {_steps(stage, len(rows))}")
-            most = max(most, found, key=lambda each: sum(each.values()))
+            most = max(most, needed, key=lambda parts: sum(parts.values()))
         # a trainer's first step imports torch's compiler
         most |= memory.baseline(device, "ubmoe.evaluate.sts", "torch._dynamo")
         files = ["bi/", "sts.json", *(["stages/", "training.png"] if training else [])]
@@ -166,7 +166,7 @@ def train_ubmoe(config: Config) -> str:
             mixture = _mixture(config, device) if joins else memory.fake(config, device)
             training = memory.of_training(mixture, settings, step, 0.0, casts) if joins else {}
             scoring = _scoring(mixture, config)
-        most = max(training, scoring, key=lambda each: sum(each.values()))
+        most = max(training, scoring, key=lambda parts: sum(parts.values()))
         most |= memory.baseline(device, "ubmoe.evaluate.sts", "lm_eval.models.huggingface")
         count = sum(value.numel() for value in routers.router_weights(mixture).values())
         saved = {"mixture": "ubmoe/", "modes": "modes/", "adapter": "adapter/"}
@@ -203,7 +203,7 @@ def bitune(config: Config) -> str:
             count = memory.adapt(model, names, settings.rank)
             forwards = _readings(settings, examples)
             training = memory.of_training(model, settings, forwards, 0.0, casts)
-        most = max(training, scoring, key=lambda each: sum(each.values()))
+        most = max(training, scoring, key=lambda parts: sum(parts.values()))
         most |= memory.baseline(device, "lm_eval.models.huggingface")
         said = f"{settings.variant} trains adapters {count:,}, of each pass that has its own"
         files = ["bitune/", "adapters/", "bitune.json"]
@@ -229,7 +229,7 @@ def device_of(config: Config) -> torch.device:
 def _measured_lengths(settings: DependenceSection, tokenizer: Any) -> list[int]:
     texts = read_texts(settings.dataset, settings.max_texts)
     ids = tokenize(tokenizer, texts, settings.chat_template)
-    return [min(len(each), settings.max_tokens) for each in ids]
+    return [min(len(row), settings.max_tokens) for row in ids]
 
 
 def _stage_rows(config: Config, number: int, tokenizer: Any) -> Any:
@@ -251,25 +251,25 @@ def _stage_rows(config: Config, number: int, tokenizer: Any) -> Any:
 def _training_rows(
     config: Config, settings: MoeSection | BituneSection, read: Callable[[], Any]
 ) -> Any:
-    """What is read for a section but for those held out; or how many rows that is, if counted."""
+    """A section's rows without the held-out ones; or their number, if counted."""
     rows = read_or_count(config.model, settings.dataset, settings.max_rows, read, read_texts)
     return Unread(max(1, len(rows) - settings.held_out)) if isinstance(rows, Unread) else rows
 
 
 def _training_chats(settings: MoeSection, tokenizer: Any) -> list[Chat]:
-    found = read_chats(settings.dataset, tokenizer, settings.max_tokens, settings.max_rows)
-    return found.held_out(settings.held_out, "ubmoe.held_out")[0]
+    chats = read_chats(settings.dataset, tokenizer, settings.max_tokens, settings.max_rows)
+    return chats.held_out(settings.held_out, "ubmoe.held_out")[0]
 
 
 def _training_examples(settings: BituneSection, tokenizer: Any) -> list[Example]:
     given = (settings.template, settings.max_tokens, settings.max_rows)
-    found = read_examples(settings.dataset, tokenizer, *given)
-    chats, _ = held_out(found.chats, settings.held_out, "bitune.held_out")
-    return [each for chat in chats for each in chat]
+    read = read_examples(settings.dataset, tokenizer, *given)
+    chats, _ = held_out(read.chats, settings.held_out, "bitune.held_out")
+    return [example for chat in chats for example in chat]
 
 
 def _sentence_lengths(config: Config, source: ModelSource) -> list[int]:
-    """Of the sentences of a second objective."""
+    """The lengths of a second objective's sentences."""
     if is_shape(config.model):
         return [config.bi.max_tokens]
     texts = sentences_of(config.ubmoe.sentences, source.tokenizer, batches.SAMPLE)
@@ -311,19 +311,22 @@ def _readings(settings: BituneSection, examples: Sequence[Example] | Unread) -> 
         texts, most = settings.per_device_train_batch_size, settings.max_tokens
         return [Batch(texts, most)] * passes + [Batch(texts, most, texts * most)]
     some = sorted(examples, key=len)[-settings.per_device_train_batch_size :]
-    prompt, answer = max(len(each.prompt) for each in some), max(len(each.answer) for each in some)
-    predicted = sum(len(each.answer) for each in some)
+    prompt, answer = (
+        max(len(example.prompt) for example in some),
+        max(len(example.answer) for example in some),
+    )
+    predicted = sum(len(example.answer) for example in some)
     return [Batch(len(some), prompt)] * passes + [Batch(len(some), answer, predicted)]
 
 
 def _scoring(model: Any, config: Config) -> dict[str, int]:
-    """Of lm-eval: the logits of a batch of prompts, and their logarithms in float32."""
+    """The bytes of lm-eval: the logits of a batch of prompts, and their logarithms in float32."""
     if not (config.evaluation.generation or config.bitune.generation):
         return {"weights": memory.size(model)}
     texts = config.evaluation.batch_size
     vocabulary = model.get_output_embeddings().weight.shape[0]
-    each = model.dtype.itemsize + memory.FLOAT
-    logits = texts * PROMPT * vocabulary * each
+    number_bytes = model.dtype.itemsize + memory.FLOAT
+    logits = texts * PROMPT * vocabulary * number_bytes
     return {"weights": memory.size(model), f"logits of {texts} x {PROMPT} tokens": logits}
 
 
@@ -342,14 +345,14 @@ def _steps(section: TrainingSection, rows: int) -> str:
 def parameters(model: Any) -> dict[str, int]:
     """By module; a tied head is the embedding's."""
     embedding = model.get_input_embeddings().weight
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for name, value in model.named_parameters():
         words = [
             word for word in ("ffn", "attention") if any(part in name for part in MODULES[word])
         ]
         module = "embedding" if value is embedding else next(iter(words), "lm_head and norms")
-        found[module] = found.get(module, 0) + value.numel()
-    return found
+        counts[module] = counts.get(module, 0) + value.numel()
+    return counts
 
 
 def _said(config: Config, planner: Planner, savings: Sequence[str]) -> str:
@@ -376,15 +379,15 @@ def _smaller(
     config: Config, planner: Planner, savings: Sequence[str], total: int
 ) -> list[tuple[str, int]]:
     """(key, peak memory) of those that save a percent at least."""
-    found = []
+    advice = []
     for key in savings:
         try:
             changed = sum(planner(with_keys(config, [key])).memory.values())
         except UserError:  # it does not go with the others
             continue
         if changed < 0.99 * total:
-            found.append((key, changed))
-    return found
+            advice.append((key, changed))
+    return advice
 
 
 def _gigabytes(value: int) -> str:

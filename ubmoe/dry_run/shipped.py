@@ -88,7 +88,7 @@ def read_or_count(
     read: Callable[[], Data],
     rows: Callable[[str, int | None], Sized] = chosen_rows,
 ) -> Data | Unread:
-    """What the program reads; or how many rows that is, where text or tokenizer is not here.
+    """The data that the program reads; or their number of rows, where text or tokenizer is missing.
 
     most: rows at most. rows: reads them without a tokenizer. Raises UserError where their number
     is not known.
@@ -118,8 +118,8 @@ def _is_here(dataset: str) -> bool:
 
 def _is_cached(model: ModelSection) -> bool:
     names = ("config.json", "tokenizer.json")
-    found = (try_to_load_from_cache(model.name, each, revision=model.revision) for each in names)
-    return all(isinstance(each, str) for each in found)
+    cached = (try_to_load_from_cache(model.name, name, revision=model.revision) for name in names)
+    return all(isinstance(path, str) for path in cached)
 
 
 @contextmanager

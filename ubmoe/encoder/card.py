@@ -78,7 +78,7 @@ def plain(tokenizer: PreTrainedTokenizerBase, settings: BiSection, whitened: boo
 
 
 def _end(tokenizer: PreTrainedTokenizerBase, before: str, after: str) -> list[int]:
-    """The last tokens of every text, which one that is too long keeps."""
+    """The last tokens of every text, which a truncated text keeps."""
     first, second = (tokenizer(before + text + after)["input_ids"] for text in FILLERS)
     count = 0
     for one, other in zip(reversed(first), reversed(second), strict=False):

@@ -31,7 +31,7 @@ from ubmoe.encoder.contrastive_loss import CachedContrastiveLoss, ContrastiveLos
 from ubmoe.encoder.language_loss import LanguageLoss
 from ubmoe.encoder.sentence_encoder import lengths, own_prompt
 from ubmoe.models.digests import digest_of_rows, digest_of_tokenizer, resume_key
-from ubmoe.training.checkpoints import Work
+from ubmoe.training.checkpoints import StageRun
 from ubmoe.training.modules import announce, tuning
 from ubmoe.training.trainer import GuardedTrainer, run_trainer
 
@@ -68,8 +68,10 @@ def attention_dropout(model: PreTrainedModel, share: float) -> Iterator[None]:
     `config.attention_dropout` changed after loading does nothing: the layers hold copies.
     Raises UserError for a model whose attention has no dropout to set.
     """
-    layers: list[Any] = [each for each in model.modules() if hasattr(each, "attention_dropout")]
-    own = [layer.attention_dropout for layer in layers]
+    layers: list[Any] = [
+        module for module in model.modules() if hasattr(module, "attention_dropout")
+    ]
+    before = [layer.attention_dropout for layer in layers]
     if share and not layers:
         raise UserError(f"{type(model).__name__} has no attention dropout, so no two views")
     for layer in layers:
@@ -77,7 +79,7 @@ def attention_dropout(model: PreTrainedModel, share: float) -> Iterator[None]:
     try:
         yield
     finally:
-        for layer, value in zip(layers, own, strict=True):
+        for layer, value in zip(layers, before, strict=True):
             layer.attention_dropout = value
 
 
@@ -111,16 +113,16 @@ def train_stage(
     model: PreTrainedModel,
     stage: StageSection,
     data: Dataset,
-    work: Work,
+    stage_run: StageRun,
     language: Sequence[Chat] = (),
     below: int = 0,
     scoring: Scoring | None = None,
 ) -> dict[str, Any]:
     """Train the stage's modules of `model`, the encoder's inner model with its head, in place.
 
-    language: what `lm_weight` keeps the language-model loss on. below: rows left out, for the
-    record. scoring: makes the callback that scores the encoder at chosen steps. Returns what the
-    record says of the stage: counts by module, negatives, truncated share, log.
+    language: chats of the language-model loss of `lm_weight`. below: rows left out, for the
+    record. scoring: makes the callback that scores the encoder at chosen steps. Returns the
+    stage's report: counts by module, negatives, truncated share, log.
     """
     encoder.max_seq_length, length = stage.max_tokens, encoder.max_seq_length
     views = stage.objective == "simcse"
@@ -128,13 +130,13 @@ def train_stage(
     if language:
         if PartialState().num_processes > 1:
             raise UserError("bi.stages.N.lm_weight: is for one process; expected 0 under torchrun")
-        beside = LanguageLoss(model, list(language), stage.lm_batch_size, work.seed)
+        beside = LanguageLoss(model, list(language), stage.lm_batch_size, stage_run.seed)
     kind = CachedContrastiveLoss if stage.cached else ContrastiveLoss
-    mark = resume_key(model) | {
+    key = resume_key(model) | {
         "data": digest_of_rows(chain(data.iter(1000), ((c.ids, c.answer) for c in language))),
         "tokenizer": digest_of_tokenizer(encoder.tokenizer),
     }
-    with tuning(model, stage, work) as counts:
+    with tuning(model, stage, stage_run) as counts:
         tokens = mini_batch(stage.mini_batch_tokens, model.device)
         loss = kind(encoder, stage.loss, stage.temperature, tokens, views)
         report = {
@@ -160,10 +162,10 @@ def train_stage(
                     callbacks=[scoring(encoder, model, stage)] if scoring else None,
                 ),
                 stage,
-                work,
+                stage_run,
                 data,
                 model.device,
-                mark=mark,
+                key=key,
                 kind=SentenceTransformerTrainingArguments,
                 batch_sampler=BatchSamplers.NO_DUPLICATES,
                 prompts=own_prompt(encoder),
@@ -176,11 +178,11 @@ def truncated(encoder: SentenceTransformer, data: Dataset, most: int = 1000) -> 
     """Share of the texts of (at most `most`) rows that the stage's limit cuts, in percent."""
     texts = [text for column in data.column_names for text in data[column][:most]]
     limit = encoder.max_seq_length or math.inf
-    return 100 * statistics.fmean(each > limit for each in lengths(encoder, texts))
+    return 100 * statistics.fmean(length > limit for length in lengths(encoder, texts))
 
 
 def negatives(stage: StageSection, columns: list[str]) -> int:
-    """How many texts each anchor is told from, those of all processes."""
+    """The negatives of each anchor, those of all processes."""
     rows = stage.per_device_train_batch_size * PartialState().num_processes
     if stage.loss == "nt_xent":
         return 2 * rows - 2

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from ubmoe.config import MINI_BATCH, UserError
-from ubmoe.training.sharding import is_sharded, most_of_all
+from ubmoe.training.sharding import is_sharded, max_over_processes
 
 STARTS = 8  # forwards that could be started while one of the whole budget runs
 CARD = 2**33  # bytes of a GPU, that `auto` allows MINI_BATCH tokens
@@ -62,24 +62,26 @@ class ContrastiveLoss(nn.Module):
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Any = None) -> Tensor:
         """Columns of token features -> the scalar loss."""
-        pieces = self.pieces(list(sentence_features))
-        return self.of_pieces([self.model(piece)["sentence_embedding"] for piece in pieces])
+        mini_batches = self.mini_batches(list(sentence_features))
+        return self.loss_from_mini_batches(
+            [self.model(features)["sentence_embedding"] for features in mini_batches]
+        )
 
-    def pieces(self, columns: list[dict[str, Tensor]]) -> list[dict[str, Any]]:
+    def mini_batches(self, columns: list[dict[str, Tensor]]) -> list[dict[str, Any]]:
         """The batch, sorted by length, as mini-batches within the budget of padded tokens."""
         merged, self.order = by_length(columns)
         self.columns = len(columns)
         places = spans(merged["attention_mask"]).tolist()  # once: a GPU is waited for
         ranges = least_padding([length for length, _, _ in places], self.mini_batch_tokens)
         if self.sharded:
-            ranges = split(ranges, most_of_all(len(ranges), merged["attention_mask"].device))
+            ranges = split(ranges, max_over_processes(len(ranges), merged["attention_mask"].device))
         return [cropped(merged, places, low, high) for low, high in ranges]
 
-    def of_pieces(self, vectors: list[Tensor]) -> Tensor:
+    def loss_from_mini_batches(self, vectors: list[Tensor]) -> Tensor:
         """The mini-batches' vectors -> the scalar loss."""
-        return self.of_vectors(in_columns(torch.cat(vectors), self.order, self.columns))
+        return self.loss_from_vectors(in_columns(torch.cat(vectors), self.order, self.columns))
 
-    def of_vectors(self, columns: list[Tensor]) -> Tensor:
+    def loss_from_vectors(self, columns: list[Tensor]) -> Tensor:
         """[(N, D) anchors, positives, ...] -> the scalar loss."""
         if self.views_must_differ and same_up_to_rounding(columns[0], columns[1]):
             raise UserError(
@@ -105,12 +107,12 @@ class CachedContrastiveLoss(CachedLossMixin, ContrastiveLoss):
     mini_batch_size = 1 << 30  # each of our mini-batches goes to the library as a column of its own
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Any = None) -> Tensor:
-        return self.forward_cached(self.pieces(list(sentence_features)), labels)
+        return self.forward_cached(self.mini_batches(list(sentence_features)), labels)
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Any = None, *, with_backward: bool = False
     ) -> Tensor:
-        loss = self.of_pieces([vectors for [vectors] in reps])
+        loss = self.loss_from_mini_batches([vectors for [vectors] in reps])
         if with_backward:
             loss.backward()
             loss = loss.detach()
@@ -154,9 +156,9 @@ def least_padding(lengths: list[int], budget: int) -> list[tuple[int, int]]:
     for high in range(1, count + 1):
         longest = sizes[high - 1]
         low = min(max(0, high - budget // longest), high - 1)
-        found = cost[low:high] + np.arange(high - low, 0, -1) * longest + overhead
-        begin[high] = low + found.argmin()
-        cost[high] = found.min()
+        costs = cost[low:high] + np.arange(high - low, 0, -1) * longest + overhead
+        begin[high] = low + costs.argmin()
+        cost[high] = costs.min()
     ranges = [(int(begin[count]), count)]
     while ranges[-1][0]:
         high = ranges[-1][0]
@@ -169,7 +171,7 @@ def split(ranges: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
     all processes at once, so all have to run as many forwards.
     """
     while len(ranges) < count:
-        low, high = widest = max(ranges, key=lambda each: each[1] - each[0])
+        low, high = widest = max(ranges, key=lambda span: span[1] - span[0])
         place, middle = ranges.index(widest), (low + high) // 2
         ranges = [*ranges[:place], (low, middle), (middle, high), *ranges[place + 1 :]]
     return ranges
@@ -212,10 +214,10 @@ def geometry(anchors: Tensor, positives: Tensor) -> dict[str, float]:
     a, b = normalize(anchors.float(), dim=-1), normalize(positives.float(), dim=-1)
     cosines, others = a @ b.T, len(a) * (len(a) - 1)
     apart = (-4 * (1 - a @ a.T)).fill_diagonal_(float("-inf"))
-    found = {
+    metrics = {
         "alignment": (a - b).square().sum(-1).mean(),
         "uniformity": apart.flatten().logsumexp(0) - math.log(others),
         "positive_cosine": cosines.diagonal().mean(),
         "negative_cosine": (cosines.sum() - cosines.trace()) / others,
     }
-    return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))
+    return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))

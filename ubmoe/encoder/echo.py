@@ -38,12 +38,12 @@ class EchoTransformer(Transformer):
         tokenizer: Any = self.tokenizer
         texts = [(prompt or "") + text for text in inputs]
         whole = [self.echo.replace("{text}", text) for text in texts]
-        found = tokenizer(whole, return_offsets_mapping=True, truncation=False, verbose=False)
+        encoded = tokenizer(whole, return_offsets_mapping=True, truncation=False, verbose=False)
         limit = keys.get("max_length") or self.max_seq_length
         rows = [
             within(ids, self._copies(text, offsets), limit)
             for text, ids, offsets in zip(
-                texts, found["input_ids"], found["offset_mapping"], strict=True
+                texts, encoded["input_ids"], encoded["offset_mapping"], strict=True
             )
         ]
         left = tokenizer.padding_side == "left"
@@ -58,12 +58,12 @@ class EchoTransformer(Transformer):
         """The tokens of both copies, by the characters that each token stands for."""
         before, between, _ = self.echo.split("{text}")
         starts = len(before), len(before) + len(text) + len(between)
-        found = []
+        copies = []
         for start in starts:
             end = start + len(text)
             places = [n for n, (low, high) in enumerate(offsets) if low < end and high > start]
-            found.append(range(places[0], places[-1] + 1) if places else range(0))
-        return found
+            copies.append(range(places[0], places[-1] + 1) if places else range(0))
+        return copies
 
     def forward(self, features: dict[str, Any], **keys: Any) -> dict[str, Any]:
         """As its parent; what it is given stays as it is, for a cached loss reads it again."""
@@ -79,8 +79,8 @@ def pooled(features: dict[str, Any]) -> dict[str, Any]:
 def within(ids: list[int], copies: list[range], limit: int | None) -> tuple[list[int], list[int]]:
     """Ids of at most `limit` tokens, both copies cut alike, and the 0/1 mask of the second."""
     extra = len(ids) - limit if limit else 0
-    each = (sum(map(len, copies)) - extra) // 2
-    kept = [copy[: max(0, each)] if extra > 0 else copy for copy in copies]
+    length = (sum(map(len, copies)) - extra) // 2
+    kept = [copy[: max(0, length)] if extra > 0 else copy for copy in copies]
     dropped = {
         place for copy, some in zip(copies, kept, strict=True) for place in copy[len(some) :]
     }

@@ -19,7 +19,7 @@ from ubmoe.training.losses import mean_loss, predictions
 
 
 def read_language(stage: StageSection, tokenizer: PreTrainedTokenizerBase) -> list[Chat]:
-    """What the language-model loss is of; [] where it is off. Raises UserError naming the row."""
+    """The data of the language-model loss; [] where it is off. Raises UserError naming the row."""
     if not stage.lm_weight:
         return []
     texts = read_texts(stage.lm_dataset, stage.lm_max_rows)

@@ -1,7 +1,7 @@
 """Masked next token prediction (LLM2Vec): a masked token is predicted from the position before it.
 
 Chunks of raw text, masks that are a function of (seed, epoch, row), transformers' Trainer. The
-tokenizer is never told of the mask token, so nothing of it is saved.
+mask token is never added to the tokenizer, so it is not saved either.
 """
 
 import logging
@@ -19,7 +19,7 @@ from ubmoe.config import StageSection, UserError
 from ubmoe.data.padding import IGNORE_INDEX
 from ubmoe.data.tokens import check_ids, chunks_of, sentences_of
 from ubmoe.models.digests import digest, digest_of_tokenizer, resume_key
-from ubmoe.training.checkpoints import Work
+from ubmoe.training.checkpoints import StageRun
 from ubmoe.training.losses import mean_loss, predictions
 from ubmoe.training.modules import announce, tuning
 from ubmoe.training.trainer import GuardedTrainer, run_trainer
@@ -46,7 +46,7 @@ class Chunks(Dataset[dict[str, Tensor]]):
 class Places(Sampler[tuple[int, int]]):
     """(epoch, row) in an order of each epoch's own.
 
-    The sampler says the epoch because accelerate 1.15 tells every sampler of it, but a data set
+    The sampler yields the epoch because accelerate 1.15 sets it on every sampler, but on a data set
     neither after a resumption nor under DDP.
     """
 
@@ -79,17 +79,17 @@ class Masking:
     def __init__(
         self, stage: StageSection, tokenizer: PreTrainedTokenizerBase, rows: int | None = None
     ) -> None:
-        # alone, some tokenizers would put the mark of a text's beginning before it
+        # alone, some tokenizers would put a text's first token before it
         known = tokenizer.get_vocab().get(stage.mask_token)
         apart = tokenizer(stage.mask_token, add_special_tokens=False)["input_ids"]
-        found = apart if known is None else [known]
-        if len(found) != 1:
+        ids = apart if known is None else [known]
+        if len(ids) != 1:
             raise UserError(
-                f"bi.stages.N.mask_token: {stage.mask_token!r} is {len(found)} tokens of this "
+                f"bi.stages.N.mask_token: {stage.mask_token!r} is {len(ids)} tokens of this "
                 "tokenizer; expected one"
             )
-        self.mask: int = found[0]
-        check_ids(tokenizer, found, "bi.stages.N.mask_token")
+        self.mask: int = ids[0]
+        check_ids(tokenizer, ids, "bi.stages.N.mask_token")
         self.probability, self.style = stage.mlm_probability, stage.masking
         self.special = np.array(sorted(tokenizer.all_special_ids), dtype=np.int64)
         self.vocabulary = min(len(tokenizer), rows or len(tokenizer))
@@ -143,26 +143,26 @@ def train_stage(
     tokenizer: PreTrainedTokenizerBase,
     stage: StageSection,
     chunks: Tensor,
-    work: Work,
+    stage_run: StageRun,
 ) -> dict[str, Any]:
     """Train the stage's modules of `model` in place on (rows, T) chunks.
 
-    Returns what the record says of the stage: counts by module, rows, log.
+    Returns the stage's report: counts by module, rows, log.
     """
     embedding: Any = model.get_input_embeddings()
-    data = Chunks(chunks, Masking(stage, tokenizer, len(embedding.weight)), work.seed)
-    mark = resume_key(model) | {"data": digest([("chunks", chunks)])}
-    with tuning(model, stage, work) as counts:
+    data = Chunks(chunks, Masking(stage, tokenizer, len(embedding.weight)), stage_run.seed)
+    key = resume_key(model) | {"data": digest([("chunks", chunks)])}
+    with tuning(model, stage, stage_run) as counts:
         report = {"trainable": counts, "rows": len(chunks), "tokens": chunks.numel()}
         report["max_tokens"] = chunks.shape[1]
         announce(stage, model, report)
         history = run_trainer(
             partial(MntpTrainer, model),
             stage,
-            work,
+            stage_run,
             data,
             model.device,
-            mark=mark | {"tokenizer": digest_of_tokenizer(tokenizer)},
+            key=key | {"tokenizer": digest_of_tokenizer(tokenizer)},
             remove_unused_columns=False,
         )
     return report | {"log": history}

@@ -1,4 +1,4 @@
-"""The sink that is kept, as one virtual token for stock peft in front of a bidirectional model.
+"""The kept sink as one virtual token of stock peft, in front of a bidirectional model.
 
 The first token sees itself alone, so where every text begins with the same one, its keys and values
 depend on no text: peft's prefix tuning can hold them, and the model reads the rest from position 1.
@@ -23,8 +23,8 @@ SINK = "sink"  # the folder within an encoder's
 def save_sink(model: PreTrainedModel, firsts: Sequence[int], folder: Path) -> int | None:
     """The first token's keys and values as peft saves a prefix of one; returns the token.
 
-    firsts: what some texts begin with. None, and nothing is written, where they differ, where other
-    layers are causal, and where layers have keys of several sizes: no stock prefix says that.
+    firsts: the first tokens of some texts. None, and nothing is written, where they differ, where
+    other layers are causal, and where layers have keys of several sizes: no stock prefix says that.
     """
     config = model.config.get_text_config()
     if not keeps_sink(config) or partial_layers(config) is not None or len(set(firsts)) != 1:
@@ -32,10 +32,10 @@ def save_sink(model: PreTrainedModel, firsts: Sequence[int], folder: Path) -> in
     with attending(model, bidirectional=False):
         ids = torch.tensor([[firsts[0]]], device=model.device)
         cache = model.base_model(input_ids=ids, use_cache=True).past_key_values
-    found = [each[0, :, 0] for layer in cache.layers for each in (layer.keys, layer.values)]
-    if len({each.shape for each in found}) != 1:
+    cached = [states[0, :, 0] for layer in cache.layers for states in (layer.keys, layer.values)]
+    if len({states.shape for states in cached}) != 1:
         return None
-    heads, size = found[0].shape
+    heads, size = cached[0].shape
     PrefixTuningConfig(
         task_type=TaskType.FEATURE_EXTRACTION,
         num_virtual_tokens=1,
@@ -44,6 +44,6 @@ def save_sink(model: PreTrainedModel, firsts: Sequence[int], folder: Path) -> in
         num_attention_heads=heads,
         inference_mode=True,
     ).save_pretrained(str(folder))
-    flat = torch.cat([each.reshape(1, -1) for each in found], dim=1).cpu()
+    flat = torch.cat([states.reshape(1, -1) for states in cached], dim=1).cpu()
     save_file({"prompt_embeddings": flat}, folder / WEIGHTS, metadata={"format": "pt"})
     return firsts[0]

@@ -1,4 +1,4 @@
-"""A causal language model as a sentence encoder, saved so that stock libraries load it both ways.
+"""A causal language model as a sentence encoder, saved so that stock libraries load either.
 
 sentence-transformers pushes every string through a tokenizer's chat template where there is one
 (Qwen's system prompt included), so the input form is pinned in what is saved. The inner model is
@@ -34,7 +34,7 @@ from ubmoe.models import cards
 from ubmoe.models.loading import best_device, load_model
 from ubmoe.models.lora import last_attention
 from ubmoe.models.precision import weights_dtype
-from ubmoe.models.source import ModelSource, context_length, explained
+from ubmoe.models.source import ModelSource, as_user_error, context_length
 from ubmoe.models.tensors import guard
 from ubmoe.models.tokenizer_file import alike, as_stored
 
@@ -43,8 +43,8 @@ POOLING = {"mean": "mean", "weighted_mean": "weightedmean", "last": "lasttoken"}
 TEXT = "text"  # name of the prompt that every text gets, where it only stands before it
 PROBES = (" a", *string.ascii_letters, *string.digits, *string.punctuation, "é", "你", "ж")
 UNCUT, AT_ONCE = 10**6, 1000  # tokens of a text; texts that are tokenised together
-# What may stand behind a module of ours.
-STOCK: dict[str, Any] = {each.__name__: each for each in (Pooling, Dense, Normalize)}
+# The library's modules that may follow one of ours.
+STOCK: dict[str, Any] = {kind.__name__: kind for kind in (Pooling, Dense, Normalize)}
 # Rounding is far below, in bfloat16 too; padding that is read moves a vector by tenths.
 BATCH_TOLERANCE = 0.05
 SHORT_AND_LONG = ["A cat.", "A cat sat on the mat in the small room by the door, and saw a bird."]
@@ -115,7 +115,7 @@ class LayeredTransformer(Transformer):
 
 
 class LayeredEchoTransformer(EchoTransformer, LayeredTransformer):
-    """Both: a text read twice by a model in which some layers look both ways."""
+    """Both: a text read twice by a model in which some layers are bidirectional."""
 
 
 def load_saved(directory: str, device: str | None = None, **keys: Any) -> SentenceTransformer:
@@ -125,16 +125,16 @@ def load_saved(directory: str, device: str | None = None, **keys: Any) -> Senten
     """
     templates.install()
     path = Path(directory) / "modules.json"
-    own = LayeredTransformer, EchoTransformer, LayeredEchoTransformer
-    kinds = {f"{each.__module__}.{each.__qualname__}": each for each in own}
+    modules_of_ours = LayeredTransformer, EchoTransformer, LayeredEchoTransformer
+    kinds = {f"{module.__module__}.{module.__qualname__}": module for module in modules_of_ours}
     keys |= {"trust_remote_code": False}
     kind = path.is_file() and kinds.get(read_json(path)[0]["type"])
     if not kind:
         return _fitted(SentenceTransformer(directory, device=device, **keys), keys.get("revision"))
     said = read_json(path.with_name("config_sentence_transformers.json"))
     modules = [
-        STOCK[each["type"].split(".")[-1]].load(directory, subfolder=each["path"])
-        for each in read_json(path)[1:]
+        STOCK[module["type"].split(".")[-1]].load(directory, subfolder=module["path"])
+        for module in read_json(path)[1:]
     ]
     encoder = SentenceTransformer(
         modules=[kind.load(directory, **keys), *modules],
@@ -237,8 +237,8 @@ def input_template(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     the ids of the text in its prompt.
     """
     prefix, suffix = prompt.split("{text}")
-    ends = [tokenizer.convert_ids_to_tokens(each) for each in tokens.own_ends(tokenizer)]
-    first, last = ("".join(each) for each in ends)
+    ends = [tokenizer.convert_ids_to_tokens(ids) for ids in tokens.own_ends(tokenizer)]
+    first, last = ("".join(end) for end in ends)
     for joint in ("", " "):
         before, after = f"{first}{joint}{prefix}", f"{suffix}{last}"
         if all(
@@ -255,7 +255,7 @@ def input_template(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
 
 
 def rendered(encoder: SentenceTransformer, text: str) -> str:
-    """What the model reads for a text, special tokens and all."""
+    """The text as the model reads it, special tokens included."""
     ids = encoder.preprocess([text], prompt=own_prompt(encoder))["input_ids"][0]
     return str(encoder.tokenizer.decode(ids))
 
@@ -267,7 +267,7 @@ def lengths(encoder: SentenceTransformer, texts: Sequence[str], where: str = "ro
     """
     limit, encoder.max_seq_length = encoder.max_seq_length, UNCUT
     strange = tokens.strangers(encoder.tokenizer)
-    found: list[int] = []
+    counts: list[int] = []
     try:
         for start in range(0, len(texts), AT_ONCE):
             features = encoder.preprocess(
@@ -275,19 +275,21 @@ def lengths(encoder: SentenceTransformer, texts: Sequence[str], where: str = "ro
             )
             if "attention_mask" not in features:
                 return []
-            found += features["attention_mask"].sum(1).tolist()
+            counts += features["attention_mask"].sum(1).tolist()
             for number, ids in enumerate(features["input_ids"].tolist() if strange else [], start):
                 tokens.check_ids(encoder.tokenizer, ids, f"{where} {number + 1}")
     finally:
         encoder.max_seq_length = limit
-    return found
+    return counts
 
 
 def check_room(encoder: SentenceTransformer, settings: BiSection) -> None:
     """Raises UserError for a limit of tokens that the prompt alone fills: all texts were alike."""
     limits = {"": settings.max_tokens}
-    contrastive = ((n, each) for n, each in enumerate(settings.stages) if each.objective != "mntp")
-    limits |= {f"stages.{n}.": each.max_tokens for n, each in contrastive}
+    contrastive = (
+        (n, stage) for n, stage in enumerate(settings.stages) if stage.objective != "mntp"
+    )
+    limits |= {f"stages.{n}.": stage.max_tokens for n, stage in contrastive}
     [least] = lengths(encoder, ["a"])
     for where, limit in limits.items():
         if limit < least:
@@ -298,7 +300,7 @@ def check_room(encoder: SentenceTransformer, settings: BiSection) -> None:
 
 
 def own_prompt(encoder: SentenceTransformer) -> str | None:
-    """What `encode` puts before a text by itself, and `preprocess` and the trainer do not."""
+    """The prompt that `encode` adds by itself, and `preprocess` and the trainer do not."""
     return encoder.prompts.get(encoder.default_prompt_name or "") or None
 
 
@@ -318,7 +320,7 @@ def load_encoder(config: Config, source: ModelSource) -> SentenceTransformer:
             "revision": config.model.revision,
             "model_kwargs": {"dtype": weights_dtype(config.model.dtype, device)},
         }
-        with explained(config.model, "an encoder"):
+        with as_user_error(config.model, "an encoder"):
             return load_saved(name, str(device), **keys)
     check_mask(config)
     config = source.within_context(config, "bi")
@@ -386,23 +388,23 @@ def save_encoder(
 
 
 def _make_causal(path: Path) -> None:
-    """What reads config.json alone does not know layers, and must not look both ways in all."""
+    """Readers of config.json alone know no layers, and must not be bidirectional in all of them."""
     config = json.loads(path.read_text(encoding="utf-8")) | {"is_causal": True}
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _firsts(encoder: SentenceTransformer) -> list[int]:
     """The token that each of some unlike texts begins with."""
-    found = encoder.preprocess(list(PROBES), prompt=own_prompt(encoder))
-    starts = found["attention_mask"].argmax(1, keepdim=True)
-    return found["input_ids"].gather(1, starts)[:, 0].tolist()
+    features = encoder.preprocess(list(PROBES), prompt=own_prompt(encoder))
+    starts = features["attention_mask"].argmax(1, keepdim=True)
+    return features["input_ids"].gather(1, starts)[:, 0].tolist()
 
 
-def _said(config: Any) -> str:
+def _mask_in_words(config: Any) -> str:
     """A mask of ours, for a card."""
     layers, said = partial_layers(config), "every layer"
     if layers is not None:
-        said = f"layers {named_layers(layers)} and only back in the others"
+        said = f"layers {named_layers(layers)} and causal in the others"
     alone = "; the first token sees itself alone, as in a causal model"
     return said + alone * keeps_sink(config)
 
@@ -411,7 +413,7 @@ def card_of_ours(encoder: SentenceTransformer, settings: BiSection, first: int |
     """The card of an encoder that a module of this package reads. first: the token of its sink."""
     layered = isinstance(encoder[0], LayeredTransformer)
     inner: Any = encoder[0]
-    mask = _said(inner.model.config) if layered else f"{settings.attention} attention"
+    mask = _mask_in_words(inner.model.config) if layered else f"{settings.attention} attention"
     parts = [OURS.format(start=cards.START, mask=mask)]
     parts.append(ECHO_CARD if isinstance(encoder[0], EchoTransformer) else "")
     parts.append("" if first is None else SINK_CARD.format(start=cards.START, first=first))

@@ -10,12 +10,12 @@ from ubmoe.config import Config, StageSection
 from ubmoe.data.chats import Chat
 from ubmoe.encoder import contrastive, mntp
 from ubmoe.encoder.language_loss import read_language
-from ubmoe.training.checkpoints import Work
-from ubmoe.training.trainer import enough_rows
+from ubmoe.training.checkpoints import StageRun
+from ubmoe.training.trainer import check_enough_rows
 
 
 class Data(NamedTuple):
-    """What a stage trains on: its rows, the chats of a language-model loss, and rows left out."""
+    """A stage's training data: rows, the chats of a language-model loss, and rows left out."""
 
     rows: Any
     language: list[Chat]
@@ -45,14 +45,14 @@ def train_stages(
     """
     for number, (stage, given) in enumerate(zip(config.bi.stages, data, strict=True)):
         if stage.max_steps != 0:
-            enough_rows(len(given.rows), stage, f"bi.stages.{number}.dataset")
+            check_enough_rows(len(given.rows), stage, f"bi.stages.{number}.dataset")
     reports: list[dict[str, Any]] = []
     for number, (stage, given) in enumerate(zip(config.bi.stages, data, strict=True)):
         rows, language, below = given
         if stage.max_steps == 0:  # transformers would take it for no limit
             reports.append({"objective": stage.objective, "rows": len(rows), "log": []})
             continue
-        work = Work(
+        stage_run = StageRun(
             directory=Path(config.output_dir) / "stages" / str(number),
             seed=config.seed,
             resume=config.resume == "auto",
@@ -61,10 +61,10 @@ def train_stages(
             distributed=config.distributed,
         )
         if stage.objective == "mntp":
-            report = mntp.train_stage(model, tokenizer, stage, rows, work)
+            report = mntp.train_stage(model, tokenizer, stage, rows, stage_run)
         else:
             report = contrastive.train_stage(
-                encoder, model, stage, rows, work, language, below, scoring
+                encoder, model, stage, rows, stage_run, language, below, scoring
             )
         reports.append({"objective": stage.objective} | report)
     return reports

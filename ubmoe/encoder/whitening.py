@@ -1,4 +1,4 @@
-"""Vectors centred, and freed of what all sentences share, by one stock module after the pooling.
+"""Vectors centred, and their common components removed, by one stock module after the pooling.
 
 It is fitted on unlabelled sentences. Neither all-but-the-top (Mu and Viswanath, 2018) nor
 BERT-whitening (Su et al., 2021) normalises the vectors first, and no more is done here: one linear
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 def read_sentences(settings: WhitenSection | None, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What a whitening is fitted on, each sentence once; [] without one. Raises UserError."""
+    """The sentences to fit a whitening on, each once; [] without one. Raises UserError."""
     if settings is None:
         return []
     return list(dict.fromkeys(sentences_of(settings.dataset, tokenizer, settings.rows)))
@@ -48,7 +48,7 @@ def check(settings: WhitenSection | None, sentences: int, width: int) -> None:
 def whiten(
     encoder: SentenceTransformer, config: Config, sentences: list[str]
 ) -> dict[str, Any] | None:
-    """Append the map that is fitted on the encoder's own vectors; what the record says of it.
+    """Append the map that is fitted on the encoder's own vectors; returns its report.
 
     None, and nothing is done, without `bi.whiten`.
     """

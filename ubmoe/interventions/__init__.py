@@ -1,1 +1,1 @@
-"""What a model loses when its masks, its layers or its attention sink are changed, untrained."""
+"""Interventions without training: masks, layers or the attention sink of a model are exchanged."""

@@ -1,4 +1,4 @@
-"""Patterns of layers, as `bi.layers` writes them, and the tree of what they have in common."""
+"""Patterns of bidirectional layers, as `bi.layers` writes them."""
 
 from dataclasses import dataclass
 
@@ -51,4 +51,4 @@ def _named(settings: ScanSection, depth: int) -> list[Layers]:
         "only": [[number] for number in range(depth)],
         "every": [{"every": k, "from": n} for k in range(2, last + 1) for n in range(k)],
     }
-    return ["none", "all", *(each for kind in settings.patterns for each in kinds[kind])]
+    return ["none", "all", *(layers for kind in settings.patterns for layers in kinds[kind])]

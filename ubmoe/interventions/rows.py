@@ -1,4 +1,4 @@
-"""Values of rows, of which an unfinished run keeps those that are computed."""
+"""Values of rows; an unfinished run keeps the computed ones."""
 
 import logging
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""STS of every pattern in every form, with its difference to the causal model, resumable."""
+"""STS of every pattern of layers in every input form, against the causal model; resumable."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ from ubmoe.interventions.walk import states
 from ubmoe.models.digests import digest_of_rows, resume_key
 from ubmoe.models.precision import autocast, uses_bfloat16
 
-# Keys of bi that a scan chooses itself, or has no use of.
+# Keys of bi that a scan sets itself or does not read.
 CHOSEN = {"stages", "attention", "layers", "pooling", "whiten"}
 
 
@@ -53,23 +53,23 @@ def scan(
     }
     vectors = [2, text_config.hidden_size] if settings.centre else []
     shape = (len(asked), len(POOLING), *vectors, len(rows))
-    found: list[dict[str, Any]] = []
+    scored: list[dict[str, Any]] = []
     for bi, encoder in zip(forms, encoders, strict=True):
         path = directory / f"scan.partial-{bi.form or 0}.npz"
-        own = key | {"bi": bi.model_dump(exclude=CHOSEN)}
-        kept = Rows(path, own, shape, np.float32 if vectors else np.float64)
+        form_key = key | {"bi": bi.model_dump(exclude=CHOSEN)}
+        kept = Rows(path, form_key, shape, np.float32 if vectors else np.float64)
         if config.resume == "auto":
             kept.load()
         with autocast(config.evaluation.bf16, model.device):
             _fill(kept, model, encoder, rows, asked, config)
         form = {"form": bi.form} if settings.forms else {}
         causal = cosines(kept.values[0]) if vectors else kept.values[0]
-        found += [
-            {**form, **_described(pattern, settings), **_scores(each, causal, gold)}
-            for pattern, each in zip(asked, kept.values, strict=True)
+        scored += [
+            {**form, **_described(pattern, settings), **_scores(values, causal, gold)}
+            for pattern, values in zip(asked, kept.values, strict=True)
         ]
     depth = text_config.num_hidden_layers
-    return {"task": task.metadata.name, "pairs": len(rows), "depth": depth, "patterns": found}
+    return {"task": task.metadata.name, "pairs": len(rows), "depth": depth, "patterns": scored}
 
 
 def _described(pattern: Pattern, settings: ScanSection) -> dict[str, Any]:
@@ -139,16 +139,16 @@ def _read(
     ]
     inputs = {key: features[key] for key in ("input_ids", "attention_mask")}
     features = pooled(features)
-    found: dict[int, list[np.ndarray]] = {}
+    by_place: dict[int, list[np.ndarray]] = {}
     for place, last in states(model, inputs, asked):
         with torch.no_grad():
             embedded = [
                 pool({**features, "token_embeddings": last.float()})["sentence_embedding"]
                 for pool in pools
             ]
-        both = [torch.stack(each.chunk(2)).transpose(1, 2).cpu().numpy() for each in embedded]
-        found[place] = both if config.scan.centre else [cosines(each) for each in both]
-    return np.array([found[place] for place in range(len(asked))])
+        both = [torch.stack(vectors.chunk(2)).transpose(1, 2).cpu().numpy() for vectors in embedded]
+        by_place[place] = both if config.scan.centre else [cosines(vectors) for vectors in both]
+    return np.array([by_place[place] for place in range(len(asked))])
 
 
 def cosines(vectors: np.ndarray) -> np.ndarray:
@@ -165,24 +165,24 @@ def centred(vectors: np.ndarray) -> np.ndarray:
     return np.stack(np.split(weight @ columns + bias[:, None], 2, axis=1))
 
 
-def _scores(own: np.ndarray, causal: np.ndarray, gold: np.ndarray) -> dict[str, Any]:
-    """By pooling: Spearman x 100, and what it is above the causal model's, with a 95 % interval.
+def _scores(values: np.ndarray, causal: np.ndarray, gold: np.ndarray) -> dict[str, Any]:
+    """By pooling: Spearman x 100, and its gain over the causal model's, with a 95 % interval.
 
     own: (poolings, pairs) cosines, or (poolings, 2, D, pairs) vectors, which are scored centred,
     too. causal: (poolings, pairs). Raises UserError for cosines that are not finite.
     """
-    whole = own.ndim > 2
-    mine = cosines(own) if whole else own
+    whole = values.ndim > 2
+    mine = cosines(values) if whole else values
     if not np.isfinite(mine).all():
         raise UserError("scan: cosines that are not finite; expected another model.dtype")
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for place, (pooling, ours, theirs) in enumerate(zip(POOLING, mine, causal, strict=True)):
-        score, base = (_spearman(each, gold) for each in (ours, theirs))
+        score, base = (_spearman(cosines_of_pairs, gold) for cosines_of_pairs in (ours, theirs))
         gain = {"gain": score - base, "interval": interval(100 * gains(ours, theirs, gold))}
-        found[pooling] = {"score": score, **gain}
+        result[pooling] = {"score": score, **gain}
         if whole:
-            found[pooling]["centred"] = _spearman(cosines(centred(own[place])), gold)
-    return found
+            result[pooling]["centred"] = _spearman(cosines(centred(values[place])), gold)
+    return result
 
 
 def _spearman(scores: np.ndarray, gold: np.ndarray) -> float:

@@ -28,8 +28,8 @@ ELSEWHERE = " elsewhere"  # after an exchange's name: the same shifts on other h
 def shift(base: Any, encoder: Any, chats: Sequence[Chat], config: Config) -> dict[str, Any]:
     """The `shift` section of the result.
 
-    `in`: the model, in every head of which the first token gets what it gets in the encoder;
-    `back`: the other way round. Shares are matched over `shift.matched` of the chats.
+    `in`: the base model with the encoder's first-token shares, head by head; `back`: the encoder
+    with the base model's. Shares are matched over `shift.matched` of the chats.
     """
     bf16, matched = config.evaluation.bf16, spaced(chats, config.shift.matched)
     readings, wanted, exchanges = {}, {}, {}
@@ -37,22 +37,22 @@ def shift(base: Any, encoder: Any, chats: Sequence[Chat], config: Config) -> dic
         with shifting(model) as attention:
             wanted[name] = shares(model, attention, matched, bf16)
             readings[name] = read(model, attention, chats, bf16)
-    for name, model, own, theirs in (
+    for name, model, mine, theirs in (
         ("in", base, "model", "encoder"),
         ("back", encoder, "encoder", "model"),
     ):
         with shifting(model) as attention:
             attention.wanted = wanted[theirs][0].to(model.device)
-            found = shares(model, attention, matched, bf16)
+            exchanged = shares(model, attention, matched, bf16)
             attention.wanted = None
-            exchanges[name] = _reached(attention, found, wanted[own], wanted[theirs])
+            exchanges[name] = _match_quality(attention, exchanged, wanted[mine], wanted[theirs])
             readings[name] = read(model, attention, chats, bf16)
             for layer, by_head in attention.by_layer.items():
                 attention.by_layer[layer] = by_head.roll(1)
             readings[name + ELSEWHERE] = read(model, attention, chats, bf16)
     counts = {"chats": len(chats), "tokens": sum(readings["model"]["answers"]["tokens"])}
-    told = {"readings": readings, "changes": changes(readings), "exchanges": exchanges}
-    return counts | {"matched": len(matched)} | told
+    measured = {"readings": readings, "changes": changes(readings), "exchanges": exchanges}
+    return counts | {"matched": len(matched)} | measured
 
 
 @contextmanager
@@ -75,11 +75,11 @@ def shifting(model: PreTrainedModel) -> Iterator[Shifts]:
 def read(
     model: PreTrainedModel, attention: Shifts, chats: Sequence[Chat], bf16: Setting
 ) -> dict[str, Any]:
-    """What `told` says of the answers, and SEEN over these chats and all heads, in percent."""
+    """The perplexity of the answers, and SEEN over these chats and all heads, in percent."""
     attention.seen.clear()
-    told = perplexity(model, chats, bf16)
+    answers = perplexity(model, chats, bf16)
     means = (100 * mean_seen(model, attention)).mean((0, 1)).tolist()
-    return told | dict(zip(SEEN, means, strict=True))
+    return answers | dict(zip(SEEN, means, strict=True))
 
 
 def mean_seen(model: PreTrainedModel, attention: Shifts) -> Tensor:
@@ -100,24 +100,26 @@ def shares(
     with torch.no_grad(), autocast(bf16, model.device):
         model.base_model(**inputs, use_cache=False)
     rows, attention.rows = torch.stack(attention.rows), None
-    found = mean_seen(model, attention)[..., 0]
-    refuse_overflow(found, model)
-    return found, rows
+    by_head = mean_seen(model, attention)[..., 0]
+    refuse_overflow(by_head, model)
+    return by_head, rows
 
 
 Shares = tuple[Tensor, Tensor]
 
 
-def _reached(attention: Shifts, found: Shares, own: Shares, theirs: Shares) -> dict[str, Any]:
+def _match_quality(
+    attention: Shifts, exchanged: Shares, mine: Shares, theirs: Shares
+) -> dict[str, Any]:
     """How well an exchange did, over the chats that shares were matched on, in percent.
 
     `gap`: the largest distance of a head's share to what it should be. `by_row`: of the distance
     between the two models' shares row by row, the part that is left: a constant for all rows
     matches their mean alone. `shifts`: (L, H).
     """
-    before, left = ((each[1] - theirs[1]).abs().mean().item() for each in (own, found))
+    before, left = ((side[1] - theirs[1]).abs().mean().item() for side in (mine, exchanged))
     return {
-        "gap": 100 * (found[0] - theirs[0]).abs().max().item(),
+        "gap": 100 * (exchanged[0] - theirs[0]).abs().max().item(),
         "by_row": 100 * left / before if before else 0.0,
         "shifts": [attention.by_layer[layer].tolist() for layer in sorted(attention.by_layer)],
     }

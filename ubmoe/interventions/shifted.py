@@ -18,8 +18,8 @@ from ubmoe.config import UserError
 
 REACH = 30.0  # of a shift: e^30 times the first key's weight, or that part of it
 HALVINGS = 40  # of this interval, to float32's precision
-# What is seen of every head: the first key's share of what a causal row sees, and of the unmasked
-# softmax DP's `first`, DP-after, and that without the first key.
+# Measured of every head: the first key's share of a causal row, and of the unmasked softmax
+# DP's `first`, DP-after, and DP-after without the first key.
 SEEN = ("used", "first", "after", "after without first")
 MORE = ("softcap", "s_aux", "indices", "block_indices")  # than a softmax over all earlier tokens
 
@@ -28,7 +28,7 @@ MORE = ("softcap", "s_aux", "indices", "block_indices")  # than a softmax over a
 class Shifts:
     """An attention function for causal reading.
 
-    by_layer: (H,) what is added to the first key's scores. wanted: (L, H) shares that the first key
+    by_layer: (H,) added to the first key's scores. wanted: (L, H) shares that the first key
     should get of what causal rows see; where they are given, a forward finds the shifts that do so
     over its texts, layer after layer: each sees what was shifted before it. seen: (B, H, 4) of
     every layer since it was cleared, SEEN as means over the rows of a text. rows: where it is a
@@ -55,14 +55,14 @@ class Shifts:
         layer: Any = module.layer_idx
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         repeats = query.shape[1] // key.shape[1]
-        key, values = (each.repeat_interleave(repeats, 1) for each in (key, value))
+        key, values = (states.repeat_interleave(repeats, 1) for states in (key, value))
         if attention_mask is None:
             attention_mask = torch.ones(len(query), query.shape[2], device=query.device)
         real = attention_mask.bool()
 
         def scores(text: int) -> Tensor:
             """(H, t, t) in fp32, of one text: those of a batch would not fit."""
-            q, k = (each[text, :, real[text]].to(value.dtype).float() for each in (query, key))
+            q, k = (states[text, :, real[text]].to(value.dtype).float() for states in (query, key))
             return scaling * q @ k.transpose(1, 2)
 
         output, seen, rows = value.new_zeros(*query.shape[:3], value.shape[-1]), [], []
@@ -108,7 +108,7 @@ def _odds(scores: Tensor) -> Tensor:
 
 
 def shifts_to(odds: list[Tensor], wanted: Tensor) -> Tensor:
-    """(H,) what moves the mean share of the first key to `wanted`, (H,), by halving.
+    """(H,) shifts that move the mean share of the first key to `wanted`, (H,), by bisection.
 
     odds: of every text (H, t); a share is the sigmoid of odds and shift. The mean is over texts of
     means over rows, as of DP. REACH at most, where no shift reaches it.
@@ -117,7 +117,7 @@ def shifts_to(odds: list[Tensor], wanted: Tensor) -> Tensor:
     high = -low
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        shares = [(each + middle[:, None]).sigmoid().mean(1) for each in odds]
+        shares = [(of_text + middle[:, None]).sigmoid().mean(1) for of_text in odds]
         too_low = torch.stack(shares).mean(0) < wanted
         low, high = torch.where(too_low, middle, low), torch.where(too_low, high, middle)
     return (low + high) / 2
@@ -129,4 +129,4 @@ def _seen(scores: Tensor, weights: Tensor) -> Tensor:
     after = unmasked.triu(1).sum(-1)
     without = scores[..., 1:].softmax(-1).triu().sum(-1)  # of the keys from the second on
     columns = (weights[..., 0], unmasked[..., 0], after, without)
-    return torch.stack([each.mean(1) for each in columns], -1)
+    return torch.stack([column.mean(1) for column in columns], -1)

@@ -17,15 +17,15 @@ from ubmoe.config import Config
 from ubmoe.data.chats import Chat, collate
 from ubmoe.data.padding import IGNORE_INDEX, batches_by_length
 from ubmoe.interventions.rows import Rows
-from ubmoe.interventions.walk import Choice, called, final_norm, given, layers_of, walk
+from ubmoe.interventions.walk import Choice, final_norm, layer_calls, layers_of, run_layer, walk
 from ubmoe.models.digests import digest_of_rows, resume_key
 from ubmoe.models.precision import autocast, uses_bfloat16
 
 
 def choices(depth: int) -> list[Choice]:
-    """Of each layer, whether it is the encoder's: none, all, each one put in, each put back."""
-    alone = [tuple(each == number for each in range(depth)) for number in range(depth)]
-    back = [tuple(not each for each in own) for own in alone]
+    """Whether each layer is the encoder's: none, all, each one put in, each put back."""
+    alone = [tuple(layer == number for layer in range(depth)) for number in range(depth)]
+    back = [tuple(not tuned for tuned in choice) for choice in alone]
     return [(False,) * depth, (True,) * depth, *alone, *back]
 
 
@@ -50,8 +50,10 @@ def swap(
     ids = [chats[row].ids for row in rows]
     with kept.filling(lengths, "swap") as filling, autocast(config.evaluation.bf16, base.device):
         for batch in batches_by_length(ids, config.swap.batch_tokens) if rows else ():
-            own = [rows[place] for place in batch]
-            filling.put(own, losses(base, encoder, [chats[row] for row in own], asked))
+            batch_rows = [rows[place] for place in batch]
+            filling.put(
+                batch_rows, losses(base, encoder, [chats[row] for row in batch_rows], asked)
+            )
     counts = np.array([sum(chat.answer[1:]) for chat in chats])  # nothing predicts a first token
     return summary(kept.values, counts)
 
@@ -62,24 +64,24 @@ def losses(base: Any, encoder: Any, chats: Sequence[Chat], asked: Sequence[Choic
     inputs = {name: value.to(base.device) for name, value in collate(list(chats)).items()}
     labels = inputs.pop("labels")[:, 1:]
     rows, places = (labels != IGNORE_INDEX).nonzero(as_tuple=True)
-    first, calls = given(base, inputs)
+    first, calls = layer_calls(base, inputs)
     norm, of_base, of_encoder = final_norm(base), layers_of(base), layers_of(encoder)
 
     def layer(number: int, tuned: bool, before: Tensor) -> Tensor:
         layers = of_encoder if tuned else of_base
-        return called(layers[number], before, calls[number])
+        return run_layer(layers[number], before, calls[number])
 
     cap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)
-    found = np.zeros((len(asked), len(chats)))
+    sums = np.zeros((len(asked), len(chats)))
     for equal, last in walk(first, layer, asked, range(len(asked))):
         chosen = norm(last)[rows, places]
         logits = base.get_output_embeddings()(chosen).float()
         if cap is not None:  # Gemma 2 and its like do it behind the head
             logits = cap * torch.tanh(logits / cap)
-        each = cross_entropy(logits, labels[rows, places], reduction="none")
-        summed = torch.zeros(len(chats), device=base.device).index_add_(0, rows, each)
-        found[equal] = summed.cpu().numpy()
-    return found
+        token_losses = cross_entropy(logits, labels[rows, places], reduction="none")
+        summed = torch.zeros(len(chats), device=base.device).index_add_(0, rows, token_losses)
+        sums[equal] = summed.cpu().numpy()
+    return sums
 
 
 def summary(lost: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
@@ -91,21 +93,23 @@ def summary(lost: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
     """
     depth = (len(lost) - 2) // 2
     by_token, by_answer = (lost, counts), (lost / counts, np.ones_like(counts))
-    drawn = [(means(*each), each[0].sum(1) / each[1].sum()) for each in (by_token, by_answer)]
+    drawn = [
+        (means(*counted), counted[0].sum(1) / counted[1].sum()) for counted in (by_token, by_answer)
+    ]
 
     def moved(place: int, whole: int) -> dict[str, Any]:
-        told, answers = (
+        tokens, answers = (
             {
                 "change": float(exact[place] - exact[whole]),
                 "interval": interval(draws[:, place] - draws[:, whole]),
             }
             for draws, exact in drawn
         )
-        return told | {"by_answer": answers}
+        return tokens | {"by_answer": answers}
 
     layers = [
-        {"layer": each, "in": moved(2 + each, 0), "back": moved(2 + depth + each, 1)}
-        for each in range(depth)
+        {"layer": number, "in": moved(2 + number, 0), "back": moved(2 + depth + number, 1)}
+        for number in range(depth)
     ]
     ends = dict(zip(("base", "encoder"), np.exp(drawn[0][1][:2]).tolist(), strict=True))
     made = {"chats": len(counts), "tokens": int(counts.sum()), "perplexity": ends}

@@ -1,9 +1,8 @@
-"""All patterns in one walk down the layers: what two patterns begin with is computed once.
+"""All patterns in one walk down the layers: their common first layers are computed once.
 
-A pattern chooses for each layer one of two ways: to look both ways or only back, or the layer of
-one model or of another. Patterns are a tree, in which each layer parts those that go one way from
-those that go the other. SmolLM2's 69 patterns of masks are 1,200 runs of a layer in this tree, and
-2,070 one by one.
+A pattern chooses one of two ways for each layer: bidirectional or causal attention, or the layer of
+one model or of another. The patterns form a tree that branches at each layer. SmolLM2's 69 patterns
+of masks are 1,200 runs of a layer in this tree, and 2,070 one by one.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,9 +30,9 @@ def walk(
         yield list(places), before
         return
     for way in (False, True):
-        own = [place for place in places if choices[place][depth] is way]
-        if own:
-            yield from walk(layer(depth, way, before), layer, choices, own, depth + 1)
+        this_way = [place for place in places if choices[place][depth] is way]
+        if this_way:
+            yield from walk(layer(depth, way, before), layer, choices, this_way, depth + 1)
 
 
 @torch.no_grad()
@@ -46,10 +45,10 @@ def states(
     where the first token is kept with `bi.keep_sink`.
     """
     for reading in dict.fromkeys(pattern.first_token for pattern in patterns):
-        places = [place for place, each in enumerate(patterns) if each.first_token == reading]
+        places = [place for place, pattern in enumerate(patterns) if pattern.first_token == reading]
         seen = without_first(inputs) if reading == "removed" else inputs
         choices = [pattern.both for pattern in patterns]
-        yield from _read_alike(model, seen, choices, places, reading == "kept")
+        yield from _states_of_reading(model, seen, choices, places, reading == "kept")
 
 
 def without_first(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -62,7 +61,7 @@ def without_first(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return inputs | {"attention_mask": mask}
 
 
-def _read_alike(
+def _states_of_reading(
     model: PreTrainedModel,
     inputs: dict[str, Tensor],
     choices: Sequence[Choice],
@@ -73,12 +72,12 @@ def _read_alike(
     config = model.config.get_text_config()
     keys = {layered.KEY: [], layered.SINK: keep_sink or layered.keeps_sink(config)}
     with masked(model, bidirectional=True, keys=keys):
-        first, calls = given(model, inputs)
+        first, calls = layer_calls(model, inputs)
         layers, norm = layers_of(model), final_norm(model)
 
         def layer(number: int, both: bool, before: Tensor) -> Tensor:
             setattr(config, layered.KEY, [number] if both else [])
-            return called(layers[number], before, calls[number])
+            return run_layer(layers[number], before, calls[number])
 
         for alike, last in walk(first, layer, choices, places):
             yield from ((place, norm(last)) for place in alike)
@@ -109,8 +108,8 @@ def final_norm(model: PreTrainedModel) -> Any:
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def given(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[Tensor, list[Call]]:
-    """What the model itself gives to its first layer, and beside the states to each of them."""
+def layer_calls(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[Tensor, list[Call]]:
+    """The states before the first layer, and each layer's further arguments, in a plain forward."""
     calls: list[Call] = []
 
     def look(layer: Any, arguments: tuple[Any, ...], keys: dict[str, Any]) -> None:
@@ -125,7 +124,7 @@ def given(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[Tensor, li
     return calls[0][0][0], [(arguments[1:], keys) for arguments, keys in calls]
 
 
-def called(layer: Any, before: Tensor, call: Call) -> Tensor:
+def run_layer(layer: Any, before: Tensor, call: Call) -> Tensor:
     """The states after a layer."""
     arguments, keys = call
     output = layer(before, *arguments, **keys)

@@ -1,1 +1,1 @@
-"""Models loaded, adapted and told apart."""
+"""Models loaded, adapted and identified."""

@@ -37,12 +37,12 @@ def read(folder: Path) -> tuple[dict[str, Any], str]:
     """The front matter and the text of a card; ({}, "") where there is none."""
     path = folder / CARD
     text = read_text(path, METADATA) if path.is_file() else ""
-    found = FRONT.match(text)
+    matched = FRONT.match(text)
     try:
-        front = yaml.safe_load(found[1]) if found else {}
+        front = yaml.safe_load(matched[1]) if matched else {}
     except yaml.YAMLError:
         front = {}
-    return (front if isinstance(front, dict) else {}), text[found.end() if found else 0 :]
+    return (front if isinstance(front, dict) else {}), text[matched.end() if matched else 0 :]
 
 
 def complete(
@@ -63,10 +63,14 @@ def complete(
         "base_model": base if is_hub_id(base) else None,
         "license": config.hub.license or licence_of(base),
         "language": config.hub.language,
-        "datasets": sorted({each.partition(":")[0] for each in datasets if is_hub_id(each)}),
+        "datasets": sorted(
+            {dataset.partition(":")[0] for dataset in datasets if is_hub_id(dataset)}
+        ),
     }
     if results:
-        more["model-index"] = [{"name": folder.name, "results": [dict(each) for each in results]}]
+        more["model-index"] = [
+            {"name": folder.name, "results": [dict(result) for result in results]}
+        ]
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     write(folder, front | more, f"{text}{made}\nMade with {versions}.\n")
 
@@ -74,8 +78,8 @@ def complete(
 def licence_of(name: str) -> str | None:
     """The licence that a local model's card names."""
     folder = expanded(name)
-    found = read(folder)[0].get("license") if folder.is_dir() else None
-    return found if isinstance(found, str) else None
+    licence = read(folder)[0].get("license") if folder.is_dir() else None
+    return licence if isinstance(licence, str) else None
 
 
 def result(
@@ -109,15 +113,15 @@ def generation_results(
 ) -> list[dict[str, Any]]:
     """The results of generation tasks, by each one's main metric, and the perplexity of chats."""
     kind = "text-generation"
-    found = [
+    results = [
         result(kind, name, name, metric, tasks[name][metric], f"{metric} by lm-eval")
         for name, metric in metrics.items()
         if metric in tasks.get(name, {})
     ]
     if perplexity is not None:
         said = "perplexity of held-out answers"
-        found.append(result(kind, "held-out chats", "chats", "perplexity", perplexity, said))
-    return found
+        results.append(result(kind, "held-out chats", "chats", "perplexity", perplexity, said))
+    return results
 
 
 def named(name: str) -> str:

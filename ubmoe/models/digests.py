@@ -1,4 +1,4 @@
-"""What tells a model, a tokenizer or rows of data from others: digests of what is in them.
+"""Digests of contents that identify a model, a tokenizer or rows of data.
 
 Whether work is the same is asked of every byte; a path, a count or a date says nothing.
 """
@@ -13,10 +13,10 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ubmoe.models.tensors import Stream, held
+from ubmoe.models.tensors import Stream
 
 ADAPTERS = ("lora_", "ia3_")  # how peft calls what it adds
-SAMPLED = 1024  # numbers of each weight that tell a model from another
+SAMPLED = 1024  # numbers of each weight that identify a model
 # Of a config: where it was read and by what, and what training switches off for its own time.
 ELSEWHERE = {"_name_or_path", "transformers_version", "use_cache"}
 
@@ -29,7 +29,7 @@ def fingerprint(model: nn.Module) -> str:
     """
     below: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     return fingerprint_of(
-        held(value.flatten())  # some have no dimension
+        Stream.from_tensor(value.flatten())  # some have no dimension
         for name, value in below.base_model.named_parameters()
         if not any(part in name for part in ADAPTERS)
     )
@@ -37,24 +37,24 @@ def fingerprint(model: nn.Module) -> str:
 
 def fingerprint_of(tensors: Iterable[Stream]) -> str:
     """As `fingerprint`, of the tensors of a headless model in the order of its class."""
-    found = hashlib.sha256()
-    for each in tensors:
-        step, seen = max(1, each.shape.numel() // SAMPLED), 0
-        for block in each.blocks():
+    hashed = hashlib.sha256()
+    for tensor in tensors:
+        step, seen = max(1, tensor.shape.numel() // SAMPLED), 0
+        for block in tensor.blocks():
             flat = block.flatten()
             some = flat[-seen % step :: step].to("cpu", torch.bfloat16)
             some = some.clone(memory_format=torch.contiguous_format)  # a single one has any stride
-            found.update(some.view(torch.uint8).numpy().tobytes())
+            hashed.update(some.view(torch.uint8).numpy().tobytes())
             seen += len(flat)
-    return found.hexdigest()
+    return hashed.hexdigest()
 
 
 def resume_key(model: PreTrainedModel, weights: str | None = None) -> dict[str, Any]:
-    """What work on a model depends on: every byte of its weights, and its config without paths.
+    """A model's part of a resume key: its weights to the byte, and its config without paths.
 
     weights: their digest, where it is not of all that the model holds.
     """
-    config = {key: each for key, each in model.config.to_dict().items() if key not in ELSEWHERE}
+    config = {key: value for key, value in model.config.to_dict().items() if key not in ELSEWHERE}
     return {
         "weights": weights or digest(model.named_parameters()),
         "config": json.loads(json.dumps(config, default=str)),
@@ -69,21 +69,21 @@ def digest_of_frozen(model: nn.Module) -> str:
 
 def digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     """sha256 of tensors with their names."""
-    found = hashlib.sha256()
+    hashed = hashlib.sha256()
     for name, value in tensors:
-        found.update(f"{name} {value.dtype}".encode())
+        hashed.update(f"{name} {value.dtype}".encode())
         flat = value.detach().cpu().contiguous().reshape(-1)
-        found.update(flat.view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        hashed.update(flat.view(torch.uint8).numpy().data)
+    return hashed.hexdigest()
 
 
 def digest_of_rows(rows: Iterable[object]) -> str:
     """sha256 of rows of texts and numbers in their order, one held at a time."""
-    found = hashlib.sha256()
+    hashed = hashlib.sha256()
     for row in rows:
         text = repr(row).encode("utf-8", "backslashreplace")
-        found.update(b"%d " % len(text) + text)
-    return found.hexdigest()
+        hashed.update(b"%d " % len(text) + text)
+    return hashed.hexdigest()
 
 
 def digest_of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -150,7 +150,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class File:
-    """What a file says, and where its tensors lie in it."""
+    """A file's metadata, and where its tensors lie in it."""
 
     path: str
     keys: Mapping[str, Any]
@@ -161,7 +161,7 @@ class File:
         return str(self.keys["general.architecture"])
 
     def get(self, key: str, default: Any = None) -> Any:
-        """Of a key below the architecture's name."""
+        """The value of a key below the architecture's name."""
         return self.keys.get(f"{self.architecture}.{key}", default)
 
     def __getitem__(self, key: str) -> Any:
@@ -263,7 +263,7 @@ def _id_of(file: File, name: str) -> int | None:
 
 
 def _rotations(file: File, width: int) -> dict[str, Any]:
-    """What rotates queries and keys, in the config's words."""
+    """The rotary embedding of queries and keys, in the config's words."""
     theta = {"rope_theta": file.get("rope.freq_base", 10000.0)}
     factor = file.get("rope.scaling.factor") or file.get("rope.scale_linear") or 1.0
     kind = file.get("rope.scaling.type", "linear")
@@ -294,7 +294,7 @@ def _by_frequency(file: File, width: int) -> dict[str, Any]:
     Only longrope takes any divisors, for short and long texts, which are the same ones here.
     """
     factors = file.tensors["rope_freqs.weight"].read(reader._mapped(file.path)).tolist()
-    if len(factors) != width // 2 or not all(isfinite(each) and each > 0 for each in factors):
+    if len(factors) != width // 2 or not all(isfinite(factor) and factor > 0 for factor in factors):
         raise ValueError(
             f"a GGUF file whose rope_freqs.weight is no {width // 2} positive numbers; expected a "
             "divisor of each frequency"
@@ -316,20 +316,20 @@ def _of_gemma(file: File, settings: dict[str, Any]) -> dict[str, Any]:
     if isinstance(pattern, int):
         pattern = [bool((number + 1) % pattern) for number in range(layers)]
     wide = layers in LARGE_GEMMAS
-    found: dict[str, Any] = {
+    keys: dict[str, Any] = {
         "sliding_window": file["attention.sliding_window"],
-        "layer_types": ["sliding_attention" if each else "full_attention" for each in pattern],
+        "layer_types": ["sliding_attention" if slides else "full_attention" for slides in pattern],
         "query_pre_attn_scalar": file["embedding_length"] // file["attention.head_count"]
         if wide
         else settings["head_dim"],
     }
     for key, default in (("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0)):
-        found[key] = file.get(key, None if third else default) or None
+        keys[key] = file.get(key, None if third else default) or None
     if third:
         local = {"rope_type": "default", "rope_theta": file.get("rope.freq_base_swa", 10000.0)}
         whole = settings["rope_parameters"]
-        found["rope_parameters"] = {"full_attention": whole, "sliding_attention": local}
-    return found
+        keys["rope_parameters"] = {"full_attention": whole, "sliding_attention": local}
+    return keys
 
 
 def tokenizer_of(path: Path) -> PreTrainedTokenizerBase:
@@ -373,7 +373,7 @@ def tokenizer_of(path: Path) -> PreTrainedTokenizerBase:
         chat_template=file.keys.get("tokenizer.chat_template"),
         add_bos_token=said.get("add_bos_token", first),
         add_eos_token=said.get("add_eos_token", False),
-        **{key: None if each is None else said["tokens"][each] for key, each in special.items()},
+        **{key: None if token is None else said["tokens"][token] for key, token in special.items()},
     )
 
 
@@ -404,12 +404,12 @@ def model_of(path: Path, settings: Any, dtype: torch.dtype, **keys: Any) -> tupl
     processor = kind(config=model.config.to_dict())
     names = get_gguf_hf_weights_map(model, processor)
     blob, missing = reader._mapped(file.path), dict(model.named_parameters())
-    for name, each in file.tensors.items():
+    for name, tensor in file.tensors.items():
         if name == "rope_freqs.weight":
             continue
         if name not in names:
             raise ValueError(f"a GGUF file with a tensor {name}, which {file.architecture} has not")
-        values = torch.tensor(processor.process(weights=each.read(blob), name=name).weights)
+        values = torch.tensor(processor.process(weights=tensor.read(blob), name=name).weights)
         place = missing.pop(names[name])
         if place.shape != values.shape:
             raise ValueError(

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from ubmoe.bidirectional import prove_attention, set_attention, set_layers
 from ubmoe.config import Config, Layers, ModelSection, UserError, error_reason, listed
 from ubmoe.models import gguf, lora, precision
-from ubmoe.models.source import ModelSource, explained
+from ubmoe.models.source import ModelSource, as_user_error
 
 log = logging.getLogger(__name__)
 # How long processes wait for the first one, which may write a large model; the default is minutes.
@@ -27,7 +27,7 @@ def best_device(name: str | None = None) -> torch.device:
 
     Raises UserError for one that is not here.
     """
-    # accelerate counts processes without an accelerator only if it is told that the CPU is meant
+    # accelerate counts processes without an accelerator only where the CPU is asked for
     cpu = name == "cpu" or not torch.accelerator.is_available()
     state = PartialState(cpu=cpu, timeout=PATIENCE)
     if name is None:
@@ -52,7 +52,7 @@ def load_model(
 ) -> PreTrainedModel:
     """The causal LM in eval mode on its device, its attention as asked and proved by a leak test.
 
-    layers: those that look both ways; keep_sink: the first token sees itself alone. `all` and false
+    layers: the bidirectional ones; keep_sink: the first token sees itself alone. `all` and false
     leave what a saved encoder says of itself.
 
     Raises UserError for a missing or broken checkpoint, a model that is not a decoder, tensors that
@@ -67,7 +67,7 @@ def load_model(
         "dtype": torch.float32 if config.adapters else dtype,
         "attn_implementation": config.attn_implementation,
     }
-    with explained(config):
+    with as_user_error(config):
         if source.file is not None:
             model, report = gguf.model_of(source.file, settings, **keys)
         else:
@@ -102,7 +102,7 @@ def load_with_encoder(
     base = load_model(source)
     encoder = load_model(config.model.model_copy(update={"name": path, "revision": None}))
     one, other = (
-        {name: value.shape for name, value in each.named_parameters()} for each in (base, encoder)
+        {name: value.shape for name, value in model.named_parameters()} for model in (base, encoder)
     )
     if one != other:
         raise UserError(
@@ -155,7 +155,7 @@ def refuse_not_finite(broken: list[str], name: str) -> None:
 
 
 def environment(model: PreTrainedModel) -> dict[str, Any]:
-    """What a record says of the loaded model."""
+    """The record's environment of the loaded model."""
     return {
         "model_class": type(model).__name__,
         "parameters": model.num_parameters(),

@@ -71,7 +71,7 @@ def _targets(model: nn.Module, parameters: Iterable[str]) -> list[str]:
     """The linear layers that own the named parameters; by short names, as people write them, where
     these mean no others.
     """
-    linear = {name for name, each in model.named_modules() if isinstance(each, nn.Linear)}
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     targets = {name.rpartition(".")[0] for name in parameters} & linear
     leaves = {name.rpartition(".")[2] for name in targets}
     alike = {name for name in linear if name.rpartition(".")[2] in leaves}
@@ -86,7 +86,7 @@ def save_difference(
     rank: int,
     directory: Path,
 ) -> dict[str, float]:
-    """What tuning changed in linear layers, as an adapter of that rank for the headless base.
+    """The change of linear layers by tuning, as an adapter of that rank for the headless base.
 
     base: its class, with numbers or without. before, after: the tensors that may differ, named as
     in the headless base, of which two are held at once. Of each difference the nearest matrix of
@@ -262,10 +262,12 @@ def _merged(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
 def _untie(model: PreTrainedModel, shared: Tensor) -> bool:
     """Give linear layers that share the embedding's weight one of their own, and say if any did."""
     sharing = [
-        each for each in model.modules() if isinstance(each, nn.Linear) and each.weight is shared
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and module.weight is shared
     ]
-    for each in sharing:
-        each.weight = nn.Parameter(shared.detach().clone(), requires_grad=False)
+    for module in sharing:
+        module.weight = nn.Parameter(shared.detach().clone(), requires_grad=False)
     return bool(sharing)
 
 
@@ -287,12 +289,12 @@ def tie_where_equal(model: PreTrainedModel) -> None:
 
 def _check_whole_weights(model: nn.Module, shapes: dict[str, list[int]]) -> None:
     """Raises ValueError where an adapter brings a weight of another shape: a grown vocabulary's."""
-    own = {name: list(value.shape) for name, value in model.named_parameters()}
+    sizes = {name: list(value.shape) for name, value in model.named_parameters()}
     for name, shape in shapes.items():
         name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        if own.get(name, shape) != shape:
+        if sizes.get(name, shape) != shape:
             raise ValueError(
-                f"it was trained with {name} of {shape}, and the model has {own[name]}; expected "
+                f"it was trained with {name} of {shape}, and the model has {sizes[name]}; expected "
                 "the model that it was trained on"
             )
 
@@ -304,9 +306,12 @@ def check_patterns(model: nn.Module, adapter: Path) -> None:
     ends = [*(settings.get("rank_pattern") or ()), *(settings.get("alpha_pattern") or ())]
     layers = settings.get("layers_pattern") or ()
     patterns = [
-        *(each for each in whole if isinstance(each, str)),
-        *(rf"(.*\.)?({each})$" for each in ends),
-        *(rf".*\.{each}\.(\d+)\." for each in ([layers] if isinstance(layers, str) else layers)),
+        *(name for name in whole if isinstance(name, str)),
+        *(rf"(.*\.)?({end})$" for end in ends),
+        *(
+            rf".*\.{pattern}\.(\d+)\."
+            for pattern in ([layers] if isinstance(layers, str) else layers)
+        ),
     ]
     try:
         with limited(SECONDS, MEMORY):

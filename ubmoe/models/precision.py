@@ -33,7 +33,7 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def uses_bfloat16(setting: Setting, device: torch.device) -> bool:
-    """What a key bf16 means on a device."""
+    """Whether a key bf16 means bfloat16 autocast on a device."""
     return has_bfloat16(device) if setting == "auto" else setting
 
 
@@ -51,11 +51,11 @@ def _say_once(device: str) -> None:
 
 
 def weights_dtype(name: str, device: torch.device) -> torch.dtype:
-    """What `model.dtype` means on a device; of `auto`, bfloat16 where the device has it."""
+    """The dtype of `model.dtype` on a device; of `auto`, bfloat16 where the device has it."""
     if name == "auto":
         return torch.bfloat16 if has_bfloat16(device) else torch.float32
-    found: torch.dtype = getattr(torch, name)
-    return found
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 @contextmanager

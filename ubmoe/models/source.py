@@ -34,7 +34,7 @@ AnySection = TypeVar("AnySection", bound=Section)
 
 @dataclass(frozen=True)
 class ModelSource:
-    """What a section `model` names, found and read.
+    """The model that a section `model` names, located and read.
 
     path: the directory or hub id that the libraries load from; of a GGUF file its folder. file: the
     GGUF file, if it is one. settings: the model's config, as it is stored.
@@ -50,7 +50,7 @@ class ModelSource:
         """Resolve a section; the embedded model is built where it is missing. Raises UserError."""
         if isinstance(given, ModelSource):
             return given
-        with explained(given):
+        with as_user_error(given):
             if (file := _gguf_file(given)) is not None:
                 return cls(given, str(file.parent), file, gguf.config_of(file))
             path = _path(given)
@@ -86,7 +86,7 @@ class ModelSource:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's own, with a padding token that the model has. Raises UserError."""
         templates.install()
-        with explained(self.section):
+        with as_user_error(self.section):
             if self.file is not None:
                 tokenizer = gguf.tokenizer_of(self.file)
             else:
@@ -203,7 +203,7 @@ def _check_index(path: Path) -> None:
 
 
 @contextmanager
-def explained(config: ModelSection, kind: str = "a decoder") -> Iterator[None]:
+def as_user_error(config: ModelSection, kind: str = "a decoder") -> Iterator[None]:
     """The libraries' many ways to say that a model cannot be loaded, as one line, and nothing else.
 
     What they say to the user is as it was afterwards.
@@ -252,5 +252,5 @@ def bounded(section: AnySection, context: int, name: str) -> AnySection:
             changes[key] = context
         elif isinstance(value, list) and value and isinstance(value[0], Section):
             numbered = enumerate(value)
-            changes[key] = [bounded(each, context, f"{name}.{key}.{n}") for n, each in numbered]
+            changes[key] = [bounded(item, context, f"{name}.{key}.{n}") for n, item in numbered]
     return section.model_copy(update=changes)

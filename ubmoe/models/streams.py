@@ -27,8 +27,8 @@ from transformers.utils.hub import get_checkpoint_shard_files
 from ubmoe.config import ModelSection
 from ubmoe.models.digests import fingerprint_of
 from ubmoe.models.loading import check_layers, load_model
-from ubmoe.models.source import ModelSource, explained
-from ubmoe.models.tensors import Stream, held, stored
+from ubmoe.models.source import ModelSource, as_user_error
+from ubmoe.models.tensors import Stream
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Weights:
         return self.model.config
 
     def shapes(self) -> dict[str, torch.Size]:
-        """Of everything that the class has, by name, a tied head with it."""
+        """The shape of every tensor of the class, by name, a tied head included."""
         return {name: value.shape for name, value in self.model.state_dict().items()}
 
     def inner(self) -> Iterator[tuple[str, Stream]]:
@@ -66,31 +66,33 @@ class Weights:
 
 
 def open_weights(given: ModelSection | ModelSource, dtype: torch.dtype | None) -> Weights:
-    """What `load_model` would load, as tensors of a dtype; None: that of the model's own files.
+    """The weights that `load_model` would load, in a dtype; None: that of the model's own files.
 
     Raises UserError as it does, except for numbers that are not finite: none is read yet.
     """
     source = ModelSource.of(given)
     config, settings = source.section, source.decoder_settings()
-    found = None
+    weights = None
     if not config.adapters and source.file is None:
-        with explained(config):
-            found = _plain(source, settings)
-    if found is None:
+        with as_user_error(config):
+            weights = _plain(source, settings)
+    if weights is None:
         log.info("%s: loaded whole, since it is not stored tensor by tensor", config.name)
         return of_model(load_model(config.model_copy(update={"device": "cpu"})), config.name, dtype)
-    model, tensors, others = found
+    model, tensors, others = weights
     check_layers(settings, others, config.name)
-    own = dtype or settings.dtype or next(iter(tensors.values())).dtype
-    cast = {name: each.to(own) for name, each in tensors.items()}
-    return Weights(config.name, model, own, cast)
+    target = dtype or settings.dtype or next(iter(tensors.values())).dtype
+    cast = {name: tensor.to(target) for name, tensor in tensors.items()}
+    return Weights(config.name, model, target, cast)
 
 
 def of_model(model: PreTrainedModel, name: str, dtype: torch.dtype | None = None) -> Weights:
     """The tensors of a model that is in memory; None: of its own dtype."""
-    own: Any = dtype or model.dtype
-    tensors = {key: held(value).to(own) for key, value in model.state_dict().items()}
-    return Weights(name, model, own, _untied(model, tensors))
+    target: Any = dtype or model.dtype
+    tensors = {
+        key: Stream.from_tensor(value).to(target) for key, value in model.state_dict().items()
+    }
+    return Weights(name, model, target, _untied(model, tensors))
 
 
 def shaped(settings: Any) -> Any:
@@ -112,27 +114,27 @@ def _plain(
     ):
         return None
     try:
-        found: dict[str, Stream] = {}
+        streams: dict[str, Stream] = {}
         for file in _files(path, revision):
-            found |= stored(Path(file))
+            streams |= Stream.from_file(Path(file))
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # whoever loads it says what is wrong
     model = shaped(settings)
     wanted = _untied(model, model.state_dict())
-    shapes = {name: each.shape for name, each in found.items() if name in wanted}
+    shapes = {name: stream.shape for name, stream in streams.items() if name in wanted}
     tied = model.state_dict().keys() - wanted.keys()
-    if shapes != {name: value.shape for name, value in wanted.items()} or tied & found.keys():
+    if shapes != {name: value.shape for name, value in wanted.items()} or tied & streams.keys():
         return None
     with suppress(OSError):  # where it has none, the class has made one of its config
-        told = revision or "main"
-        model.generation_config = GenerationConfig.from_pretrained(path, revision=told)
-    return model, {name: found[name] for name in wanted}, found.keys() - wanted.keys()
+        named = revision or "main"
+        model.generation_config = GenerationConfig.from_pretrained(path, revision=named)
+    return model, {name: streams[name] for name in wanted}, streams.keys() - wanted.keys()
 
 
 def _untied(model: PreTrainedModel, tensors: dict[str, Any]) -> dict[str, Any]:
     """Without the head, where it is the embedding."""
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    return {name: each for name, each in tensors.items() if name not in tied}
+    return {name: tensor for name, tensor in tensors.items() if name not in tied}
 
 
 def _files(path: str, revision: str | None) -> list[str]:

@@ -45,41 +45,41 @@ class Stream:
 
     def to(self, dtype: torch.dtype) -> "Stream":
         """Cast block by block."""
-        return Stream(self.shape, dtype, lambda: (each.to(dtype) for each in self.blocks()))
+        return Stream(self.shape, dtype, lambda: (block.to(dtype) for block in self.blocks()))
 
     def whole(self) -> Tensor:
-        """All of it, held."""
-        found, start = torch.empty(self.shape, dtype=self.dtype), 0
+        """The whole tensor, in memory."""
+        filled, start = torch.empty(self.shape, dtype=self.dtype), 0
         for block in self.blocks():
-            found[start : start + len(block)] = block
+            filled[start : start + len(block)] = block
             start += len(block)
-        return found
+        return filled
 
+    @classmethod
+    def from_tensor(cls, value: Tensor) -> "Stream":
+        """The stream of a tensor in memory, on its device."""
+        value = value.detach()
+        return cls(value.shape, value.dtype, lambda: (value[rows] for rows in _rows(value.shape)))
 
-def held(value: Tensor) -> Stream:
-    """Of a tensor that is in memory, on its device."""
-    value = value.detach()
-    return Stream(value.shape, value.dtype, lambda: (value[rows] for rows in _rows(value.shape)))
+    @classmethod
+    def from_file(cls, path: Path) -> "dict[str, Stream]":
+        """The floating-point tensors of a safetensors file, by name.
 
-
-def stored(path: Path) -> dict[str, Stream]:
-    """The tensors of floating point in a safetensors file, by name.
-
-    Raises SafetensorError or OSError for what is no such file.
-    """
-    with safe_open(path, "pt"):  # the library checks all that the header says
-        pass
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(LENGTH), "little")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    found = {}
-    for name, each in header.items():
-        shape, dtype = torch.Size(each["shape"]), DTYPES.get(each["dtype"])
-        if shape and dtype is not None:
-            start = LENGTH + length + each["data_offsets"][0]
-            found[name] = Stream(shape, dtype, partial(_read, path, start, shape, dtype))
-    return found
+        Raises SafetensorError or OSError for any other file.
+        """
+        with safe_open(path, "pt"):  # the library checks all that the header says
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(LENGTH), "little")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        streams = {}
+        for name, entry in header.items():
+            shape, dtype = torch.Size(entry["shape"]), DTYPES.get(entry["dtype"])
+            if shape and dtype is not None:
+                start = LENGTH + length + entry["data_offsets"][0]
+                streams[name] = cls(shape, dtype, partial(_read, path, start, shape, dtype))
+        return streams
 
 
 def _read(path: Path, start: int, shape: torch.Size, dtype: torch.dtype) -> Iterator[Tensor]:
@@ -114,10 +114,10 @@ def write_file(tensors: dict[str, Stream], path: Path) -> None:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in order:
-        each, start = tensors[name], end
-        end += each.nbytes
-        places = {"shape": list(each.shape), "data_offsets": [start, end]}
-        header[name] = {"dtype": NAMES[each.dtype], **places}
+        tensor, start = tensors[name], end
+        end += tensor.nbytes
+        places = {"shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": NAMES[tensor.dtype], **places}
     with path.open("wb") as file:
         file.write(_with_length(header))
         for name in order:
@@ -156,8 +156,8 @@ def write_model(groups: dict[str, dict[str, Stream]], folder: Path, shard: str =
     places: dict[str, str] = {}
     for group, tensors in groups.items():
         shapes = {
-            name: torch.empty(each.shape, dtype=each.dtype, device="meta")
-            for name, each in tensors.items()
+            name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+            for name, tensor in tensors.items()
         }
         pattern = f"model-{group}{{suffix}}.safetensors" if group else "model{suffix}.safetensors"
         split = split_torch_state_dict_into_shards(
@@ -167,7 +167,7 @@ def write_model(groups: dict[str, dict[str, Stream]], folder: Path, shard: str =
             write_file({name: tensors[name] for name in names}, folder / file)
         places |= split.tensor_to_filename
     if set(places.values()) != {"model.safetensors"}:
-        size = sum(each.nbytes for tensors in groups.values() for each in tensors.values())
+        size = sum(tensor.nbytes for tensors in groups.values() for tensor in tensors.values())
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
         path = folder / "model.safetensors.index.json"
         path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

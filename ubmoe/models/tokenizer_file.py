@@ -30,15 +30,15 @@ def alike(one: Tokenizer, other: Tokenizer) -> bool:
     The pieces are compared, too: on so few words a vocabulary may have no merge that shows which
     way a text was split.
     """
-    for each in (one, other):  # of the call before, or of the file
-        each.no_truncation()
-        each.no_padding()
+    for tokenizer in (one, other):  # of the call before, or of the file
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
     added = islice(other.get_added_tokens_decoder().values(), ADDED)
-    around = [f"a {each.content} b{each.content}c" for each in added]
+    around = [f"a {token.content} b{token.content}c" for token in added]
     for text in (*PROBES, *around):
         if _pieces(one, text) != _pieces(other, text):
             return False
-        ids, others = (each.encode(text).ids for each in (one, other))
+        ids, others = (tokenizer.encode(text).ids for tokenizer in (one, other))
         if ids != others or one.decode(ids) != other.decode(ids):
             return False
     return getattr(one.model, "ignore_merges", None) == getattr(other.model, "ignore_merges", None)
@@ -67,15 +67,17 @@ def as_stored(
     )
     if file is None:
         return tokenizer  # of a kind that has none: nothing says otherwise
-    own = Tokenizer.from_file(file)
-    if tokenizer.is_fast and alike(tokenizer.backend_tokenizer, own):
+    as_written = Tokenizer.from_file(file)
+    if tokenizer.is_fast and alike(tokenizer.backend_tokenizer, as_written):
         return tokenizer
     names = {key: getattr(tokenizer, key) for key in NAMED}
-    named = {key: each for key, each in names.items() if own.token_to_id(str(each)) is not None}
+    named = {
+        key: name for key, name in names.items() if as_written.token_to_id(str(name)) is not None
+    }
     again: Any = PreTrainedTokenizerFast.from_pretrained(path, **keys, **named)
     again.padding_side = tokenizer.padding_side
     again.model_max_length = tokenizer.model_max_length
-    if not alike(again.backend_tokenizer, own):
+    if not alike(again.backend_tokenizer, as_written):
         raise ValueError(
             "beside its tokenizer_config.json its tokenizer.json gives other tokens than alone; "
             "expected them to agree"

@@ -56,10 +56,17 @@ class Distillation(Dataset[tuple[Chat, str]]):
         """The sentences, and what of the encoder decides their vectors beside its weights."""
         encoder: Any = self.encoder
         _, *after = encoder  # the pooling, and perhaps a whitening
-        pooling = [[each.get_config_dict(), digest(each.state_dict().items())] for each in after]
+        pooling = [
+            [module.get_config_dict(), digest(module.state_dict().items())] for module in after
+        ]
         tokenizer = digest_of_tokenizer(encoder.tokenizer)
-        own = [encoder.max_seq_length, rendered(encoder, "text"), own_prompt(encoder), tokenizer]
-        return [own, pooling, self.bidirectional, *self.sentences]
+        reading = [
+            encoder.max_seq_length,
+            rendered(encoder, "text"),
+            own_prompt(encoder),
+            tokenizer,
+        ]
+        return [reading, pooling, self.bidirectional, *self.sentences]
 
     def collated(self, rows: list[tuple[Chat, str]]) -> dict[str, Any]:
         """The chats as `collate` gives them, and the sentences as the encoder reads them."""
@@ -77,5 +84,5 @@ class Distillation(Dataset[tuple[Chat, str]]):
             with torch.no_grad(), route_of(self.model, "bi"):
                 target = self.encoder(dict(features))["sentence_embedding"]
             embedding = self.encoder(dict(features))["sentence_embedding"]
-        embedding, target = (each.float() - self.centre for each in (embedding, target))
+        embedding, target = (vectors.float() - self.centre for vectors in (embedding, target))
         return (1 - cosine_similarity(embedding, target)).mean()

@@ -139,7 +139,7 @@ def save_adapter(
         config.is_causal = True  # what is not in config.json cannot be switched
         save_configs(uni, bi, config, folder)
         before, after = (
-            {name: each for name, each in weights.inner() if ".mlp." in name}
+            {name: tensor for name, tensor in weights.inner() if ".mlp." in name}
             for weights in (uni, bi)
         )
         report.update(lora.save_difference(uni.model, before, after, rank, folder / ADAPTER))
@@ -160,15 +160,18 @@ def _finish(
     card: str,
     more: dict[str, Any] | None = None,
 ) -> None:
-    """What is beside the weights: tokenizer, the encoder's form with its switch, the card."""
+    """Write the files beside the weights: tokenizer, the encoder's form and switch, the card."""
     tokenizer.save_pretrained(folder)
     modules = read_json(encoder / MODULES)
-    for name in {*FORM_FILES, *(each["path"] for each in modules[1:])}:  # a whitening is a third
+    for name in {
+        *FORM_FILES,
+        *(module["path"] for module in modules[1:]),
+    }:  # a whitening is a third
         put = shutil.copytree if (encoder / name).is_dir() else shutil.copy
         put(encoder / name, folder / name)  # type: ignore[operator]
-    own = {"is_causal": encoder_attention(encoder) == "causal"}
+    mask = {"is_causal": encoder_attention(encoder) == "causal"}
     form = read_json(encoder / FORM)
-    form |= {"config_kwargs": own | switch} | (more or {})
+    form |= {"config_kwargs": mask | switch} | (more or {})
     (folder / FORM).write_text(json.dumps(form, indent=4, ensure_ascii=False), encoding="utf-8")
     if modules[0]["type"].startswith("ubmoe."):
         card += OWN_MODULE

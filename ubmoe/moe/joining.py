@@ -27,7 +27,7 @@ from ubmoe.files import replace
 from ubmoe.models.loading import is_finite, load_model, refuse_not_finite
 from ubmoe.models.source import ModelSource
 from ubmoe.models.streams import Weights, of_model, shaped
-from ubmoe.models.tensors import SHARD, Stream, held, write_file, write_model
+from ubmoe.models.tensors import SHARD, Stream, write_file, write_model
 from ubmoe.moe.routers import router_weights
 from ubmoe.moe.routes import BI, UNI, blocks, route_of, set_route
 
@@ -85,12 +85,14 @@ def save_configs(uni: Weights, bi: Weights, config: Any, folder: Path) -> None:
 def expert(dense: Weights, number: int) -> dict[str, Stream]:
     """The FFNs of a dense model, named as an expert of its mixture."""
     ffn = _parted(dense.tensors)[0]
-    return {name.replace(".mlp.", f".mlp.experts.{number}."): each for name, each in ffn.items()}
+    return {
+        name.replace(".mlp.", f".mlp.experts.{number}."): tensor for name, tensor in ffn.items()
+    }
 
 
 def zero_routers(dense: Weights, rows: int, dtype: torch.dtype) -> dict[str, Stream]:
     """Routers to so many experts."""
-    still = held(torch.zeros(rows, dense.config.hidden_size, dtype=dtype))
+    still = Stream.from_tensor(torch.zeros(rows, dense.config.hidden_size, dtype=dtype))
     return {f"{layer}.gate.weight": still for layer in _layers(dense)}
 
 
@@ -103,7 +105,7 @@ def zero_expert(dense: Weights, config: Any) -> dict[str, Stream]:
     parts = {f"shared_expert.{name}": still(size, width) for name in PROJECTIONS}
     parts |= {"shared_expert.down_proj": still(width, size), "shared_expert_gate": still(1, width)}
     return {
-        f"{layer}.{name}.weight": held(value)
+        f"{layer}.{name}.weight": Stream.from_tensor(value)
         for layer in _layers(dense)
         for name, value in parts.items()
     }
@@ -117,7 +119,7 @@ def save_routers(model: PreTrainedModel, folder: Path) -> None:
     """The routers of a mixture anew, beside its other tensors, which are as `write_mixture` left
     them.
     """
-    tensors = {name: held(value) for name, value in router_weights(model).items()}
+    tensors = {name: Stream.from_tensor(value) for name, value in router_weights(model).items()}
     replace(folder / f"model-{ROUTERS}.safetensors", lambda path: write_file(tensors, path))
 
 
@@ -160,8 +162,10 @@ def _with_head(inner: Any, dense: Weights) -> Weights:
     from `dense`.
     """
     prefix = dense.model.base_model_prefix
-    tensors = {f"{prefix}.{name}": held(value) for name, value in inner.state_dict().items()}
-    tensors = {name: tensors.get(name, each) for name, each in dense.tensors.items()}
+    tensors = {
+        f"{prefix}.{name}": Stream.from_tensor(value) for name, value in inner.state_dict().items()
+    }
+    tensors = {name: tensors.get(name, tensor) for name, tensor in dense.tensors.items()}
     return Weights("ubmoe.bi", shaped(inner.config), dense.dtype, tensors)
 
 
@@ -174,7 +178,7 @@ def share_mask(bi: Any, mixture: Any) -> None:
 
 def _in_its_dtype(gate: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """A float32 router reads bfloat16 states; a loader casts it, and needs no help."""
-    return tuple(each.to(gate.weight.dtype) for each in inputs)
+    return tuple(input.to(gate.weight.dtype) for input in inputs)
 
 
 def mixture_config(dense: Any, top_k: int, experts: int = 2) -> Any:
@@ -242,10 +246,10 @@ def check_alike(uni: Weights, bi: Weights) -> None:
 
     Their numbers are read once, block by block.
     """
-    for word, each in (("model.name", uni), ("ubmoe.bi", bi)):
-        if each.config.model_type not in MIXTURES:
+    for word, side in (("model.name", uni), ("ubmoe.bi", bi)):
+        if side.config.model_type not in MIXTURES:
             raise UserError(
-                f"{word}: {each.model.name_or_path} is {each.config.model_type}; expected one of "
+                f"{word}: {side.model.name_or_path} is {side.config.model_type}; expected one of "
                 f"{', '.join(MIXTURES)}, of which a stock mixture of experts is known"
             )
     _check_same(uni, bi, lambda config: mixture_config(config, 1).to_dict())
@@ -271,8 +275,8 @@ def _check_same(uni: Weights, bi: Weights, settings: Callable[[Any], dict[str, A
         raise UserError(f"ubmoe.bi: other shapes than model.name in {listed(shapes)}")
     given = settings(bi.config)
     other = [key for key, value in settings(uni.config).items() if value != given.get(key)]
-    if own := [key for key in other if key not in FREE]:
-        raise UserError(f"ubmoe.bi: another {listed(own)} than model.name; expected the same")
+    if extra := [key for key in other if key not in FREE]:
+        raise UserError(f"ubmoe.bi: another {listed(extra)} than model.name; expected the same")
 
 
 def _check_numbers(uni: Weights, bi: Weights) -> None:
@@ -281,9 +285,9 @@ def _check_numbers(uni: Weights, bi: Weights) -> None:
     differ = set()
     for name, stream in uni.tensors.items():
         for ours, theirs in zip(stream.blocks(), bi.tensors[name].blocks(), strict=True):
-            for each, block in ((uni, ours), (bi, theirs)):
+            for model, block in ((uni, ours), (bi, theirs)):
                 if not is_finite(block):
-                    broken[each.name].add(name)
+                    broken[model.name].add(name)
             if ".mlp." not in name and not torch.equal(ours, theirs):
                 differ.add(name)
     for where, names in broken.items():
@@ -300,9 +304,9 @@ def _lost(dense: Weights) -> list[str]:
     """Tensors that the mixture would drop, or would have and the dense model lacks."""
     mixture = shaped(mixture_config(dense.config, 1))
     rest = set(_parted(mixture.state_dict())[1])
-    ffn, own = _parted(dense.shapes())
+    ffn, others = _parted(dense.shapes())
     names = tuple(f".mlp.{name}.weight" for name in PROJECTIONS)
-    return sorted((rest ^ set(own)) | {name for name in ffn if not name.endswith(names)})
+    return sorted((rest ^ set(others)) | {name for name in ffn if not name.endswith(names)})
 
 
 def _parted(weights: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -31,7 +31,7 @@ from ubmoe.moe.export import encoder_attention
 from ubmoe.moe.joining import check_alike, check_joins, check_pair, load_mixture
 from ubmoe.moe.routes import route_of
 from ubmoe.similarity import sections
-from ubmoe.training.checkpoints import Work
+from ubmoe.training.checkpoints import StageRun
 
 log = logging.getLogger(__name__)
 
@@ -126,12 +126,12 @@ def train(config: Config, inputs: Inputs, model: PreTrainedModel) -> dict[str, A
         return {}
     report = routers.start(model, config.ubmoe, inputs.chats, inputs.held_out, config.seed)
     directory, resume = Path(config.output_dir) / "routers", config.resume == "auto"
-    work = Work(directory, config.seed, resume, distributed=config.distributed)
+    stage_run = StageRun(directory, config.seed, resume, distributed=config.distributed)
     distillation = None
     if config.ubmoe.objective == "both":
         encoder, bidirectional = encoder_of(inputs, model), inputs.attention == "bidirectional"
         distillation = Distillation(inputs.chats, inputs.sentences, encoder, model, bidirectional)
-    log = router_training.train(model, config.ubmoe, inputs.chats, work, distillation)
+    log = router_training.train(model, config.ubmoe, inputs.chats, stage_run, distillation)
     shares = routers.shares_by_role(model, inputs.held_out)
     return report | {"log": log, "bi_weight_by_role": shares, "counts": inputs.counts}
 

@@ -22,10 +22,10 @@ from ubmoe.models.digests import digest_of_frozen, digest_of_rows, resume_key
 from ubmoe.models.precision import uses_bfloat16
 from ubmoe.moe import routers, routes
 from ubmoe.moe.distillation import Distillation
-from ubmoe.training.checkpoints import Work
+from ubmoe.training.checkpoints import StageRun
 from ubmoe.training.losses import mean_loss, predictions
 from ubmoe.training.sharding import sharding
-from ubmoe.training.trainer import GuardedTrainer, enough_rows, run_trainer
+from ubmoe.training.trainer import GuardedTrainer, check_enough_rows, run_trainer
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ def train(
     model: PreTrainedModel,
     settings: MoeSection,
     chats: list[Chat],
-    work: Work,
+    stage_run: StageRun,
     distillation: Distillation | None = None,
 ) -> list[dict[str, Any]]:
     """Train every router of the mixture in place, and nothing else; returns the log.
@@ -136,22 +136,22 @@ def train(
         raise UserError(f"model.name: {model.name_or_path} is no mixture of two experts")
     if settings.max_steps == 0:
         return []
-    enough_rows(len(chats), settings, "ubmoe.dataset")
+    check_enough_rows(len(chats), settings, "ubmoe.dataset")
     log.info("%d chats; routers of %d layers train", len(chats), len(routes.blocks(model)))
     model.requires_grad_(False)
     for value in routers.router_weights(model).values():
         value.requires_grad = True
-    mark = resume_key(model, digest_of_frozen(model)) | {"data": _digest(chats, distillation)}
+    key = resume_key(model, digest_of_frozen(model)) | {"data": _digest(chats, distillation)}
     collated = distillation.collated if distillation else collate
     bf16 = uses_bfloat16(settings.bf16, model.device)
-    with sharding(model, settings, work.distributed, bf16), _watching(model) as watch:
+    with sharding(model, settings, stage_run.distributed, bf16), _watching(model) as watch:
         history = run_trainer(
             partial(RouterTrainer, model, settings, watch, distillation, data_collator=collated),
             settings,
-            work,
+            stage_run,
             distillation or chats,
             model.device,
-            mark=mark,
+            key=key,
             remove_unused_columns=False,
         )
     model.requires_grad_(False).eval()
@@ -159,6 +159,6 @@ def train(
 
 
 def _digest(chats: list[Chat], distillation: Distillation | None) -> str:
-    """Of the chats as tokens, and of the sentences in the form in which the encoder reads them."""
+    """The digest of the chats as tokens, and of the sentences as the encoder reads them."""
     rows: list[object] = [] if distillation is None else distillation.form()
     return digest_of_rows(chain(((chat.ids, chat.answer) for chat in chats), rows))

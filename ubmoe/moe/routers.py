@@ -78,13 +78,13 @@ class _Moments:
 
 @torch.no_grad()
 def bi_share(model: PreTrainedModel, batches: list[Tensor]) -> list[Tensor]:
-    """What each (1, T) text's routers give to bi: (layers, T) probabilities for each text."""
+    """The routers' weight of bi in each (1, T) text: (layers, T) probabilities for each text."""
     shares = []
     for ids in batches:
         output: Any = model.base_model(
             input_ids=ids.to(model.device), use_cache=False, output_router_logits=True
         )
-        logits = torch.stack([each.float() for each in output.router_logits])
+        logits = torch.stack([router_logit.float() for router_logit in output.router_logits])
         shares.append(logits.softmax(-1)[..., BI])
     return shares
 
@@ -114,10 +114,10 @@ def start(
 def shares_by_role(model: PreTrainedModel, chats: list[Chat]) -> list[dict[str, float | None]]:
     """For each layer, the mean weight of bi over the tokens of each role; None without such."""
     shares = torch.cat(bi_share(model, [torch.tensor([chat.ids]) for chat in chats]), dim=1)
-    found = shares.cpu().double().numpy()
+    weights = shares.cpu().double().numpy()
     roles = np.array([role for chat in chats for role in chat.roles])
     places = {role: roles == role for role in ROLES}
     return [
         {role: float(layer[at].mean()) if at.any() else None for role, at in places.items()}
-        for layer in found
+        for layer in weights
     ]

@@ -32,7 +32,7 @@ def is_mixture(model: PreTrainedModel) -> bool:
     """Whether every layer holds exactly a uni and a bi expert."""
     layers: Any = getattr(model.base_model, "layers", None)  # none under other families' names
     experts = (getattr(getattr(layer, "mlp", None), "experts", None) for layer in layers or [None])
-    return all(getattr(each, "num_experts", 0) == 2 for each in experts)
+    return all(getattr(expert, "num_experts", 0) == 2 for expert in experts)
 
 
 def set_route(model: PreTrainedModel, route: Route) -> None:

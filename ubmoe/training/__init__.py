@@ -1,1 +1,1 @@
-"""What every training run shares."""
+"""Shared by every training run: trainers, checkpoints, sharding, losses."""

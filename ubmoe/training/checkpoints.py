@@ -1,7 +1,7 @@
-"""Checkpoints of a training run: what trains, by name, and the marks that say of which run.
+"""Checkpoints of a training run: the trainable weights by name, and the run's resume key.
 
 What is frozen is already on disk where it came from, so it is in no checkpoint. A manifest, written
-last, has a digest of every file: a checkpoint is gone on from if each is as it was written.
+last, has a digest of every file: a run resumes from a checkpoint only if every file is unchanged.
 """
 
 import json
@@ -39,13 +39,16 @@ log = logging.getLogger(__name__)
 WEIGHTS, STATE, MANIFEST = "trainable.safetensors", "trainer_state.json", "manifest.json"
 NEEDED = (WEIGHTS, "optimizer.pt", "scheduler.pt", STATE)
 FILES = (*NEEDED, "rng_state*.pth", MANIFEST, f".{MANIFEST}*")
-BROKEN = ("PytorchStreamReader", "mmap can only be used")  # how torch says it of its own files
+BROKEN = (
+    "PytorchStreamReader",
+    "mmap can only be used",
+)  # torch's messages for its own damaged files
 STAGE, CHECKPOINT = "stage.json", "checkpoint-"
 NAME = re.compile(rf"{CHECKPOINT}(\d+)", re.ASCII)
 
 
 @dataclass(frozen=True)
-class Work:
+class StageRun:
     """Where a stage keeps its checkpoints, its seed, and the stages that it stands on.
 
     given: settings besides the stage's own that its weights depend on. distributed: the key.
@@ -59,33 +62,33 @@ class Work:
     distributed: str = "ddp"
 
 
-def begin(stage: TrainingSection, work: Work, model: nn.Module, **mark: Any) -> Path | None:
+def begin(stage: TrainingSection, stage_run: StageRun, model: nn.Module, **key: Any) -> Path | None:
     """The checkpoint to go on from: of the same run, stage, data and earlier stages, or none.
 
-    mark: digests of the data and of the weights that the stage starts from, and what else tells
-    its run from others. Checkpoints of another run are removed, so that nothing later can take
-    them for this one's; the log says in what that run was another. Raises UserError for what is
+    key: digests of the data and of the weights that the stage starts from, and whatever else
+    distinguishes its run. Checkpoints of another run are removed, so that nothing later can take
+    them for this one's; the log names the keys that differ. Raises UserError for what is
     not ours and would be removed.
     """
-    directory, state = work.directory, PartialState()
-    stages = [deciding_weights(each) for each in (*work.before, stage)]
-    mark |= {"stages": stages, "seed": work.seed, "given": work.given}
-    path, text = directory / STAGE, json.dumps(mark, indent=1)
+    directory, state = stage_run.directory, PartialState()
+    stages = [deciding_weights(settings) for settings in (*stage_run.before, stage)]
+    key |= {"stages": stages, "seed": stage_run.seed, "given": stage_run.given}
+    path, text = directory / STAGE, json.dumps(key, indent=1)
     owned.check_within(directory, STAGE, f"{CHECKPOINT}[0-9]*")
-    before = _mark_in(path)
+    before = _resume_key_in(path)
     other = None if before is None else unlike(before, json.loads(text))
     state.wait_for_everyone()
-    if not (work.resume and other == []) and state.is_main_process:
-        path.unlink(missing_ok=True)  # first: what is left of a checkpoint must not have a mark
+    if not (stage_run.resume and other == []) and state.is_main_process:
+        path.unlink(missing_ok=True)  # first: half a checkpoint must not have a resume key
         owned.remove(*_checkpoints(directory))
         owned.claim(directory, STAGE)
         path.write_text(text)
     state.wait_for_everyone()
-    if work.resume and other == []:
+    if stage_run.resume and other == []:
         return newest_checkpoint(directory, model)
-    if work.resume and other is None:
+    if stage_run.resume and other is None:
         log.info("%s: no checkpoint of this run; starting afresh", directory)
-    elif work.resume and other:
+    elif stage_run.resume and other:
         log.info("%s: of another run (other %s); starting afresh", directory, listed(other))
     return None
 
@@ -93,19 +96,19 @@ def begin(stage: TrainingSection, work: Work, model: nn.Module, **mark: Any) -> 
 def withdraw(directory: Path) -> None:
     """Undo what `begin` has made for a stage of which nothing was trained."""
     (directory / STAGE).unlink(missing_ok=True)
-    if [each.name for each in directory.iterdir()] == [owned.MARK]:
+    if [file.name for file in directory.iterdir()] == [owned.MARK]:
         owned.remove(directory)
         with suppress(OSError):  # other stages are in it
             directory.parent.rmdir()
 
 
-def _mark_in(path: Path) -> dict[str, Any] | None:
-    """The mark of an earlier run; none where there is none, or only half of one."""
+def _resume_key_in(path: Path) -> dict[str, Any] | None:
+    """The resume key of an earlier run; None where there is none, or only half of one."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        key = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return key if isinstance(key, dict) else None
 
 
 def _checkpoints(directory: Path) -> list[Path]:
@@ -133,11 +136,11 @@ def newest_checkpoint(directory: Path, model: nn.Module) -> Path | None:
 
 
 def _flaw(checkpoint: Path, model: nn.Module) -> str | None:
-    """What is wrong with a checkpoint; None if nothing is."""
+    """The reason why a checkpoint cannot be used; None if it can."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         files = {str(name): str(digest) for name, digest in manifest["files"].items()}
-        run, made_at, processes = (manifest[each] for each in ("run", "step", "processes"))
+        run, made_at, processes = (manifest[name] for name in ("run", "step", "processes"))
         if not (isinstance(processes, int) and 0 < processes <= len(files)):
             raise ValueError("no number of processes")
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
@@ -170,14 +173,14 @@ def _flaw(checkpoint: Path, model: nn.Module) -> str | None:
 
 
 def _misfit(model: nn.Module, saved: Any) -> str | None:
-    """In what the saved weights are not those of the model that train."""
-    own = {name: (list(value.shape), value.dtype) for name, value in trainable(model).items()}
+    """How the saved weights differ from the model's trainable ones; None if they do not."""
+    expected = {name: (list(value.shape), value.dtype) for name, value in trainable(model).items()}
     there = {name: saved.get_slice(name) for name in saved.keys()}  # noqa: SIM118
-    if own.keys() != there.keys():
+    if expected.keys() != there.keys():
         return "of other modules"
-    for name, (shape, dtype) in own.items():
-        found = there[name]
-        if (found.get_shape(), DTYPES.get(found.get_dtype())) != (shape, dtype):
+    for name, (shape, dtype) in expected.items():
+        tensor = there[name]
+        if (tensor.get_shape(), DTYPES.get(tensor.get_dtype())) != (shape, dtype):
             return f"{name} has another shape or dtype than in the model"
     return None
 
@@ -192,7 +195,7 @@ def start_checkpoint(path: Path) -> None:
 def finish_checkpoint(path: Path, kept: int) -> None:
     """Write its manifest, from which on it counts; then remove older ones, so that `kept` stay."""
     step = int(path.name.removeprefix(CHECKPOINT))
-    files = {each.name: digest_of_file(each) for each in sorted(path.iterdir()) if each.suffix}
+    files = {file.name: digest_of_file(file) for file in sorted(path.iterdir()) if file.suffix}
     manifest = {"run": digest_of_file(path.parent / STAGE), "step": step}
     write_json(
         path / MANIFEST, manifest | {"processes": PartialState().num_processes, "files": files}
@@ -223,7 +226,7 @@ def save_trainable(model: nn.Module, folder: Path) -> None:
 
 @contextmanager
 def readable(checkpoint: Path | str | None) -> Iterator[None]:
-    """Around reading one: what the libraries say of it, damaged or with code in it, as one line.
+    """Around reading one: the libraries' errors, for damage or code in it, as one line.
 
     They read with `weights_only`, so that nothing in it is called.
     """
@@ -233,7 +236,9 @@ def readable(checkpoint: Path | str | None) -> Iterator[None]:
     except UserError:
         raise
     except (UnpicklingError, SafetensorError, EOFError, RuntimeError, *odd) as error:
-        broken = isinstance(error, RecursionError) or any(each in str(error) for each in BROKEN)
+        broken = isinstance(error, RecursionError) or any(
+            message in str(error) for message in BROKEN
+        )
         if isinstance(error, RuntimeError) and not broken:
             raise
         raise UserError(
@@ -260,7 +265,7 @@ def check_states(checkpoint: Path, saved: Any, optimizer: Optimizer) -> None:
     """
 
     def groups(state: dict[str, Any]) -> list[tuple[Any, set[str]]]:
-        return [(each["params"], set(each)) for each in state["param_groups"]]
+        return [(group["params"], set(group)) for group in state["param_groups"]]
 
     weights = [value for group in optimizer.param_groups for value in group["params"]]
     adam = isinstance(getattr(optimizer, "optimizer", optimizer), torch.optim.Adam)

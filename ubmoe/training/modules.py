@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, set_seed
 from ubmoe.config import StageSection, UserError
 from ubmoe.models import lora
 from ubmoe.models.precision import training_dtypes, uses_bfloat16
-from ubmoe.training.checkpoints import Work
+from ubmoe.training.checkpoints import StageRun
 from ubmoe.training.sharding import sharding
 
 log = logging.getLogger(__name__)
@@ -36,9 +36,9 @@ def named_by(model: PreTrainedModel, module: str) -> list[str]:
     if module == "all":
         head = model.get_output_embeddings()
         untied = head is not None and head.weight is not embedding
-        found = [name for name in names if not (untied and name.startswith("lm_head."))]
+        chosen = [name for name in names if not (untied and name.startswith("lm_head."))]
     elif module == "embedding":
-        found = [name for name, value in model.named_parameters() if value is embedding]
+        chosen = [name for name, value in model.named_parameters() if value is embedding]
     else:
         module, _, layers = module.partition("@")
         depth = model.config.get_text_config().num_hidden_layers
@@ -46,14 +46,14 @@ def named_by(model: PreTrainedModel, module: str) -> list[str]:
             raise UserError(
                 f"train: {module}@{layers}: expected some of the layers 0 to {depth - 1}"
             )
-        found = [name for name in names if any(part in name for part in MODULES[module])]
-        found = [name for name in found if _is_in(name, layers)]
-    if not found:
+        chosen = [name for name in names if any(part in name for part in MODULES[module])]
+        chosen = [name for name in chosen if _is_in(name, layers)]
+    if not chosen:
         known = sorted({re.sub(r"\.\d+\.", ".N.", name) for name in names})
         raise UserError(
             f"train: {type(model).__name__} has no {module} module; it has {', '.join(known)[:300]}"
         )
-    return found
+    return chosen
 
 
 def _is_in(name: str, layers: str) -> bool:
@@ -61,8 +61,8 @@ def _is_in(name: str, layers: str) -> bool:
     if not layers:
         return True
     low, _, high = layers.partition("-")
-    found = re.search(r"\.(\d+)\.", name)
-    return found is not None and int(low) <= int(found[1]) <= int(high or low)
+    number = re.search(r"\.(\d+)\.", name)
+    return number is not None and int(low) <= int(number[1]) <= int(high or low)
 
 
 def train_only(model: PreTrainedModel, modules: Sequence[str]) -> dict[str, int]:
@@ -79,7 +79,9 @@ def train_only(model: PreTrainedModel, modules: Sequence[str]) -> dict[str, int]
 
 
 @contextmanager
-def tuning(model: PreTrainedModel, stage: StageSection, work: Work) -> Iterator[dict[str, int]]:
+def tuning(
+    model: PreTrainedModel, stage: StageSection, stage_run: StageRun
+) -> Iterator[dict[str, int]]:
     """Let the stage's modules train, or adapters on them; yields trainable parameters by module.
 
     Adapters are saved to `<directory>/adapter` and merged when the body has ended well. Afterwards
@@ -88,19 +90,19 @@ def tuning(model: PreTrainedModel, stage: StageSection, work: Work) -> Iterator[
     counts = train_only(model, stage.train)
     wrapped = None
     if stage.lora is not None:
-        set_seed(work.seed)  # a resumed run draws the same first adapters
+        set_seed(stage_run.seed)  # a resumed run draws the same first adapters
         names = [name for module in stage.train for name in named_by(model, module)]
         wrapped = lora.attach(model, names, stage.lora)
         counts = {
             module: _trainable(model, MODULES[module.partition("@")[0]]) for module in stage.train
         }
     bf16 = uses_bfloat16(stage.bf16, model.device)
-    distributed = "ddp" if stage.lora is not None else work.distributed  # adapters are small
+    distributed = "ddp" if stage.lora is not None else stage_run.distributed  # adapters are small
     with sharding(model, stage, distributed, bf16), training_dtypes(model, bf16):
         yield counts
         if wrapped is not None:
             if PartialState().is_main_process:
-                lora.save(wrapped, work.directory / "adapter", len(work.before))
+                lora.save(wrapped, stage_run.directory / "adapter", len(stage_run.before))
             lora.merge(wrapped)
     model.requires_grad_(False).eval()
 
@@ -114,10 +116,10 @@ def _trainable(model: nn.Module, parts: Sequence[str]) -> int:
 
 
 def announce(stage: StageSection, model: PreTrainedModel, report: dict[str, Any]) -> None:
-    """What a stage is about to do, once, for the people who watch it."""
+    """Log what a stage is about to train."""
     kind = "full" if stage.lora is None else f"LoRA, rank {stage.lora.rank}"
     tensors = [value for value in model.parameters() if value.requires_grad]
-    dtypes = {str(each.dtype).removeprefix("torch.") for each in tensors}
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors}
     counts = ", ".join(f"{name} {count:,}" for name, count in report["trainable"].items())
     log.info(
         "stage %s (%s): %d tensors train, %s parameters, %s%s",

@@ -1,4 +1,4 @@
-"""What trains, in parts: each process holds its share of weights, gradients and optimiser state.
+"""Sharded training: each process holds its part of the weights, gradients and optimiser state.
 
 torch's `fully_shard` (FSDP2) over the modules all of whose weights train. What is frozen stays
 whole on every device.
@@ -52,8 +52,8 @@ def sharding(
     mesh, places = init_device_mesh(model.device.type, (count,)), list(_parts(model))
     kept = [getattr(parent, name) for parent, name in places]
     for parent, name in places:
-        setattr(parent, name, _in_parts(getattr(parent, name), mesh, bf16))
-    shared = Together([getattr(parent, name) for parent, name in places])
+        setattr(parent, name, _sharded_copy(getattr(parent, name), mesh, bf16))
+    shared = FSDPRoot([getattr(parent, name) for parent, name in places])
     fully_shard(shared, mesh=mesh)
     shared()
     log.info("fsdp2: %d modules train, in %d parts", len(places), count)
@@ -63,7 +63,7 @@ def sharding(
         setattr(parent, name, module)
 
 
-class Together(nn.Module):
+class FSDPRoot(nn.Module):
     """Makes the modules one FSDP model: called once, it lets them share streams and prefetching.
 
     The language model itself cannot be its root: `fully_shard` would change its class for good.
@@ -89,8 +89,8 @@ def _parts(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 
 def _refuse_shared(model: nn.Module) -> None:
     """Raises UserError for a weight that trains in two modules: each would have its own."""
-    found = model.named_parameters(remove_duplicate=False)
-    uses = Counter(value for _, value in found if value.requires_grad)
+    parameters = model.named_parameters(remove_duplicate=False)
+    uses = Counter(value for _, value in parameters if value.requires_grad)
     if any(count > 1 for count in uses.values()):
         raise UserError(
             "train: the embedding is also the head of this model, and cannot train under "
@@ -98,37 +98,37 @@ def _refuse_shared(model: nn.Module) -> None:
         )
 
 
-def _in_parts(module: nn.Module, mesh: Any, bf16: bool) -> nn.Module:
+def _sharded_copy(module: nn.Module, mesh: Any, bf16: bool) -> nn.Module:
     """A sharded float32 copy; the module itself is emptied.
 
     Under autocast a linear layer uses its weights in bfloat16, and gets them so; others, norms
     and embeddings, use them as they are.
     """
     leaves = [
-        each for each in module.modules() if next(each.parameters(recurse=False), None) is not None
+        leaf for leaf in module.modules() if next(leaf.parameters(recurse=False), None) is not None
     ]
     policy = MixedPrecisionPolicy()
-    if bf16 and all(isinstance(each, nn.Linear) for each in leaves):
+    if bf16 and all(isinstance(leaf, nn.Linear) for leaf in leaves):
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    found = copy.deepcopy(module).float()
-    fully_shard(found, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
+    sharded = copy.deepcopy(module).float()
+    fully_shard(sharded, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
     for value in module.parameters():
         value.data = value.data.new_empty(0)
-    return found
+    return sharded
 
 
 @torch.no_grad()
 def _fill(module: nn.Module, trained: nn.Module) -> None:
     """Give an emptied module the weights of its sharded copy."""
-    for value, found in zip(module.parameters(), trained.parameters(), strict=True):
-        value.data = whole(found.detach()).to(value.dtype)
+    for value, trained_value in zip(module.parameters(), trained.parameters(), strict=True):
+        value.data = whole(trained_value.detach()).to(value.dtype)
 
 
-def most_of_all(count: int, device: torch.device) -> int:
+def max_over_processes(count: int, device: torch.device) -> int:
     """The largest of the processes' counts."""
-    found = torch.tensor(count, device=device)
-    all_reduce(found, ReduceOp.MAX)
-    return int(found)
+    largest = torch.tensor(count, device=device)
+    all_reduce(largest, ReduceOp.MAX)
+    return int(largest)
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -140,24 +140,24 @@ def whole(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def alike(value: Tensor, own: Tensor) -> Tensor:
+def alike(value: Tensor, target: Tensor) -> Tensor:
     """The part of a whole tensor that this process has of `own`; all of it if that is whole."""
-    if not isinstance(own, DTensor):
+    if not isinstance(target, DTensor):
         return value
     return distribute_tensor(
-        value.to(own.device), own.device_mesh, own.placements, src_data_rank=None
+        value.to(target.device), target.device_mesh, target.placements, src_data_rank=None
     )
 
 
 def gathered(optimizer: Optimizer) -> dict[str, Any]:
     """The optimiser's state as one process would have it, on the CPU; {} but on the first one."""
     main = PartialState().is_main_process
-    found, states = optimizer.state_dict(), {}
-    for number, state in found["state"].items():
+    state_dict, states = optimizer.state_dict(), {}
+    for number, state in state_dict["state"].items():
         full = {name: whole(value) for name, value in state.items()}
         if main:
             states[number] = {name: value.cpu() for name, value in full.items()}
-    return found | {"state": states} if main else {}
+    return state_dict | {"state": states} if main else {}
 
 
 def scattered(saved: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:

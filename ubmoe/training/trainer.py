@@ -1,4 +1,4 @@
-"""What every trainer of ours shares: its arguments, its guards, and how it is run."""
+"""The shared parts of our trainers: their arguments, guards, and the run itself."""
 
 import logging
 import math
@@ -23,7 +23,7 @@ from ubmoe.config import TrainingSection, UserError
 from ubmoe.models.precision import uses_bfloat16
 from ubmoe.training.checkpoints import (
     CHECKPOINT,
-    Work,
+    StageRun,
     begin,
     check_states,
     finish_checkpoint,
@@ -38,7 +38,9 @@ from ubmoe.training.sharding import gathered, is_sharded, scattered, whole
 log = logging.getLogger(__name__)
 
 
-def arguments(section: TrainingSection, work: Work, device: torch.device) -> dict[str, Any]:
+def arguments(
+    section: TrainingSection, stage_run: StageRun, device: torch.device
+) -> dict[str, Any]:
     """Keyword arguments of transformers' TrainingArguments, the same for every trainer of ours.
 
     Raises UserError for a report_to or an optim that is not installed.
@@ -59,9 +61,9 @@ def arguments(section: TrainingSection, work: Work, device: torch.device) -> dic
     flat["activation_checkpointing_kwargs"] = {"use_reentrant": False}
     flat["save_total_limit"] = None  # the library would remove whatever is called checkpoint-
     return flat | {
-        "output_dir": str(work.directory),
-        "seed": work.seed,
-        "data_seed": work.seed,
+        "output_dir": str(stage_run.directory),
+        "seed": stage_run.seed,
+        "data_seed": stage_run.seed,
         "use_cpu": device.type == "cpu",
         "save_strategy": "steps",
         "logging_first_step": True,  # a run shorter than logging_steps has a loss, too
@@ -71,7 +73,7 @@ def arguments(section: TrainingSection, work: Work, device: torch.device) -> dic
     }
 
 
-def enough_rows(rows: int, section: TrainingSection, key: str) -> None:
+def check_enough_rows(rows: int, section: TrainingSection, key: str) -> None:
     """Raises UserError where the data do not fill one batch of all devices: nothing would train."""
     batch = section.per_device_train_batch_size * PartialState().num_processes
     if rows < batch:
@@ -84,33 +86,33 @@ def enough_rows(rows: int, section: TrainingSection, key: str) -> None:
 def run_trainer(
     build: Callable[..., "GuardedTrainer"],
     section: TrainingSection,
-    work: Work,
+    stage_run: StageRun,
     data: Any,
     device: torch.device,
-    mark: dict[str, Any],
+    key: dict[str, Any],
     kind: type[TrainingArguments] = TrainingArguments,
     **more: Any,
 ) -> list[dict[str, Any]]:
     """Build a trainer on rows of data and run it; returns its log.
 
-    build: the trainer's class with its own arguments. mark: what a checkpoint must have been made
-    of, beside the section, to be gone on from: digests of its `data`, of the `weights` that it
-    started from, and the like. kind and more: its training arguments.
+    build: the trainer's class with its own arguments. key: of resumption, beside the section:
+    digests of its `data`, of the `weights` that it started from, and the like. kind and more: its
+    training arguments.
     """
     # A trainer prints its log; stdout is for the path of the result.
     with redirect_stdout(sys.stderr):
         trainer = build(
-            args=kind(**arguments(section, work, device), **more),
+            args=kind(**arguments(section, stage_run, device), **more),
             train_dataset=data,
         )
         trainer.kept = section.save_total_limit
         bf16 = uses_bfloat16(section.bf16, device)  # what auto was, when the checkpoint was made
         model: Any = trainer.model
-        return fit(trainer, begin(section, work, model, rows=len(data), bf16=bf16, **mark))
+        return fit(trainer, begin(section, stage_run, model, rows=len(data), bf16=bf16, **key))
 
 
 def fit(trainer: Trainer, checkpoint: Path | None) -> list[dict[str, Any]]:
-    """Train, or go on from a checkpoint, or only load one that is the end; returns the log.
+    """Train, resume from a checkpoint, or load a final one; returns the log.
 
     Raises UserError where nothing was trained, or what was is not finite.
     """
@@ -122,7 +124,7 @@ def fit(trainer: Trainer, checkpoint: Path | None) -> list[dict[str, Any]]:
         load_trainable(model, checkpoint)
         log.info("%s: trained to the end before", checkpoint.parent)
         return state.log_history
-    pace = Pace()
+    pace = StepTimer()
     trainer.add_callback(pace)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     # accelerate's autocast stays in the model's forward, and whatever is scored next would have it
@@ -143,7 +145,7 @@ def fit(trainer: Trainer, checkpoint: Path | None) -> list[dict[str, Any]]:
     return trainer.state.log_history
 
 
-class Pace(TrainerCallback):
+class StepTimer(TrainerCallback):
     """Seconds of a step, once the first one has warmed everything up; no checkpoint is in them."""
 
     def __init__(self) -> None:
@@ -195,21 +197,23 @@ class GuardedTrainer(Trainer):
     kept = 1  # checkpoints
 
     def __init__(self, *arguments: Any, **keys: Any) -> None:
-        for each in (*arguments, *keys.values()):
-            if isinstance(each, TrainingArguments):  # many GPUs are for torchrun, not DataParallel
-                each._n_gpu = min(each.n_gpu, 1)
+        for argument in (*arguments, *keys.values()):
+            if isinstance(
+                argument, TrainingArguments
+            ):  # many GPUs are for torchrun, not DataParallel
+                argument._n_gpu = min(argument.n_gpu, 1)
         super().__init__(*arguments, **keys)
         self.guard = StopOnBadLoss()
         self.add_callback(self.guard)
         model: Any = self.model
-        # transformers' word for a model in parts, which must not be wrapped
+        # transformers' name for a sharded model, which must not be wrapped
         self.sharded = self.is_distributed_loading_by_transformers = is_sharded(model)
 
     def _build_accelerator_args(self, **keys: Any) -> dict[str, Any]:
-        found: dict[str, Any] = super()._build_accelerator_args(**keys)
-        for handler in found["kwargs_handlers"]:  # of DDP: each gradient would be there twice
+        built: dict[str, Any] = super()._build_accelerator_args(**keys)
+        for handler in built["kwargs_handlers"]:  # of DDP: each gradient would be there twice
             handler.gradient_as_bucket_view = True
-        return found
+        return built
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         if not is_sharded(model):
@@ -238,8 +242,8 @@ class GuardedTrainer(Trainer):
         save_trainable(self.accelerator.unwrap_model(self.model), folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        own = self.accelerator.unwrap_model(self.model)
-        load_trainable(own, Path(resume_from_checkpoint))
+        model_to_load = self.accelerator.unwrap_model(self.model)
+        load_trainable(model_to_load, Path(resume_from_checkpoint))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.sharded:
