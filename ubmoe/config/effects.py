@@ -14,7 +14,7 @@ ASKED = tuple(
 )
 # Of the encoder's form, what a scan does not choose itself.
 SCANNED = tuple(
-    each for each in FORM if each.split(".")[1] not in ("attention", "layers", "pooling", "whiten")
+    key for key in FORM if key.split(".")[1] not in ("attention", "layers", "pooling", "whiten")
 )
 # Sections and keys of how a model is scored, by the result that says it; and of how it was made.
 SCORED = {
@@ -32,12 +32,12 @@ MADE = {"sts": ("model", *FORM, "bi.stages", DATE), "generation": ("model", "ubm
 MISSING = object()
 
 
-# Keys that say where something lies: what was read there tells runs apart, whatever its path.
+# Keys that locate a file: runs differ by its contents, whatever its path.
 PLACES = ("dataset", "lm_dataset", "sentences", "bi")
 
 
 def deciding_weights(section: Section) -> dict[str, Any]:
-    """What of a section the trained weights depend on: a run goes on whatever the rest is now.
+    """The settings of a section that decide the trained weights: a run resumes if no other changes.
 
     Where the data lie is left out: their digest stands beside these keys.
     """
@@ -54,23 +54,23 @@ def leaves(config: dict[str, Any], names: Iterable[str]) -> dict[str, str]:
 
     0.0 is 0; keys that affect nothing are left out, and so is what the configuration lacks.
     """
-    found: dict[str, str] = {}
+    flat: dict[str, str] = {}
     for name in names:
         value: Any = config
         for part in name.split("."):
             value = value.get(part, MISSING) if isinstance(value, dict) else MISSING
-        found |= {} if value is MISSING else _leaves(value, name)
-    return found
+        flat |= {} if value is MISSING else _leaves(value, name)
+    return flat
 
 
 def _leaves(value: Any, name: str) -> dict[str, str]:
-    if isinstance(value, list) and any(isinstance(each, dict) for each in value):
-        value = {str(place): each for place, each in enumerate(value)}
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        value = {str(place): item for place, item in enumerate(value)}
     if isinstance(value, dict):
-        found: dict[str, str] = {}
-        for part, each in value.items():
-            found |= _leaves(each, f"{name}.{part}")
-        return found
+        flat: dict[str, str] = {}
+        for part, item in value.items():
+            flat |= _leaves(item, f"{name}.{part}")
+        return flat
     if numbered(name) in WITHOUT_EFFECT:
         return {}
     whole = isinstance(value, float) and value.is_integer()

@@ -41,7 +41,7 @@ def _json(value: Any) -> str:
 
 
 def error_reason(error: BaseException, most: int = 300) -> str:
-    """What a library's error says, in one line, where it says it to people."""
+    """A library's error message for people, in one line."""
     said = " ".join(str(getattr(error, "strerror", None) or error).split())
     if isinstance(error, KeyError):
         return f"{said[:most]} is missing"

@@ -1,4 +1,4 @@
-"""What --help prints: the keys of a program, or every key of the schema."""
+"""The text of --help: the keys of a program, or every key of the schema."""
 
 from collections.abc import Sequence
 from typing import Any, get_args
@@ -51,13 +51,13 @@ def help_text(
     verb = f" {'|'.join(verbs)}" if verbs else ""
     every, said = list(keys()), name or program
     sections = () if everything else SECTIONS.get(program, ())
-    own = [
-        each
+    of_program = [
+        entry
         for section in ("", *sections)
-        for each in every
-        if section == (each[0].partition(".")[0] if "." in each[0] else "")
+        for entry in every
+        if section == (entry[0].partition(".")[0] if "." in entry[0] else "")
     ]
-    shown = own if sections else every
+    shown = of_program if sections else every
     lines = [f"usage: {said}{verb} [CONFIG] [key=value ...] [--show-config]", "", purpose, ""]
     lines += [
         f"CONFIG is a YAML file (default configs/{DEFAULT_CONFIG.name}); its key `base` names the",
@@ -65,8 +65,8 @@ def help_text(
         "Keys, with defaults:",
         "",
     ]
-    for each in shown:
-        lines += _key_lines(*each)
+    for entry in shown:
+        lines += _key_lines(*entry)
     if len(shown) < len(every):
         lines += ["", f"{len(every) - len(shown)} keys are of other programs: {said} {ALL}"]
     return "\n".join(

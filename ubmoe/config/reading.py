@@ -60,8 +60,8 @@ def _overridden(tree: dict[str, Any], overrides: list[str]) -> Config:
     for name, replaced in REPLACED.items():
         section = tree.get(name.split(".")[0])
         if isinstance(section, dict) and given.get(name, "null") != "null":
-            for each in replaced:
-                section.pop(each, None)
+            for key in replaced:
+                section.pop(key, None)
     problems = [problem for text in overrides if (problem := _override(tree, text))]
     if problems:
         raise UserError("command line: " + "; ".join(problems))
@@ -88,7 +88,7 @@ def _with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not below.is_file():
         raise UserError(f"{path}: base: {below} is no file; expected one, from {path.parent} on")
     if below.resolve() in above:
-        names = " -> ".join(each.name for each in (*above, below))
+        names = " -> ".join(file.name for file in (*above, below))
         raise UserError(f"{path}: base: {names} is a circle; expected a base that ends somewhere")
     return _changed(_drop_replaced(_with_base(below, above), tree), tree)
 
@@ -97,27 +97,27 @@ def _drop_replaced(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]
     """The base without the keys that a key of the file replaces."""
     for name, replaced in REPLACED.items():
         section, key = name.split(".")
-        own, below = tree.get(section), base.get(section)
-        if isinstance(own, dict) and own.get(key) is not None and isinstance(below, dict):
-            base = base | {section: {n: each for n, each in below.items() if n not in replaced}}
+        upper, below = tree.get(section), base.get(section)
+        if isinstance(upper, dict) and upper.get(key) is not None and isinstance(below, dict):
+            base = base | {section: {n: value for n, value in below.items() if n not in replaced}}
     return base
 
 
-def _changed(base: Any, own: Any) -> Any:
+def _changed(base: Any, upper: Any) -> Any:
     """Sections go into each other; so do a mapping of numbers and the list whose items it changes.
 
     Any other value stands in place of the base's.
     """
     if (
         isinstance(base, list)
-        and isinstance(own, dict)
-        and own
-        and own.keys() <= {*range(len(base))}
+        and isinstance(upper, dict)
+        and upper
+        and upper.keys() <= {*range(len(base))}
     ):
-        return [_changed(each, own[n]) if n in own else each for n, each in enumerate(base)]
-    if not (isinstance(base, dict) and isinstance(own, dict)):
-        return own
-    return base | {name: _changed(base.get(name), each) for name, each in own.items()}
+        return [_changed(item, upper[n]) if n in upper else item for n, item in enumerate(base)]
+    if not (isinstance(base, dict) and isinstance(upper, dict)):
+        return upper
+    return base | {name: _changed(base.get(name), value) for name, value in upper.items()}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -229,21 +229,23 @@ def _problems(error: ValidationError, tree: dict[str, Any]) -> list[str]:
     expected: dict[str, list[str]] = {}
     values: dict[str, Any] = {}
     leaves = dict(keys())
-    for each in error.errors():
-        kind, value, name = each["type"], each["input"], _place(each["loc"], tree)
+    for problem in error.errors():
+        kind, value, name = problem["type"], problem["input"], _place(problem["loc"], tree)
         of_a_section = kind == "value_error" and isinstance(value, dict)
         if kind == "missing":
-            name = f"{name}.{each['loc'][-1]}"
+            name = f"{name}.{problem['loc'][-1]}"
         elif kind != "extra_forbidden" and not (of_a_section and numbered(name) not in leaves):
             values[name] = value
-        said = each["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+        said = problem["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
         if kind in EXPECTED:
             said = f"expected {EXPECTED[kind]}"
         elif kind == "extra_forbidden":
             said = f"unknown key; {_nearest(name)}"
         expected.setdefault(name, []).append(said)
     # Of what may be one thing or another, the one that got furthest says what is wrong.
-    inner = [name for name in expected if not any(each.startswith(f"{name}.") for each in expected)]
+    inner = [
+        name for name in expected if not any(known.startswith(f"{name}.") for known in expected)
+    ]
     return [
         f"{name}: "
         + (f"got {shown(values[name])}, " if name in values else "")
@@ -276,6 +278,6 @@ def _nearest(name: str) -> str:
     close = get_close_matches(name, known, 1, 0.75) if "." in name else []
     if not close:
         lasts = {dotted.rpartition(".")[2] for dotted in known}
-        found = get_close_matches(name.rpartition(".")[2], sorted(lasts), 1, 0.6)
-        close = [dotted for dotted in known if dotted.rpartition(".")[2] in found]
+        nearest = get_close_matches(name.rpartition(".")[2], sorted(lasts), 1, 0.6)
+        close = [dotted for dotted in known if dotted.rpartition(".")[2] in nearest]
     return f"did you mean {' or '.join(close)}?" if close else "see --help for all keys"

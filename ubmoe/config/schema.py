@@ -72,8 +72,8 @@ MOST = 10**10  # of any number: no count, size or rate is larger, and all arithm
 def _check_values(value: Any) -> None:
     """Raises ValueError where a key holds, at any depth, what no file or library would take."""
     if isinstance(value, dict | list):
-        for each in (*value, *value.values()) if isinstance(value, dict) else value:
-            _check_values(each)
+        for item in (*value, *value.values()) if isinstance(value, dict) else value:
+            _check_values(item)
     elif isinstance(value, int | float) and not -MOST <= value <= MOST:  # NaN, too
         raise ValueError(f"expected numbers from -{MOST} to {MOST}")
     elif isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
@@ -92,10 +92,10 @@ class Section(BaseModel):
     @field_validator("*")
     @classmethod
     def _is_named_once(cls, value: Any) -> Any:
-        """Of what stands twice in a list, one would be lost in a result, or counted twice."""
+        """Refuse duplicates in a list: one would be lost in a result, or counted twice."""
         listed = value if isinstance(value, list) else []
-        names = [each for each in listed if isinstance(each, str | int)]
-        if twice := [each for each in names if names.count(each) > 1]:
+        names = [item for item in listed if isinstance(item, str | int)]
+        if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"{twice[0]} stands there twice; expected each once")
         return value
 
@@ -214,7 +214,7 @@ def _names_layers(layers: Any) -> Any:
     return layers
 
 
-# Which layers look both ways: {from: 3}, {every: 3, from: 2, to: 20}, or their numbers.
+# Which layers are bidirectional: {from: 3}, {every: 3, from: 2, to: 20}, or their numbers.
 Layers = Annotated[
     Literal["all", "none"] | dict[Literal["from", "to", "every"], int] | list[int],
     AfterValidator(_names_layers),
@@ -406,7 +406,7 @@ class BiSection(Section):
 
     attention: Literal["bidirectional", "causal"] = key("bidirectional", "mask of the encoder")
     layers: Layers = key(
-        "all", "layers that look both ways: all, none, {from: N}, {every: K, from: N}, or a list"
+        "all", "bidirectional layers: all, none, {from: N}, {every: K, from: N}, or a list"
     )
     keep_sink: bool = key(
         False, "the first token of each text sees itself alone in these layers, as a causal one"
@@ -457,22 +457,22 @@ class BiSection(Section):
 
     @property
     def bidirectional(self) -> bool:
-        """Whether any layer looks both ways."""
+        """Whether any layer is bidirectional."""
         return self.attention == "bidirectional" and self.layers != "none"
 
     @property
     def mask(self) -> tuple[bool, Layers, bool]:
-        """What a model is loaded with: whether, in which layers, and with the first token kept."""
+        """The mask of a model to load: bidirectional or not, in which layers, sink kept or not."""
         return self.bidirectional, self.layers, self.keep_sink
 
     @model_validator(mode="after")
     def _layers_look(self) -> "BiSection":
         if self.keep_sink and not self.bidirectional:
             raise ValueError(
-                "keep_sink is of layers that look both ways, and there are none; expected false"
+                "keep_sink is for bidirectional layers, and there are none; expected false"
             )
         if self.attention == "causal" and self.layers not in ("all", "none"):
-            raise ValueError("attention causal has no layers that look both ways; expected none")
+            raise ValueError("attention causal has no bidirectional layers; expected none")
         return self
 
     @model_validator(mode="after")
@@ -569,7 +569,7 @@ class BituneSection(TrainingSection):
     adapter: Literal["lora", "dora", "ia3"] = key("lora", "kind of the adapters")
     rank: Rank = key(8, "of lora and dora")
     alpha: Above = key(1.0, "of lora and dora; their scale is alpha / rank")
-    layers: Layers = key("all", "as bi.layers: those in which the second reading looks both ways")
+    layers: Layers = key("all", "as bi.layers: those in which the second reading is bidirectional")
     keep_sink: bool = key(False, "as bi.keep_sink, of the second reading")
     theta_init: Above = key(0.01, "start of theta; the mixing starts at one half whatever it is")
     dataset: str = key("tiny", "chats: hub id[:config[:split]], local .json/.jsonl/..., or tiny")
@@ -620,7 +620,7 @@ Probed = Literal["context", "aspect", "concreteness", "sensorimotor", "wic"]
 
 
 class ProbingSection(Section):
-    """What word vectors know (python -m ubmoe.probing), after Feng et al."""
+    """Word-level probing (python -m ubmoe.probing), after Feng et al."""
 
     models: list[ProbedModel] = score_key(
         [], "models to compare, with the first one; empty: model.name under both masks"
@@ -658,7 +658,7 @@ FirstToken = Literal["full", "kept", "removed"]
 
 
 class ScanSection(Section):
-    """Which layers may look both ways, in which form, untrained (python -m ubmoe.scan)."""
+    """Which layers may be bidirectional, in which form, untrained (python -m ubmoe.scan)."""
 
     pairs: str = score_key(
         "tiny",
@@ -737,7 +737,7 @@ class EvaluationSection(Section):
         False, "python -m ubmoe.evaluate: also score the model as a causal language model"
     )
     perplexity: list[str] = score_key(
-        [], "with it, further chats whose answers' perplexity is told; as many as ubmoe.held_out"
+        [], "with it, further chats whose answers' perplexity is scored; as many as ubmoe.held_out"
     )
     num_fewshot: Annotated[int, Field(ge=0, le=1000)] | None = score_key(
         None, "shots of every generation task; null: the task's own", "examples"
@@ -907,10 +907,10 @@ def _inner(field: FieldInfo) -> tuple[type[Section] | None, str]:
 
 
 def _parts(kind: Any) -> Iterator[Any]:
-    """What a type is of, through unions in lists."""
-    for each in get_args(kind):
-        yield each
-        yield from _parts(each)
+    """The item type of a list type, through unions."""
+    for part in get_args(kind):
+        yield part
+        yield from _parts(part)
 
 
 def keys(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -927,7 +927,7 @@ def keys(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[st
 
 
 def affects(field: FieldInfo) -> Affects:
-    """What a key can change, as it is given at the key."""
+    """What a key can change, as declared at the key."""
     return field.json_schema_extra["affects"]  # type: ignore[index, return-value]
 
 

@@ -36,7 +36,7 @@ class StrictLoader(yaml.SafeLoader):
         self.depth -= 1
         if not is_alias:
             inner = [] if isinstance(node, yaml.ScalarNode) else node.value
-            parts = [part for each in inner for part in (each if type(each) is tuple else (each,))]
+            parts = [part for node in inner for part in (node if type(node) is tuple else (node,))]
             sizes = [(0.0, 0), *(self.sizes[id(part)] for part in parts)]
             depth = 1 + max(levels for _, levels in sizes)
             self.sizes[id(node)] = 1 + sum(size for size, _ in sizes), depth
@@ -67,7 +67,11 @@ class StrictLoader(yaml.SafeLoader):
 
 
 StrictLoader.yaml_implicit_resolvers = {
-    first: [each for each in known if each[0].removeprefix(TAG) not in (*NUMBERS, "timestamp")]
+    first: [
+        resolver
+        for resolver in known
+        if resolver[0].removeprefix(TAG) not in (*NUMBERS, "timestamp")
+    ]
     for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 for kind, pattern in NUMBERS.items():
@@ -80,7 +84,7 @@ StrictLoader.yaml_constructors[None] = StrictLoader.construct_undefined
 
 
 def parsed(text: str) -> Any:
-    """What a YAML text says, nothing in it shared. Raises yaml.YAMLError or ValueError."""
+    """The value of a YAML text, nothing in it shared. Raises yaml.YAMLError or ValueError."""
     return _copied(_loaded(text))
 
 
@@ -90,7 +94,7 @@ def _loaded(text: str) -> Any:
 
 
 def _copied(value: Any) -> Any:
-    """What an alias repeats, an override changes in one place."""
+    """A copy without shared parts, so that an override changes one place alone."""
     if isinstance(value, dict):
-        return {name: _copied(each) for name, each in value.items()}
-    return [_copied(each) for each in value] if isinstance(value, list) else value
+        return {name: _copied(item) for name, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list) else value

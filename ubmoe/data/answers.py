@@ -27,7 +27,7 @@ def located(
     """The chat up to an answer, rendered, and where in it the answer stands, its end included.
 
     The line break after the end is not. special: the tokenizer's special tokens. Raises HiddenError
-    where that cannot be told.
+    where that is not known.
     """
     before, after = messages[:turn], render(messages[: turn + 1], False)
     prompt, bare = render(before, True), render(before, False)
@@ -50,12 +50,15 @@ def located(
 
 
 def _around(render: Render, messages: list[Message], turn: int) -> tuple[str, str]:
-    """What stands before an answer, and behind it."""
-    own = {name: value for name, value in messages[turn].items() if name not in CALLS + THOUGHTS}
-    one, other = (render([*messages[:turn], own | {"content": text}], False) for text in STAND_INS)
+    """The texts before and behind an answer."""
+    fields = {name: value for name, value in messages[turn].items() if name not in CALLS + THOUGHTS}
+    one, other = (
+        render([*messages[:turn], fields | {"content": text}], False) for text in STAND_INS
+    )
     head = commonprefix([one, other])
     ends = [
-        each.removeprefix(head + text) for each, text in zip((one, other), STAND_INS, strict=True)
+        rendered.removeprefix(head + text)
+        for rendered, text in zip((one, other), STAND_INS, strict=True)
     ]
     if ends[0] != ends[1]:  # not there, or more than once
         raise HiddenError("an answer does not stand in one place")
@@ -65,7 +68,7 @@ def _around(render: Render, messages: list[Message], turn: int) -> tuple[str, st
 def _prompt_behind(
     render: Render, before: list[Message], head: str, tail: str, special: Collection[str]
 ) -> str:
-    """What of `tail`, behind an answer, is a prompt for a next one."""
+    """The part of `tail`, behind an answer, that prompts a next one."""
     answered = [*before, {"role": "assistant", "content": STAND_INS[0]}]
     try:
         asked = render([*answered, {"role": "user", "content": STAND_INS[1]}], False)
@@ -89,8 +92,8 @@ def _end(shared: str, between: str, opening: str, special: Collection[str]) -> i
         opening = next((opening.removeprefix(e) for e in special if opening.startswith(e)), opening)
     if opening and between.endswith(opening):
         return len(between) - len(opening)
-    if found := [shared.find(each) + len(each) for each in special if each in shared]:
-        return min(found)
+    if ends := [shared.find(token) + len(token) for token in special if token in shared]:
+        return min(ends)
     if space := re.match(r"\S*(?=\s)", shared):
         return space.end()
     raise HiddenError("where its end is over")

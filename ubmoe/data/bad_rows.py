@@ -40,10 +40,10 @@ def dropping(wanted: bool) -> Iterator[set[str]]:
 
 
 def usable(read: Callable[[Given], Found], rows: Iterable[Given]) -> Iterator[Found]:
-    """What is read of each row. Raises RowError for a bad one, or drops it inside `dropping`."""
+    """The rows as read. Raises RowError for a bad one, or drops it inside `dropping`."""
     for row in rows:
         try:
-            found = read(row)
+            item = read(row)
         except RowError as error:
             dropped = _dropped.get()
             if dropped is None:
@@ -52,4 +52,4 @@ def usable(read: Callable[[Given], Found], rows: Iterable[Given]) -> Iterator[Fo
                 log.warning("dropped %s", error)
             dropped.add(error.where)
         else:
-            yield found
+            yield item

@@ -60,7 +60,7 @@ class Chats:
     def held_out(self, count: int, key: str) -> tuple[list[Chat], list[Chat]]:
         """The chats to train on, and those of `count` other rows, as `rows.held_out`."""
         train, kept = held_out(self.by_row, count, key)
-        return [each for row in train for each in row], [each for row in kept for each in row]
+        return [item for row in train for item in row], [item for row in kept for item in row]
 
 
 def read_chats(
@@ -75,9 +75,9 @@ def read_chats(
     if not tokenizer.is_fast:
         raise UserError(f"{tokenizer.name_or_path}: its tokenizer gives no offsets; expected fast")
     texts = read_texts(dataset, most)
-    found = left(dataset, list(usable(lambda text: _chats(tokenizer, text), texts)), len(texts))
-    whole = [chat for chats in found for chat in chats]
-    if split := sum(len(chats) > 1 for chats in found):
+    by_row = left(dataset, list(usable(lambda text: _chats(tokenizer, text), texts)), len(texts))
+    whole = [chat for chats in by_row for chat in chats]
+    if split := sum(len(chats) > 1 for chats in by_row):
         log.info(
             "%s: %d chats read answer by answer, as the chat template shows earlier ones otherwise",
             *(dataset, split),
@@ -104,13 +104,13 @@ def turns(text: Text) -> tuple[list[Message], list[int]]:
     if isinstance(text.content, str):
         raise RowError(text.where, "a text, no chat; expected messages")
     messages = text.content
-    trained = [is_trained(text.where, turn, each) for turn, each in enumerate(messages, 1)]
-    found = [turn for turn in range(1, len(messages)) if trained[turn]]
-    if not found:
-        answers = [turn for turn, each in enumerate(messages) if each["role"] == "assistant"]
+    trained = [is_trained(text.where, turn, message) for turn, message in enumerate(messages, 1)]
+    answer_turns = [turn for turn in range(1, len(messages)) if trained[turn]]
+    if not answer_turns:
+        answers = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
         which = " of weight 1" if any(answers) else " but the first" if answers else ""
         raise RowError(text.where, f"no assistant turn{which}; expected one at least")
-    return messages, found
+    return messages, answer_turns
 
 
 def _chats(tokenizer: PreTrainedTokenizerBase, text: Text) -> list[Chat]:
@@ -119,10 +119,10 @@ def _chats(tokenizer: PreTrainedTokenizerBase, text: Text) -> list[Chat]:
     rendered = render(tokenizer, text)
     given = partial(_rendered, tokenizer, text)
     special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
-    found: dict[int, tuple[str, Span]] = {}
+    spans: dict[int, tuple[str, Span]] = {}
     for turn in answering:
         try:
-            found[turn] = located(
+            spans[turn] = located(
                 lambda part, prompt: given(part, add_generation_prompt=prompt),
                 *(messages, turn, special),
             )
@@ -132,11 +132,11 @@ def _chats(tokenizer: PreTrainedTokenizerBase, text: Text) -> list[Chat]:
                 f"the chat template hides where turn {turn + 1}, the assistant's, stands "
                 f"({error}); expected one that writes an answer as it is, behind what it answers",
             ) from error
-    if all(rendered.startswith(after[:high]) for after, (_, high) in found.values()):
-        return [_chat(tokenizer, text, messages, rendered, [span for _, span in found.values()])]
+    if all(rendered.startswith(after[:high]) for after, (_, high) in spans.values()):
+        return [_chat(tokenizer, text, messages, rendered, [span for _, span in spans.values()])]
     return [
         _chat(tokenizer, text, messages[: turn + 1], after, [span])
-        for turn, (after, span) in found.items()
+        for turn, (after, span) in spans.items()
     ]
 
 
@@ -196,7 +196,9 @@ def _left_out(
         except RowError:  # a template that fails without something has looked at it
             return None
 
-    marks = [f"Qz{turn}zQ" if each["content"].strip() else "" for turn, each in enumerate(messages)]
+    marks = [
+        f"Qz{turn}zQ" if message["content"].strip() else "" for turn, message in enumerate(messages)
+    ]
     pairs = list(enumerate(zip(messages, marks, strict=True)))
     marked = other([message | {"content": mark} for _, (message, mark) in pairs])
     for turn, (message, mark) in pairs:
@@ -243,7 +245,7 @@ def _contents(
     A short content may be part of the template, too (`a` of `assistant`): so the place of another
     text in the same message is looked for first.
     """
-    found, place = [], 0
+    spans, place = [], 0
     for turn, message in enumerate(messages):
         content = message["content"].strip()
         other = [*messages[:turn], message | {"content": STAND_IN}]
@@ -253,13 +255,13 @@ def _contents(
         if content and start >= 0:
             place = start + len(content)
             role = "answer" if message["role"] == "assistant" else "prompt"
-            found.append(((start, place), role))
-    return found
+            spans.append(((start, place), role))
+    return spans
 
 
 def _role(token: str, start: int, contents: list[tuple[Span, str]]) -> str:
-    found = [role for (low, high), role in contents if low <= start < high]
-    role = found[0] if found and token else "template"  # a tokenizer's own first token is no text
+    roles = [role for (low, high), role in contents if low <= start < high]
+    role = roles[0] if roles and token else "template"  # a tokenizer's own first token is no text
     if role != "template" and token.strip() and not any(char.isalnum() for char in token):
         return "punctuation"
     return role
@@ -268,7 +270,10 @@ def _role(token: str, start: int, contents: list[tuple[Span, str]]) -> str:
 def collate(chats: list[Chat]) -> dict[str, Tensor]:
     """(B, T) input_ids, attention_mask and labels: the answers' tokens, IGNORE_INDEX elsewhere."""
     labels = [
-        [token if own else IGNORE_INDEX for token, own in zip(chat.ids, chat.answer, strict=True)]
+        [
+            token if is_answer else IGNORE_INDEX
+            for token, is_answer in zip(chat.ids, chat.answer, strict=True)
+        ]
         for chat in chats
     ]
     inputs = padded_with_mask([chat.ids for chat in chats])

@@ -1,7 +1,7 @@
-"""What a run reads, by digests of contents: by them a result is known on any machine.
+"""Digests of all that a run reads: they identify a result on any machine.
 
-A file is told by its bytes, a folder of a model by those of its files, whatever they are called by
-the configuration. A hub's data sets and tasks are told by their names.
+A file is identified by its bytes, a folder of a model by those of its files, whatever they are
+called by the configuration. A hub's data sets and tasks are identified by their names.
 """
 
 import hashlib
@@ -48,14 +48,16 @@ def inputs(config: Config, result: str) -> dict[str, str | None]:
 
     The encoder of a mixture is not among them: its result has a digest of the weights itself.
     """
-    found: dict[str, str | None] = {"model.name": digest_of_model(config.model)}
+    digests: dict[str, str | None] = {"model.name": digest_of_model(config.model)}
     if adapters := config.model.adapters:
-        each = [_of_path(expanded(adapter)) for adapter in adapters]
-        found["model.adapter"] = None if None in each else " ".join(map(str, each))
+        adapter_digests = [_of_path(expanded(adapter)) for adapter in adapters]
+        digests["model.adapter"] = (
+            None if None in adapter_digests else " ".join(map(str, adapter_digests))
+        )
     for key in READ.get(result, ()):
         for name, value in _values(config, key):
-            found[name] = _of_value(value, config.evaluation.data, key in FOLDERS)
-    return found
+            digests[name] = _of_value(value, config.evaluation.data, key in FOLDERS)
+    return digests
 
 
 def _values(config: Config, key: str) -> Iterator[tuple[str, Any]]:
@@ -99,19 +101,19 @@ def digest_of_model(config: ModelSection) -> str | None:
 def _of_path(path: Path) -> str | None:
     if path.is_file():
         return _of_files([path])
-    if not any(_is(Path.is_file, each) for form in OF_MODEL for each in path.glob(form)):
+    if not any(_is(Path.is_file, file) for form in OF_MODEL for file in path.glob(form)):
         return None  # no model, and perhaps all of a disk
-    files = [each for each in path.rglob("*") if each.suffix in SUFFIXES and each.is_file()]
+    files = [file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file()]
     return _of_files(sorted(files), path) if files else None
 
 
 def _of_value(value: Any, data: str, folders: bool = False) -> str | None:
-    """Of a file, a name or a text; of several the digest of theirs, with the names of files.
+    """The digest of a file, a name or a text; for several, that of their digests and file names.
 
     folders: whether it may be a folder. None of what no reader would take.
     """
     if isinstance(value, list):
-        several = [(Path(each).stem, _of_value(each, data)) for each in value]
+        several = [(Path(name).stem, _of_value(name, data)) for name in value]
         return None if None in dict(several).values() else _of_text(repr(several))
     if value == "tiny":
         return _of_files([Path(language.__file__)])
@@ -129,9 +131,9 @@ def _of_value(value: Any, data: str, folders: bool = False) -> str | None:
     if text:  # a task, with those of the local files that it names
         named = sorted(
             file
-            for each in (Path(data).iterdir() if data and Path(data).is_dir() else ())
-            if each.name in text or each.stem in text
-            for file in ([each] if each.is_file() else _below(each))
+            for near in (Path(data).iterdir() if data and Path(data).is_dir() else ())
+            if near.name in text or near.stem in text
+            for file in ([near] if near.is_file() else _below(near))
         )
         return _of_files([path, *named])
     return _of_files([path])
@@ -142,12 +144,12 @@ def _below(folder: Path) -> Iterator[Path]:
     count = 0
     for where, folders, names in os.walk(folder, followlinks=True):
         here = Path(where).resolve()
-        folders[:] = [each for each in folders if not each.startswith(".")]
-        for each in [each for each in folders if Path(where, each).is_symlink()]:
+        folders[:] = [folder for folder in folders if not folder.startswith(".")]
+        for each in [folder for folder in folders if Path(where, folder).is_symlink()]:
             if here.is_relative_to(Path(where, each).resolve()):  # a link that leads back
                 folders.remove(each)
-        files = [Path(where, each) for each in names if not each.startswith(".")]
-        yield from (each for each in files if each.is_file())
+        files = [Path(where, name) for name in names if not name.startswith(".")]
+        yield from (file for file in files if file.is_file())
         if (count := count + len(files)) > MOST:
             raise UserError(f"{folder}: holds more than {MOST:,} files; expected data alone")
 
@@ -160,9 +162,9 @@ def _is(kind: Callable[[Path], bool], path: Path) -> bool:
 
 
 def _of_files(paths: list[Path], below: Path | None = None) -> str:
-    """Of one file its own; of several with their names, below a folder or alone."""
+    """One file's own digest; for several, one with their names, below a folder or alone."""
     several = [
-        (str(each.relative_to(below)) if below else each.name, _of_file(each)) for each in paths
+        (str(path.relative_to(below)) if below else path.name, _of_file(path)) for path in paths
     ]
     return several[0][1] if len(paths) == 1 and below is None else _of_text(repr(several))
 

@@ -39,16 +39,16 @@ def messages(where: str, given: Any, system: Any = None) -> list[Message]:
     given = from_json(where, given)
     if not isinstance(given, list) or not given:
         raise RowError(where, f"messages must be a list of {EXPECTED}; got {shown(given)}")
-    found = [_message(where, turn, each) for turn, each in enumerate(given, 1)]
-    if isinstance(system, str) and system.strip() and found[0]["role"] != "system":
-        found = [{"role": "system", "content": system}, *found]
-    said = [each for each in found if each["content"].strip() or calls(each)]
+    read = [_message(where, turn, message) for turn, message in enumerate(given, 1)]
+    if isinstance(system, str) and system.strip() and read[0]["role"] != "system":
+        read = [{"role": "system", "content": system}, *read]
+    said = [message for message in read if message["content"].strip() or calls(message)]
     if not said:
         raise RowError(where, "empty text in every message; remove the row")
-    for turn, each in enumerate(found, 1):
-        if each["role"] == "assistant" and each not in said:
+    for turn, message in enumerate(read, 1):
+        if message["role"] == "assistant" and message not in said:
             raise RowError(where, f"an empty answer; remove the row (turn {turn})")
-    return found
+    return read
 
 
 def calls(message: Message) -> list[str]:
@@ -83,18 +83,18 @@ def tools(where: str, given: Any) -> list[dict[str, Any]] | None:
     given = from_json(where, given)
     if not given:
         return None
-    if not isinstance(given, list) or not all(isinstance(each, dict) for each in given):
+    if not isinstance(given, list) or not all(isinstance(message, dict) for message in given):
         raise RowError(where, f"tools must be a list of objects; got {shown(given)}")
     return given
 
 
 def from_json(where: str, given: Any) -> Any:
-    """What a text says in JSON, as tables keep lists; anything else as it is."""
+    """The value of a text that is JSON, as tables keep lists; anything else as it is."""
     if not isinstance(given, str) or not given.strip():
         return given
-    found = parsed(given, where)
-    check_unicode(where, found)
-    return found
+    value = parsed(given, where)
+    check_unicode(where, value)
+    return value
 
 
 def bounded(where: str, text: str) -> str:
@@ -121,23 +121,23 @@ def check_unicode(where: str, value: Any) -> None:
 def parsed(text: str, where: str) -> Any:
     """JSON. Raises RowError for what is none, and for a key that stands twice in an object."""
     try:
-        found = json.loads(text, object_pairs_hook=_object)
+        value = json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         line = f":{error.lineno}" if "\n" in text else ""
         reason = f"{error.msg}, column {error.colno}"
         raise RowError(f"{where}{line}", f"malformed JSON ({reason})") from error
     except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
         raise RowError(where, f"malformed JSON ({error_reason(error)})") from error
-    return found
+    return value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):  # json itself keeps the last one without a word
+    fields = dict(pairs)
+    if len(fields) < len(pairs):  # json itself keeps the last one without a word
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the key {twice!r} stands twice in an object")
-    return found
+    return fields
 
 
 def _message(where: str, turn: int, given: Any) -> Message:
@@ -164,8 +164,10 @@ def _message(where: str, turn: int, given: Any) -> Message:
 def _check_calls(where: str, turn: int, rest: Message) -> None:
     given = rest.get("tool_calls", [])
     each_given = given if isinstance(given, list) else [given]
-    functions = [each.get("function", each) for each in each_given if isinstance(each, dict)]
-    named = [each for each in functions if isinstance(each, dict) and each.get("name")]
+    functions = [call.get("function", call) for call in each_given if isinstance(call, dict)]
+    named = [
+        function for function in functions if isinstance(function, dict) and function.get("name")
+    ]
     if not isinstance(given, list) or len(named) < len(given):
         raise RowError(
             where,
@@ -177,8 +179,8 @@ def _check_calls(where: str, turn: int, rest: Message) -> None:
 def _content(where: str, turn: int, given: Any, rest: Message) -> str:
     """A text, text parts joined, or "" beside what stands in its place, as tool_calls do."""
     if isinstance(given, list) and given:
-        texts: list[Any] = [each.get("text") if isinstance(each, dict) else None for each in given]
-        other = [each for each, text in zip(given, texts, strict=True) if not isinstance(text, str)]
+        texts: list[Any] = [part.get("text") if isinstance(part, dict) else None for part in given]
+        other = [part for part, text in zip(given, texts, strict=True) if not isinstance(text, str)]
         if other:
             raise RowError(
                 where,

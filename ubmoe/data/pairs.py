@@ -53,14 +53,14 @@ def read_pairs(
     """
     rows, checked = training_rows(dataset, most), checking(tokenizer)
     counts = usable(lambda row: (row.where, len(_negatives(row))), rows)
-    first, count = next((each for each in counts if each[1]), ("", 0))
+    first, count = next((counted for counted in counts if counted[1]), ("", 0))
 
     def read(row: Row) -> list[str] | None:
         if not _is_positive(row, positive_from):
             return None
         negatives = _negatives(row)
         if len(negatives) != count:
-            has, other = (_counted(each) for each in (len(negatives), count))
+            has, other = (_counted(number) for number in (len(negatives), count))
             raise RowError(
                 row.where,
                 f"has {has}, and {first} has {other}; expected as many in every row",
@@ -69,11 +69,11 @@ def read_pairs(
         texts += [cell(Row(row.where, {name: value}), [name]) for name, value in negatives]
         return [checked(row.where, text) for text in texts]
 
-    found = list(usable(read, rows))
-    kept = [texts for texts in found if texts is not None]
-    below = len(found) - len(kept)
+    pairs = list(usable(read, rows))
+    kept = [texts for texts in pairs if texts is not None]
+    below = len(pairs) - len(kept)
     if positive_from is not None:
-        if found and not kept:
+        if pairs and not kept:
             raise UserError(
                 f"{dataset}: all of its {below} rows are below {POSITIVE_FROM}={positive_from:g}"
             )
@@ -93,7 +93,7 @@ def _negatives(row: Row) -> list[tuple[str, Any]]:
     """
     there = [name for name in row.fields if row.fields[name] is not None and row.fields[name] != []]
     matches = [found for name in there if (found := NEGATIVE.fullmatch(name))]
-    columns = sorted((int(found[2] or -1), found[0]) for found in matches)
+    columns = sorted((int(match[2] or -1), match[0]) for match in matches)
     numbers = [number for number, _ in columns]
     plain, rest = numbers.count(-1), [number for number in numbers if number >= 0]
     starts = (0, 1, 2) if plain else (0, 1)
@@ -104,9 +104,9 @@ def _negatives(row: Row) -> list[tuple[str, Any]]:
         )
     values = [(name, row.fields[name]) for _, name in columns]
     return [
-        (name, each)
+        (name, item)
         for name, value in values
-        for each in (value if isinstance(value, list) else [value])
+        for item in (value if isinstance(value, list) else [value])
     ]
 
 

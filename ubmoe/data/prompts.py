@@ -26,9 +26,9 @@ def batch(examples: list[Example]) -> dict[str, Tensor]:
     (B, P) `prompt_ids` and `prompt_mask`, (B, A) `answer_ids` and `answer_mask`, and `labels`: the
     answers' tokens.
     """
-    prompts = [each.prompt[:-1] for each in examples]
-    answers = [[each.prompt[-1], *each.answer] for each in examples]
-    labels = [[IGNORE_INDEX, *each.answer] for each in examples]
+    prompts = [example.prompt[:-1] for example in examples]
+    answers = [[example.prompt[-1], *example.answer] for example in examples]
+    labels = [[IGNORE_INDEX, *example.answer] for example in examples]
     return {
         "prompt_ids": padded(prompts, left=True),
         "prompt_mask": padded([[1] * len(row) for row in prompts], left=True),
@@ -39,7 +39,7 @@ def batch(examples: list[Example]) -> dict[str, Tensor]:
 
 
 def prompt_inputs(ids: Tensor, mask: Tensor) -> dict[str, Any]:
-    """What a decoder is called with for (B, P) prompts, padded left, whose cache is wanted."""
+    """A decoder's inputs for (B, P) prompts, padded left, whose cache is wanted."""
     return {
         "input_ids": ids,
         "attention_mask": mask,
@@ -51,7 +51,7 @@ def prompt_inputs(ids: Tensor, mask: Tensor) -> dict[str, Any]:
 def answer_inputs(
     cache: Any, prompt_mask: Tensor, answer_ids: Tensor, answer_mask: Tensor
 ) -> dict[str, Any]:
-    """What a decoder is called with for answers over the prompts' cache."""
+    """A decoder's inputs for answers over the prompts' cache."""
     mask = torch.cat((prompt_mask, answer_mask), 1)
     return {
         "input_ids": answer_ids,
@@ -62,5 +62,5 @@ def answer_inputs(
 
 
 def positions(mask: Tensor) -> Tensor:
-    """Of the real tokens, counted from 0 whatever the padding."""
+    """Positions of the real tokens, counted from 0 whatever the padding."""
     return (mask.cumsum(1) - 1).clamp_min(0)

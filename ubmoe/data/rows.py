@@ -58,8 +58,8 @@ class HubRows:
     def __iter__(self) -> Iterator[Row]:
         whole = len(self.places) == len(self.table)  # then faster read in its order
         fields = self.table if whole else (self.table[place] for place in self.places)
-        for place, each in zip(self.places, fields, strict=True):
-            yield Row(f"{self.dataset}: row {place}", each)
+        for place, field in zip(self.places, fields, strict=True):
+            yield Row(f"{self.dataset}: row {place}", field)
 
 
 Rows = Sequence[Row] | HubRows
@@ -67,7 +67,7 @@ Rows = Sequence[Row] | HubRows
 
 @dataclass(frozen=True)
 class Text:
-    """What a language model is shown: chat messages and the tools they may call, or plain text."""
+    """A language model's text: chat messages and the tools they may call, or plain text."""
 
     where: str
     content: list[Message] | str
@@ -115,47 +115,47 @@ def chosen_rows(dataset: str, most: int | None = None) -> Rows:
     return HubRows(dataset, table, spaced(range(len(table)), most))
 
 
-def left(dataset: str, found: list[Item], of: int) -> list[Item]:
-    """What is left of `of` rows. Raises UserError where all of them were dropped."""
-    if of and not found:
+def left(dataset: str, items: list[Item], of: int) -> list[Item]:
+    """The rows that are left of `of`. Raises UserError where all of them were dropped."""
+    if of and not items:
         raise UserError(f"{dataset}: none of its {of} rows can be used; see the ones dropped above")
-    return found
+    return items
 
 
 def given(row: Row, names: Iterable[str]) -> Any:
     """The first of the named columns that holds anything: a list of one is its one item."""
-    found = next((row.fields[name] for name in names if row.fields.get(name) is not None), None)
-    return found[0] if isinstance(found, list) and len(found) == 1 else found
+    value = next((row.fields[name] for name in names if row.fields.get(name) is not None), None)
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
 def cell(row: Row, names: Iterable[str], blank: bool = False) -> str:
     """The text of the first of the named columns that is there. Raises RowError."""
     names = list(names)
-    found = given(row, names)
+    value = given(row, names)
     there = [name for name in names if name in row.fields]
     if not there:
         has = _listed(row.fields)
         raise RowError(row.where, f"lacks a column {' or '.join(names)} (it has {has})")
-    if isinstance(found, list) and found:
+    if isinstance(value, list) and value:
         raise RowError(
             row.where,
-            f"{there[0]} is a list of {len(found)}; expected one text: write a row for each",
+            f"{there[0]} is a list of {len(value)}; expected one text: write a row for each",
         )
-    if not isinstance(found, str):
-        what = "null" if found is None else repr(found)[:60]
+    if not isinstance(value, str):
+        what = "null" if value is None else repr(value)[:60]
         raise RowError(row.where, f"{there[0]} is {what}; expected a text")
-    if not found.strip() and not blank:
+    if not value.strip() and not blank:
         raise RowError(row.where, f"empty {there[0]}; remove the row")
-    return found.strip()
+    return value.strip()
 
 
 def finite_number(where: str, text: str, name: str = "") -> float:
     """The finite number that a text is. Raises RowError, naming the column if said."""
-    found = float(text) if NUMBER.fullmatch(text.strip()) else math.nan
-    if not math.isfinite(found):
+    number = float(text) if NUMBER.fullmatch(text.strip()) else math.nan
+    if not math.isfinite(number):
         said = f"the {name} {text!r}" if name else repr(text)
         raise RowError(where, f"got {said}; expected a number")
-    return found
+    return number
 
 
 def spaced(rows: Sequence[Item], most: int | None) -> Sequence[Item]:
@@ -220,7 +220,7 @@ def _parquet(path: Path) -> Iterator[Row]:
                     yield f"{path}: row {number}", fields
 
     try:
-        yield from usable(lambda each: _object(*each), numbered())
+        yield from usable(lambda line: _object(*line), numbered())
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error_reason(error)}); expected a Parquet file"
@@ -249,7 +249,7 @@ def decoded(path: Path) -> str:
 
 
 def _unzipped(path: Path, raw: bytes) -> bytes:
-    """What a gzipped file holds, as far as any file may be long. Raises UserError."""
+    """The contents of a gzipped file, up to the largest size allowed. Raises UserError."""
     try:
         with gzip.open(io.BytesIO(raw)) as file:
             text = file.read(DATA + 1)
@@ -268,14 +268,14 @@ def _json(path: Path, text: str) -> Iterator[Row]:
             f"{path}: got {shown(rows)}, expected a list of objects (one object a line is .jsonl)"
         )
     numbered = ((f"{path}: item {number}", fields) for number, fields in enumerate(rows, 1))
-    return usable(lambda each: _object(*each), numbered)
+    return usable(lambda line: _object(*line), numbered)
 
 
 def _jsonl(path: Path, text: str) -> Iterator[Row]:
     lines = ((f"{path}:{number}", line) for number, line in enumerate(text.split("\n"), 1))
     return usable(
-        lambda each: _object(each[0], parsed(bounded(*each), each[0])),
-        (each for each in lines if each[1].strip()),
+        lambda line: _object(line[0], parsed(bounded(*line), line[0])),
+        (line for line in lines if line[1].strip()),
     )
 
 
@@ -292,8 +292,8 @@ def _object(where: str, fields: Any) -> Row:
 def _lines(path: Path, text: str) -> Iterator[Row]:
     lines = ((f"{path}:{number}", line) for number, line in enumerate(text.split("\n"), 1))
     return usable(
-        lambda each: Row(each[0], {"text": bounded(*each).strip()}),
-        (each for each in lines if each[1].strip()),
+        lambda line: Row(line[0], {"text": bounded(*line).strip()}),
+        (line for line in lines if line[1].strip()),
     )
 
 
@@ -366,8 +366,8 @@ def _text(row: Row) -> Text:
     name = next((name for name in CHATS if fields.get(name) is not None), None)
     if name is not None:
         system = fields.get("system") if name == SHAREGPT else None
-        found = messages(row.where, fields[name], system)
-        return Text(row.where, found, tools(row.where, fields.get("tools")))
+        turns = messages(row.where, fields[name], system)
+        return Text(row.where, turns, tools(row.where, fields.get("tools")))
     text = fields.get("text")
     if not isinstance(text, str):
         raise RowError(

@@ -1,4 +1,4 @@
-"""What a tokenizer gives: ids that the model has, its own first and last tokens, prompt and answer.
+"""A tokenizer's ids: those that the model has, its own first and last tokens, prompt and answer.
 
 A tokenizer may know more tokens than the model has embeddings (a token was added, the model never
 resized), and its post-processor may begin and end every text with tokens of its own.
@@ -25,7 +25,7 @@ def fit(tokenizer: PreTrainedTokenizerBase, rows: int | None) -> None:
     pad = tokenizer.pad_token_id
     if pad is None or (rows is not None and pad >= rows):
         special = (tokenizer.eos_token_id, tokenizer.bos_token_id, *tokenizer.all_special_ids)
-        known = (each for each in special if each is not None and (rows is None or each < rows))
+        known = (token for token in special if token is not None and (rows is None or token < rows))
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(next(known, 0))
 
 
@@ -69,8 +69,8 @@ def sentences_of(
 ) -> list[str]:
     """The sentences of a data set to train on; blank: empty ones, too."""
     rows, checked = training_rows(dataset, most), checking(tokenizer)
-    found = usable(lambda row: checked(row.where, cell(row, SENTENCE, blank)), rows)
-    return left(dataset, list(found), len(rows))
+    sentences = usable(lambda row: checked(row.where, cell(row, SENTENCE, blank)), rows)
+    return left(dataset, list(sentences), len(rows))
 
 
 def chunks_of(
@@ -92,11 +92,11 @@ def chunks_of(
 
 def own_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """The tokens that the tokenizer puts before and after every text."""
-    found = []
+    ends = []
     for keys in ({}, {"add_special_tokens": False}):
         encoded: Any = tokenizer("text", **keys)
-        found.append(list(encoded["input_ids"]))
-    whole, bare = found
+        ends.append(list(encoded["input_ids"]))
+    whole, bare = ends
     start = next((n for n in range(len(whole)) if whole[n : n + len(bare)] == bare), 0)
     return whole[:start], whole[start + len(bare) :]
 
