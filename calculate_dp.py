@@ -34,8 +34,8 @@ def main(config: Config) -> Path:
         tokenizer = source.tokenizer
         config = source.within_context(config, "dependence")
         ids = tokenize(tokenizer, texts, config.dependence.chat_template)
-        both_ways = config.dependence.flow == "bidirectional"
-        mask = config.bi.mask if both_ways and config.bi.bidirectional else (both_ways,)
+        bidirectional = config.dependence.flow == "bidirectional"
+        mask = config.bi.mask if bidirectional and config.bi.bidirectional else (bidirectional,)
         model = load_model(source, *mask)
         ids, truncated = cut(model, ids, config.dependence.max_tokens)
         resume, began = config.resume == "auto", time.monotonic()
@@ -53,7 +53,7 @@ def main(config: Config) -> Path:
 
 
 def dry_run(config: Config) -> str:
-    """What `main` would do: parameters, steps, memory and files."""
+    """The dry run of `main`: parameters, steps, memory and files."""
     from ubmoe.dry_run import programs
 
     return programs.calculate_dp(config)

@@ -70,7 +70,7 @@ def main(config: Config) -> Path:
 
 
 def dry_run(config: Config) -> str:
-    """What `main` would do: parameters, steps, memory and files."""
+    """The dry run of `main`: parameters, steps, memory and files."""
     from ubmoe.dry_run import programs
 
     return programs.train_bi(config)

@@ -17,7 +17,7 @@ def main(config: Config) -> Path:
     # torch is imported late, so that --help and a mistyped key are answered at once.
     from ubmoe.recording import recording
 
-    models = ["ubmoe" if each == "mixture" else each for each in config.ubmoe.export]
+    models = ["ubmoe" if form == "mixture" else form for form in config.ubmoe.export]
     with recording(
         "train_ubmoe", "generation", config, "routing.png", *models, working=["routers"]
     ) as run:
@@ -52,7 +52,7 @@ def main(config: Config) -> Path:
 
 
 def dry_run(config: Config) -> str:
-    """What `main` would do: parameters, steps, memory and files."""
+    """The dry run of `main`: parameters, steps, memory and files."""
     from ubmoe.dry_run import programs
 
     return programs.train_ubmoe(config)

@@ -1,4 +1,4 @@
-"""What is imported where; the order of the rooms is a contract in pyproject.toml, run here too."""
+"""Imports, whose order is a contract in pyproject.toml that runs here too, and where tests stand."""
 
 import re
 import subprocess
@@ -50,8 +50,8 @@ def test_tests_mirror_the_package():
     for path in (ROOT / "tests").rglob("test_*.py"):
         name = path.relative_to(ROOT / "tests").with_suffix("").as_posix()
         if name not in FROM_THE_OUTSIDE:
-            room = ROOT if name.startswith("studies/") else ROOT / "ubmoe"
-            module = room / name.replace("test_", "")
+            home = ROOT if name.startswith("studies/") else ROOT / "ubmoe"
+            module = home / name.replace("test_", "")
             assert module.with_suffix(".py").is_file() or module.is_dir(), f"{name} tests no module"
 
 
@@ -61,7 +61,7 @@ def test_no_test_imports_another():
         assert not imported, (path, imported)
 
 
-def test_every_room_says_what_it_is():
-    rooms = [path for top in ("ubmoe", "studies") for path in (ROOT / top).rglob("__init__.py")]
-    silent = [path for path in rooms if not path.read_text().startswith('"""')]
+def test_every_package_has_a_docstring():
+    packages = [path for top in ("ubmoe", "studies") for path in (ROOT / top).rglob("__init__.py")]
+    silent = [path for path in packages if not path.read_text().startswith('"""')]
     assert not silent

@@ -30,12 +30,12 @@ def means(values: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
     """
     items = values.shape[-1]
     weights = np.ones(items) if weights is None else weights
-    found = []
+    drawn = []
     with np.errstate(invalid="ignore"):  # a draw of items without weight
         for counts in draws(items):
             whole = (counts @ weights).reshape(-1, *[1] * (values.ndim - 1))
-            found.append(np.moveaxis(values @ counts.T, -1, 0) / whole)
-    return np.concatenate(found)
+            drawn.append(np.moveaxis(values @ counts.T, -1, 0) / whole)
+    return np.concatenate(drawn)
 
 
 def correlations(
@@ -52,7 +52,7 @@ def correlations(
     if families is not None:
         members = np.unique(list(families), return_inverse=True)[1]
     counts = draws(int(members.max()) + 1, resamples)
-    return np.concatenate([spearman(each[:, members], values, gold) for each in counts])
+    return np.concatenate([spearman(count[:, members], values, gold) for count in counts])
 
 
 def gains(mine: np.ndarray, theirs: np.ndarray, gold: np.ndarray) -> np.ndarray:
@@ -74,10 +74,10 @@ def draws(items: int, resamples: int | None = None) -> Iterator[np.ndarray]:
 @lru_cache(maxsize=4)
 def _kept(items: int, total: int, size: int) -> tuple[np.ndarray, ...]:
     """Drawing takes five times as long as what is done with a draw."""
-    found = tuple(_drawn(items, total, size))
-    for counts in found:
+    kept = tuple(_drawn(items, total, size))
+    for counts in kept:
         counts.flags.writeable = False
-    return found
+    return kept
 
 
 def _drawn(items: int, total: int, size: int) -> Iterator[np.ndarray]:
@@ -89,7 +89,9 @@ def _drawn(items: int, total: int, size: int) -> Iterator[np.ndarray]:
 def spearman(counts: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """(draws,) Spearman's correlation in each draw; counts: (draws, items)."""
     items = counts.sum(1, keepdims=True)
-    centred = [ranks(counts, each) - (items + 1) / 2 for each in (one, other)]  # their mean, always
+    centred = [
+        ranks(counts, values) - (items + 1) / 2 for values in (one, other)
+    ]  # their mean, always
     covariance, first, second = (
         (counts * a * b).sum(1)
         for a, b in ((centred[0], centred[1]), (centred[0],) * 2, (centred[1],) * 2)

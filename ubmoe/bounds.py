@@ -1,4 +1,4 @@
-"""What strangers' files may cost: kind and size of a file, time and memory of what runs for it.
+"""Limits for untrusted files: their kind and size, and the time and memory of reading them.
 
 Nothing of the package is imported here: every reader, the configuration's too, reads through it.
 """
@@ -35,23 +35,23 @@ def regular(path: str | os.PathLike[str], most: int | None = None) -> Path:
 
     Opening a pipe waits for a writer, and a device has no end.
     """
-    found = os.stat(path)
-    if stat.S_ISDIR(found.st_mode):
+    status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(errno.EISDIR, "is a folder, no file", str(path))
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "is a pipe or a device, no file", str(path))
-    if most is not None and found.st_size > most:
-        raise _too_large(path, found.st_size, most)
+    if most is not None and status.st_size > most:
+        raise _too_large(path, status.st_size, most)
     return Path(path)
 
 
 def read_bytes(path: str | os.PathLike[str], most: int) -> bytes:
     """A regular file's bytes. Raises OSError; some files are longer than they say."""
     with regular(path, most).open("rb") as file:
-        found = file.read(most + 1)
-    if len(found) > most:
-        raise _too_large(path, len(found), most)
-    return found
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise _too_large(path, len(content), most)
+    return content
 
 
 def read_text(path: str | os.PathLike[str], most: int = SMALL) -> str:

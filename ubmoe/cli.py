@@ -140,7 +140,7 @@ def _check_environment() -> None:
 
 
 def _end_with_parent() -> None:
-    """What a study runs must not go on when the study was killed."""
+    """A program that a study runs must end when the study is killed."""
     os.read(0, 1)
     os._exit(INTERRUPTED)
 
@@ -158,7 +158,7 @@ def _called(
     dry_run: Program | None,
     arguments: list[str],
 ) -> Path | str | None:
-    """What a program returns, what it would do, or the whole configuration that it would have."""
+    """The program's result, its dry run, or the whole configuration that it would have."""
     if not callable(main):
         verb = arguments[0] if arguments else "nothing"
         if verb not in main:
@@ -167,7 +167,7 @@ def _called(
                 f"{'|'.join(main)} [CONFIG] [key=value ...]"
             )
         main, arguments = main[verb], arguments[1:]
-    config = parse([each for each in arguments if each != SHOW])
+    config = parse([argument for argument in arguments if argument != SHOW])
     if SHOW in arguments:
         return dump_config(config)
     if not config.dry_run:
@@ -181,7 +181,7 @@ def _called(
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """What accelerate knows of the devices' ways to say it, and ours."""
+    """Whether an error means out of memory: accelerate's list of messages, and ours."""
     from accelerate.utils.memory import should_reduce_batch_size  # imports torch
 
     return _says(error, NO_MEMORY) or should_reduce_batch_size(error)
@@ -190,7 +190,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 def _says(error: BaseException | None, words: tuple[str, ...]) -> bool:
     """Whether an error, or one that it was raised over, says one of these."""
     while error is not None:
-        if any(each in f"{type(error).__name__} {error}" for each in words):
+        if any(word in f"{type(error).__name__} {error}" for word in words):
             return True
         error = error.__context__
     return False
@@ -234,7 +234,7 @@ def fail(message: str, status: int = 2) -> None:
     who = "" if is_first_process() else f" (process {os.environ['RANK']})"
     if who:
         time.sleep(WAIT)
-    if not (who and status == INTERRUPTED):  # which all are told at once
+    if not (who and status == INTERRUPTED):  # which all processes get at once
         print(f"error{who}: " + " ".join(message.split()), file=sys.stderr)
     sys.stderr.flush()
     sys.exit(status)

@@ -1,4 +1,4 @@
-"""What a program says when it ends: its scores, rounded, with their units, and what it wrote.
+"""A program's last lines: its scores, rounded, with their units, and the files it wrote.
 
 Nothing heavy is imported: only the result is read.
 """

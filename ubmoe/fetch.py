@@ -129,9 +129,9 @@ def fetch(name: str, folder: str = "models") -> Path:
 
 
 def _check(what: str, digest: Any, source: Source) -> None:
-    if (found := digest.hexdigest()) != source.sha256:
+    if (actual := digest.hexdigest()) != source.sha256:
         raise UserError(
-            f"{what} has SHA-256 {found}, expected {source.sha256}: it is altered or cut short; "
+            f"{what} has SHA-256 {actual}, expected {source.sha256}: it is altered or cut short; "
             "remove it, or take another package index"
         )
 

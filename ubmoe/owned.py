@@ -1,4 +1,4 @@
-"""What this program has made in a folder: that alone is ever replaced or removed.
+"""The files that this program has made in a folder: they alone are ever replaced or removed.
 
 A folder of ours holds a file `.ubmoe`, written first, which names what is ours in it. A result, a
 resolved config and a picture say it themselves. No link is followed.
@@ -39,8 +39,8 @@ def claim(folder: Path, *names: str) -> None:
 
 def name_all(folder: Path) -> None:
     """Claim all that is in a folder now, and nothing that anybody adds later."""
-    every = (each.relative_to(folder).as_posix() for each in folder.rglob("*"))
-    _write(folder, sorted(each for each in every if not each.endswith(MARK)))
+    every = (file.relative_to(folder).as_posix() for file in folder.rglob("*"))
+    _write(folder, sorted(name for name in every if not name.endswith(MARK)))
 
 
 def claimed(folder: Path) -> list[str] | None:
@@ -81,13 +81,13 @@ def check_within(folder: Path, *names: str) -> None:
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise refused(folder)
     known = claimed(folder) or ()
-    for each in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if _is_in(each.name, names) and not each.name.startswith(MARK):
-            empty = each.is_dir() and not any(each.iterdir())
-            if each.is_symlink() or not (empty or _is_in(each.name, known)):
-                raise refused(each)
-            if each.is_dir():
-                check(each)
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if _is_in(file.name, names) and not file.name.startswith(MARK):
+            empty = file.is_dir() and not any(file.iterdir())
+            if file.is_symlink() or not (empty or _is_in(file.name, known)):
+                raise refused(file)
+            if file.is_dir():
+                check(file)
 
 
 def refused(path: Path) -> UserError:
@@ -98,7 +98,7 @@ def refused(path: Path) -> UserError:
 
 
 def strangers(path: Path) -> Iterator[Path]:
-    """What would be lost, if this file or folder gave way, and is not ours."""
+    """The files that are not ours, and would be lost with this file or folder."""
     if path.is_symlink() or not (path.is_dir() or is_ours(path)):
         if os.path.lexists(path):
             yield path
@@ -111,19 +111,19 @@ def strangers(path: Path) -> Iterator[Path]:
 
 
 def _unnamed(folder: Path, names: Sequence[str], below: str = "") -> Iterator[Path]:
-    for each in sorted(folder.iterdir()):
-        name = below + each.name
-        if each.is_dir() and not each.is_symlink():
-            if claimed(each) is None:
-                yield from _unnamed(each, names, f"{name}/")
+    for file in sorted(folder.iterdir()):
+        name = below + file.name
+        if file.is_dir() and not file.is_symlink():
+            if claimed(file) is None:
+                yield from _unnamed(file, names, f"{name}/")
             else:
-                yield from strangers(each) if _is_in(name, names) else [each]
-        elif each.is_symlink() or not (each.name.startswith(MARK) or _is_in(name, names)):
-            yield each
+                yield from strangers(file) if _is_in(name, names) else [file]
+        elif file.is_symlink() or not (file.name.startswith(MARK) or _is_in(name, names)):
+            yield file
 
 
 def _is_in(name: str, names: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, each) for each in names)
+    return any(fnmatchcase(name, pattern) for pattern in names)
 
 
 def is_ours(path: Path) -> bool:
@@ -135,8 +135,8 @@ def is_ours(path: Path) -> bool:
             with path.open("rb") as file:
                 return b"tEXtCreator\0ubmoe" in file.read(2048)
         read: Any = {".json": json.loads, ".yaml": yaml.safe_load}[path.suffix]
-        found = read(read_text(path, METADATA))
+        content = read(read_text(path, METADATA))
     except (OSError, KeyError, ValueError, RecursionError, yaml.YAMLError):
         return False
     kinds = (RESULT, FETCHED) if path.suffix == ".json" else (RESOLVED,)
-    return isinstance(found, dict) and any(kind <= found.keys() for kind in kinds)
+    return isinstance(content, dict) and any(kind <= content.keys() for kind in kinds)

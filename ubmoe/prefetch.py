@@ -42,7 +42,7 @@ def needs(config: Config) -> Iterator[tuple[str, str]]:
     A model's name is followed by @ and its revision, where one is asked for.
     """
     models = [(config.model.name, config.model.revision)]
-    models += [(each.name, each.revision) for each in config.probing.models]
+    models += [(model.name, model.revision) for model in config.probing.models]
     for name, revision in dict.fromkeys(models):
         if name != "tiny" and not expanded(name).exists():
             yield "model", f"{name}@{revision}" if revision else name
@@ -100,10 +100,10 @@ def _generation(name: str) -> dict[str, Any]:
 
     check_tasks([name])
     try:
-        found = get_task_dict([name], manager())
+        loaded = get_task_dict([name], manager())
     except Exception as error:  # as above
         raise _missing("evaluation.generation", name, error) from error
-    return {"tasks": len(found)}
+    return {"tasks": len(loaded)}
 
 
 def _missing(key: str, name: str, error: Exception) -> UserError:

@@ -47,7 +47,7 @@ WORKING = ("stage.json", "checkpoint-[0-9]*", "adapter")  # in a folder of check
 
 @dataclass
 class Run:
-    """What a script fills in while it runs; written when it ends well.
+    """The record that a script fills in while it runs; written when it ends well.
 
     unfinished: where the first process writes, and all may read, until all is there. inputs:
     digests of what was read, taken before it was.
@@ -88,7 +88,7 @@ class Run:
         """The scores, and every folder and file of the run."""
         for line in endings.scores(self.name, {self.name: self.section} | self.more):
             self.log("%s", line)
-        names = [*(each for each in made if each not in self.figures), *sorted(self.figures)]
+        names = [*(name for name in made if name not in self.figures), *sorted(self.figures)]
         self.log("%s", endings.written(self.directory, [*names, self.path.name]))
 
     def write(self) -> None:
@@ -96,7 +96,8 @@ class Run:
         late = inputs(self.config, self.name) if None in self.inputs.values() else {}
         record = {
             "config": self.config.model_dump(),
-            "inputs": late | {key: each for key, each in self.inputs.items() if each is not None},
+            "inputs": late
+            | {key: digest for key, digest in self.inputs.items() if digest is not None},
             "environment": environment(self.model, self.config.seed),
             "seconds": round(time.monotonic() - self.started, 3),
             "peak_memory_bytes": peak_memory_bytes(),
@@ -134,10 +135,10 @@ def recording(
         owned.check_within(directory / place, *WORKING)
     new = make_writable(directory)
     there = nullcontext(unfinished_of(directory, program))
-    own = staging(directory, program) if is_first_process() else there
+    staged = staging(directory, program) if is_first_process() else there
     try:
         with (
-            own as unfinished,
+            staged as unfinished,
             dropping(config.data.skip_bad_rows) as dropped,
             noting() as noted,
             dated(config.data.template_date),
@@ -155,8 +156,8 @@ def recording(
                 if config.hub.push is not None:
                     from ubmoe.models import hub
 
-                    folders = [directory / each for each in made if each in hub.NAMES]
-                    hub.push(config.hub, [each for each in folders if each.is_dir()])
+                    folders = [directory / name for name in made if name in hub.NAMES]
+                    hub.push(config.hub, [folder for folder in folders if folder.is_dir()])
     except BaseException:
         for folder in new:  # deepest first; what holds the sums of an interrupted run stays
             if folder.is_dir() and not any(folder.iterdir()):

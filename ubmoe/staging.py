@@ -1,4 +1,4 @@
-"""What a run writes lies beside its place until the run is whole, and is moved there in one go.
+"""A run's files lie beside their place until it is complete, and are then moved in one go.
 
 A program has one folder of its own in its output directory, `.unfinished-<program>`. When all that
 the run owes is in it, the folder is renamed to `.finished-<program>`: that is the moment from which
@@ -82,14 +82,14 @@ def move_into_place(folder: Path) -> None:
     """
     finished = _finished_of(folder)
     owned.check(finished)
-    for each in _moved(folder):
-        target = folder.parent / each.name
-        if target.exists() and target.is_dir() != each.is_dir():
+    for file in _moved(folder):
+        target = folder.parent / file.name
+        if target.exists() and target.is_dir() != file.is_dir():
             code = errno.EISDIR if target.is_dir() else errno.ENOTDIR
             raise OSError(code, os.strerror(code), str(target))
         owned.check(target)
-        if each.is_dir():
-            owned.name_all(each)
+        if file.is_dir():
+            owned.name_all(file)
     folder.rename(finished)
     _move_all(finished)
 
@@ -116,18 +116,18 @@ def _move_all(finished: Path) -> None:
         return
     removed = finished / REMOVED
     shutil.rmtree(removed, ignore_errors=True)
-    for each in sorted(_moved(finished), key=_order):
-        target = finished.parent / each.name
+    for file in sorted(_moved(finished), key=_order):
+        target = finished.parent / file.name
         owned.check(target)
-        if each.is_dir() and target.exists():
+        if file.is_dir() and target.exists():
             removed.mkdir(exist_ok=True)
-            target.rename(removed / each.name)
-        each.rename(target)
+            target.rename(removed / file.name)
+        file.rename(target)
     shutil.rmtree(finished, ignore_errors=True)
 
 
 def _moved(folder: Path) -> list[Path]:
-    return [each for each in folder.iterdir() if each.name not in (owned.MARK, REMOVED)]
+    return [file for file in folder.iterdir() if file.name not in (owned.MARK, REMOVED)]
 
 
 def _order(path: Path) -> tuple[bool, bool, str]:

@@ -1,4 +1,4 @@
-"""What an unfinished run has computed, in a file that holds the key of all that it depends on.
+"""Partial results of an unfinished run, in a file with the resume key of all they depend on.
 
 The one cache that runs go on from: sums of dependence, rows of interventions, word vectors and
 probing reports. Checkpoints of a training are in `training.checkpoints`.

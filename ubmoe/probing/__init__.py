@@ -1,1 +1,1 @@
-"""What word vectors know, after Feng et al. (python -m ubmoe.probing)."""
+"""Word-level probing, after Feng et al. (python -m ubmoe.probing)."""

@@ -1,4 +1,4 @@
-"""What do word vectors know? Probe the word vectors of several models on the tasks of Feng et al.
+"""Word-level probing: the word vectors of several models on the tasks of Feng et al.
 
 python -m ubmoe.probing configs/tiny.yaml
 python -m ubmoe.probing configs/tiny.yaml probing.data=path/to/semantic-probing-2025

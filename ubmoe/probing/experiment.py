@@ -30,23 +30,23 @@ BINARY, NUMBERS = "balanced_accuracy", "spearman"  # what models are compared by
 
 def models_by_label(config: Config) -> dict[str, ProbedModel]:
     """The models by their labels. Raises UserError for two of one label."""
-    found: dict[str, ProbedModel] = {}
-    own = {key: getattr(config.model, key) for key in ("name", "revision", "adapter")}
+    models: dict[str, ProbedModel] = {}
+    settings = {key: getattr(config.model, key) for key in ("name", "revision", "adapter")}
     both = [
-        ProbedModel(label="Uni", attention="causal", **own),
-        ProbedModel(label="Bi, untrained", attention="bidirectional", **own),
+        ProbedModel(label="Uni", attention="causal", **settings),
+        ProbedModel(label="Bi, untrained", attention="bidirectional", **settings),
     ]
     for model in config.probing.models or both:
         words = (Path(model.name).name, model.attention, model.route)
         label = model.label or ", ".join(word for word in words if word)
-        if label in found:
+        if label in models:
             raise UserError(f"probing.models: two are called {label!r}; give each a label")
-        found[label] = model
-    return found
+        models[label] = model
+    return models
 
 
 def described(tasks: Sequence[Task]) -> dict[str, Any]:
-    """What the record says of each task: items, words, and what could not be placed."""
+    """The record's counts for each task: items, words, and words that could not be placed."""
     return {
         task.name: {
             "items": len(task.words),
@@ -112,13 +112,13 @@ def probe(
 
 
 def file_name(label: str) -> str:
-    """Of a label's files: no path, and like no other label's."""
+    """The name of a label's files: no path, and distinct from every other label's."""
     digest = hashlib.sha256(label.encode()).hexdigest()[:8]
     return f"{re.sub(r'[^a-z0-9]+', '-', label.lower()).strip('-')[:60]}-{digest}"
 
 
 def _key(model: str, label: str, tasks: Sequence[Task], settings: ProbingSection) -> dict[str, Any]:
-    """What a report depends on: the model as it reads, the items, and the settings."""
+    """All that a report depends on: the model as it reads, the items, and the settings."""
     items = [(task.name, task.words, task.targets.tolist(), task.groups) for task in tasks]
     metadata = settings.model_dump(exclude={"models", "data", "jobs", "batch_tokens"})
     return {"model": model, "label": label, "items": digest_of_rows(items), "settings": metadata}
@@ -154,8 +154,8 @@ def _layers(settings: ProbingSection, count: int) -> list[int]:
 
 
 def _words(tasks: Sequence[Task], controls: bool) -> list[Word]:
-    found = [word for task in tasks for words in task.words for word in words]
-    return found + ([alone(word) for word in found] if controls else [])
+    placed = [word for task in tasks for words in task.words for word in words]
+    return placed + ([alone(word) for word in placed] if controls else [])
 
 
 KEYS = ("task", "control", "position", "layer", "features", "probe", "split")
@@ -168,19 +168,19 @@ def differences(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     first, *others = reports
     base = {tuple(row[key] for key in KEYS): row for row in first["rows"]}
-    found = []
+    rows = []
     for report in others:
         for row in report["rows"]:
-            own = base.get(tuple(row[key] for key in KEYS))
-            if row["control"] != "none" or own is None:
+            base_row = base.get(tuple(row[key] for key in KEYS))
+            if row["control"] != "none" or base_row is None:
                 continue
             metric = BINARY if BINARY in row else NUMBERS
-            errors = (row[f"{metric}_stderr"], own[f"{metric}_stderr"])
-            by = row[metric] - own[metric]
+            errors = (row[f"{metric}_stderr"], base_row[f"{metric}_stderr"])
+            by = row[metric] - base_row[metric]
             metadata = {key: row[key] for key in KEYS if key != "control"}
-            found.append(
+            rows.append(
                 {"label": report["label"], "against": first["label"], **metadata, "metric": metric}
                 | {"difference": by, "noise": 2 * math.hypot(*errors)}
                 | {"inside_noise": abs(by) <= 2 * math.hypot(*errors)}
             )
-    return found
+    return rows

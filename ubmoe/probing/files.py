@@ -29,13 +29,13 @@ Item = tuple[tuple[Word, ...], Any, str]  # words, target, group
 
 def _file(folder: Path, pattern: str) -> tuple[Path, str]:
     """The one file that fits, and its text."""
-    found = sorted(folder.glob(pattern))
-    if not found:
+    files = sorted(folder.glob(pattern))
+    if not files:
         raise UserError(f"probing.data: {folder} has no {pattern}")
-    text = decoded(found[0])
+    text = decoded(files[0])
     if not text.strip():
-        raise UserError(f"{found[0]}: empty; expected rows")
-    return found[0], text
+        raise UserError(f"{files[0]}: empty; expected rows")
+    return files[0], text
 
 
 def _lines(folder: Path, pattern: str) -> Iterator[Line]:
@@ -48,9 +48,9 @@ def _lines(folder: Path, pattern: str) -> Iterator[Line]:
 
 def _placed(items: Items, read: Callable[[Any], Item | None], rows: Iterable[Any]) -> None:
     """Add what is read of each row; None: its word is nowhere, which `read` has listed."""
-    for found in usable(read, rows):
-        if found is not None:
-            items.add(*found)
+    for placed in usable(read, rows):
+        if placed is not None:
+            items.add(*placed)
 
 
 def _columns(where: str, line: str, count: int) -> list[str]:
@@ -74,7 +74,7 @@ def _at(where: str, words: list[Word], index: int) -> Word:
 
 def _context(folder: Path) -> list[Task]:
     """Five words a sentence; each position is a task of its own for each feature."""
-    found = []
+    tasks = []
     for feature, target in FEATURES.items():
         places = [Items() for _ in range(5)]
         test = []
@@ -83,11 +83,11 @@ def _context(folder: Path) -> list[Task]:
                 for items, word in zip(places, words, strict=True):
                     items.add((word,), label, text(words[target]))
                 test.append(split == "test")
-        found += [
+        tasks += [
             items.task(f"{feature}@{number}", test=np.array(test))
             for number, items in enumerate(places, 1)
         ]
-    return found
+    return tasks
 
 
 def _five(given: Line) -> tuple[list[Word], int]:
@@ -104,7 +104,7 @@ def _aspect(folder: Path) -> list[Task]:
 
     A `verb` without a letter, of which the files have some, is none: it is listed as unplaced.
     """
-    found = []
+    tasks = []
     for name in ("telicity", "duration"):
         items = Items()
 
@@ -122,8 +122,8 @@ def _aspect(folder: Path) -> list[Task]:
             return (words[place] if there else same[0],), int(label), lemma(verb)
 
         _placed(items, read, _lines(folder, f"Task2*/{name}_train.txt"))
-        found.append(items.task(name))
-    return found
+        tasks.append(items.task(name))
+    return tasks
 
 
 def _concreteness(folder: Path) -> list[Task]:

@@ -34,7 +34,7 @@ FEATURES = {"subject_animacy": 1, "verb_causative": 2, "verb_dynamic": 2, "objec
 
 @dataclass(frozen=True)
 class Task:
-    """N items of one or two words each, and what is to be told from their vectors.
+    """N items of one or two words each, and the labels to predict from their vectors.
 
     targets: (N,) 0 or 1, or (N, K) numbers. groups: the lemma that each item is about, by which
     splits and errors are clustered. test: the shipped split, where there is one.
@@ -82,7 +82,7 @@ class Items:
 
 
 def lemma(form: str) -> str:
-    """What inflections of a word share: an irregular one's lemma, else Porter's stem."""
+    """The common key of a word's inflections: an irregular one's lemma, else Porter's stem."""
     known = IRREGULAR.get(form.lower(), form.lower())
     return str(_stemmer().stem(known))
 
@@ -96,8 +96,8 @@ def _stemmer() -> Any:
 
 def bare(word: Word) -> Word:
     """The word without the punctuation around it; punctuation alone stays."""
-    found = re.fullmatch(r"(\W*)(.*?)(\W*)", text(word), re.DOTALL)
-    before, inside, _ = found.groups() if found else ("", "", "")
+    match = re.fullmatch(r"(\W*)(.*?)(\W*)", text(word), re.DOTALL)
+    before, inside, _ = match.groups() if match else ("", "", "")
     if not inside:
         return word
     start = word.start + len(before)
@@ -106,7 +106,7 @@ def bare(word: Word) -> Word:
 
 def tokens(sentence: str) -> list[Word]:
     """The words between spaces."""
-    return [Word(sentence, found.start(), found.end()) for found in re.finditer(r"\S+", sentence)]
+    return [Word(sentence, match.start(), match.end()) for match in re.finditer(r"\S+", sentence)]
 
 
 def text(word: Word) -> str:

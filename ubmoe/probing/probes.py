@@ -119,20 +119,20 @@ def scores(
     predictions = probe.predict(features[test]).reshape(targets[test].shape)
     groups = np.array(task.groups)[test]
     measure = binary_metrics if task.binary else number_metrics
-    found = measure(targets[test], predictions)
+    metrics = measure(targets[test], predictions)
     errors = standard_errors(measure, targets[test], predictions, groups)
-    return found | {f"{name}_stderr": error for name, error in errors.items()}
+    return metrics | {f"{name}_stderr": error for name, error in errors.items()}
 
 
 def binary_metrics(targets: np.ndarray, predictions: np.ndarray) -> dict[str, float]:
     """Accuracy, and its mean over the classes; scikit-learn's would take most of a bootstrap."""
     right = targets == predictions
-    by_class = [right[targets == each].mean() for each in np.unique(targets)]
+    by_class = [right[targets == label].mean() for label in np.unique(targets)]
     return {"accuracy": float(right.mean()), "balanced_accuracy": float(np.mean(by_class))}
 
 
 def number_metrics(targets: np.ndarray, predictions: np.ndarray) -> dict[str, float]:
-    """Of (N, K) numbers, means over the K."""
+    """Means over the K of (N, K) numbers."""
     columns = list(zip(targets.T, predictions.T, strict=True))
     return {
         "mse": float(((targets - predictions) ** 2).mean()),
@@ -143,7 +143,7 @@ def number_metrics(targets: np.ndarray, predictions: np.ndarray) -> dict[str, fl
 
 
 def _correlation(of: Callable, first: np.ndarray, second: np.ndarray) -> float:
-    """0 where one side is constant: it tells nothing."""
+    """0 where one side is constant: it predicts nothing."""
     if np.ptp(first) == 0 or np.ptp(second) == 0:
         return 0.0
     return float(of(first, second)[0])

@@ -38,8 +38,8 @@ def all_rows(
         for control in controls
     ]
     jobs = min(settings.jobs, len(work)) if settings.jobs else -1  # each is a process
-    found = Parallel(n_jobs=jobs, return_as="generator")(work)
-    bar = tqdm(found, total=len(work), desc=f"probes of {label}", unit="task", disable=None)
+    results = Parallel(n_jobs=jobs, return_as="generator")(work)
+    bar = tqdm(results, total=len(work), desc=f"probes of {label}", unit="task", disable=None)
     return [row for rows in bar for row in rows]
 
 
@@ -94,12 +94,12 @@ def probed(
             for split in probes.splits(task):
                 # without anything drawn, one seed is as good as many
                 fixed = kind != "mlp" and split == "shipped" and control != "random labels"
-                found = [
+                every = [
                     probes.scores(kind, kept, features, split, seed, control == "random labels")
                     for seed in settings.seeds[: 1 if fixed else None]
                 ]
-                if all(found):
-                    rows.append({"features": how, "probe": kind, "split": split} | _mean(found))
+                if all(every):
+                    rows.append({"features": how, "probe": kind, "split": split} | _mean(every))
     return rows
 
 
@@ -116,10 +116,10 @@ def _kept(task: Task, there: np.ndarray) -> Task:
 
 def _mean(seeds: list[dict[str, float]]) -> dict[str, float]:
     """Means over the seeds, and `<metric>_seeds`, their standard deviation."""
-    found = {name: statistics.mean(each[name] for each in seeds) for name in seeds[0]}
+    means = {name: statistics.mean(seed[name] for seed in seeds) for name in seeds[0]}
     metrics = [name for name in seeds[0] if not name.endswith("_stderr")]
     if len(seeds) > 1:
-        found |= {
-            f"{name}_seeds": statistics.stdev(each[name] for each in seeds) for name in metrics
+        means |= {
+            f"{name}_seeds": statistics.stdev(seed[name] for seed in seeds) for name in metrics
         }
-    return found
+    return means

@@ -14,8 +14,8 @@ CONCRETE = {"person": 2.0, "animal": 3.0, "food": 4.0, "thing": 5.0}
 
 
 def _tiny_context() -> list[Task]:
-    """`the N V the N`, every word drawn alone, so that none tells of another."""
-    found = []
+    """`the N V the N`, every word drawn alone, so that none predicts another."""
+    sentences = []
     for feature, target in FEATURES.items():
         rng = random.Random(f"{TINY_SEED} {feature}")
         places = [Items() for _ in range(5)]
@@ -32,8 +32,8 @@ def _tiny_context() -> list[Task]:
             words = tokens("the {} {} the {}".format(*said))
             for items, word in zip(places, words, strict=True):
                 items.add((word,), int(label), text(words[target]))
-        found += [items.task(f"{feature}@{number}") for number, items in enumerate(places, 1)]
-    return found
+        sentences += [items.task(f"{feature}@{number}") for number, items in enumerate(places, 1)]
+    return sentences
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class _Said:
 
 
 def _said(count: int) -> list[_Said]:
-    rng, found = random.Random(TINY_SEED), []
+    rng, sentences = random.Random(TINY_SEED), []
     for _ in range(count):
         meaning = language.draw(rng)
         wording = tuple(rng.randrange(2) for _ in meaning)
@@ -61,8 +61,8 @@ def _said(count: int) -> list[_Said]:
                 (meaning.patient, wording[4]),
             )
         )
-        found.append(_Said(meaning, verb, agent, patient))
-    return found
+        sentences.append(_Said(meaning, verb, agent, patient))
+    return sentences
 
 
 def _tiny_aspect() -> list[Task]:

@@ -75,13 +75,13 @@ class Sentences:
         self.places = [self._place(word, rows[word.sentence], offsets) for word in words]
 
     def _place(self, word: Word, row: int, offsets: Any) -> Place | None:
-        own = overlapping(offsets[row], word.start, word.end)
-        if not own:
+        tokens = overlapping(offsets[row], word.start, word.end)
+        if not tokens:
             raise UserError(f"no token of {word.sentence!r} lies at {word.start}-{word.end}")
-        if own[-1] >= len(self.ids[row]):
+        if tokens[-1] >= len(self.ids[row]):
             return None
-        first = own[0] == 0
-        return Place(row, own, own if first else [token - 1 for token in own])
+        first = tokens[0] == 0
+        return Place(row, tokens, tokens if first else [token - 1 for token in tokens])
 
 
 def overlapping(offsets: Sequence[tuple[int, int]], start: int, end: int) -> list[int]:
@@ -142,13 +142,15 @@ def word_vectors(
                 for place in places
                 if place is not None
             ]
-            found = means(states, tokens).cpu().numpy()  # the words at one position, then the next
-            if not np.isfinite(found).all():
+            averaged = (
+                means(states, tokens).cpu().numpy()
+            )  # the words at one position, then the next
+            if not np.isfinite(averaged).all():
                 raise UserError(
                     f"{model.name_or_path}: word vectors that are not finite in "
                     f"{str(model.dtype).removeprefix('torch.')}; expected model.dtype=float32"
                 )
-            for position, part in enumerate(np.split(found, len(positions))):
+            for position, part in enumerate(np.split(averaged, len(positions))):
                 vectors[numbers, position] = part
             bar.update(sum(len(sentences.ids[row]) for row in chosen))
     vectors.flush()
