@@ -1,4 +1,4 @@
-"""What bfloat16 autocast gains and costs on SmolLM2-135M's shape, weights in float32.
+"""Gain and cost of bfloat16 autocast on SmolLM2-135M's shape, weights in float32.
 
 python -m benchmarks.bfloat16                                random weights: speed
 python -m benchmarks.bfloat16 MODEL PAIRS.tsv CHATS.jsonl    and what it changes of a real model
@@ -86,7 +86,7 @@ def speed() -> list[dict[str, Any]]:
 
 
 def changes(name: str, pairs: str, chats: str) -> list[dict[str, Any]]:
-    """Of a real model: STS under the causal mask, and DP-after of some chats."""
+    """STS of a real model under the causal mask, and DP-after of some chats."""
     settings = ModelSection(name=name)
     tokenizer, model = ModelSource.of(settings).tokenizer, load_model(settings)
     encoder = as_encoder(model, tokenizer, BiSection(prompt=None, attention="causal"))

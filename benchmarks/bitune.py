@@ -45,8 +45,8 @@ def model(hidden: int | None = None) -> Any:
             num_key_value_heads=hidden // 32,
             vocab_size=1024,
         )
-    found: Any = Qwen2ForCausalLM(config)
-    return cast(nn.Module, found).to(DEVICE).eval()
+    built: Any = Qwen2ForCausalLM(config)
+    return cast(nn.Module, built).to(DEVICE).eval()
 
 
 def examples() -> list[Example]:
@@ -88,7 +88,7 @@ def training() -> list[dict[str, object]]:
             str(size): Training(hidden, size) for size in (BATCH, 1)
         }
         seconds = medians(runs, 3)
-        speed = {size: tokens / each for size, each in seconds.items()}
+        speed = {size: tokens / taken for size, taken in seconds.items()}
         limit = 1.5 if hidden == CLAIMED else None
         names = (f"training tokens/s, hidden {hidden}", "batch 8 / batch 1")
         rows.append(row(*names, speed["8"] / speed["1"], limit, above=True))

@@ -1,4 +1,4 @@
-"""What every benchmark shares: interleaved medians, peak memory in a fresh process, one JSON in
+"""Shared by every benchmark: interleaved medians, peak memory in a fresh process, one JSON in
 results/.
 """
 
@@ -61,7 +61,7 @@ def peak_of_child(module: str, *arguments: object) -> int:
 
 
 def last_line_of_child(module: str, *arguments: object) -> str:
-    """What `python -m module arguments...` prints last, in a process of its own."""
+    """The last line of `python -m module arguments...`, in a process of its own."""
     command = [sys.executable, "-m", module, *map(str, arguments)]
     run = subprocess.run(command, check=True, capture_output=True, text=True)
     return run.stdout.splitlines()[-1]

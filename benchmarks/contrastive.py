@@ -170,10 +170,10 @@ class Training:
         self.losses.append(loss.item())
 
     def features(self, texts: list[str]) -> dict[str, Any]:
-        found = self.encoder.preprocess(texts)
+        encoded = self.encoder.preprocess(texts)
         return {
             key: value.to(DEVICE) if isinstance(value, Tensor) else value
-            for key, value in found.items()
+            for key, value in encoded.items()
         }
 
 
@@ -189,7 +189,7 @@ def row(claim: str, both: tuple[object, object], value: object, limit: str, hold
 def speed(runs: dict[str, Training]) -> list[Row]:
     """Sentences (not views) a second, and how many times as many."""
     seconds = medians({name: run.step for name, run in runs.items()}, REPEATS)
-    rates = {name: BATCH / each for name, each in seconds.items()}
+    rates = {name: BATCH / taken for name, taken in seconds.items()}
     return [
         row(
             f"sentences/s, ours / {other}",

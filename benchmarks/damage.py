@@ -84,23 +84,25 @@ def main(count: int = DAMAGED) -> None:
                 results.append({"program": program, **_damaged(program, folder, whole, generator)})
                 tqdm.write(str(results[-1]), sys.stderr)
                 bar.update()
-            for theirs in (*((each,) for each in NEEDED[program]), FREE):
+            for theirs in (*((needed,) for needed in NEEDED[program]), FREE):
                 results.append({"program": program, **_in_somebodys(program, folder, *theirs)})
                 tqdm.write(str(results[-1]), sys.stderr)
     rows = [_summed(program, results) for program in SECTIONS]
-    write("damage", rows, seed=SEED, failed=[each for each in results if not each["right"]])
-    sys.exit(not all(each["right"] for each in results))
+    write("damage", rows, seed=SEED, failed=[result for result in results if not result["right"]])
+    sys.exit(not all(result["right"] for result in results))
 
 
 def _summed(program: str, results: list[dict[str, Any]]) -> dict[str, Any]:
-    own = [each for each in results if each["program"] == program]
-    damaged, folders = ([each for each in own if name in each] for name in ("file", "theirs"))
+    of_program = [result for result in results if result["program"] == program]
+    damaged, folders = (
+        [result for result in of_program if name in result] for name in ("file", "theirs")
+    )
     return {
         "program": program,
         "damaged checkpoints": len(damaged),
-        "equal after going on, or refused": sum(each["right"] for each in damaged),
+        "equal after going on, or refused": sum(result["right"] for result in damaged),
         "folders of a user's": len(folders),
-        "as they were": sum(each["right"] for each in folders),
+        "as they were": sum(folder["right"] for folder in folders),
     }
 
 
@@ -108,7 +110,7 @@ def _run(program: str, folder: Path, out: Path) -> tuple[int, str]:
     """Exit status, and what was said."""
     steps = ("max_steps=6", "save_steps=2", "save_total_limit=3", "logging_steps=1")
     keys = [*kills.COMMON, *UNSCORED, *kills.PROGRAMS[program], f"output_dir={out}", "resume=auto"]
-    keys += [f"{SECTIONS[program]}.{each}" for each in steps]
+    keys += [f"{SECTIONS[program]}.{count}" for count in steps]
     keys += [f"ubmoe.bi={folder / '0' / 'bi'}"] if program == "train_ubmoe.py" else []
     command = [sys.executable, *program.split(), *keys]
     done = subprocess.run(command, cwd=kills.ROOT, capture_output=True, text=True)

@@ -70,13 +70,13 @@ def write_dense(folder: Path, size: str) -> int:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
             header.pop("__metadata__")
-            end = max(each["data_offsets"][1] for each in header.values())
+            end = max(entry["data_offsets"][1] for entry in header.values())
             file.truncate(8 + length + end)
-    return max(each.nbytes for each in tensors.values())
+    return max(tensor.nbytes for tensor in tensors.values())
 
 
 def write_form(folder: Path) -> None:
-    """What an encoder has beside its model."""
+    """Empty stand-ins for the files of an encoder's form."""
     for name in (*export.FORM_FILES, export.FORM):
         if name.endswith(".json"):
             (folder / name).write_text("{}")
@@ -108,24 +108,24 @@ def row(claim: str, value: float, limit: float | None = None) -> dict[str, objec
 def rows_of(folder: Path, size: str, way: str, largest: int) -> list[dict[str, object]]:
     command = [sys.executable, "-m", "benchmarks.joining", str(folder), way]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    found = json.loads(done.stdout.splitlines()[-1])
+    rows = json.loads(done.stdout.splitlines()[-1])
     written = sum(path.stat().st_size for path in (folder / way).rglob("*.safetensors"))
     shutil.rmtree(folder / way)
     what = f"{size}, {way}"
     return [
-        row(f"{what}: peak GB above the largest tensor", (found["peak"] - largest) / GB, ABOVE),
-        row(f"{what}: peak GB", found["peak"] / GB, ALL if size == "14B" else None),
-        row(f"{what}: of it before any number is read", found["before"] / GB),
+        row(f"{what}: peak GB above the largest tensor", (rows["peak"] - largest) / GB, ABOVE),
+        row(f"{what}: peak GB", rows["peak"] / GB, ALL if size == "14B" else None),
+        row(f"{what}: of it before any number is read", rows["before"] / GB),
         row(f"{what}: GB written", written / GB),
-        row(f"{what}: seconds to check", found["checking"]),
-        row(f"{what}: seconds to write", found["writing"]),
+        row(f"{what}: seconds to check", rows["checking"]),
+        row(f"{what}: seconds to write", rows["writing"]),
     ]
 
 
 def main(size: str = "14B") -> None:
     with TemporaryDirectory() as name:
         folder = Path(name)
-        largest = [write_dense(folder / each, size) for each in ("uni", "bi")][0]
+        largest = [write_dense(folder / kind, size) for kind in ("uni", "bi")][0]
         write_form(folder / "bi")
         rows = [row(f"{size}: GB of the largest tensor", largest / GB)]
         for way in WAYS:

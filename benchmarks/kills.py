@@ -33,12 +33,12 @@ KILLS, SEED = 30, 0
 SHORT = ["max_steps=6", "save_steps=2", "logging_steps=1"]
 PROGRAMS = {
     "calculate_dp.py": ["dependence.max_texts=120", "dependence.batch_tokens=512"],
-    "train_bi.py": [f"bi.stages.0.{each}" for each in SHORT],
+    "train_bi.py": [f"bi.stages.0.{key}" for key in SHORT],
     "train_ubmoe.py": [
-        *(f"ubmoe.{each}" for each in SHORT),
+        *(f"ubmoe.{key}" for key in SHORT),
         "ubmoe.export=[mixture, modes, adapter]",
     ],
-    "-m ubmoe.bitune": [f"bitune.{each}" for each in SHORT],
+    "-m ubmoe.bitune": [f"bitune.{key}" for key in SHORT],
     "-m ubmoe.probing": [
         *("probing.tasks=[wic]", "probing.seeds=[0]", "probing.jobs=1"),
         *("probing.probes=[linear]", "probing.controls=false"),
@@ -62,22 +62,22 @@ def main(kills: int = KILLS) -> None:
             program = list(PROGRAMS)[number % len(PROGRAMS)]
             reference = references[program]
             watch, moment = _moment(generator, number // len(PROGRAMS) % 2, reference)
-            found = {"program": program, **_killed(program, folder, reference, watch, moment)}
-            results.append(found)
-            tqdm.write(str(found), sys.stderr)
+            result = {"program": program, **_killed(program, folder, reference, watch, moment)}
+            results.append(result)
+            tqdm.write(str(result), sys.stderr)
     rows = [_summed(program, results) for program in PROGRAMS]
-    failed = [each for each in results if not each["kept"] or not each["equal"]]
+    failed = [result for result in results if not result["kept"] or not result["equal"]]
     write("kills", rows, seed=SEED, failed=failed)
     sys.exit(bool(failed))
 
 
 def _summed(program: str, results: list[dict[str, Any]]) -> dict[str, Any]:
-    own = [each for each in results if each["program"] == program]
+    of_program = [result for result in results if result["program"] == program]
     return {
         "program": program,
-        "kills": len(own),
-        "earlier or new result whole": sum(each["kept"] for each in own),
-        "equal after going on": sum(each["equal"] for each in own),
+        "kills": len(of_program),
+        "earlier or new result whole": sum(result["kept"] for result in of_program),
+        "equal after going on": sum(result["equal"] for result in of_program),
     }
 
 
@@ -95,12 +95,12 @@ def _moment(
 def _undisturbed(program: str, folder: Path) -> dict[str, Any]:
     """A run of the seed, its numbers; and a finished one of another seed, kept beside."""
     name = program.split(".")[-2 if program.endswith(".py") else -1].replace("-m ", "")
-    own, earlier = folder / name, folder / f"{name}-earlier"
+    output, earlier = folder / name, folder / f"{name}-earlier"
     _run(program, folder, earlier, 1)
     start = time.monotonic()
-    new_paths = _run(program, folder, own, 0)
-    found = {"seconds": time.monotonic() - start, "new_paths": len(new_paths)}
-    return found | {"earlier": earlier, "own": contents(own), "before": contents(earlier)}
+    new_paths = _run(program, folder, output, 0)
+    measured = {"seconds": time.monotonic() - start, "new_paths": len(new_paths)}
+    return measured | {"earlier": earlier, "own": contents(output), "before": contents(earlier)}
 
 
 def _killed(
@@ -159,28 +159,28 @@ def _paths(out: Path) -> set[Path]:
 
 def contents(out: Path) -> dict[str, str]:
     """Digest of each result's numbers, and of each saved model's weights."""
-    found = {}
+    digests = {}
     for path in out.glob("*.json"):
         text = json.dumps(_lasting(json.loads(path.read_text())), sort_keys=True)
         text = text.replace(str(out), "")
-        found[path.name] = hashlib.sha256(text.encode()).hexdigest()
+        digests[path.name] = hashlib.sha256(text.encode()).hexdigest()
     for model in ("bi", "ubmoe", "modes", "adapter", "bitune"):
         for path in (out / model).rglob("*.safetensors"):
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            found[str(path.relative_to(out))] = digest
-    return found
+            digests[str(path.relative_to(out))] = digest
+    return digests
 
 
 def _lasting(value: Any) -> Any:
     """Without what differs between two undisturbed runs: times, memory and places."""
     if isinstance(value, dict):
         items = value.items()
-        return {name: _lasting(each) for name, each in items if not VOLATILE.fullmatch(name)}
+        return {name: _lasting(item) for name, item in items if not VOLATILE.fullmatch(name)}
     if isinstance(value, list):  # the row of times is of a process that trained to the end
         return [
-            _lasting(each)
-            for each in value
-            if not (isinstance(each, dict) and "train_runtime" in each)
+            _lasting(item)
+            for item in value
+            if not (isinstance(item, dict) and "train_runtime" in item)
         ]
     return value
 

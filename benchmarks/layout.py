@@ -1,4 +1,4 @@
-"""What frozen weights in bfloat16 change of a tuned encoder: STS of two runs of train_bi.py.
+"""The effect of frozen bfloat16 weights on a tuned encoder: STS of two runs of train_bi.py.
 
 python -m benchmarks.layout configs/smollm2-135m.yaml model.name=folder [key=value ...]
 
@@ -43,7 +43,9 @@ class Rounded(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         if func.overloadpacket in PRODUCTS and args[0].dtype == torch.bfloat16:
-            args = tree_map(lambda each: each.float() if torch.is_tensor(each) else each, args)
+            args = tree_map(
+                lambda tensor: tensor.float() if torch.is_tensor(tensor) else tensor, args
+            )
             return func(*args, **(kwargs or {})).bfloat16()
         return func(*args, **(kwargs or {}))
 
@@ -60,13 +62,13 @@ def main(*given: str) -> None:
         cast(load_model(config.model), torch.bfloat16).save_pretrained(start)
         ModelSource.of(config.model).tokenizer.save_pretrained(start)
         stages = range(len(config.bi.stages))
-        keys = [f"model.name={start}", *(f"bi.stages.{each}.bf16=true" for each in stages)]
+        keys = [f"model.name={start}", *(f"bi.stages.{stage}.bf16=true" for stage in stages)]
         for dtype in ("float32", "bfloat16"):
-            own = [*keys, f"model.dtype={dtype}", f"output_dir={folder}/{dtype}"]
+            arguments = [*keys, f"model.dtype={dtype}", f"output_dir={folder}/{dtype}"]
             with products():
-                result = tuned(train_bi.main, with_keys(config, own))
-            logs = [row for each in result["stages"] for row in each["log"] if "loss" in row]
-            row = {"weights": dtype, "steps": sum(each.max_steps for each in config.bi.stages)}
+                result = tuned(train_bi.main, with_keys(config, arguments))
+            logs = [row for stage in result["stages"] for row in stage["log"] if "loss" in row]
+            row = {"weights": dtype, "steps": sum(stage.max_steps for stage in config.bi.stages)}
             rows.append(row | {"last loss": logs[-1]["loss"], "STS": result["average"]})
     apart = abs(rows[0]["STS"] - rows[1]["STS"])
     rows[1] |= {"apart": apart, "limit": LIMIT, "holds": "yes" if apart <= LIMIT else "no"}

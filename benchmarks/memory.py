@@ -1,4 +1,4 @@
-"""What `dry_run=true` says of memory against what the programs take.
+"""The memory that `dry_run=true` predicts against the memory that the programs take.
 
 python -m benchmarks.memory configs/tiny.yaml
 python -m benchmarks.memory configs/smollm2-135m.yaml model.name=folder
@@ -38,11 +38,11 @@ def main(*given: str) -> None:
         for program, (result, short) in tqdm(SHORT.items(), unit="program"):
             keys = [*given, *UNSCORED, *short, f"output_dir={folder}"]
             said = run(program, [*keys, "dry_run=true"])
-            found = re.search(r"peak memory, estimated +([\d.]+) GB", said)
-            assert found is not None, said
+            estimate = re.search(r"peak memory, estimated +([\d.]+) GB", said)
+            assert estimate is not None, said
             run(program, keys)
             record = json.loads((Path(folder) / f"{result}.json").read_text())
-            estimated, measured = float(found[1]), record["peak_memory_bytes"] / 1e9
+            estimated, measured = float(estimate[1]), record["peak_memory_bytes"] / 1e9
             ratio = measured / estimated
             row = {"model": model, "program": program, "estimated_GB": estimated}
             holds = "yes" if 1 / LIMIT <= ratio <= LIMIT else "no"

@@ -1,4 +1,4 @@
-"""What the hot loops ask of a device: operations, and how often the host waits for it.
+"""Operations of the hot loops on a device, and how often the host waits for it.
 
 python -m benchmarks.operations [before]
 
@@ -63,7 +63,7 @@ class Counts(TorchDispatchMode):
         self.operations += 1
         name = str(function)
         indices = args[1] if name.startswith("aten.index.") else ()
-        masked = any(isinstance(each, Tensor) and each.dtype == torch.bool for each in indices)
+        masked = any(isinstance(index, Tensor) and index.dtype == torch.bool for index in indices)
         self.waits += masked or name.startswith(SIZES)
         return function(*args, **(kwargs or {}))
 
@@ -116,21 +116,21 @@ def decoder(layers: int = LAYERS) -> Any:
 def dependence(tokens: int) -> tuple[float, float]:
     """A layer of a text: what two layers more take, by two. Waits are those of the whole text."""
     recorder._spare = lambda device: SCORES
-    found = []
+    counts = []
     for layers in (1, 3):
         model, ids = decoder(layers), torch.randint(1024, (1, tokens))
-        with recorder.observed(model) as each:
-            run = partial(recorder.dependence_of, model, each, ids, torch.ones_like(ids))
-            found.append(counted(run))
-    (one, _), (three, waits) = found
+        with recorder.observed(model) as observer:
+            run = partial(recorder.dependence_of, model, observer, ids, torch.ones_like(ids))
+            counts.append(counted(run))
+    (one, _), (three, waits) = counts
     return (three - one) / 2, waits
 
 
 def contrastive(budget: int) -> tuple[int, int]:
     """A step of 64 pairs, forward and backward."""
-    own, _ = encoder()
-    loss = ContrastiveLoss(own, "nt_xent", 0.05, budget)
-    columns = [dict(own.preprocess(column)) for column in next(batches(64))]
+    encoded, _ = encoder()
+    loss = ContrastiveLoss(encoded, "nt_xent", 0.05, budget)
+    columns = [dict(encoded.preprocess(column)) for column in next(batches(64))]
     loss(columns)  # that the views differ is looked at once
     return counted(lambda: loss(columns).backward())
 
@@ -173,7 +173,7 @@ def router_step() -> tuple[int, int]:
 
 
 def router_shares() -> tuple[int, int]:
-    """What the routers give to the bi expert, over chats."""
+    """The routers' weight of the bi expert, over chats."""
     model, read = mixture(), chats()
     return counted(lambda: routers.shares_by_role(model, read))
 
@@ -219,13 +219,13 @@ def row(loop: str, before: dict[str, float], now: tuple[float, float]) -> dict[s
 
 def main() -> None:
     torch.set_num_threads(1)
-    found = {loop: run() for loop, run in LOOPS.items()}
+    counts = {loop: run() for loop, run in LOOPS.items()}
     if sys.argv[1:] == ["before"]:
-        loops = {name: {"operations": n, "waits": waits} for name, (n, waits) in found.items()}
+        loops = {name: {"operations": n, "waits": waits} for name, (n, waits) in counts.items()}
         write_json(BEFORE, {"git_commit": git_commit(), "torch": torch.__version__, "loops": loops})
         return
     before = json.loads(BEFORE.read_text())
-    rows = [row(loop, before["loops"][loop], now) for loop, now in found.items()]
+    rows = [row(loop, before["loops"][loop], now) for loop, now in counts.items()]
     write("operations", rows, before=before)
 
 

@@ -61,14 +61,14 @@ def rows(path: str, name: str) -> list[dict[str, Any]]:
 
     def step(loss: ContrastiveLoss, dropout: float) -> None:
         columns = [encoder.preprocess(sentences) for _ in range(2)]
-        moved = [batch_to_device(each, device) for each in columns]
+        moved = [batch_to_device(column, device) for column in columns]
         with attention_dropout(model, dropout):
             with autocast(bf16, device):
                 value = loss(moved)
             value.backward()
         model.zero_grad()
 
-    found = []
+    rows = []
     tokens = int(encoder.preprocess(sentences)["attention_mask"].sum()) * 2
     for mini_batch in MINI_BATCHES:
         for dropout in DROPOUTS:
@@ -81,7 +81,7 @@ def rows(path: str, name: str) -> list[dict[str, Any]]:
             )
             rate = flops * MANY / seconds["product"]
             share = counter.get_total_flops() / seconds["step"] / rate
-            found.append(
+            rows.append(
                 {
                     **{"model": Path(path).stem, "mini_batch": mini_batch, "dropout": dropout},
                     **{"tokens": tokens, "step_s": seconds["step"], "peak_GFLOP/s": rate / 1e9},
@@ -89,7 +89,7 @@ def rows(path: str, name: str) -> list[dict[str, Any]]:
                     "holds": "yes" if share >= LEAST else "no",
                 }
             )
-    return found
+    return rows
 
 
 MANY = 50  # products that are timed together

@@ -28,24 +28,24 @@ REPEATS = 5
 
 def model() -> Any:
     torch.manual_seed(0)
-    found: Any = Qwen2ForCausalLM(qwen_layers(LAYERS))
+    built: Any = Qwen2ForCausalLM(qwen_layers(LAYERS))
     dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
-    return found.to(DEVICE, dtype).eval()
+    return built.to(DEVICE, dtype).eval()
 
 
 def sentences() -> Sentences:
     """Random tokens, every second word of two tokens; no tokenizer takes part."""
     generator = torch.Generator().manual_seed(1)
-    found = object.__new__(Sentences)
-    found.ids, found.places = [], []
+    made = object.__new__(Sentences)
+    made.ids, made.places = [], []
     for row, words in enumerate(torch.randint(3, LONGEST, (SENTENCES,), generator=generator)):
         place = 0
         for word in range(int(words)):
-            own = list(range(place, place + 1 + word % 2))
-            place = own[-1] + 1
-            found.places.append(Place(row, own, [max(0, token - 1) for token in own]))
-        found.ids.append(torch.randint(1024, (place,), generator=generator).tolist())
-    return found
+            tokens = list(range(place, place + 1 + word % 2))
+            place = tokens[-1] + 1
+            made.places.append(Place(row, tokens, [max(0, token - 1) for token in tokens]))
+        made.ids.append(torch.randint(1024, (place,), generator=generator).tolist())
+    return made
 
 
 @torch.no_grad()

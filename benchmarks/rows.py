@@ -36,7 +36,7 @@ load_dataset = datasets.load_dataset  # the true one: `ours` is shown a stand-in
 
 
 def chat(number: int) -> list[dict[str, str]]:
-    """Turns of words that tell the chat's number."""
+    """Turns whose words hold the chat's number."""
     return [
         {
             "role": role,
