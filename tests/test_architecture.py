@@ -1,4 +1,4 @@
-"""Imports, whose order is a contract in pyproject.toml that runs here too, and where tests stand."""
+"""Imports, whose order is a contract in pyproject.toml that runs here, too; and where tests are."""
 
 import re
 import subprocess

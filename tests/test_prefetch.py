@@ -1,4 +1,4 @@
-"""What a config names is fetched, what is here is not, and what cannot be had is said."""
+"""What a config names is fetched, what is here is not, and what cannot be loaded is an error."""
 
 import json
 import subprocess
@@ -56,9 +56,9 @@ def test_a_model_of_two_revisions_is_fetched_twice():
 @pytest.mark.parametrize(
     ("key", "said"),
     [
-        ("model.name=some/model", "model.name: some/model cannot be had"),
-        ("ubmoe.dataset=some/data", "some/data: cannot be had"),
-        ("evaluation.sts=[STS12]", "evaluation.sts: STS12 cannot be had"),
+        ("model.name=some/model", "model.name: some/model cannot be loaded"),
+        ("ubmoe.dataset=some/data", "some/data: cannot be loaded"),
+        ("evaluation.sts=[STS12]", "evaluation.sts: STS12 cannot be loaded"),
     ],
 )
 def test_without_a_network_what_is_missing_is_named(tmp_path, key, said):

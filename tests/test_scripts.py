@@ -344,7 +344,7 @@ def test_bad_mixture_input_is_one_last_line_and_exit_2(
         ),
         (["bi.form=echo", "bi.max_tokens=9"], "bi.max_tokens: 9 leaves no room for a text"),
         (["bi.stages.0.train=[fnn]"], "got 'fnn', expected 'ffn', 'attention'"),
-        (["bi.stages.0.optim=adamw_8bit"], "adamw_8bit wants the package bitsandbytes"),
+        (["bi.stages.0.optim=adamw_8bit"], "adamw_8bit needs the package bitsandbytes"),
         (["bi.stages.0.report_to=wand"], "report_to: 'wand' is not known or not installed"),
         (["bi.stages.0.dropout=0"], "the two views of every sentence are identical"),
         (["bi.stages.0.dataset={0}/rows.jsonl"], "rows.jsonl:1: lacks a column text or sentence"),

@@ -115,7 +115,7 @@ def test_what_accelerate_is_told_in_the_environment_changes_no_weight(
         assert code == 0, errors
         found.append((tmp_path / name / "bi" / "model.safetensors").read_bytes())
     assert found[0] == found[1]
-    assert "ACCELERATE_MIXED_PRECISION=bf16: not heeded" in errors
+    assert "ACCELERATE_MIXED_PRECISION=bf16: ignored" in errors
     assert "ACCELERATE_USE_FSDP" not in errors
 
 

@@ -116,7 +116,7 @@ def _check_environment() -> None:
         value = os.environ.pop(name)
         if value.lower() not in ("", "0", "no", "false"):
             log.warning(
-                "%s=%s: not heeded; the configuration alone says how a run trains", name, value
+                "%s=%s: ignored; the configuration alone says how a run trains", name, value
             )
     given = {name: os.environ[name] for name in PROCESSES if name in os.environ}
     size = given.get("WORLD_SIZE", "1")

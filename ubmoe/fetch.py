@@ -100,7 +100,7 @@ BLOCK = 1 << 20  # bytes that are held at once
 def fetch(name: str, folder: str = "models") -> Path:
     """The path of a model's file in a folder; downloaded, unless it is there already.
 
-    Raises UserError, and leaves nothing behind, where the file cannot be had or is another one.
+    Raises UserError, and leaves nothing behind, where the file cannot be loaded or is another one.
     """
     if name not in MODELS:
         raise UserError(f"MODEL: got {name!r}, expected one of {', '.join(MODELS)}")

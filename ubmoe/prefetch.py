@@ -108,7 +108,7 @@ def _generation(name: str) -> dict[str, Any]:
 
 def _missing(key: str, name: str, error: Exception) -> UserError:
     return UserError(
-        f"{key}: {name} cannot be had ({error_reason(error)}); check the name and the network"
+        f"{key}: {name} cannot be loaded ({error_reason(error)}); check the name and the network"
     )
 
 

@@ -124,7 +124,7 @@ def test_all_problems_of_a_file_are_reported_together(tmp_path):
 )
 def test_what_stands_twice_in_a_list_is_refused(tmp_path, name, value):
     found = problem(written(tmp_path, ""), f"{name}={value}")
-    assert f"{name}: got " in found and "stands there twice; expected each once" in found
+    assert f"{name}: got " in found and "is listed twice; expected each once" in found
 
 
 @pytest.mark.parametrize(
@@ -412,10 +412,10 @@ def test_a_form_replaces_the_prompt_of_the_base(tmp_path):
 @pytest.mark.parametrize(
     ("texts", "expected"),
     [
-        ({"last": "base: last.yaml\n"}, "last.yaml -> last.yaml is a circle"),
+        ({"last": "base: last.yaml\n"}, "last.yaml -> last.yaml is circular"),
         (
             {"first": "base: last.yaml\n", "last": "base: first.yaml\n"},
-            "last.yaml -> first.yaml -> last.yaml is a circle",
+            "last.yaml -> first.yaml -> last.yaml is circular",
         ),
         ({"last": "base: none.yaml\n"}, "none.yaml is no file; expected one"),
         ({"last": 'base: "a\\0b"\n'}, "base: got 'a\\x00b', expected the path of a YAML file"),

@@ -112,7 +112,7 @@ def test_the_embedded_chats_are_the_same_every_time():
         (
             "a.jsonl",
             '{"text": "a", "text": "b"}',
-            ":1: malformed JSON (the key 'text' stands twice",
+            ":1: malformed JSON (the key 'text' occurs twice",
         ),
         ("a.csv", "text,b,text\n1,2,3\n", ":1: two columns are called text"),
         ("a.tsv", "text\t text\n1\t2\n", ":1: two columns are called text"),
@@ -156,7 +156,7 @@ def test_a_name_that_is_neither_file_nor_hub_id(tmp_path):
 def test_a_hub_data_set_that_cannot_be_had_is_one_line():
     with pytest.raises(UserError) as caught:
         read_texts("nobody/nothing:default:train")
-    assert "nobody/nothing:default:train: cannot be had" in str(caught.value)
+    assert "nobody/nothing:default:train: cannot be loaded" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

@@ -256,7 +256,7 @@ def test_a_strangers_encoder_is_padded_where_its_positions_want_it(tokenizer, tm
     assert alone_and_together(stock) > 0.1  # else there would be nothing to mend
     caplog.set_level("INFO")
     found = load_saved(str(tmp_path / "bi"), "cpu")
-    assert "padded on the right, as its positions want it" in caplog.text
+    assert "padded on the right, as its positions require" in caplog.text
     expected = encoder.encode(TEXTS, convert_to_tensor=True)
     torch.testing.assert_close(found.encode(TEXTS, convert_to_tensor=True), expected)
 

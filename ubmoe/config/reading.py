@@ -89,7 +89,7 @@ def _with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UserError(f"{path}: base: {below} is no file; expected one, from {path.parent} on")
     if below.resolve() in above:
         names = " -> ".join(file.name for file in (*above, below))
-        raise UserError(f"{path}: base: {names} is a circle; expected a base that ends somewhere")
+        raise UserError(f"{path}: base: {names} is circular; expected a base that ends somewhere")
     return _changed(_drop_replaced(_with_base(below, above), tree), tree)
 
 

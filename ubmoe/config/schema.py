@@ -96,7 +96,7 @@ class Section(BaseModel):
         listed = value if isinstance(value, list) else []
         names = [item for item in listed if isinstance(item, str | int)]
         if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"{twice[0]} stands there twice; expected each once")
+            raise ValueError(f"{twice[0]} is listed twice; expected each once")
         return value
 
 
@@ -249,7 +249,7 @@ class TrainingSection(Section):
     )
     optim: Literal[
         "adamw_torch_fused", "adamw_torch", "adamw_8bit", "paged_adamw_8bit", "adafactor"
-    ] = key("adamw_torch_fused", "optimiser, by transformers' name; 8bit wants bitsandbytes")
+    ] = key("adamw_torch_fused", "optimiser, by transformers' name; 8bit needs bitsandbytes")
     weight_decay: Annotated[Float, Field(ge=0)] = key(0.0, "of AdamW")
     adam_beta1: Share = key(0.9, "of AdamW")
     adam_beta2: Share = key(0.999, "of AdamW")

@@ -119,7 +119,7 @@ def check_unicode(where: str, value: Any) -> None:
 
 
 def parsed(text: str, where: str) -> Any:
-    """JSON. Raises RowError for what is none, and for a key that stands twice in an object."""
+    """JSON. Raises RowError for what is none, and for a key that occurs twice in an object."""
     try:
         value = json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
@@ -136,7 +136,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(fields) < len(pairs):  # json itself keeps the last one without a word
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in an object")
+        raise ValueError(f"the key {twice!r} occurs twice in an object")
     return fields
 
 

@@ -352,7 +352,7 @@ def _hub_table(dataset: str) -> Any:
     except (OSError, ValueError, RuntimeError) as error:
         reason = error_reason(error)
         raise UserError(
-            f"{dataset}: cannot be had ({reason}); check the id[:config[:split]] and the network"
+            f"{dataset}: cannot be loaded ({reason}); check the id[:config[:split]] and the network"
         ) from error
 
 

@@ -85,7 +85,7 @@ def as_encoder(
     ours = is_bidirectional(model.config) and is_ours(model.config)
     module.__class__ = LayeredTransformer if ours else Transformer
     if echo and not tokenizer.is_fast:
-        raise UserError("bi.form: echo wants a tokenizer.json; expected another form")
+        raise UserError("bi.form: echo needs a tokenizer.json; expected another form")
     if echo:
         module.__class__ = LayeredEchoTransformer if ours else EchoTransformer
         module.echo = settings.prompt
@@ -162,12 +162,12 @@ def _fitted(encoder: SentenceTransformer, revision: str | None) -> SentenceTrans
         tokens.fit(tokenizer, len(inner.get_input_embeddings().weight))  # type: ignore
         context = context_length(inner.config)
         if context and (limit is None or limit > context):
-            log.info("an encoder of %s tokens: %d, its model's context", limit, context)
+            log.info("max_seq_length: %d, the model's context, not %s", context, limit)
             encoder.max_seq_length = context
         if alone_and_together(encoder) > BATCH_TOLERANCE:
             tokenizer.padding_side = {"left": "right", "right": "left"}[tokenizer.padding_side]
             prove_batches(encoder)
-            log.info("padded on the %s, as its positions want it", tokenizer.padding_side)
+            log.info("padded on the %s, as its positions require", tokenizer.padding_side)
     return encoder
 
 

@@ -201,7 +201,7 @@ config.json can generate with it; they cannot embed with it. The encoder's mask 
 """
 TRUSTED = "SentenceTransformer(directory, trust_remote_code=True)"
 OWN_MODULE = """
-The encoder's form wants a module of the package `ubmoe`: install it, and load the encoder with
+The encoder's form needs a module of the package `ubmoe`: install it, and load the encoder with
 `SentenceTransformer(directory, trust_remote_code=True)`.
 """
 METADATA: dict[str, Any] = {

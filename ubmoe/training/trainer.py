@@ -53,7 +53,7 @@ def arguments(
         )
     if "8bit" in section.optim and not is_bitsandbytes_available():
         raise UserError(
-            f"optim: {section.optim} wants the package bitsandbytes; expected "
+            f"optim: {section.optim} needs the package bitsandbytes; expected "
             "pip install 'ubmoe[8bit]', or adamw_torch_fused"
         )
     flat = {name: getattr(section, name) for name in TrainingSection.model_fields}
