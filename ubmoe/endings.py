@@ -69,10 +69,10 @@ def _generation(section: Mapping[str, Any]) -> Iterator[str]:
     if "metrics" in section and section.get("average") is not None:
         yield f"generation: {section['average']:.1f} % ({_counted(len(section['metrics']))})"
     if section.get("perplexity") is not None:
-        yield f"perplexity of held-out answers: {_each(section['perplexity'])}"
+        yield f"perplexity of held-out answers: {_number(section['perplexity'])}"
 
 
-def _each(values: float | Mapping[str, float]) -> str:
+def _number(values: float | Mapping[str, float]) -> str:
     """One number, or one for each model by its name."""
     if isinstance(values, Mapping):
         return ", ".join(f"{name} {value:.2f}" for name, value in values.items())

@@ -58,7 +58,7 @@ def changes(
     """{row: {column: difference to the base}}, of every row but the bases that has any.
 
     SINK in percentage points, and BY_SINK: what DP-after changes by because `first` does;
-    `perplexity` times the base's, and `by answer` the same where every answer counts once. None
+    `perplexity` times the base's, and `per answer` the same where every answer counts once. None
     where it was not measured, or of other texts.
     """
     rows = by_row("encoders", model, records, seeds)

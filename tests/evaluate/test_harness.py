@@ -12,8 +12,8 @@ from ubmoe.config import UserError
 from ubmoe.data import tokens
 from ubmoe.data.prompts import Example
 from ubmoe.evaluate import generation
-from ubmoe.evaluate.generation import said_once
-from ubmoe.evaluate.harness import Asked
+from ubmoe.evaluate.generation import warned_once
+from ubmoe.evaluate.harness import SharedPrefixLM
 
 PAIRS = [("a b? a", " cab"), ("a ", "bad"), ("gab a b c", " d")]
 
@@ -27,7 +27,7 @@ def instances(*pairs):
 
 def asked(last=(), **keys):
     model = random_model("llama", vocab_size=len(marked()), **keys)
-    return Asked(pretrained=model, tokenizer=marked(last=last), batch_size=2)
+    return SharedPrefixLM(pretrained=model, tokenizer=marked(last=last), batch_size=2)
 
 
 QUESTIONS = [
@@ -48,7 +48,7 @@ def test_answers_score_as_the_library_reads_them_one_by_one(kind, size, most):
         lm(pretrained=model, tokenizer=marked(), batch_size=size).loglikelihood(
             requests, disable_tqdm=True
         )
-        for lm in (HFLM, Asked)
+        for lm in (HFLM, SharedPrefixLM)
     )
     for (own, greedy), (score, said) in zip(found, expected, strict=True):
         assert own == pytest.approx(score, abs=1e-4) and greedy == said
@@ -127,14 +127,14 @@ def test_bitune_is_asked_with_the_tokens_that_it_is_trained_on(last):
 
 
 def test_a_librarys_warnings_are_said_once_whatever_their_numbers(monkeypatch):
-    monkeypatch.setattr(generation, "SAID", {})
+    monkeypatch.setattr(generation, "WARNED", {})
     handler = logging.Handler()
     said = []
     handler.emit = lambda record: said.append(record.getMessage())
     logging.getLogger().addHandler(handler)
     try:
         for length in (70, 71):  # a route each
-            with said_once("lm_eval"):
+            with warned_once("lm_eval"):
                 logging.getLogger("lm_eval.models").warning("%d is too long", length)
                 logging.getLogger("other").warning("kept")
     finally:

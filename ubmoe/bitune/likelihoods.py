@@ -8,10 +8,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ubmoe.bitune.model import Bitune
-from ubmoe.evaluate.harness import Asked
+from ubmoe.evaluate.harness import SharedPrefixLM
 
 
-class Likelihoods(Asked):
+class Likelihoods(SharedPrefixLM):
     """`lm_eval.simple_evaluate` with a Bitune model; contexts too long are cut on the left."""
 
     def __init__(self, bitune: Bitune, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:

@@ -14,7 +14,7 @@ from ubmoe.bitune.model import Bitune
 from ubmoe.config import BituneSection
 from ubmoe.data.padding import batches_by_length
 from ubmoe.data.prompts import Example, batch
-from ubmoe.evaluate.generation import told
+from ubmoe.evaluate.generation import perplexity_of
 from ubmoe.models.digests import digest_of_frozen, digest_of_rows, resume_key
 from ubmoe.models.precision import Setting, autocast
 from ubmoe.training import losses
@@ -93,7 +93,7 @@ def train(
 def perplexity(
     bitune: Bitune, examples: list[Example], bf16: Setting = False, batch_tokens: int = 8192
 ) -> dict[str, Any]:
-    """Of the answers' tokens, end tokens included, as `ubmoe.evaluate.generation.told` has it."""
+    """Perplexity of the answers' tokens, end tokens included: `generation.perplexity_of`."""
 
     def predicted(chosen: list[int]) -> tuple[Tensor, Tensor]:
         inputs = batch([examples[index] for index in chosen])
@@ -104,4 +104,4 @@ def perplexity(
         [example.prompt + example.answer for example in examples], batch_tokens
     )
     with torch.no_grad(), autocast(bf16, bitune.decoder.device):
-        return told(predicted, batches, [len(example.answer) for example in examples])
+        return perplexity_of(predicted, batches, [len(example.answer) for example in examples])

@@ -122,9 +122,9 @@ PLACE = "{data}"  # in a task YAML's dataset_kwargs
 
 
 def task_of(path: Path, data: str) -> Any:
-    """What lm-eval is given for a YAML: its path, or its keys with the folder of the data in them.
+    """A YAML's task for lm-eval: its path, or its keys with the folder of the data in them.
 
-    Raises UserError where the YAML wants a folder and none is named.
+    Raises UserError where the YAML needs a folder and none is named.
     """
     if PLACE not in read_text(path):
         return str(path)
@@ -163,7 +163,7 @@ def generation_scores(
 
     The main metric of a task is the first that its YAML names; a group's is acc. `questions` has
     its value for each question, so that models can be compared question by question; `stderr` is
-    theirs. lm: lm-eval's way to ask the model; None: transformers' causal forward and generate.
+    theirs. lm: lm-eval's model; None: transformers' causal forward and generate.
     Raises UserError for a bidirectional model and for a score that is not finite: it is never
     averaged.
     """
@@ -178,33 +178,35 @@ def generation_scores(
         return {**nothing, "average": None, **metadata}
     with redirect_stdout(sys.stderr):
         if lm is None:
-            from ubmoe.evaluate.harness import Asked
+            from ubmoe.evaluate.harness import SharedPrefixLM
 
-            lm = Asked(
+            lm = SharedPrefixLM(
                 pretrained=model,
                 tokenizer=tokenizer,
                 batch_size=settings.batch_size,
                 softmax_dtype="float32",  # of logits that autocast made
                 trust_remote_code=False,
             )
-        with autocast(settings.bf16, model.device), said_once("lm_eval"):
-            found = _evaluated(lm, settings)
+        with autocast(settings.bf16, model.device), warned_once("lm_eval"):
+            evaluated = _evaluated(lm, settings)
     tasks, metrics = {}, {}
     for name in result_names(settings.generation):
-        tasks[name] = percent(name, found["results"][name])
-        metrics[name] = _main_metric(found["configs"].get(name), tasks[name])
+        tasks[name] = percent(name, evaluated["results"][name])
+        metrics[name] = _main_metric(evaluated["configs"].get(name), tasks[name])
     for name, metric in metrics.items():
         if not math.isfinite(tasks[name].get(metric, math.nan)):
             raise UserError(f"evaluation.generation: {name} has no finite {metric}: {tasks[name]}")
     average = sum(tasks[name][metric] for name, metric in metrics.items()) / len(tasks)
-    questions = {name: each for name in tasks if (each := _by_question(found, name, metrics[name]))}
-    stderr = {
-        name: 100 * statistics.stdev(each) / math.sqrt(len(each))
-        for name, each in questions.items()
-        if len(each) > 1 and SHARES.search(metrics[name])
+    questions = {
+        name: each for name in tasks if (each := _by_question(evaluated, name, metrics[name]))
     }
-    shots = {name: found["n-shot"].get(name) for name in tasks}
-    versions = {name: found["versions"].get(name) for name in tasks}
+    stderr = {
+        name: 100 * statistics.stdev(values) / math.sqrt(len(values))
+        for name, values in questions.items()
+        if len(values) > 1 and SHARES.search(metrics[name])
+    }
+    shots = {name: evaluated["n-shot"].get(name) for name in tasks}
+    versions = {name: evaluated["versions"].get(name) for name in tasks}
     metadata["truncated"] = dict(lm.truncated)  # prompts whose beginning was cut, by task
     return {
         **{"tasks": tasks, "metrics": metrics, "average": average},
@@ -213,27 +215,29 @@ def generation_scores(
     }
 
 
-def _by_question(found: dict[str, Any], name: str, metric: str) -> list[float]:
+def _by_question(evaluated: dict[str, Any], name: str, metric: str) -> list[float]:
     """A task's main metric of each question, in their order; [] of a group, and of a corpus's."""
-    samples = found["samples"].get(name) or []
-    kept = {each["doc_id"]: each.get(metric) for each in reversed(samples)}  # the first filter's
+    samples = evaluated["samples"].get(name) or []
+    kept = {
+        sample["doc_id"]: sample.get(metric) for sample in reversed(samples)
+    }  # the first filter's
     values = [kept[number] for number in sorted(kept)]
     if not all(isinstance(value, int | float) for value in values):
         return []
     return [round(float(value), 6) for value in values]
 
 
-SAID: dict[str, logging.LogRecord] = {}  # warnings that were shown, by their words
+WARNED: dict[str, logging.LogRecord] = {}  # warnings already shown, by their text
 
 
 @contextmanager
-def said_once(library: str) -> Iterator[None]:
+def warned_once(library: str) -> Iterator[None]:
     """A library's warnings, each once a process, whatever its numbers; less is not shown."""
 
     def once(record: logging.LogRecord) -> bool:
         message = re.sub(r"\d+", "N", record.getMessage())
         ours = record.name.partition(".")[0] == library
-        return not ours or SAID.setdefault(message, record) is record  # for every handler
+        return not ours or WARNED.setdefault(message, record) is record  # for every handler
 
     logger, handlers = logging.getLogger(library), logging.getLogger().handlers[:]
     logger.setLevel(logging.WARNING)
@@ -255,10 +259,10 @@ def _evaluated(lm: Any, settings: EvaluationSection) -> dict[str, Any]:
     tasks: list[Any] = [
         task
         for name in asked
-        for task in (tiny_tasks.TASKS if name == "tiny" else [_asked(name, settings.data)])
+        for task in (tiny_tasks.TASKS if name == "tiny" else [_task_or_name(name, settings.data)])
     ]
     try:
-        found = lm_eval.simple_evaluate(
+        results = lm_eval.simple_evaluate(
             lm,
             tasks=tasks,
             num_fewshot=settings.num_fewshot,
@@ -272,10 +276,10 @@ def _evaluated(lm: Any, settings: EvaluationSection) -> dict[str, Any]:
         # a data set that is not here, and no network; or a task that is wrong in itself
         reason = error_reason(error)
         raise UserError(f"evaluation.generation: {', '.join(asked)}: {reason}") from error
-    return dict(found or {})
+    return dict(results or {})
 
 
-def _asked(name: str, data: str) -> Any:
+def _task_or_name(name: str, data: str) -> Any:
     return task_of(shipped(name), data) if name.endswith((".yaml", ".yml")) else name
 
 
@@ -285,22 +289,22 @@ def result_names(asked: list[str]) -> dict[str, str]:
     A YAML may not call its task as lm-eval calls one of its own, either: its score would stand in
     that one's column.
     """
-    found: dict[str, str] = {}
-    for each in asked:
-        is_file = each.endswith((".yaml", ".yml"))
-        for name in _names_of(each):
-            other = found.setdefault(name, each)
-            if other != each:
+    names: dict[str, str] = {}
+    for task in asked:
+        is_file = task.endswith((".yaml", ".yml"))
+        for name in _names_of(task):
+            other = names.setdefault(name, task)
+            if other != task:
                 raise UserError(
-                    f"evaluation.generation: {each} and {other} are both called {name}; expected "
+                    f"evaluation.generation: {task} and {other} are both called {name}; expected "
                     "a task: of its own in each YAML"
                 )
             if is_file and name in OWN:
                 raise UserError(
-                    f"evaluation.generation: {each} is called {name}, as a task of lm-eval; "
+                    f"evaluation.generation: {task} is called {name}, as a task of lm-eval; "
                     f"expected another task:, as {name}_local"
                 )
-    return found
+    return names
 
 
 def _names_of(asked: str) -> list[str]:
@@ -311,17 +315,17 @@ def _names_of(asked: str) -> list[str]:
 
 def percent(task: str, result: dict[str, Any]) -> dict[str, float]:
     """{metric: value}; known shares as percent, standard errors and filters' names left out."""
-    found: dict[str, float] = {}
+    scores: dict[str, float] = {}
     for key, value in result.items():
         metric = key.split(",")[0]
         if isinstance(value, int | float) and not metric.endswith("_stderr") and "," in key:
             share = SHARES.search(metric) and abs(value) <= 1 and not task.startswith(PERCENT)
-            found.setdefault(metric, value * (100 if share else 1))
-    return found
+            scores.setdefault(metric, value * (100 if share else 1))
+    return scores
 
 
 def _main_metric(task: Any, scores: dict[str, float]) -> str:
-    named = [each["metric"] for each in (task or {}).get("metric_list") or []]
+    named = [metric["metric"] for metric in (task or {}).get("metric_list") or []]
     return next((str(name) for name in [*named, "acc", *scores] if name in scores), "acc")
 
 
@@ -331,11 +335,9 @@ def perplexity(
     bf16: Setting = False,
     batch_tokens: int | None = None,
 ) -> dict[str, Any]:
-    """Of the answers' tokens, end tokens included. Raises UserError for a bidirectional model.
+    """`perplexity_of` the answers' tokens. Raises UserError for a bidirectional model.
 
-    batch_tokens: of a forward, padded; None: as many as `LOGITS` allows.
-
-    What it returns: `told`.
+    End tokens are included. batch_tokens: of a forward, padded; None: as many as `LOGITS` allows.
     """
     check_causal(model)
     head: Any = model.get_output_embeddings()
@@ -349,15 +351,15 @@ def perplexity(
     tokens = [sum(chat.answer[1:]) for chat in chats]  # nothing predicts a first token
     batches = batches_by_length([chat.ids for chat in chats], batch_tokens)
     with torch.no_grad(), autocast(bf16, model.device):
-        return told(predicted, batches, tokens)
+        return perplexity_of(predicted, batches, tokens)
 
 
-def told(
+def perplexity_of(
     predicted: Callable[[list[int]], tuple[Tensor, Tensor]],
     batches: Sequence[list[int]],
     tokens: Sequence[int],
 ) -> dict[str, Any]:
-    """A perplexity, its interval, and what each text adds to it.
+    """A perplexity, its interval, and each text's part of it.
 
     predicted: (M, V) logits and M labels of the texts of a batch, in their order; tokens: labels of
     each text. `perplexity_interval`: 95 %, by the bootstrap over texts. `answers`: the summed
@@ -365,8 +367,10 @@ def told(
     """
     counts, lost = np.array(tokens), np.zeros(len(tokens))
     for batch in tqdm(batches, desc="perplexity", disable=None, leave=False):
-        each = cross_entropy(*predicted(batch), reduction="none").cpu()
-        lost[batch] = [own.sum().item() for own in each.split(counts[batch].tolist())]
+        token_losses = cross_entropy(*predicted(batch), reduction="none").cpu()
+        lost[batch] = [
+            text_losses.sum().item() for text_losses in token_losses.split(counts[batch].tolist())
+        ]
     return {
         "perplexity": math.exp(lost.sum() / counts.sum()),
         "perplexity_interval": interval(np.exp(means(lost, counts))),
@@ -375,10 +379,10 @@ def told(
 
 
 def held_out_chats(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Chat]:
-    """Those that perplexity is of. config: within the model's context."""
+    """The chats whose answers' perplexity is measured. config: within the model's context."""
     settings = config.ubmoe
-    found = read_chats(settings.dataset, tokenizer, settings.max_tokens, settings.max_rows)
-    return found.held_out(settings.held_out, "ubmoe.held_out")[1]
+    chats = read_chats(settings.dataset, tokenizer, settings.max_tokens, settings.max_rows)
+    return chats.held_out(settings.held_out, "ubmoe.held_out")[1]
 
 
 def language_model_scores(config: Config, source: ModelSource) -> dict[str, Any]:
@@ -386,7 +390,7 @@ def language_model_scores(config: Config, source: ModelSource) -> dict[str, Any]
 
     source: of the config's model.
 
-    `further`: {file or id: what `told` says} of those of `evaluation.perplexity`.
+    `further`: {file or id: `perplexity_of` its answers} for those of `evaluation.perplexity`.
     """
     check_tasks(config.evaluation.generation, config.evaluation.data)
     config = source.within_context(config, "ubmoe")
@@ -396,22 +400,22 @@ def language_model_scores(config: Config, source: ModelSource) -> dict[str, Any]
     scores = generation_scores(model, tokenizer, config.evaluation)
     counts = {"held_out": len(kept), "max_tokens": settings.max_tokens}
     counts["truncated"] = sum(chat.cut for chat in kept)
-    own, *others = (
+    scored, *others = (
         perplexity(model, chats, config.evaluation.bf16) for chats in (kept, *further.values())
     )
     more = dict(zip(further, others, strict=True))
-    return scores | own | ({"further": more} if more else {}) | {"counts": counts}
+    return scores | scored | ({"further": more} if more else {}) | {"counts": counts}
 
 
 def _further_chats(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, Sequence[Chat]]:
     """Those of `evaluation.perplexity`, evenly spaced, by their names."""
-    settings, found = config.ubmoe, {}
+    settings, by_name = config.ubmoe, {}
     for dataset in config.evaluation.perplexity:
         name = Path(dataset).stem
-        if name in found:
+        if name in by_name:
             raise UserError(
                 f"evaluation.perplexity: two are called {name}; expected names that differ"
             )
         chats = read_chats(dataset, tokenizer, settings.max_tokens).chats
-        found[name] = spaced(chats, settings.held_out)
-    return found
+        by_name[name] = spaced(chats, settings.held_out)
+    return by_name

@@ -22,13 +22,13 @@ from ubmoe.training.losses import predictions
 Request = tuple[Any, list[int], list[int]]  # (texts, context's tokens, continuation's tokens)
 
 
-class Asked(HFLM):
-    """lm-eval's own model, with four things seen to.
+class SharedPrefixLM(HFLM):
+    """lm-eval's HFLM with four changes.
 
     A question with several answers is read once, where lm-eval reads it with each of them. A
     tokenizer's last tokens are left off what goes on (lm-eval would put answers after an end
     token). Prompts that are longer than the context, of which it cuts the beginning, are counted in
-    `truncated`, by task. A token that the model lacks is said: UserError.
+    `truncated`, by task. A token that the model lacks raises UserError.
     """
 
     def __init__(self, **keys: Any) -> None:
@@ -69,16 +69,16 @@ class Asked(HFLM):
         self.look(requests)
         examples = [self._example(context, answer) for _, context, answer in requests]
         order = _order(examples)
-        found: list[tuple[float, bool]] = [(0.0, False)] * len(examples)
+        results: list[tuple[float, bool]] = [(0.0, False)] * len(examples)
         size = override_bs or int(self.batch_size)
         with tqdm(total=len(order), desc="likelihoods", disable=disable_tqdm or None) as bar:
             for start in range(0, len(order), size):
                 chosen = order[start : start + size]
-                scores = self._scores([examples[each] for each in chosen])
+                scores = self._scores([examples[place] for place in chosen])
                 for place, score in zip(chosen, scores, strict=True):
-                    found[place] = score
+                    results[place] = score
                 bar.update(len(chosen))
-        return found
+        return results
 
     def _example(self, context: list[int], answer: list[int]) -> Example:
         room = self.max_length + 1 - len(answer)
@@ -87,12 +87,14 @@ class Asked(HFLM):
     @torch.no_grad()
     def _scores(self, examples: list[Example]) -> list[tuple[float, bool]]:
         """(log-likelihood of the answer, whether it is what greedy decoding would say)."""
-        rows = {tuple(each.prompt): each for each in examples}  # a prompt once
+        rows = {tuple(example.prompt): example for example in examples}  # a prompt once
         place = {prompt: number for number, prompt in enumerate(rows)}
-        index = torch.tensor([place[tuple(each.prompt)] for each in examples], device=self.device)
+        index = torch.tensor(
+            [place[tuple(example.prompt)] for example in examples], device=self.device
+        )
         prompts = self._on_device(batch(list(rows.values())))
         answers = self._on_device(
-            batch([Example(each.prompt[-1:], each.answer) for each in examples])
+            batch([Example(example.prompt[-1:], example.answer) for example in examples])
         )
         cache = self.prefill(prompts["prompt_ids"], prompts["prompt_mask"])
         if cache is not None:
@@ -104,7 +106,7 @@ class Asked(HFLM):
             logits, tokens = predictions(
                 decoder, decoder.get_output_embeddings(), given, answers["labels"]
             )
-        logs, lengths = logits.log_softmax(-1), [len(each.answer) for each in examples]
+        logs, lengths = logits.log_softmax(-1), [len(example.answer) for example in examples]
         scores = logs.gather(-1, tokens[:, None])[:, 0].split(lengths)
         greedy = (logs.argmax(-1) == tokens).split(lengths)
         return [
@@ -126,10 +128,10 @@ class Asked(HFLM):
         return {name: value.to(self.device) for name, value in inputs.items()}
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
-        for each in requests:
-            context, settings = each.args
+        for request in requests:
+            context, settings = request.args
             answer = (settings or {}).get("max_gen_toks", self.max_gen_toks)
-            self._see(each, self.tok_encode(context), self.max_length - answer)
+            self._see(request, self.tok_encode(context), self.max_length - answer)
         return super().generate_until(requests, disable_tqdm)
 
     def look(self, requests: list[Request]) -> None:
@@ -156,8 +158,8 @@ def _order(examples: list[Example]) -> list[int]:
     first.
     """
     longest: Counter[tuple[int, ...]] = Counter()
-    for each in examples:
-        longest[tuple(each.prompt)] = max(longest[tuple(each.prompt)], len(each.answer))
+    for example in examples:
+        longest[tuple(example.prompt)] = max(longest[tuple(example.prompt)], len(example.answer))
 
     def key(place: int) -> tuple[int, int, list[int]]:
         prompt = examples[place].prompt

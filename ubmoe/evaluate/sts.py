@@ -109,10 +109,10 @@ class EachTextOnce(SentenceTransformerEncoderWrapper):
 def _predicted(task: AbsTaskSTS, folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """The cosine of each pair, as mteb left it in a folder, and its gold score."""
     [file] = folder.rglob("*.json")
-    [[subset, found]] = [
-        each for each in json.loads(file.read_text()).items() if each[0] != "mteb_model_meta"
+    [[subset, predictions]] = [
+        item for item in json.loads(file.read_text()).items() if item[0] != "mteb_model_meta"
     ]
-    [[split, scores]] = found.items()
+    [[split, scores]] = predictions.items()
     data: Any = task.dataset
     gold = data.get(subset, data)[split]["score"]
     return np.array(scores["cosine_scores"], dtype=float), np.array(gold, dtype=float)
@@ -125,15 +125,15 @@ def truncated_texts(encoder: SentenceTransformer, task: AbsTaskSTS) -> int:
     """
     task.load_data()
     data: Any = task.dataset
-    limit, found = encoder.max_seq_length or math.inf, 0
+    limit, count = encoder.max_seq_length or math.inf, 0
     for subset in task.hf_subsets:
         for split in task.eval_splits:
             rows = data.get(subset, data)[split]
             for column in task.column_names:
                 texts = list(rows[column])
                 where = f"evaluation.sts: {task.metadata.name}, {split}, {column}, row"
-                found += sum(each > limit for each in lengths(encoder, texts, where))
-    return found
+                count += sum(length > limit for length in lengths(encoder, texts, where))
+    return count
 
 
 def sts_tasks(names: Sequence[str]) -> list[AbsTaskSTS]:
@@ -147,20 +147,20 @@ def sts_tasks(names: Sequence[str]) -> list[AbsTaskSTS]:
 
 
 def local_names(paths: Sequence[Path]) -> dict[Path, str]:
-    """What local files are called: the shortest end of the path that nothing else is called.
+    """Names of local files: the shortest end of the path that is unique.
 
     Raises UserError for one file that is named twice.
     """
     parts = {path: _without_suffix(path.resolve()).parts for path in paths}
-    found: dict[Path, str] = {}
-    for path, own in parts.items():
-        others = [other for each, other in parts.items() if each != path]
-        if own in others:
+    names: dict[Path, str] = {}
+    for path, path_parts in parts.items():
+        others = [other for sibling, other in parts.items() if sibling != path]
+        if path_parts in others:
             raise UserError(f"evaluation.sts: {path} is named twice; name it once")
-        ends = range(2 if _is_taken(own[-1]) else 1, len(own))
-        free = (end for end in ends if all(other[-end:] != own[-end:] for other in others))
-        found[path] = "/".join(own[-next(free, len(own)) :])
-    return found
+        ends = range(2 if _is_taken(path_parts[-1]) else 1, len(path_parts))
+        free = (end for end in ends if all(other[-end:] != path_parts[-end:] for other in others))
+        names[path] = "/".join(path_parts[-next(free, len(path_parts)) :])
+    return names
 
 
 def _without_suffix(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""An encoder that is scored while it trains: what similarity it gains, what language it loses.
+"""An encoder scored while it trains: the similarity it gains, the language modelling it loses.
 
 One run with a constant learning rate is a whole front: at each of `trajectory.steps` the encoder is
 scored on pairs, and the language model that it is made from, read causally, on chats and texts. The
@@ -30,11 +30,11 @@ from ubmoe.dependence.texts import cut, tokenize
 from ubmoe.evaluate.generation import perplexity
 from ubmoe.evaluate.sts import sts_scores, sts_tasks
 
-POINT = "point"  # what a point is called in a trainer's log
+POINT = "point"  # a point's key in a trainer's log
 
 
 class Trajectory:
-    """What an encoder is scored on, read before anything trains. Raises UserError.
+    """The data that an encoder is scored on, read before anything trains. Raises UserError.
 
     config: within the model's context.
     """
@@ -46,7 +46,8 @@ class Trajectory:
         self.config, self.steps = config, settings.steps
         self.tasks = sts_tasks(settings.sts)
         self.texts = {
-            Path(each).stem: _texts(each, config, tokenizer) for each in settings.perplexity
+            Path(dataset).stem: _texts(dataset, config, tokenizer)
+            for dataset in settings.perplexity
         }
         if len(self.texts) < len(settings.perplexity):
             raise UserError("trajectory.perplexity: two of one name; expected names that differ")
@@ -59,7 +60,7 @@ class Trajectory:
     def callback(
         self, encoder: SentenceTransformer, model: PreTrainedModel, stage: StageSection
     ) -> TrainerCallback:
-        """Of a stage whose modules are about to train."""
+        """The callback of a stage whose modules are about to train."""
         return Scoring(self, encoder, model, stage)
 
     @torch.no_grad()
@@ -69,17 +70,17 @@ class Trajectory:
         """The scores of an encoder, and of `model`, its language model, as they are now."""
         evaluation = self.config.evaluation
         encoder.max_seq_length, length = self.config.bi.max_tokens, encoder.max_seq_length
-        found: dict[str, Any] = {
+        scores: dict[str, Any] = {
             "sts": sts_scores(encoder, self.tasks, evaluation.batch_size, stage.bf16)
         }
         encoder.max_seq_length = length
         with attending(model, bidirectional=False):
-            found["perplexity"] = {
+            scores["perplexity"] = {
                 name: perplexity(model, chats, stage.bf16) for name, chats in self.texts.items()
             }
             if self.measured:
-                found["dependence"] = self._dependence(model)
-        return found
+                scores["dependence"] = self._dependence(model)
+        return scores
 
     def _dependence(self, model: PreTrainedModel) -> dict[str, Any]:
         ids, _ = cut(model, self.measured, self.config.dependence.max_tokens)
@@ -141,7 +142,9 @@ class Scoring(TrainerCallback):
             if name in self.start:
                 moved += (value - self.start[name]).float().pow(2).sum().item()
                 whole += self.start[name].float().pow(2).sum().item()
-        layers: list[Any] = [each for each in self.model.modules() if isinstance(each, LoraLayer)]
+        layers: list[Any] = [
+            module for module in self.model.modules() if isinstance(module, LoraLayer)
+        ]
         for layer in layers:  # none where modules train in full
             moved += layer.get_delta_weight("default").float().pow(2).sum().item()
             whole += layer.get_base_layer().weight.float().pow(2).sum().item()
@@ -167,7 +170,7 @@ def parted(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """`stages`: the reports of stages without points in their logs; `trajectory`: the points, if
     there are any, each with its stage and step.
     """
-    found = [
+    points = [
         {"stage": number, "step": row["step"], **row[POINT]}
         for number, report in enumerate(reports)
         for row in report["log"]
@@ -176,4 +179,4 @@ def parted(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     stages = [
         report | {"log": [row for row in report["log"] if POINT not in row]} for report in reports
     ]
-    return {"stages": stages} | ({"trajectory": found} if found else {})
+    return {"stages": stages} | ({"trajectory": points} if points else {})

@@ -1,4 +1,4 @@
-"""What train_ubmoe.py does, a step a function: read, load, train the routers, save, score."""
+"""The steps of train_ubmoe.py, a function each: read, load, train the routers, save, score."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -66,14 +66,14 @@ def read(config: Config, source: ModelSource) -> Inputs:
     if tuned.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise UserError(f"ubmoe.bi: {encoder} has another tokenizer than {config.model.name}")
     settings = config.ubmoe
-    found = read_chats(settings.dataset, tokenizer, settings.max_tokens, settings.max_rows)
-    chats, kept = found.held_out(settings.held_out, "ubmoe.held_out")
+    read_in = read_chats(settings.dataset, tokenizer, settings.max_tokens, settings.max_rows)
+    chats, kept = read_in.held_out(settings.held_out, "ubmoe.held_out")
     sentences = []
     if settings.objective == "both":
         sentences = sentences_of(settings.sentences, tokenizer, len(chats))
-    counts = {"chats": len(chats), "held_out": len(kept), "truncated": found.truncated}
+    counts = {"chats": len(chats), "held_out": len(kept), "truncated": read_in.truncated}
     log.info("chats: %s", counts)
-    counts |= {"dropped": found.dropped, "max_tokens": settings.max_tokens}
+    counts |= {"dropped": read_in.dropped, "max_tokens": settings.max_tokens}
     return Inputs(source, tuned, attention, chats, kept, sentences, sts, counts, joins)
 
 
@@ -182,8 +182,8 @@ def complete_cards(
         if kind == "mixture" and not inputs.joins:
             continue
         results = []
-        if found := routes.get(route):
-            results += cards.generation_results(found["tasks"], metrics, found["perplexity"])
+        if scores := routes.get(route):
+            results += cards.generation_results(scores["tasks"], metrics, scores["perplexity"])
         for row in sections(record):
             if row["route"] in encoding and row["attention"] == inputs.attention:
                 results += cards.sts_results(row)
@@ -196,8 +196,8 @@ def _routes(config: Config) -> list[Route]:
     return list(dict.fromkeys((config.ubmoe.route, *config.ubmoe.routes)))
 
 
-SAID = ("average", "perplexity")
-KEPT = ("tasks", *SAID, "questions", "stderr", "perplexity_interval", "answers")  # of each route
+LOGGED = ("average", "perplexity")
+KEPT = ("tasks", *LOGGED, "questions", "stderr", "perplexity_interval", "answers")  # of each route
 
 
 def generation_of(config: Config, inputs: Inputs, model: PreTrainedModel) -> dict[str, Any]:
@@ -207,16 +207,16 @@ def generation_of(config: Config, inputs: Inputs, model: PreTrainedModel) -> dic
     """
     set_attention(model, bidirectional=False)
     routes = {}
-    own: Route = config.ubmoe.route if inputs.joins else "uni"
-    for route in _routes(config) if inputs.joins else [own]:
+    main_route: Route = config.ubmoe.route if inputs.joins else "uni"
+    for route in _routes(config) if inputs.joins else [main_route]:
         with route_of(model, route) if inputs.joins else nullcontext():
             scores = generation.generation_scores(model, inputs.source.tokenizer, config.evaluation)
             lost = generation.perplexity(model, inputs.held_out, config.evaluation.bf16)
         routes[route] = scores | lost
-        log.info("route %s: average %s, perplexity %s", route, *map(routes[route].get, SAID))
-    brief = {route: {name: each[name] for name in KEPT} for route, each in routes.items()}
-    metadata = {"route": own, "attention": "causal", "bi_attention": inputs.attention}
-    return routes[own] | metadata | {"routes": brief}
+        log.info("route %s: average %s, perplexity %s", route, *map(routes[route].get, LOGGED))
+    brief = {route: {name: scores[name] for name in KEPT} for route, scores in routes.items()}
+    metadata = {"route": main_route, "attention": "causal", "bi_attention": inputs.attention}
+    return routes[main_route] | metadata | {"routes": brief}
 
 
 def sts_of(
@@ -233,13 +233,13 @@ def sts_of(
         set_attention(model, bidirectional=attention == "bidirectional")
         for route in _routes(config):
             with route_of(model, route):
-                found = sts_scores(encoder, inputs.sts, settings.batch_size, settings.bf16)
-            rows.append({"route": route, "attention": attention, **found})
-            log.info("STS, %s, %s: %s", route, attention, found["average"])
+                scores = sts_scores(encoder, inputs.sts, settings.batch_size, settings.bf16)
+            rows.append({"route": route, "attention": attention, **scores})
+            log.info("STS, %s, %s: %s", route, attention, scores["average"])
     set_attention(model, bidirectional=False)
     if "adapter" in config.ubmoe.export:
         saved = load_saved(str(adapter), str(model.device))
-        found = sts_scores(saved, inputs.sts, settings.batch_size, settings.bf16)
-        rows.append({"route": "adapter", "attention": inputs.attention, **found})
-        log.info("STS, the adapter of rank %s: %s", config.ubmoe.rank, found["average"])
+        scores = sts_scores(saved, inputs.sts, settings.batch_size, settings.bf16)
+        rows.append({"route": "adapter", "attention": inputs.attention, **scores})
+        log.info("STS, the adapter of rank %s: %s", config.ubmoe.rank, scores["average"])
     return rows
