@@ -176,7 +176,7 @@ def write_gguf_model(model, path, keys=(), tensors=(), packed=None):
     }
     writer = gguf.GGUFWriter(path, family)
     for key, value in (
-        {f"{family}.{key}": each for key, each in sizes.items()} | dict(keys)
+        {f"{family}.{key}": size for key, size in sizes.items()} | dict(keys)
     ).items():
         if key == "general.alignment":
             writer.add_custom_alignment(value)

@@ -114,10 +114,10 @@ def test_what_is_wrong_is_said_in_one_line(tiny_path, call, said):
 
 def test_the_notebook_runs_and_its_outputs_are_small(tiny_path, monkeypatch, capsys):
     path = ROOT / "docs" / "notebook.ipynb"
-    cells = [each for each in json.loads(path.read_text())["cells"] if each["cell_type"] == "code"]
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
     names: dict = {}
     for cell in cells:
         exec(compile("".join(cell["source"]), str(path), "exec"), names)
-        written = "".join("".join(each["text"]) for each in cell["outputs"])
+        written = "".join("".join(output["text"]) for output in cell["outputs"])
         assert capsys.readouterr().out == written
     assert len(cells) >= 4 and path.stat().st_size < 20_000

@@ -114,7 +114,7 @@ def test_no_more_is_unpacked_than_the_file_has(index, no_pip, place, monkeypatch
     monkeypatch.setattr(fetch, "BLOCK", 1_000_000)
     blocks = fetch._blocks
     monkeypatch.setattr(
-        fetch, "_blocks", lambda *given: (written.append(1) or each for each in blocks(*given))
+        fetch, "_blocks", lambda *given: (written.append(1) or block for block in blocks(*given))
     )
     refused(place)
     assert len(written) == 4

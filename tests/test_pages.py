@@ -86,7 +86,7 @@ def sentences(text):
 
 
 def test_sentences_of_the_readme_are_short():
-    long = [each for each in sentences(README) if len(each.split()) > MOST_WORDS]
+    long = [sentence for sentence in sentences(README) if len(sentence.split()) > MOST_WORDS]
     assert not long, long
 
 

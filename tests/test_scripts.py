@@ -110,7 +110,7 @@ def test_chats_without_a_template_are_measured_as_texts_and_that_is_recorded(inp
 @pytest.mark.parametrize("case", CASES)
 def test_bad_input_is_one_line_and_exit_2_and_nothing_is_written(inputs, tmp_path, case):
     arguments, expected = CASES[case]
-    arguments = [f"output_dir={tmp_path}/run", *(each.format(inputs) for each in arguments)]
+    arguments = [f"output_dir={tmp_path}/run", *(argument.format(inputs) for argument in arguments)]
     code, output, errors = run(*FAST, *arguments)
     assert (code, output) == (2, "")
     assert errors.count("\n") == 1 and errors.startswith("error: "), errors
@@ -324,7 +324,7 @@ def test_bitune_is_trained_saved_and_scored(tmp_path):
 def test_bad_mixture_input_is_one_last_line_and_exit_2(
     inputs, encoder, tmp_path, arguments, expected
 ):
-    arguments = [each.format(tmp_path, inputs) for each in arguments]
+    arguments = [argument.format(tmp_path, inputs) for argument in arguments]
     common = ["model.device=cpu", f"output_dir={tmp_path}/run", f"ubmoe.bi={encoder}"]
     code, output, errors = run(*common, *arguments, script="train_ubmoe.py")
     assert (code, output) == (2, ""), errors
@@ -352,7 +352,7 @@ def test_bad_mixture_input_is_one_last_line_and_exit_2(
     ],
 )
 def test_bad_training_input_is_one_last_line_and_exit_2(inputs, tmp_path, arguments, expected):
-    arguments = [each.format(inputs) for each in arguments]
+    arguments = [argument.format(inputs) for argument in arguments]
     arguments += ["model.device=cpu", f"output_dir={tmp_path}/run", STAGE]
     code, output, errors = run(*arguments, script="train_bi.py")
     assert (code, output) == (2, ""), errors

@@ -127,7 +127,9 @@ def trained(case, tiny_path, directory, distributed, size=BATCH // 2, resume=Fal
             raise KilledError
         loss = real(trainer, model, *rest, **more)
         if isinstance(model, DistributedDataParallel):  # no gradient is there twice
-            sizes = ((each.grad.untyped_storage().nbytes(), each.grad.nbytes) for each in weights)
+            sizes = (
+                (weight.grad.untyped_storage().nbytes(), weight.grad.nbytes) for weight in weights
+            )
             assert all(bucket > own for bucket, own in sizes)
         return loss
 

@@ -70,7 +70,7 @@ def plain(model, example):
 @pytest.mark.parametrize("variant", ["only_causal", "lora"])
 def test_fresh_adapters_in_causal_passes_are_the_plain_model(variant):
     bitune = attach(random_model("qwen2"), BituneSection(variant=variant), seed=0)
-    expected = torch.cat([plain(random_model("qwen2"), each) for each in EXAMPLES])
+    expected = torch.cat([plain(random_model("qwen2"), example) for example in EXAMPLES])
     torch.testing.assert_close(scores(bitune, EXAMPLES), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -171,7 +171,7 @@ def test_the_whole_method_is_the_formula(variant):
 @pytest.mark.parametrize("family", ["qwen2", "llama", "mistral", "qwen3", "gemma2"])
 def test_ragged_prompts_in_one_batch_are_as_one_at_a_time(family, variant):
     bitune = tuned(variant, family)
-    alone = torch.cat([scores(bitune, [each]) for each in EXAMPLES])
+    alone = torch.cat([scores(bitune, [example]) for example in EXAMPLES])
     torch.testing.assert_close(scores(bitune, EXAMPLES), alone, atol=1e-4, rtol=1e-4)
 
 
@@ -255,7 +255,7 @@ def test_only_what_an_answer_depends_on_trains(variant):
 
 
 def whole_prompts():
-    rows = [each.prompt for each in EXAMPLES]
+    rows = [example.prompt for example in EXAMPLES]
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
@@ -275,7 +275,7 @@ def test_cached_decoding_is_recomputing():
     bitune = tuned()
     keys = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     found = bitune.generate(*whole_prompts(), **keys)[:, -6:].tolist()
-    assert found == [recomputed(bitune, each.prompt, 6) for each in EXAMPLES]
+    assert found == [recomputed(bitune, example.prompt, 6) for example in EXAMPLES]
 
 
 def test_beams_and_samples_are_as_one_prompt_at_a_time():
@@ -310,7 +310,7 @@ def test_merged_for_decoding_it_says_the_same(variant):
         assert len(both) == len(dense) + adapters + len(after.theta())
     keys = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     said = after.generate(*whole_prompts(), **keys)[:, -4:].tolist()
-    assert said == [recomputed(after, each.prompt, 4) for each in EXAMPLES]
+    assert said == [recomputed(after, example.prompt, 4) for example in EXAMPLES]
 
 
 # --- files and refusals ---------------------------------------------------------------------------

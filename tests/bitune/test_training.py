@@ -36,7 +36,9 @@ def test_the_embedded_model_learns_a_new_answer(tiny_path, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_path)
     chats = read_examples("tiny", tokenizer, None, 512, 40).chats
     examples = [each for chat in chats for each in chat]
-    new = [Example(each.prompt, examples[0].answer) for each in examples]  # always the same one
+    new = [
+        Example(example.prompt, examples[0].answer) for example in examples
+    ]  # always the same one
     keys = settings(max_steps=25, learning_rate=3e-3)
     bitune = attach(model, keys, 0)
     frozen = {n: v.clone() for n, v in bitune.named_parameters() if not v.requires_grad}
@@ -72,7 +74,7 @@ def test_a_batch_has_like_lengths_and_every_epoch_its_own_order():
     first = list(sampler)
     assert sorted(first) == list(range(1000)) and first == list(sampler)
     batches = [[lengths[row] for row in first[k : k + 10]] for k in range(0, 1000, 10)]
-    assert max(max(each) - min(each) for each in batches) < 150  # of 999
+    assert max(max(batch) - min(batch) for batch in batches) < 150  # of 999
     sampler.set_epoch(1)
     assert list(sampler) != first
 

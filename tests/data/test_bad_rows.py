@@ -79,7 +79,7 @@ def test_a_bad_row_is_refused_or_dropped_and_counted(tokenizer, tmp_path, caplog
     total = len(rows) if isinstance(rows, list) else len(rows.splitlines()) - 1
     assert (len(found) if isinstance(expected, int) else list(found)) == expected
     assert len(dropped) == total - len(found)
-    named = [each.getMessage() for each in caplog.records]
+    named = [record.getMessage() for record in caplog.records]
     assert len(named) == min(3, len(dropped)) and named[0] == f"dropped {caught.value}"
     with pytest.raises(UserError), dropping(False):
         read(path, tokenizer)

@@ -133,7 +133,9 @@ def test_no_header_is_an_answer_whatever_the_template_writes(tokenizer, tmp_path
     tokenizer.chat_template = template
     chats = read_chats(written(tmp_path, TURNS), tokenizer, 500).chats
     answers = [
-        each.strip() for chat in chats for each in pieces(tokenizer, chat, chat.answer.__getitem__)
+        piece.strip()
+        for chat in chats
+        for piece in pieces(tokenizer, chat, chat.answer.__getitem__)
     ]
     assert answers == [TURNS[1]["content"] + end, TURNS[3]["content"] + end]
 
@@ -152,7 +154,7 @@ def test_a_chat_whose_earlier_answers_change_is_read_answer_by_answer(tokenizer,
     train, kept = found.held_out(1, "held_out")  # all of a row, or nothing
     assert {each.where for each in train}.isdisjoint(each.where for each in kept)
     examples = read_examples(written(tmp_path, thought), tokenizer, None, 500).chats
-    assert [len(each) for each in examples] == [2]
+    assert [len(example) for example in examples] == [2]
     assert examples[0][1].prompt + examples[0][1].answer == found.by_row[1][1].ids[:-1]
 
 
@@ -183,7 +185,7 @@ def test_an_answer_of_weight_zero_is_read_and_not_learned(
     [chat] = read_chats(path, tokenizer, 500).chats
     contents = [TURNS[turn]["content"] for turn, own in zip((1, 3), trained, strict=True) if own]
     answers = pieces(tokenizer, chat, chat.answer.__getitem__)
-    assert answers == [f"{each}<|im_end|>" for each in contents]
+    assert answers == [f"{content}<|im_end|>" for content in contents]
 
 
 @pytest.mark.parametrize(
@@ -204,7 +206,7 @@ def test_what_is_neither_learned_nor_not_is_refused(tokenizer, tmp_path, turn, f
 
 
 def test_a_chat_none_of_whose_answers_count_is_refused(tokenizer, tmp_path):
-    turns = [each | {"weight": 0} for each in TURNS]
+    turns = [turn | {"weight": 0} for turn in TURNS]
     with pytest.raises(UserError, match=":1: no assistant turn of weight 1; expected one"):
         read_chats(written(tmp_path, turns), tokenizer, 500)
 
@@ -384,7 +386,7 @@ def test_the_plain_form_is_said_once_and_noted(tokenizer, tmp_path, caplog):
         assert noted == {}
         read_chats(written(tmp_path, SHORT, SHORT), tokenizer, 100)
     assert noted == {"chat_form": "question"}
-    assert len([each for each in caplog.messages if "no chat template" in each]) == 1
+    assert len([message for message in caplog.messages if "no chat template" in message]) == 1
 
 
 def test_tools_and_calls_are_in_the_plain_form(tokenizer, tmp_path):

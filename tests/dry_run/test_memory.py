@@ -105,7 +105,7 @@ def test_a_step_is_the_largest_that_is_drawn_and_its_mini_batches_are_the_runs_o
     found = batches.largest(9, section, forwards)
     assert len(found) == 3
     assert sum(each.padded for each in found) == max(
-        sum(each.padded for each in forwards(rows)) for rows in batches._drawn(9, section)
+        sum(forward.padded for forward in forwards(rows)) for rows in batches._drawn(9, section)
     )
     assert len(list(batches._drawn(9, section))) == batches.DRAWN
     assert len(list(batches._drawn(9, section.model_copy(update={"max_steps": 2})))) == 2

@@ -42,8 +42,8 @@ def no_names(monkeypatch, tmp_path):
 def test_every_model_of_configs_is_shipped_with_its_source():
     names = {load_config(path).model.name for path in (ROOT / "configs").glob("*.yaml")}
     assert names - {"tiny"} == set(shipped.SHIPPED["models"])
-    for name, each in shipped.SHIPPED["models"].items():
-        assert each["source"] == f"https://huggingface.co/{name}/blob/main/config.json"
+    for name, model in shipped.SHIPPED["models"].items():
+        assert model["source"] == f"https://huggingface.co/{name}/blob/main/config.json"
 
 
 @pytest.mark.parametrize("name", CARDS)

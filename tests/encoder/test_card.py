@@ -97,7 +97,7 @@ def test_servers_find_the_pooling_under_the_names_that_they_know(
 ):
     encoder = saved(tiny_path, tmp_path, pooling=pooling, prompt=PROMPT)
     modules = json.loads((tmp_path / "bi" / "modules.json").read_text())
-    kinds = [each["type"] for each in modules]
+    kinds = [module["type"] for module in modules]
     assert kinds == [f"sentence_transformers.models.{name}" for name in ("Transformer", "Pooling")]
     found = json.loads((tmp_path / "bi" / "1_Pooling" / "config.json").read_text())
     assert [name for name, on in found.items() if name.startswith("pooling_mode") and on] == [flag]

@@ -61,7 +61,7 @@ def test_two_local_models_get_their_own_scores_equal_to_a_hand_computation(encod
     path = pairs_file(tmp_path)
     rows = evaluate.read_pairs(path)
     assert len(rows) == 40 and rows[0]["sentence1"].startswith('"')  # nothing is quoted
-    found = [scores(each, "tiny", str(path)) for each in encoders]
+    found = [scores(encoder, "tiny", str(path)) for encoder in encoders]
     tiny_rows = [pair._asdict() for pair in language.pairs(sizes.STS_PAIRS, evaluate.TINY_SEED)]
     for encoder, section in zip(encoders, found, strict=True):
         assert section["tasks"]["pairs"] == pytest.approx(by_hand(encoder, rows), abs=1e-3)

@@ -5,7 +5,9 @@ from ubmoe.interventions.patterns import patterns
 
 
 def test_every_mask_stands_there_once_by_its_first_name():
-    found = {each.name: each.both for each in patterns(ScanSection(every=3), 3, keep_sink=False)}
+    found = {
+        pattern.name: pattern.both for pattern in patterns(ScanSection(every=3), 3, keep_sink=False)
+    }
     no, yes = False, True
     assert found == {
         "none": (no, no, no),

@@ -60,13 +60,13 @@ def test_losses_are_those_of_models_whose_layer_was_exchanged(models, batch):
     base, encoder = models
     asked = swap.choices(DEPTH)
     parts = [CHATS[start : start + batch] for start in range(0, 3, batch)]
-    found = np.concatenate([swap.losses(base, encoder, each, asked) for each in parts], axis=1)
+    found = np.concatenate([swap.losses(base, encoder, part, asked) for part in parts], axis=1)
     for own, row in zip(asked, found, strict=True):
         mixed = copy.deepcopy(base)
         for number, tuned in enumerate(own):
             if tuned:
                 mixed.model.layers[number] = copy.deepcopy(encoder.model.layers[number])
-        assert row == pytest.approx([by_hand(mixed, each) for each in CHATS], rel=1e-5)
+        assert row == pytest.approx([by_hand(mixed, chat) for chat in CHATS], rel=1e-5)
 
 
 def test_the_summary_is_in_nats_a_token():
@@ -80,7 +80,7 @@ def test_the_summary_is_in_nats_a_token():
     ]
     assert found["whole"]["change"] == pytest.approx(2)
     answers = [found["whole"], *(row[word] for row in found["layers"] for word in ("in", "back"))]
-    assert [each["by_answer"]["change"] for each in answers] == [
+    assert [answer["by_answer"]["change"] for answer in answers] == [
         pytest.approx(each / 2) for each in (2 + 2, 1 + 0, -1.5 + 0, 0 + 3, 0 - 3)
     ]
     assert (found["chats"], found["tokens"]) == (2, 3)

@@ -53,7 +53,7 @@ def test_a_family_that_keeps_its_parts_elsewhere_is_refused(family, said):
 
 def test_patterns_differ():
     model = random_model("llama", num_hidden_layers=DEPTH).eval()
-    found = [each[1][0] for each in states(model, INPUTS, EVERY)]
+    found = [state[1][0] for state in states(model, INPUTS, EVERY)]
     for number, one in enumerate(found):
         assert all((one - other).abs().max() > 1e-4 for other in found[:number])
 

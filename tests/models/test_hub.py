@@ -31,8 +31,8 @@ class Hub(BaseHTTPRequestHandler):
         name = "/".join(self.path.split("/")[3:5])
         if "/preupload/" in self.path:
             files = [
-                {"path": each["path"], "uploadMode": "regular", "shouldIgnore": False}
-                for each in json.loads(body)["files"]
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for file in json.loads(body)["files"]
             ]
             return self.answer({"files": files})
         lines = [json.loads(line) for line in body.splitlines()]

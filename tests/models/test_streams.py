@@ -145,7 +145,7 @@ def test_without_a_dtype_it_is_that_of_the_files(saved):
     assert config.pop("dtype") == "bfloat16"
     for _ in range(2):  # as the config says, and then as the files do
         found = open_weights(section(saved), None)
-        assert {each.dtype for each in found.tensors.values()} == {found.dtype, torch.bfloat16}
+        assert {tensor.dtype for tensor in found.tensors.values()} == {found.dtype, torch.bfloat16}
         (saved / "config.json").write_text(json.dumps(config))
 
 

@@ -382,7 +382,7 @@ def test_the_snippet_of_the_readme_generates_and_embeds(tiny_path, tmp_path):
     assert torch.equal(logits(names["language_model"]), logits(uni))
     expected = encoder.encode(["The dog sleeps."])
     assert abs(names["vectors"] - expected).max() < 1e-5
-    [fact] = [each for each in language.facts() if each.question == "Where does Anna live?"]
+    [fact] = [fact for fact in language.facts() if fact.question == "Where does Anna live?"]
     assert names["text"] == fact.answer
 
 

@@ -73,7 +73,7 @@ def test_cards_have_the_scores_of_their_own_uses(tmp_path):
     }
     for name in folders:
         data = ModelCard.load(tmp_path / name / "README.md").data
-        assert [each.metric_value for each in data.eval_results] == expected[name]
+        assert [eval_result.metric_value for eval_result in data.eval_results] == expected[name]
         assert data.base_model == "org/base"
         assert data.datasets == (["org/chats"] if name == "ubmoe" else None)
 

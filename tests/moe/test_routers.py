@@ -182,9 +182,9 @@ def test_what_is_watched_are_means_over_the_real_tokens(chats):
     with router_training._watching(model) as watch, torch.no_grad():
         watch.real = batch["attention_mask"]
         output = model(**batch, output_router_logits=True)
-    shares = [each.softmax(-1)[real.flatten()] for each in output.router_logits]
-    bi = [each[:, 1].mean().item() for each in shares]
-    entropy = [torch.distributions.Categorical(each).entropy().mean().item() for each in shares]
+    shares = [logits.softmax(-1)[real.flatten()] for logits in output.router_logits]
+    bi = [share[:, 1].mean().item() for share in shares]
+    entropy = [torch.distributions.Categorical(share).entropy().mean().item() for share in shares]
     found = watch.metrics()
     assert found["bi_weight_by_layer"] == pytest.approx(bi)
     assert found["bi_weight"] == pytest.approx(sum(bi) / len(bi))

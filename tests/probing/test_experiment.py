@@ -147,8 +147,8 @@ def test_a_run_that_goes_on_keeps_the_models_that_are_done(tiny_path, tmp_path, 
             given = [*keys, models, "resume=auto", f"output_dir={tmp_path}/run", *more]
             path = probing.main(load_config(None, given))
             logs.append(caplog.text)
-    assert ["probed already" in each for each in logs] == [False, True, False, True]
-    assert ["word vectors:" in each for each in logs] == [True, False, False, False]
+    assert ["probed already" in log for log in logs] == [False, True, False, True]
+    assert ["word vectors:" in log for log in logs] == [True, False, False, False]
     section = json.loads(path.read_text())["probing"]
     assert [model["attention"] for model in section["models"]] == ["causal", "bidirectional"]
 
@@ -187,7 +187,7 @@ def test_models_need_labels_of_their_own():
     ],
 )
 def test_bad_input_is_one_last_line_and_exit_2(tiny_path, tmp_path, arguments, expected):
-    arguments = [each.format() for each in arguments]
+    arguments = [argument.format() for argument in arguments]
     code, output, errors = run(
         *KEYS, f"output_dir={tmp_path}/run", *arguments, script="-m ubmoe.probing"
     )

@@ -20,7 +20,7 @@ def test_every_key_of_the_buckets_is_seen_on_white():
     heads = [{"heads": [{"after": 1.0}]}]
     drawn = figures.dependence({"buckets": [BUCKET], "layers": heads})["dependence_buckets.png"]
     [legend] = drawn.legends
-    texts = [each.get_text() for each in legend.texts]
+    texts = [text.get_text() for text in legend.texts]
     assert "to the first token" in texts
     for patch in legend.get_patches():
         assert to_hex(patch.get_facecolor()) != "#ffffff" and patch.get_facecolor()[3] == 1
@@ -47,5 +47,5 @@ def test_panels_of_words_stand_two_a_line():
 
 
 def test_the_diagram_shows_what_is_saved():
-    texts = " ".join(each.get_text() for each in diagram.checkpoints().axes[0].texts)
+    texts = " ".join(text.get_text() for text in diagram.checkpoints().axes[0].texts)
     assert all(name in texts for name in ("bi/", "modes/", "adapter/", "ubmoe/"))

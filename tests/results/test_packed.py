@@ -56,7 +56,7 @@ def test_packed_records_are_the_records_to_the_last_bit(tmp_path):
     packed.write(tmp_path, RECORDS)
     found = packed.read(tmp_path)
     assert {name: text(each) for name, each in found.items()} == {
-        name: text(each) for name, each in RECORDS.items()
+        name: text(record) for name, record in RECORDS.items()
     }
     first, *lines = map(json.loads, (tmp_path / "records.jsonl").read_text().split("\n")[:-1])
     assert first["shared"]["config"]["bi.stages.0.train"] == ["ffn"]

@@ -241,7 +241,7 @@ def test_a_model_that_came_out_otherwise_makes_what_was_measured_of_it_stale(tmp
     plan.run(config(tmp_path, *keys))
     assert ran == ["sts", "dependence", "sts", "dependence"]
     records = [json.loads(path.read_text()) for path in (tmp_path / "records").iterdir()]
-    assert len({each["environment"]["weights"] for each in records}) == 1
+    assert len({record["environment"]["weights"] for record in records}) == 1
 
 
 def test_a_result_of_a_version_without_weights_runs_again_once(tmp_path, monkeypatch):
@@ -415,7 +415,7 @@ def test_rows_of_ones_own_have_keys_seeds_and_what_is_measured(tmp_path):
     assert steps[1].config.bi.layers == "none"
     assert steps[2].config.bi.stages[0].max_steps == 9
     assert steps[2].config.output_dir.endswith("small/study/seed7/small-ffn-9-steps")
-    assert [each.config.model.name for each in steps[3:5]] == [str(steps[2].left)] * 2
+    assert [step.config.model.name for step in steps[3:5]] == [str(steps[2].left)] * 2
     assert steps[3].config.bi.stages[0].max_steps == 9  # its keys are of all its runs
     assert steps[3].config.evaluation.sts == []  # scored where it was made
     assert steps[3].config.evaluation.language_model and steps[4].config.scan.every == 3

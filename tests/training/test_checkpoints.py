@@ -254,7 +254,7 @@ def test_a_damaged_checkpoint_is_said_and_the_run_goes_on_from_the_one_before(
 SURE = ("other numbers",)  # of which nothing but the digest says that they are not the run's
 
 
-@pytest.mark.parametrize("kind", [each for each in DAMAGES if each not in SURE])
+@pytest.mark.parametrize("kind", [kind for kind in DAMAGES if kind not in SURE])
 def test_a_manifest_that_was_made_to_fit_does_not_help(kind, interrupted, tokenizer, tmp_path):
     expected, work = interrupted
     shutil.copytree(work, tmp_path / "work")

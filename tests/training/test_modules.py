@@ -82,7 +82,9 @@ def test_adapters_are_added_in_float32_and_then_cast(tokenizer, tmp_path):
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     base = cast(random_model("qwen2", vocab_size=len(tokenizer)), torch.bfloat16)
     scale = 16.0 / 4**0.5  # alpha / sqrt(rank): rslora
-    layers = {name: each for name, each in model.named_modules() if isinstance(each, nn.Linear)}
+    layers = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
+    }
     moved = 0
     for name, value in base.state_dict().items():
         layer = name.removesuffix(".weight")

@@ -157,7 +157,7 @@ def test_the_causal_control_is_drawn_and_told_apart(tmp_path):
 def test_every_cause_that_was_measured_has_a_panel(tmp_path):
     records = study(ROWS)
     sinks = [(20.0, 58.0), (17.0, 58.5), (12.0, 57.0), (13.0, 59.0)]  # the base's, and the rows'
-    measured = [each for key, each in records.items() if ".dependence." in key]
+    measured = [record for key, record in records.items() if ".dependence." in key]
     for record, sink in zip(measured, sinks, strict=True):
         record["dependence"] |= {"first": sink[0], "without_first": {"after": sink[1]}}
     found = claim.tuned(MODEL, Records.of_names(records), SEEDS)
@@ -166,13 +166,13 @@ def test_every_cause_that_was_measured_has_a_panel(tmp_path):
     fallen = claim.correlation(found, "first")
     assert fallen.value == pytest.approx(-1)  # ranks 3, 1, 2 and 1, 3, 2
     panels = claim.figure(MODEL, found).axes
-    assert [each.get_xlabel().partition(",")[0] for each in panels] == [
+    assert [panel.get_xlabel().partition(",")[0] for panel in panels] == [
         "STS under its own mask",
         "DP-after",
         "first",
         "after without first",
     ]
-    longest = max(len(line) for each in panels for line in each.get_xlabel().split("\n"))
+    longest = max(len(line) for panel in panels for line in panel.get_xlabel().split("\n"))
     assert longest <= claim.WIDTH  # else the next panel's would lie over it
 
 
@@ -191,7 +191,7 @@ def test_a_panel_is_of_the_encoders_of_which_its_cause_was_measured():
     assert list(sts) == ["kind 0", "kind 1"] and list(first) == names
     assert sts.items() <= first.items()  # a row has its colour in every panel
     [legend] = drawn.legends
-    assert [each.get_text() for each in legend.texts] == names
+    assert [text.get_text() for text in legend.texts] == names
 
 
 def test_no_two_kinds_look_alike():

@@ -59,7 +59,7 @@ def test_a_line_a_run_a_colour_a_mask_and_the_untrained_in_black():
     assert runs[0].get_color() != runs[1].get_color() == runs[2].get_color()
     assert list(untrained.get_xdata()) == [50, 60] and untrained.get_color() == "black"
     assert axes.get_yscale() == "log" and list(ring.get_xdata()) == [72.61]
-    names = [each.get_text() for each in axes.get_legend().texts]
+    names = [text.get_text() for text in axes.get_legend().texts]
     assert names[:3] == ["causal", "bidirectional", "untrained"]
 
 

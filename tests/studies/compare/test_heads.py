@@ -13,7 +13,7 @@ LOSSES = [1.0, 2.0, 3.0, 4.0]
 
 def with_heads(records, *heads):
     """The same, two layers of two heads each, given as (DP-after, that without the first key)."""
-    [section] = [each["dependence"] for each in records.values() if "dependence" in each]
+    [section] = [record["dependence"] for record in records.values() if "dependence" in record]
     rows = [{"after": after, "without_first": {"after": without}} for after, without in heads]
     section["layers"] = [{"heads": rows[:2]}, {"heads": rows[2:]}]
     return records
@@ -69,7 +69,7 @@ def reached(tree, *path):
 def test_they_are_shown_over_runs_over_pairs_and_beside_lost_generation():
     records = Records.of_names(study())
     [pairs] = runs.pairs(MODEL, records, SEEDS).values()
-    assert [(each.cells[TOWARDS_LATER], each.cells[MOVED]) for each in pairs] == [
+    assert [(pair.cells[TOWARDS_LATER], pair.cells[MOVED]) for pair in pairs] == [
         (2 - 1 / 4, 3.0)
     ] * 3
     changes = runs.changes(MODEL, records, SEEDS)

@@ -121,7 +121,7 @@ def test_causal_controls_stand_beside_each_other(monkeypatch):
 def test_masks_are_compared_over_pairs_of_runs_and_at_equal_sts(monkeypatch):
     def pairs(kind, *values):
         cells = [{"STS": gap, "DP-after": after} for gap, after in values]
-        return {kind: [runs.Pair(kind, each) for each in cells]}
+        return {kind: [runs.Pair(kind, cell) for cell in cells]}
 
     every = pairs("ffn", (-1.0, 1.0), (1.0, 3.0), (3.0, 5.0), (5.0, 7.0))
     every["ffn"][0].cells["per answer"] = 0.5  # one alone

@@ -69,7 +69,7 @@ def test_what_the_sink_moves_is_the_change_of_its_factor():
     def shares_of(first, without):
         after = (100 - first) * without / 100
         columns = {"after": after, "first": first, "without_first.after": without}
-        return {"tokens": TOKENS} | {name: list(each) for name, each in columns.items()}
+        return {"tokens": TOKENS} | {name: list(column) for name, column in columns.items()}
 
     every = measured("c", 0, [], shares_of(first, without), [1.0, 2.0, 3.0, 4.0])
     every |= measured("a", 0, ["ffn"], shares_of(first - 8, without), [1.0, 2.0, 3.0, 4.0])
@@ -124,7 +124,7 @@ def rows_of(*more):
     every = dict(BASE)
     for each in more:
         every |= each
-    return {each.row: each for each in paired.matches(MODEL, Records.of_names(every), SEEDS)}
+    return {match.row: match for match in paired.matches(MODEL, Records.of_names(every), SEEDS)}
 
 
 def test_a_run_that_has_collapsed_is_a_row_apart_and_held_against_the_base_alone():
@@ -141,7 +141,7 @@ def test_a_run_that_has_collapsed_is_a_row_apart_and_held_against_the_base_alone
     rows = paired.changes(MODEL, records, SEEDS)
     assert list(rows) == ["ffn", "ffn, collapsed", "ffn causal"]
     assert paired.against_controls(MODEL, records, SEEDS) == {}  # its own seed has none
-    assert {each.row for each in paired.matches(MODEL, records, SEEDS)} == {"ffn", "ffn causal"}
+    assert {match.row for match in paired.matches(MODEL, records, SEEDS)} == {"ffn", "ffn causal"}
     assert {each.row for each in claim.tuned(MODEL, records, SEEDS)} == {"ffn", "ffn causal"}
     assert set(tradeoff.points(MODEL, records, SEEDS)) == {"base", "ffn", "ffn causal"}
 

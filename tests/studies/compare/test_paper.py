@@ -141,13 +141,11 @@ def test_what_was_measured_of_one_run_never_stands_beside_another_of_its_row():
     """The first folder lacks the perplexity, and the second the dependence."""
     control = encoder("z", 0, 99.0, ["ffn"])
     evaluated = {"z.evaluation.seed0": RECORDS["a.evaluation.seed0"]}
-    records = {key: each for key, each in RECORDS.items() if key != "a.evaluation.seed0"}
+    records = {key: record for key, record in RECORDS.items() if key != "a.evaluation.seed0"}
     [first] = [
-        each
-        for each in run_rows(
-            "encoders", MODEL, Records.of_names(records | control | evaluated), [0]
-        )
-        if each.row == "ffn"
+        run
+        for run in run_rows("encoders", MODEL, Records.of_names(records | control | evaluated), [0])
+        if run.row == "ffn"
     ]
     assert ("DP-after" in first.cells) != ("perplexity" in first.cells)
     whole = dependence("z", 0, "bi", 77.0)

@@ -43,24 +43,24 @@ def records():
 
 
 def of_study(records):
-    return [each for models in of_context(probings(MODEL, records, SEEDS)) for each in models]
+    return [model for models in of_context(probings(MODEL, records, SEEDS)) for model in models]
 
 
 def test_a_line_a_model_says_what_each_word_tells(records):
     [panel] = context(of_study(records), "small").axes
     lines = [line for line in panel.get_lines() if line.get_color() in ("black", PALETTE[0])]
     lines = [line for line in lines if len(line.get_xdata())]  # no dashed one: no token before
-    assert [list(each.get_ydata()) for each in lines] == [CHANCE, KNOWN]  # the base's first
-    assert [each.get_color() for each in lines] == ["black", PALETTE[0]]
-    assert [list(each.get_xdata()) for each in lines] == [[1, 2, 3, 4, 5]] * 2
+    assert [list(line.get_ydata()) for line in lines] == [CHANCE, KNOWN]  # the base's first
+    assert [line.get_color() for line in lines] == ["black", PALETTE[0]]
+    assert [list(line.get_xdata()) for line in lines] == [[1, 2, 3, 4, 5]] * 2
 
 
 def test_models_of_one_label_and_more_than_there_are_colours_stay_apart(records):
     [model] = probed("c", "bi", KNOWN).values()
     [one] = model["probing"]["models"]
     [panel] = context([*of_study(records), *[one] * len(PALETTE)]).axes
-    lines = [each for each in panel.get_lines() if len(each.get_ydata()) == 5]
-    looks = [(each.get_color(), each.get_marker()) for each in lines]
+    lines = [line for line in panel.get_lines() if len(line.get_ydata()) == 5]
+    looks = [(line.get_color(), line.get_marker()) for line in lines]
     assert len(lines) == len(set(looks)) == 2 + len(PALETTE)
 
 

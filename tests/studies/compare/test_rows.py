@@ -39,26 +39,28 @@ def test_untrained_rows_come_first_and_a_run_beside_its_causal_control():
         for place, row in enumerate([*untrained, *tuned][::-1])
         for mask in ["causal" if "causal" in row else "bidirectional"]
     ]
-    rows = [[each] for each in encoders(*found)]
+    rows = [[encoder] for encoder in encoders(*found)]
     assert [own[0].row for own in sorted(rows, key=base_first)] == [*untrained, *tuned]
 
 
 @pytest.mark.parametrize("row", ["baseline ffn", "base", "base causal", "base, 60 steps"])
 def test_a_tuned_row_is_no_base_whatever_it_is_called(row):
     base, tuned = encoder("a", 0, 40.0, []), named(encoder("b", 1, 60.0, ["ffn"]), row)
-    own = {each.record.label: each for each in encoders(base, tuned)}
+    own = {encoder.record.label: encoder for encoder in encoders(base, tuned)}
     assert (own["a"].role, own["b"].role) == ("base", "encoder")
     assert (own["b"].seed, own["b"].has_learnt, own["a"].has_learnt) == (1, True, False)
     assert own["b"].row != own["a"].row
     assert reference([own["b"], own["a"]]) is own["a"]
-    assert not [each for each in encoders(base, tuned, seeds=[0]) if each.role == "encoder"]
+    assert not [
+        encoder for encoder in encoders(base, tuned, seeds=[0]) if encoder.role == "encoder"
+    ]
 
 
 def test_an_untrained_row_is_the_base_whatever_it_is_called():
     base = named(encoder("a", 3, 40.0, []), "untouched")
     base |= named(dependence("a", 3, f"Qwen/{MODEL}", 30.0), "untouched")
     tuned = encoder("b", 0, 60.0, ["ffn"]) | dependence("b", 0, "bi", 35.0)
-    own = {each.row: each for each in encoders(base, tuned)}
+    own = {encoder.row: encoder for encoder in encoders(base, tuned)}
     assert own["untouched"].is_base and own["untouched"].measures["DP-after"] == 30.0
     text = renewed(
         f"<!-- sts: {MODEL} -->\n<!-- end -->", Records.of_names(base | tuned), SEEDS

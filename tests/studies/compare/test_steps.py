@@ -39,9 +39,9 @@ def test_runs_stand_by_their_steps_after_the_untrained_model():
     own = longer.metrics
     assert (longer.is_control, longer.run) == (False, None)
     assert row == "ffn" and list(own) == [0, 20, 60]
-    assert [[each["DP-after"] for each in runs] for runs in own.values()] == [[0], [2], [4, 6]]
-    assert [[each["STS"] for each in runs] for runs in own.values()] == [[51], [40], [50, 52]]
-    found = [each["perplexity"] for runs in own.values() for each in runs]
+    assert [[run["DP-after"] for run in runs] for runs in own.values()] == [[0], [2], [4, 6]]
+    assert [[run["STS"] for run in runs] for runs in own.values()] == [[51], [40], [50, 52]]
+    found = [run["perplexity"] for runs in own.values() for run in runs]
     assert found == pytest.approx([math.exp(each / 10) for each in (0, 1, 2, 4)])  # 10 tokens
 
 
@@ -51,7 +51,7 @@ def test_a_row_tuned_causally_begins_at_the_model_that_reads_causally():
     found = steps.by_steps(MODEL, Records.of_names(every), SEEDS)
     assert found.keys() == {"ffn", "ffn causal"}
     assert (found["ffn causal"].is_control, found["ffn causal"].run) == (True, "ffn")
-    assert [[each["STS"] for each in runs] for runs in found["ffn causal"].metrics.values()] == [
+    assert [[run["STS"] for run in runs] for runs in found["ffn causal"].metrics.values()] == [
         [31.0],
         [33.0],
         [45.0],

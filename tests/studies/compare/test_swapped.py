@@ -102,7 +102,7 @@ def test_the_picture_has_a_bar_a_layer_and_a_point_a_layer():
     ],
 )
 def test_where_depth_leaves_nothing_there_is_no_rank(changes, after):
-    layers = [{"in": losses(each), "back": losses(each)} for each in changes]
+    layers = [{"in": losses(change), "back": losses(change)} for change in changes]
     section = {"chats": 5, "whole": losses(0.9), "layers": layers}
     found = swapped.Swapped(section, np.array(after))
     assert found.rank_with_after("in") is None

@@ -40,7 +40,7 @@ def test_without_tasks_the_plane_is_of_perplexity_alone(tmp_path):
         MODEL, tradeoff.points(MODEL, Records.of_names(records), SEEDS)
     ).axes
     assert only.get_ylabel().startswith("perplexity")
-    assert ", ".join(each.get_text() for each in only.texts) == "1, 2, 3"
+    assert ", ".join(text.get_text() for text in only.texts) == "1, 2, 3"
 
 
 def test_a_claim_of_too_few_rows_leaves_no_old_picture(tmp_path):
@@ -60,7 +60,7 @@ def test_pairs_that_tell_of_sts_alone_are_no_picture(tmp_path):
     for seed in range(3):
         for name in "ab":
             records |= measured(name, seed, ["ffn"], shares(), [1.0, 2.0, 3.0, 4.0])
-        causal({key: each for key, each in records.items() if key == f"b.sts.seed{seed}"}, 40.0)
+        causal({key: record for key, record in records.items() if key == f"b.sts.seed{seed}"}, 40.0)
     records |= measured("r0", 0, [], shares(), [1.0, 2.0, 3.0, 4.0])
     assert "masks.png" in tradeoff.draw(load_config(None, keys), Records.of_names(records))
 
@@ -146,9 +146,9 @@ def test_only_the_front_is_named_and_kinds_are_keys():
     }
     drawn = tradeoff.plane_figure(MODEL, placed)
     [axes], [legend] = drawn.axes, drawn.legends
-    assert [each.get_text() for each in axes.texts] == ["1", "2"]
+    assert [text.get_text() for text in axes.texts] == ["1", "2"]
     names = ["base", "encoder", "1 base", "2 best"]
-    assert [each.get_text() for each in legend.texts] == names
+    assert [text.get_text() for text in legend.texts] == names
 
 
 def test_points_that_are_close_share_a_label():
