@@ -1,4 +1,4 @@
-"""What only a GPU can tell: the scripts, dependence and `modes` there, against a processor.
+"""Checks that need a GPU: the scripts, dependence and `modes` there, against a processor.
 
 Not part of an ordinary run: every test is skipped without CUDA.
 """

@@ -70,7 +70,7 @@ def test_the_names_of_layers_are_short():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_exactly_the_named_layers_look_both_ways(family):
+def test_exactly_the_named_layers_are_bidirectional(family):
     model = layered([1, 3], family)
     for padding in PADDINGS:
         looks = (layer_sights(model, padding)[:, :-1, 1] > 1e-4).tolist()
@@ -150,7 +150,7 @@ def test_padding_does_not_change_what_a_text_says(side):
     torch.testing.assert_close(alone, together, atol=1e-5, rtol=1e-5)
 
 
-def test_layers_that_look_back_read_a_text_in_parts():
+def test_causal_layers_read_a_text_in_parts():
     model = layered("none")
     assert model.config._attn_implementation == NAME
     ids = torch.randint(1, 50, (2, 7), generator=torch.Generator().manual_seed(0))

@@ -90,7 +90,7 @@ def test_sentences_of_the_readme_are_short():
     assert not long, long
 
 
-def test_the_rooms_that_the_readme_shows_are_there():
+def test_the_folders_that_the_readme_shows_are_there():
     package, studies = (
         README.split("\n    ubmoe/\n")[1].split("\n    docs/")[0].split("    studies/")
     )

@@ -101,7 +101,7 @@ def test_spaces_other_alphabets_and_another_working_directory(tiny_path, tmp_pat
     assert sorted(each.name for each in here.iterdir()) == ["chats é.jsonl", "out put"]
 
 
-def test_what_accelerate_is_told_in_the_environment_changes_no_weight(
+def test_what_the_environment_sets_for_accelerate_changes_no_weight(
     tiny_path, tmp_path, monkeypatch
 ):
     found = []

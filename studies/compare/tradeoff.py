@@ -253,14 +253,14 @@ def close(points: Sequence[tuple[float, float]], near: float) -> list[list[int]]
     In the order of the first coordinate.
     """
     groups: list[list[int]] = []
-    for each in sorted(range(len(points)), key=lambda run: points[run][0]):
+    for index in sorted(range(len(points)), key=lambda run: points[run][0]):
         for group in groups:
             last = points[group[-1]]
-            if max(abs(a - b) for a, b in zip(points[each], last, strict=True)) <= near:
-                group.append(each)
+            if max(abs(a - b) for a, b in zip(points[index], last, strict=True)) <= near:
+                group.append(index)
                 break
         else:
-            groups.append([each])
+            groups.append([index])
     return groups
 
 

@@ -378,7 +378,7 @@ def test_a_decoder_without_keys_and_values_is_refused():
         attach(model, BituneSection(variant="only_causal"), seed=0)
 
 
-def test_no_layers_may_look_ahead_and_wrong_ones_are_blamed_on_their_own_key():
+def test_no_layers_may_be_bidirectional_and_wrong_ones_are_blamed_on_their_own_key():
     model = random_model("qwen2")
     with pytest.raises(UserError, match=r"bitune.layers: got \[99\]"):
         attach(model, BituneSection(layers=[99]), seed=0)

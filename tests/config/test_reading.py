@@ -231,7 +231,7 @@ def test_a_prompt_out_of_the_mean_needs_a_mean_and_a_prefix(tmp_path, keys):
 
 
 @pytest.mark.parametrize("keys", ["attention: causal", "layers: none"])
-def test_a_sink_is_kept_only_where_layers_look_both_ways(tmp_path, keys):
+def test_a_sink_is_kept_only_where_layers_are_bidirectional(tmp_path, keys):
     found = problem(written(tmp_path, f"bi: {{keep_sink: true, {keys}}}"))
     assert "bi: keep_sink is for bidirectional layers, and there are none; expected" in found
 

@@ -4,7 +4,7 @@ from ubmoe.config import load_config
 from ubmoe.data.inputs import inputs
 
 
-def test_a_folder_of_data_is_told_by_its_files(tmp_path):
+def test_a_folder_of_data_is_identified_by_its_files(tmp_path):
     def read(folder):
         return inputs(load_config(None, [f"probing.data={folder}"]), "probing")["probing.data"]
 
@@ -24,7 +24,7 @@ def test_a_folder_of_data_is_told_by_its_files(tmp_path):
     assert read(tmp_path / "linked") == before
 
 
-def test_a_task_is_told_by_the_data_that_it_names(tmp_path):
+def test_a_task_is_identified_by_the_data_that_it_names(tmp_path):
     data, task = tmp_path / "data", tmp_path / "task.yaml"
     (data / "exams").mkdir(parents=True)
     (data / "exams" / "law.csv").write_text("a question\n")

@@ -79,7 +79,7 @@ def test_every_number_is_the_mean_over_texts_one_at_a_time(tmp_path):
     json.dumps(section, allow_nan=False)
 
 
-def test_every_text_is_told_by_itself(tmp_path):
+def test_every_text_is_recorded_by_itself(tmp_path):
     model, ids = random_model("qwen2"), texts()
     found = measure.measure(model, ids, SETTINGS, tmp_path)["by_text"]
     assert found.pop("tokens") == [len(text) for text in ids]

@@ -109,7 +109,7 @@ def test_statistics_are_fp32_whatever_the_dtype(dtype):
     torch.testing.assert_close(by_kernels(query, key, 0.35), expected, atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("both_ways", [False, True])
+@pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("tokens", [1, 2, 3, 60])
 def test_the_parts_make_the_flow(tokens, bidirectional):
     query, key, value = (torch.randn(2, heads, tokens, 8) for heads in (4, 2, 2))

@@ -283,7 +283,7 @@ def test_training_sees_the_prompt_and_leaves_it_out_of_the_mean(tokenizer, tmp_p
 
 
 @pytest.mark.slow
-def test_training_tells_sentences_apart(tokenizer, tiny_path, tmp_path):
+def test_training_separates_sentences(tokenizer, tiny_path, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny_path)
     model.config.is_causal = False
     encoder = as_encoder(model, tokenizer, BiSection(prompt=None))

@@ -1,4 +1,4 @@
-"""The encoder reads what it should, and its directory loads in stock libraries, both ways."""
+"""The encoder reads what it should, and its directory loads in stock libraries, either way."""
 
 import copy
 import json
@@ -174,7 +174,7 @@ def test_a_prompt_that_texts_melt_into_cannot_stay_out_of_the_mean(tokenizer):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("attention", ["bidirectional", "causal"])
-def test_the_directory_loads_in_stock_libraries_both_ways(tokenizer, tmp_path, tied, attention):
+def test_stock_libraries_load_the_directory_as_either_model(tokenizer, tmp_path, tied, attention):
     encoder, model, bi = build(tokenizer, tied, attention=attention, max_tokens=77)
     vectors = encoder.encode(TEXTS)
     save_encoder(encoder, model, tokenizer, bi, tmp_path / "bi")

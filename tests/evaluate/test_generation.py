@@ -258,7 +258,7 @@ def test_the_interval_of_a_perplexity_is_a_slow_bootstraps(model, tokenizer):
     assert found["perplexity_interval"] == pytest.approx(expected, rel=0.02)
 
 
-def test_further_chats_are_told_each_by_its_name(tiny_path, tmp_path, model, tokenizer):
+def test_further_chats_are_recorded_each_by_its_name(tiny_path, tmp_path, model, tokenizer):
     rows = [
         [
             {"role": "user", "content": "Where does Anna live?"},
@@ -286,7 +286,7 @@ def test_further_chats_are_told_each_by_its_name(tiny_path, tmp_path, model, tok
         generation.language_model_scores(load_config(None, [*keys, twice]), source)
 
 
-def test_each_question_is_told_and_its_error_is_theirs(model, tokenizer):
+def test_each_question_is_recorded_and_the_error_is_over_them(model, tokenizer):
     found = generation.generation_scores(model, tokenizer, settings(generation=["tiny"], limit=9))
     for name, metric in found["metrics"].items():
         values = found["questions"][name]
@@ -295,7 +295,7 @@ def test_each_question_is_told_and_its_error_is_theirs(model, tokenizer):
         assert found["stderr"][name] == pytest.approx(100 * np.std(values, ddof=1) / 3)
 
 
-def test_no_question_is_told_of_a_group_and_the_first_filter_of_a_task():
+def test_no_question_is_recorded_of_a_group_and_the_first_filter_of_a_task():
     samples = [
         {"doc_id": 1, "filter": "one", "acc": 0.0},
         {"doc_id": 0, "filter": "one", "acc": 1.0},

@@ -240,7 +240,7 @@ def test_no_limit_of_a_program_is_beyond_the_context(saved, caplog):
     assert ModelSource.of(found.model).within_context(found, "bi", "bitune") == found
 
 
-def test_a_tokenizer_is_told_of_the_context(tiny_path, tmp_path):
+def test_a_tokenizer_gets_the_context(tiny_path, tmp_path):
     AutoTokenizer.from_pretrained(tiny_path).save_pretrained(tmp_path)
     random_model("qwen2", vocab_size=8192, max_position_embeddings=77).save_pretrained(tmp_path)
     assert tokenizer_of(section(tmp_path)).model_max_length == 77

@@ -78,7 +78,7 @@ def test_stock_classes_would_read_other_tokens(tiny_path, tmp_path):
         assert AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"] != own(folder)
 
 
-def test_a_way_to_split_that_no_merge_tells_is_seen(tiny_path, tmp_path):
+def test_a_way_to_split_that_no_merge_shows_is_seen(tiny_path, tmp_path):
     folder = changed(tiny_path, tmp_path / "model", PARTS["digits"])
     stock = AutoTokenizer.from_pretrained(folder).backend_tokenizer
     assert not tokenizer_file.alike(stock, Tokenizer.from_file(str(folder / "tokenizer.json")))

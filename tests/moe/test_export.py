@@ -1,4 +1,4 @@
-"""Directories that stock libraries load both ways: each reader gets exactly its model."""
+"""Directories that stock libraries load as either model: each reader gets exactly its model."""
 
 import copy
 import json

@@ -87,9 +87,7 @@ def tokenizer(tiny_path):
 
 
 @pytest.mark.parametrize("kind", RUNS)
-def test_a_run_is_told_from_another_by_what_it_read_and_not_by_where(
-    kind, tokenizer, tmp_path, caplog
-):
+def test_a_run_is_identified_by_what_it_read_and_not_by_where(kind, tokenizer, tmp_path, caplog):
     caplog.set_level("INFO", "ubmoe")
 
     def run(resume, name="a.txt", texts=SENTENCES, patched=False):

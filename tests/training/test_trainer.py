@@ -31,7 +31,7 @@ def test_a_finite_step_is_taken():
 
 @pytest.mark.parametrize("loss", [float("inf"), float("nan")])
 @pytest.mark.parametrize("gradient", [1.0, float("nan")])
-def test_a_bad_loss_is_told_whatever_its_gradient(loss, gradient):
+def test_a_bad_loss_is_reported_whatever_its_gradient(loss, gradient):
     with pytest.raises(UserError, match=f"step 7: the loss is {loss}; lower learning_rate"):
         look(loss, gradient)
 

@@ -145,9 +145,9 @@ def _below(folder: Path) -> Iterator[Path]:
     for where, folders, names in os.walk(folder, followlinks=True):
         here = Path(where).resolve()
         folders[:] = [folder for folder in folders if not folder.startswith(".")]
-        for each in [folder for folder in folders if Path(where, folder).is_symlink()]:
-            if here.is_relative_to(Path(where, each).resolve()):  # a link that leads back
-                folders.remove(each)
+        for link in [folder for folder in folders if Path(where, folder).is_symlink()]:
+            if here.is_relative_to(Path(where, link).resolve()):  # a link that leads back
+                folders.remove(link)
         files = [Path(where, name) for name in names if not name.startswith(".")]
         yield from (file for file in files if file.is_file())
         if (count := count + len(files)) > MOST:

@@ -158,9 +158,9 @@ def questions_block(name: str, records: Records, seeds: Sequence[int]) -> str:
 def equal_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     """Each row against the rows of the other mask that embed at least as well."""
     body = [
-        [each.row, f"{each.sts:.2f}", each.other or "none", sts, str(each.ratio or "")]
-        for each in sorted(paired.matches(name, records, seeds), key=lambda run: run.row)
-        for sts in ["" if each.other_sts is None else f"{each.other_sts:.2f}"]
+        [match.row, f"{match.sts:.2f}", match.other or "none", sts, str(match.ratio or "")]
+        for match in sorted(paired.matches(name, records, seeds), key=lambda run: run.row)
+        for sts in ["" if match.other_sts is None else f"{match.other_sts:.2f}"]
     ]
     header = [
         "trained",

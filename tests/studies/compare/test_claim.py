@@ -134,7 +134,7 @@ def test_perplexity_of_other_chats_is_not_compared():
     assert [each.row for each in found] == ["ffn"]
 
 
-def test_the_causal_control_is_drawn_and_told_apart(tmp_path):
+def test_the_causal_control_is_drawn_and_distinct(tmp_path):
     records = study(ROWS)
     control = {key.replace("r1.", "r9."): value for key, value in records.items() if "r1." in key}
     sts = control["r9.sts.seed0"]

@@ -36,7 +36,7 @@ def dependence(records, name):
     return Records.of_names(records).of("dependence", label=name)[0]
 
 
-def test_heads_that_turn_both_ways_do_not_hide_in_their_mean():
+def test_heads_that_move_in_opposite_directions_do_not_hide_in_their_mean():
     records = study()
     found = head_changes(dependence(records, "a"), dependence(records, "base"))
     assert found == {TOWARDS_LATER: pytest.approx(8 / 4), MOVED: pytest.approx(12 / 4)}
@@ -86,7 +86,7 @@ def test_they_are_shown_over_runs_over_pairs_and_beside_lost_generation():
         assert (f"{HEADS[TOWARDS_LATER]}, minus its" in page) == (block == "masks")
 
 
-def test_a_pair_of_which_one_has_no_heads_tells_the_rest():
+def test_a_pair_of_which_one_has_no_heads_has_the_other_columns():
     records = study()
     for seed in range(3):
         records[f"b.dependence.seed{seed}"]["dependence"].pop("layers")

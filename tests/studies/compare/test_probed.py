@@ -46,7 +46,7 @@ def of_study(records):
     return [model for models in of_context(probings(MODEL, records, SEEDS)) for model in models]
 
 
-def test_a_line_a_model_says_what_each_word_tells(records):
+def test_accuracy_by_word_is_a_line_a_model(records):
     [panel] = context(of_study(records), "small").axes
     lines = [line for line in panel.get_lines() if line.get_color() in ("black", PALETTE[0])]
     lines = [line for line in lines if len(line.get_xdata())]  # no dashed one: no token before

@@ -98,7 +98,7 @@ def test_lines_are_means_over_seeds():
     assert list(first[f"{blue}--"].get_ydata()) == [12.0, 24.0]
 
 
-def test_layers_are_told_apart_by_what_the_sink_explains():
+def test_layers_have_the_r_squared_of_the_sink():
     rows = sink.measured("small", records(), SEEDS)
     moved = sink.layers(rows)["ffn causal"]  # against the base: 2 more, first 2 and 4 more
     assert (list(moved.after), list(moved.first)) == ([2.0, 0.0], [2.0, 4.0])
