@@ -193,7 +193,7 @@ def gained(*more):
     every = {}
     for each in more:
         every |= each
-    against, gains = paired.questions("again", MODEL, Records.of_names(every), SEEDS)
+    against, gains = paired.questions("causal_lm", MODEL, Records.of_names(every), SEEDS)
     assert against == "base"
     return gains
 
