@@ -170,7 +170,7 @@ def test_an_encoder_is_trained_saved_and_scored(tiny_path, tmp_path):
 
 @pytest.mark.slow
 def test_an_encoder_that_has_collapsed_is_said(tiny_path, tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "ALIKE", 1.0)  # then any has
+    monkeypatch.setattr(tables, "COLLAPSED_BELOW", 1.0)  # then any has
     keys = ["model.device=cpu", "evaluation.sts=[]", "bi.stages.0.max_steps=2"]
     code, _, errors = run(*keys, f"output_dir={tmp_path}/run", script="train_bi.py")
     assert code == 0

@@ -234,17 +234,17 @@ def score(first: Meaning, second: Meaning) -> float:
 def sentences(count: int, seed: int) -> list[str]:
     """`count` distinct sentences."""
     rng = random.Random(seed)
-    texts: dict[str, None] = {}  # unlike a set, it keeps the order
-    while len(texts) < count:
-        texts[_sentence(draw(rng), rng)] = None
-    return list(texts)
+    found: dict[str, None] = {}  # unlike a set, it keeps the order
+    while len(found) < count:
+        found[_sentence(draw(rng), rng)] = None
+    return list(found)
 
 
 def pairs(count: int, seed: int) -> list[Pair]:
     """`count` pairs of different sentences; words and orders are free, meaning alone is scored."""
     rng = random.Random(seed)
-    drawn: list[Pair] = []
-    while len(drawn) < count:
+    found: list[Pair] = []
+    while len(found) < count:
         first, wording = draw(rng), _wording(rng)
         second = _relative(first, rng)
         other = tuple(1 - word if rng.random() < OTHER_WORD else word for word in wording)
@@ -253,8 +253,8 @@ def pairs(count: int, seed: int) -> list[Pair]:
             for meaning, words in ((first, wording), (second, other))
         ]
         if texts[0] != texts[1]:
-            drawn.append(Pair(score(first, second), *texts))
-    return drawn
+            found.append(Pair(score(first, second), *texts))
+    return found
 
 
 def facts() -> list[Fact]:
