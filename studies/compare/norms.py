@@ -9,10 +9,10 @@ from ubmoe.report.figures import PALETTE, blank, styled
 from ubmoe.report.tables import model_of
 from ubmoe.results.records import Records
 
-STYLES = {  # the sink kept lies on the causal line, so it is dashed
-    "causal": (PALETTE[0], "-"),
-    "sink kept": (PALETTE[2], "--"),
-    "bidirectional": (PALETTE[1], "-"),
+STYLES: dict[str, tuple[str, Any, float]] = {  # the sink kept lies on the causal line: thin dashes
+    "causal": (PALETTE[0], "-", 2.6),
+    "sink kept": (PALETTE[4], (0, (2, 2)), 1.4),
+    "bidirectional": (PALETTE[1], "-", 1.8),
 }
 
 
@@ -31,9 +31,9 @@ def figure(norms: dict[str, dict[str, Any]]) -> Any:
     drawn = blank(2.2 + 2.1 * len(norms), 3.2)
     panels = drawn.subplots(1, len(norms), sharey=True, squeeze=False)[0]
     for axes, (model, masks) in zip(panels, sorted(norms.items()), strict=True):
-        for mask, (colour, style) in STYLES.items():
+        for mask, (colour, style, width) in STYLES.items():
             if mask in masks:
-                axes.plot(masks[mask]["first"], color=colour, ls=style, lw=1.8, label=mask)
+                axes.plot(masks[mask]["first"], color=colour, ls=style, lw=width, label=mask)
         axes.plot(masks["causal"]["others"], color="grey", lw=1, label="other tokens, causal")
         axes.set(yscale="log", xlabel="layer (0: embeddings)")
         axes.set_title(model, fontsize=8)
