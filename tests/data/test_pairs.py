@@ -37,6 +37,12 @@ def pair(number, **fields):
         ("gold_label", ["neutral", "entailment", "contradiction", "Entailment"], [1, 3], 1),
         ("is_duplicate", ["0", "1", "no", "yes"], [1, 3], 0.5),
         ("Label", [0, 1, 0, 1], [1, 3], 1),
+        ("label_id", [0, 1, 0, 1], [1, 3], 1),
+        ("similar", [False, True, False, True], [1, 3], 1),
+        ("relevant", [0, 1, 0, 1], [1, 3], 1),
+        ("equivalent", ["no", "yes", "no", "yes"], [1, 3], 1),
+        ("cos_sim", [0.1, 0.9, 0.2, 0.8], [1, 3], 0.5),
+        ("match", [0, 1, 0, 1], [1, 3], 1),
     ],
 )
 def test_rows_below_the_threshold_are_left_out_and_counted(tmp_path, name, values, kept, threshold):
@@ -70,6 +76,30 @@ def test_what_cannot_be_held_against_it_is_refused(tmp_path, fields, threshold, 
 def test_what_is_no_label_of_a_pair_is_left_alone(tmp_path):
     teacher = {"pos_scores": [0.9], "neg_scores": [0.1], "id": 7, "label_text": "x", "label": None}
     assert read(tmp_path, [pair(1, **teacher)]).below == 0
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "negative_text",
+        "hard_negative_passage",
+        "neg_docs",
+        "positive_2",
+        "pos1",
+        "sent2",
+        "query_1",
+    ],
+)
+def test_texts_in_columns_that_are_not_read_are_refused_by_name(tmp_path, name):
+    with pytest.raises(
+        UserError, match=f":1: has a column {name}, which is not read; expected neg"
+    ):
+        read(tmp_path, [pair(1, **{name: "x"})])
+
+
+def test_what_is_known_of_single_texts_is_left_alone(tmp_path):
+    known = {"negative_id": "d7", "neg_scores": [0.1], "hard_negative_title": "x", "negation": True}
+    assert list(read(tmp_path, [pair(1, **known)]).columns) == ["anchor", "positive"]
 
 
 @pytest.mark.parametrize(

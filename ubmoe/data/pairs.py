@@ -20,10 +20,17 @@ COLUMNS = {  # by what they are often called
     "positive": ("positive", "pos", "sent1", "sentence2"),
 }
 NEGATIVE = re.compile(r"((?:hard_?)?neg(?:ative)?s?)(?:_?(\d{1,4}))?", re.ASCII | re.IGNORECASE)
+# Further texts of a row that no column above reads, and what is known of single texts.
+FURTHER = re.compile(
+    r"(hard[_ ]?)?neg(ative)?s?([_ ].*)?|(positive|pos|anchor|query|sent|sentence)s?[_ ]?\d+",
+    re.IGNORECASE,
+)
+KNOWN_OF_ONE = re.compile(r".*[_ ](doc)?(score|label|id|title|rank)s?", re.IGNORECASE)
 # What says whether, or how far, a row's pair is a positive. Scores of single texts are no such.
 JUDGED = re.compile(
-    r"(?!pos|neg|hard)(is_.*|gold|target|.*(label|score|rating|grade|judge?ment|similarity|"
-    r"relatedness|relevance|duplicate|paraphrase|entailment)s?)",
+    r"(?!pos|neg|hard)(is_.*|gold|target|y|class|relation|verdict|same|match(es|ed)?|cos(ine)?|"
+    r"(cos_?)?sim|.*(label|score|rating|grade|judge?ment|similarity|similar|relatedness|related|"
+    r"relevance|relevant|duplicate|paraphrase|entailment|equivalen(t|ce))s?(_?(id|int|raw|mean))?)",
     re.IGNORECASE,
 )
 WORDS = {
@@ -58,6 +65,7 @@ def read_pairs(
     def read(row: Row) -> list[str] | None:
         if not _is_positive(row, positive_from):
             return None
+        _check_read(row)
         negatives = _negatives(row)
         if len(negatives) != count:
             has, other = (_counted(number) for number in (len(negatives), count))
@@ -108,6 +116,20 @@ def _negatives(row: Row) -> list[tuple[str, Any]]:
         for name, value in values
         for item in (value if isinstance(value, list) else [value])
     ]
+
+
+def _check_read(row: Row) -> None:
+    """Raises RowError for a column of further texts that would be passed over."""
+    read = {name for names in COLUMNS.values() for name in names}
+    for name, value in row.fields.items():
+        if name in read or NEGATIVE.fullmatch(name) or KNOWN_OF_ONE.fullmatch(name):
+            continue
+        if FURTHER.fullmatch(name) and value not in (None, "", []):
+            raise RowError(
+                row.where,
+                f"has a column {name}, which is not read; expected negative, or negative_1, "
+                "negative_2, ... for further texts, or a row without it",
+            )
 
 
 def _is_positive(row: Row, positive_from: float | None) -> bool:
