@@ -140,6 +140,17 @@ def test_no_header_is_an_answer_whatever_the_template_writes(tokenizer, tmp_path
     assert answers == [TURNS[1]["content"] + end, TURNS[3]["content"] + end]
 
 
+@pytest.mark.parametrize("said", ["Qz1zQ", "Wx2xW", "Qz1zQ Qz1zzQ Wx2zzzW", "assistant"])
+@pytest.mark.parametrize("template", [CHATML + "<|im_start|>assistant\n", VICUNA, CHATML])
+def test_a_chat_may_hold_the_texts_that_stand_in_for_answers(tokenizer, tmp_path, template, said):
+    tokenizer.chat_template = template
+    turns = [{"role": "user", "content": said}, {"role": "assistant", "content": f"{said}!"}] * 2
+    [chat] = read_chats(written(tmp_path, turns), tokenizer, 500).chats
+    answers = pieces(tokenizer, chat, chat.answer.__getitem__)
+    end = "</s>" if template == VICUNA else "<|im_end|>"
+    assert [each.strip() for each in answers] == [f"{said}!{end}"] * 2
+
+
 def test_a_chat_whose_earlier_answers_change_is_read_answer_by_answer(tokenizer, tmp_path):
     tokenizer.chat_template = THINKING
     thought = [{**each, "reasoning_content": f"hm {n}"} for n, each in enumerate(TURNS)]

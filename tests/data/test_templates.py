@@ -52,6 +52,22 @@ def test_a_template_has_the_date_of_the_run_and_no_other(tokenizer, tmp_path, te
     assert read() == first
 
 
+@pytest.mark.parametrize(
+    "chance",
+    [
+        "{{ ['Hi', 'Good day'] | random }}",
+        "{{ lipsum(n=1) }}",
+        "{{ [[1, 2]] | map('random') | list }}",
+    ],
+)
+def test_a_template_that_draws_at_random_is_refused(tokenizer, tmp_path, chance):
+    tokenizer.chat_template = chance + TODAY
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps({"messages": CHAT}))
+    with pytest.raises(UserError, match="the chat template fails .it draws at random, by "):
+        read_chats(str(path), tokenizer, 100)
+
+
 @pytest.mark.parametrize("said", ["2031-02-03", "'2031-02-03'", '"2031-02-03"'])
 def test_the_date_is_a_key(said):
     config = load_config(None, [f"data.template_date={said}"])

@@ -14,7 +14,7 @@ from ubmoe.data.messages import CALLS, THOUGHTS, Message
 
 Span = tuple[int, int]  # of characters
 Render = Callable[[list[Message], bool], str]  # of messages, with a generation prompt or without
-STAND_INS = ("Qz1zQ", "Wx2xW")
+STAND_INS = ("Qz1{}Q", "Wx2{}W")
 
 
 class HiddenError(Exception):
@@ -49,17 +49,22 @@ def located(
     return after, span
 
 
+def _stand_ins(messages: list[Message]) -> tuple[str, str]:
+    """Two texts that no message holds."""
+    said, fill = "\n".join(each["content"] for each in messages), "z"
+    while any(each.format(fill) in said for each in STAND_INS):
+        fill += "z"
+    one, other = (each.format(fill) for each in STAND_INS)
+    return one, other
+
+
 def _around(render: Render, messages: list[Message], turn: int) -> tuple[str, str]:
     """The texts before and behind an answer."""
     fields = {name: value for name, value in messages[turn].items() if name not in CALLS + THOUGHTS}
-    one, other = (
-        render([*messages[:turn], fields | {"content": text}], False) for text in STAND_INS
-    )
-    head = commonprefix([one, other])
-    ends = [
-        rendered.removeprefix(head + text)
-        for rendered, text in zip((one, other), STAND_INS, strict=True)
-    ]
+    texts = _stand_ins(messages[:turn])
+    both = [render([*messages[:turn], fields | {"content": text}], False) for text in texts]
+    head = commonprefix(both)
+    ends = [rendered.removeprefix(head + text) for rendered, text in zip(both, texts, strict=True)]
     if ends[0] != ends[1]:  # not there, or more than once
         raise HiddenError("an answer does not stand in one place")
     return head, ends[0]
@@ -69,17 +74,18 @@ def _prompt_behind(
     render: Render, before: list[Message], head: str, tail: str, special: Collection[str]
 ) -> str:
     """The part of `tail`, behind an answer, that prompts a next one."""
-    answered = [*before, {"role": "assistant", "content": STAND_INS[0]}]
+    one, other = _stand_ins(before)
+    answered = [*before, {"role": "assistant", "content": one}]
     try:
-        asked = render([*answered, {"role": "user", "content": STAND_INS[1]}], False)
+        asked = render([*answered, {"role": "user", "content": other}], False)
     except RowError:  # whatever may follow, no user does
         return ""
-    between = asked.partition(STAND_INS[0])[2].partition(STAND_INS[1])[0]
+    between = asked.partition(one)[2].partition(other)[0]
     shared = commonprefix([tail, between])
     rest = tail[len(shared) :]
     if not rest.strip() or not head.rstrip().endswith(rest.rstrip()):  # it ends a turn, or a chat
         return ""
-    opening = render([{"role": "user", "content": STAND_INS[1]}], False).partition(STAND_INS[1])[0]
+    opening = render([{"role": "user", "content": other}], False).partition(other)[0]
     return tail[_end(shared, between, opening, special) :]
 
 

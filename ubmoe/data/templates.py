@@ -1,4 +1,4 @@
-"""Chat templates, on one date and within bounds: they are programs of strangers.
+"""Chat templates, on one date, without chance and within bounds: they are programs of strangers.
 
 transformers gives a template today's date, and the same chat is another text tomorrow. Whoever
 renders one, we or another library, does it by transformers' compiler, which hands out ours once
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import datetime
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from ubmoe.bounds import limited
@@ -17,6 +17,7 @@ from ubmoe.config import DataSection
 
 SECONDS, MEMORY = 10.0, 2**30  # of compiling a template, or of one chat
 DEFAULT = DataSection().template_date
+CHANCE = ("random", "lipsum")  # what Jinja has that gives something else each time
 _date: ContextVar[str] = ContextVar("date", default=DEFAULT)
 
 
@@ -51,6 +52,10 @@ class Template:
             self.compiled = compiled(source)
         self.environment = self.compiled.environment
         self.environment.globals["strftime_now"] = _strftime
+        for name in CHANCE:  # the same chat would be another text in the next run
+            for known in (self.environment.globals, self.environment.filters):
+                if name in known:
+                    known[name] = partial(_by_chance, name)
 
     def render(self, **given: Any) -> str:
         if _date.get() != DEFAULT:
@@ -60,6 +65,10 @@ class Template:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.compiled, name)
+
+
+def _by_chance(name: str, *_: Any, **__: Any) -> None:
+    raise ValueError(f"it draws at random, by {name}")
 
 
 def _strftime(form: str) -> str:
