@@ -84,6 +84,47 @@ def test_a_way_to_split_that_no_merge_shows_is_seen(tiny_path, tmp_path):
     assert not tokenizer_file.alike(stock, Tokenizer.from_file(str(folder / "tokenizer.json")))
 
 
+REPLACED = {"type": "Replace", "pattern": {"String": "zebra"}, "content": "horse"}
+RARE = {
+    "a word that is replaced": {
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, REPLACED]}
+    },
+    "a word that is cut off": {
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {
+                    "type": "Split",
+                    "pattern": {"String": "iv"},
+                    "behavior": "Isolated",
+                    "invert": False,
+                },
+                BYTES | {"use_regex": True},
+            ],
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("part", list(RARE))
+def test_what_the_file_says_of_one_word_alone_is_seen(tiny_path, tmp_path, part):
+    folder = changed(tiny_path, tmp_path / "model", RARE[part])
+    text = "The zebra lives in the house."
+    own = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
+    assert own != tokenizer_of(section(tiny_path))(text)["input_ids"]
+    assert tokenizer_of(section(folder))(text)["input_ids"] == own
+
+
+@pytest.mark.parametrize("share", [0.5, 1e-6])
+def test_merges_that_are_dropped_at_random_are_refused(tiny_path, tmp_path, share):
+    folder = changed(tiny_path, tmp_path / "model")
+    said = json.loads((folder / "tokenizer.json").read_text())
+    said["model"]["dropout"] = share
+    (folder / "tokenizer.json").write_text(json.dumps(said))
+    with pytest.raises(UserError, match="drops merges at random; expected dropout: null in it"):
+        tokenizer_of(section(folder))
+
+
 def test_a_tokenizer_that_is_its_file_stays_what_it_is(tiny_path, monkeypatch):
     monkeypatch.setattr(tokenizer_file, "PreTrainedTokenizerFast", None)  # nobody makes another
     assert type(tokenizer_of(section(tiny_path))).__name__ == "Qwen2Tokenizer"

@@ -4,6 +4,8 @@ Many classes of transformers 5 take no more than its vocabulary and put their ow
 pre-tokenizer and decoder beside it; where these read a text otherwise, the file's are used.
 """
 
+import json
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
@@ -33,8 +35,9 @@ def alike(one: Tokenizer, other: Tokenizer) -> bool:
     for tokenizer in (one, other):  # of the call before, or of the file
         tokenizer.no_truncation()
         tokenizer.no_padding()
-    added = islice(other.get_added_tokens_decoder().values(), ADDED)
-    around = [f"a {token.content} b{token.content}c" for token in added]
+    added = (token.content for token in other.get_added_tokens_decoder().values())
+    words = [*islice(added, ADDED), *islice(_named(one), ADDED), *islice(_named(other), ADDED)]
+    around = [f"a {word} b{word}c" for word in words]
     for text in (*PROBES, *around):
         if _pieces(one, text) != _pieces(other, text):
             return False
@@ -42,6 +45,20 @@ def alike(one: Tokenizer, other: Tokenizer) -> bool:
         if ids != others or one.decode(ids) != other.decode(ids):
             return False
     return getattr(one.model, "ignore_merges", None) == getattr(other.model, "ignore_merges", None)
+
+
+def _named(tokenizer: Tokenizer) -> Iterator[str]:
+    """The texts that its normalizer and pre-tokenizer name, such as one that is replaced."""
+    parts = (tokenizer.normalizer, tokenizer.pre_tokenizer)
+    left = [json.loads(part.__getstate__()) for part in parts if part is not None]
+    while left:
+        each = left.pop()
+        if isinstance(each, dict):
+            left += [value for name, value in each.items() if name != "type"]
+        elif isinstance(each, list):
+            left += each
+        elif isinstance(each, str):
+            yield each
 
 
 def _pieces(tokenizer: Tokenizer, text: str) -> list[str]:
@@ -68,6 +85,8 @@ def as_stored(
     if file is None:
         return tokenizer  # of a kind that has none: nothing says otherwise
     as_written = Tokenizer.from_file(file)
+    if getattr(as_written.model, "dropout", None):
+        raise ValueError("its tokenizer.json drops merges at random; expected dropout: null in it")
     if tokenizer.is_fast and alike(tokenizer.backend_tokenizer, as_written):
         return tokenizer
     names = {key: getattr(tokenizer, key) for key in NAMED}
