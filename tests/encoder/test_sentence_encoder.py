@@ -272,3 +272,12 @@ def test_an_encoder_whose_vectors_depend_on_their_company_is_not_saved(tokenizer
     with pytest.raises(UserError, match="a short text's vector moves by .* when a longer text"):
         save_encoder(encoder, model, tokenizer, bi, tmp_path / "bi")
     assert not (tmp_path / "bi").exists()
+
+
+def test_a_model_without_an_inner_one_is_no_encoder(tiny_path, monkeypatch):
+    """As of Llama 4, whose class names its inner model otherwise than it is called."""
+    tokenizer = tokenizer_of(ModelSection(device="cpu"))
+    model = random_model("qwen2", vocab_size=len(tokenizer))
+    monkeypatch.setattr(type(model), "base_model_prefix", "elsewhere")
+    with pytest.raises(UserError, match="Qwen2ForCausalLM has no model without its head"):
+        as_encoder(model, tokenizer, BiSection(prompt=None))

@@ -168,6 +168,11 @@ REFUSED = [
     ({"rope.anything": 1.0}, "rope.anything = 1.0"),
     ({"tokenizer.ggml.add_sep_token": True}, "tokenizer.ggml.add_sep_token = True"),
     ({"tokenizer.ggml.precompiled_charsmap": [1, 2]}, "with tokenizer.ggml.precompiled_charsmap,"),
+    ({"llama.rope.scaling.factor": -4.0}, "llama.rope.scaling.factor = -4.0; expected a positive"),
+    ({"llama.rope.scale_linear": math.inf}, "rope.scaling.factor = inf; expected a positive"),
+    ({"llama.rope.freq_base": 0.0}, "llama.rope.freq_base = 0.0; expected a positive number"),
+    ({"llama.rope.freq_base": "much"}, "llama.rope.freq_base = much; expected a positive number"),
+    ({"llama.block_count": 10**9}, "a GGUF file of 1000000000 blocks and 21 tensors"),
     ({"general.architecture": "falcon"}, "of architecture falcon; expected llama, qwen2,"),
 ]
 
@@ -187,6 +192,14 @@ def test_a_tensor_that_the_class_lacks_refuses_the_file(tmp_path, name):
     more = {name: np.ones(8, dtype=np.float32)}
     write_gguf_model(made_model("llama"), tmp_path / "model.gguf", tensors=more)
     with pytest.raises(UserError, match=f"a tensor {name}, which llama has not"):
+        load_model(section(tmp_path / "model.gguf"))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma2", "gemma3_text"])
+def test_divisors_of_frequencies_are_read_where_their_meaning_is_known(tmp_path, family):
+    more = {"rope_freqs.weight": np.array([1, 2, 4, 8], dtype=np.float32)}
+    write_gguf_model(made_model(family), tmp_path / "model.gguf", tensors=more)
+    with pytest.raises(UserError, match=f"of {family[:6]}.* with rope_freqs.weight"):
         load_model(section(tmp_path / "model.gguf"))
 
 

@@ -261,3 +261,29 @@ def test_weights_that_are_whole_numbers_are_named(saved, kind):
         tensors | {name: tensors[name].to(kind)}, saved / "model.safetensors", {"format": "pt"}
     )
     assert f"{saved}/model.safetensors: {name} is stored as " in refused(saved)
+
+
+@pytest.mark.parametrize(
+    ("family", "keys", "bidirectional"),
+    [
+        ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}, True),
+        ("qwen2_moe", {"num_experts_per_tok": 3}, False),  # of two experts
+    ],
+)
+def test_a_model_that_cannot_be_run_is_one_line(tmp_path, family, keys, bidirectional):
+    keys = dict(keys)
+    later = {name: keys.pop(name) for name in ("num_experts_per_tok",) if name in keys}
+    random_model(family, **keys).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | later))
+    with pytest.raises(UserError, match="cannot be loaded as a decoder: ") as caught:
+        load_model(section(tmp_path), bidirectional)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["num_hidden_layers", "n_layer"])
+@pytest.mark.parametrize("inner", [False, True])
+def test_no_number_of_layers_is_built_that_nobody_has(saved, name, inner):
+    path, more = saved / "config.json", {name: 10**9}
+    path.write_text(json.dumps(json.loads(path.read_text()) | ({"sub": more} if inner else more)))
+    assert f"{path}: {name}: got 1000000000; expected at most 1000" in refused(saved)

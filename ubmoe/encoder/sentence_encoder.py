@@ -55,6 +55,11 @@ def as_encoder(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: BiSection
 ) -> SentenceTransformer:
     """A SentenceTransformer that shares `model`'s inner model: texts -> (N, D)."""
+    if model.base_model is model:
+        raise UserError(
+            f"model.name: {type(model).__name__} has no model without its head, which an encoder "
+            "is; expected another family"
+        )
     tokenizer = copy.deepcopy(tokenizer)  # the length is the encoder's, not the language model's
     tokenizer.model_max_length = settings.max_tokens
     tokenizer.padding_side = "right"

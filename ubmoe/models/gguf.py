@@ -225,7 +225,9 @@ def _harmless(table: Mapping[str, tuple[object, ...] | None], name: str, value: 
 def config_of(path: Path) -> Any:
     """The config that the file describes. Raises ValueError."""
     file = open_file(path)
-    heads = file["attention.head_count"]
+    heads, blocks = file["attention.head_count"], file["block_count"]
+    if blocks > len(file.tensors):  # the library would build them all
+        raise ValueError(f"a GGUF file of {blocks} blocks and {len(file.tensors)} tensors")
     width = file.get("attention.key_length") or file["embedding_length"] // heads
     settings: dict[str, Any] = {new: file[old] for old, new in SIZES.items()}
     for key in ("attention.value_length", "rope.dimension_count"):
@@ -266,6 +268,11 @@ def _rotations(file: File, width: int) -> dict[str, Any]:
     """The rotary embedding of queries and keys, in the config's words."""
     theta = {"rope_theta": file.get("rope.freq_base", 10000.0)}
     factor = file.get("rope.scaling.factor") or file.get("rope.scale_linear") or 1.0
+    for key, value in (("rope.freq_base", theta["rope_theta"]), ("rope.scaling.factor", factor)):
+        if isinstance(value, str | list) or not (isfinite(value) and value > 0):
+            raise ValueError(
+                f"a GGUF file with {file.architecture}.{key} = {value}; expected a positive number"
+            )
     kind = file.get("rope.scaling.type", "linear")
     if kind not in ("none", "linear", "yarn"):
         raise ValueError(
@@ -282,6 +289,8 @@ def _rotations(file: File, width: int) -> dict[str, Any]:
             if (value := file.get(f"rope.scaling.yarn_{key}")) is not None:
                 scaled[key] = value
     if "rope_freqs.weight" in file.tensors:
+        if file.architecture != "llama":  # nobody says what it would mean there
+            raise ValueError(f"a GGUF file of {file.architecture} with rope_freqs.weight")
         if scaled["rope_type"] != "default":
             raise ValueError(f"a GGUF file with rope_freqs.weight and {kind} scaling; expected one")
         scaled = _by_frequency(file, width)

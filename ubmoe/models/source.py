@@ -18,7 +18,7 @@ from transformers import logging as transformers_logging
 
 from ubmoe.bidirectional import Attention, attention_name
 from ubmoe.bounds import METADATA, expanded, read_json, regular
-from ubmoe.config import Config, ModelSection, Section, UserError, error_reason
+from ubmoe.config import Config, ModelSection, Section, UserError, error_reason, shown
 from ubmoe.data import templates, tokens
 from ubmoe.data.inputs import SUFFIXES, digest_of_model
 from ubmoe.layered import is_ours
@@ -29,6 +29,8 @@ from ubmoe.tiny.model import tiny_directory
 log = logging.getLogger(__name__)
 WEIGHTS = ("*.safetensors", "*.bin")
 LIMITS = ("max_tokens", "lm_max_tokens")  # keys of any section that the context bounds
+DEPTH = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")  # as families call it
+MOST_LAYERS = 1000
 AnySection = TypeVar("AnySection", bound=Section)
 
 
@@ -165,6 +167,7 @@ def _path(config: ModelSection) -> str:
         if not (path / "config.json").is_file():
             raise UserError(f"model.name: {path} has no config.json; expected a model directory")
         _check_files(path)
+        _check_depth(path / "config.json")
         _check_index(path)
         return str(path)
     if path.is_absolute() or config.name.startswith((".", "~")) or config.name.count("/") > 1:
@@ -184,6 +187,22 @@ def _check_files(folder: Path) -> None:
                 raise UserError(
                     f"model.name: {path} {error.strerror}; expected a file of the model"
                 ) from error
+
+
+def _check_depth(path: Path) -> None:
+    """The libraries would build whatever number of layers a config names. Raises UserError."""
+    try:
+        whole = read_json(path)
+    except (OSError, ValueError):
+        return  # whoever loads it says what is wrong
+    for config in (whole, *(whole.values() if isinstance(whole, dict) else ())):
+        for name in DEPTH:
+            number = config.get(name) if isinstance(config, dict) else None
+            if isinstance(number, int | float) and number > MOST_LAYERS:
+                raise UserError(
+                    f"model.name: {path}: {name}: got {shown(number)}; expected at most "
+                    f"{MOST_LAYERS}"
+                )
 
 
 def _check_index(path: Path) -> None:
