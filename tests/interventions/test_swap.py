@@ -15,6 +15,7 @@ from ubmoe.data.chats import Chat
 from ubmoe.interventions import swap
 
 DEPTH = 3
+SCALED = [(family, 3) for family in ("gemma2", "granite", "cohere")]
 
 
 def chat(ids, answer):
@@ -30,9 +31,13 @@ CHATS = [
 
 @pytest.fixture
 def models(family):
-    """The model and its encoder; Gemma 2 bends its logits behind the head."""
-    keys = {"final_logit_softcapping": 2.0} if family == "gemma2" else {}
-    base = random_model(family, num_hidden_layers=DEPTH, **keys)
+    """The model and its encoder; some families bend or scale their logits."""
+    keys = {
+        "gemma2": {"final_logit_softcapping": 2.0},
+        "granite": {"logits_scaling": 7.0, "residual_multiplier": 0.3, "embedding_multiplier": 2.0},
+        "cohere": {"logit_scale": 0.1},
+    }
+    base = random_model(family, num_hidden_layers=DEPTH, **keys.get(family, {}))
     encoder = copy.deepcopy(base)
     with torch.no_grad():
         for number, layer in enumerate(encoder.model.layers):
@@ -55,7 +60,7 @@ def test_the_choices_are_both_models_and_every_layer_in_and_back():
     assert found == [(no, no), (yes, yes), (yes, no), (no, yes), (no, yes), (yes, no)]
 
 
-@pytest.mark.parametrize(("family", "batch"), [("qwen2", 1), ("qwen2", 3), ("gemma2", 3)])
+@pytest.mark.parametrize(("family", "batch"), [("qwen2", 1), ("qwen2", 3), *SCALED])
 def test_losses_are_those_of_models_whose_layer_was_exchanged(models, batch):
     base, encoder = models
     asked = swap.choices(DEPTH)

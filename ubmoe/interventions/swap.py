@@ -17,7 +17,15 @@ from ubmoe.config import Config
 from ubmoe.data.chats import Chat, collate
 from ubmoe.data.padding import IGNORE_INDEX, batches_by_length
 from ubmoe.interventions.rows import Rows
-from ubmoe.interventions.walk import Choice, final_norm, layer_calls, layers_of, run_layer, walk
+from ubmoe.interventions.walk import (
+    Choice,
+    final_norm,
+    layer_calls,
+    layers_of,
+    logits_of,
+    run_layer,
+    walk,
+)
 from ubmoe.models.digests import digest_of_rows, resume_key
 from ubmoe.models.precision import autocast, uses_bfloat16
 
@@ -71,13 +79,9 @@ def losses(base: Any, encoder: Any, chats: Sequence[Chat], asked: Sequence[Choic
         layers = of_encoder if tuned else of_base
         return run_layer(layers[number], before, calls[number])
 
-    cap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)
     sums = np.zeros((len(asked), len(chats)))
     for equal, last in walk(first, layer, asked, range(len(asked))):
-        chosen = norm(last)[rows, places]
-        logits = base.get_output_embeddings()(chosen).float()
-        if cap is not None:  # Gemma 2 and its like do it behind the head
-            logits = cap * torch.tanh(logits / cap)
+        logits = logits_of(base, norm(last)[rows, places]).float()
         token_losses = cross_entropy(logits, labels[rows, places], reduction="none")
         summed = torch.zeros(len(chats), device=base.device).index_add_(0, rows, token_losses)
         sums[equal] = summed.cpu().numpy()

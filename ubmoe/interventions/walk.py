@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ubmoe import layered
 from ubmoe.bidirectional import masked
@@ -122,6 +123,22 @@ def layer_calls(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[Tens
         for hook in hooks:
             hook.remove()
     return calls[0][0][0], [(arguments[1:], keys) for arguments, keys in calls]
+
+
+def logits_of(model: PreTrainedModel, normed: Tensor) -> Tensor:
+    """(M, D) states behind the final norm -> (M, V) logits, by the model's own forward.
+
+    Families bend or scale logits behind the head (Gemma 2, Cohere, Granite), or states before it.
+    """
+    inner: Any = model.base_model
+    output = BaseModelOutputWithPast(last_hidden_state=normed[None])  # type: ignore[arg-type]
+    inner.forward = lambda *_, **__: output
+    try:
+        places = torch.zeros(1, len(normed), dtype=torch.long, device=normed.device)
+        logits: Tensor = model(input_ids=places, use_cache=False).logits[0]
+    finally:
+        del inner.forward  # that of its class is back
+    return logits
 
 
 def run_layer(layer: Any, before: Tensor, call: Call) -> Tensor:
