@@ -260,6 +260,42 @@ def test_what_is_no_encoder_is_refused_with_the_command_that_makes_one(tmp_path)
         export.encoder_attention(tmp_path)
 
 
+POOL = {"type": "x.Pooling", "path": "1_Pooling"}
+FIRST = POOL | {"path": ""}
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "expected"),
+    [
+        ("config.json", [], "must hold an object each"),
+        ("sentence_bert_config.json", {"config_kwargs": [1]}, "config_kwargs must be an object"),
+        ("sentence_bert_config.json", {"model_kwargs": 5}, "model_kwargs must be an object"),
+        ("modules.json", {}, "got {}; expected modules with a type and a path"),
+        ("modules.json", [], "got null; expected modules"),
+        ("modules.json", [None], "got null; expected modules"),
+        ("modules.json", [FIRST, {"path": "1_Pooling"}], "expected modules with a type"),
+        ("modules.json", [FIRST, POOL | {"path": 3}], "the name of a folder in it"),
+        ("modules.json", [FIRST, POOL, POOL | {"path": "../other"}], "the name of a folder in it"),
+        ("modules.json", [FIRST, POOL, POOL | {"path": ".."}], "the name of a folder in it"),
+        ("modules.json", [FIRST, POOL, POOL | {"path": ""}], "the name of a folder in it"),
+        ("modules.json", [FIRST, POOL | {"path": "/etc"}], "the name of a folder in it"),
+    ],
+)
+def test_an_encoder_of_another_shape_is_refused_and_names_no_folder_elsewhere(
+    tmp_path, name, said, expected
+):
+    right = {"config.json": {}, "sentence_bert_config.json": {}, "modules.json": [FIRST, POOL]}
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "config_sentence_transformers.json").write_text("{}")
+    for each, value in right.items():
+        (tmp_path / each).write_text(json.dumps(value))
+    assert export.encoder_attention(tmp_path) == "causal"
+    (tmp_path / name).write_text(json.dumps(said))
+    with pytest.raises(UserError) as caught:
+        export.encoder_attention(tmp_path)
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", ["config.json", "modules.json", "sentence_bert_config.json"])
 def test_a_damaged_encoder_is_refused(sources, name):
     encoder = sources[3]

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ubmoe.bidirectional import attention_name
 from ubmoe.bounds import read_json
-from ubmoe.config import UserError, error_reason
+from ubmoe.config import UserError, error_reason, shown
 from ubmoe.files import replace_directory
 from ubmoe.models import cards, lora
 from ubmoe.models.streams import Weights
@@ -53,15 +53,35 @@ def encoder_attention(directory: Path) -> str:
         except (OSError, ValueError) as error:
             said = error_reason(error)
             raise UserError(f"ubmoe.bi: {directory / name}: no JSON ({said})") from error
-    if not isinstance(read["config.json"], dict) or not isinstance(read[FORM], dict):
-        raise UserError(f"ubmoe.bi: {directory}: config.json and {FORM} must hold an object each")
+    _check_form(directory, read)
     if "adapter_kwargs" in (read[FORM].get("model_kwargs") or {}):
         raise UserError(
             f"ubmoe.bi: {directory} is a language model with an adapter as its encoder; expected "
             "the encoder that it was made from"
         )
     # sentence-transformers reads config.json with these over it
-    return attention_name(read["config.json"] | read[FORM].get("config_kwargs", {}))
+    return attention_name(read["config.json"] | (read[FORM].get("config_kwargs") or {}))
+
+
+def _check_form(directory: Path, read: dict[str, Any]) -> None:
+    """Raises UserError for files of another shape, and for a module's folder beyond the encoder's:
+    what it names is copied.
+    """
+    if not isinstance(read["config.json"], dict) or not isinstance(read[FORM], dict):
+        raise UserError(f"ubmoe.bi: {directory}: config.json and {FORM} must hold an object each")
+    for name in ("config_kwargs", "model_kwargs"):
+        if not isinstance(read[FORM].get(name) or {}, dict):
+            raise UserError(f"ubmoe.bi: {directory / FORM}: {name} must be an object")
+    modules = read[MODULES] if isinstance(read[MODULES], list) and read[MODULES] else [None]
+    for number, each in enumerate(modules):
+        given = each if isinstance(each, dict) else {}
+        kind, place = given.get("type"), given.get("path")
+        known = isinstance(kind, str) and isinstance(place, str)
+        if not known or (number and (place in ("", "..") or place != Path(str(place)).name)):
+            raise UserError(
+                f"ubmoe.bi: {directory / MODULES}: got {shown(each)}; expected modules with a type "
+                "and a path, the name of a folder in it"
+            )
 
 
 def save_mixture(
