@@ -8,15 +8,22 @@ from functools import partial
 import pytest
 from builders import tokenizer_of
 
-from ubmoe import bounds
+from ubmoe import bounds, fetch, owned
 from ubmoe.config import ModelSection, UserError, load_config
+from ubmoe.config.reading import DEFAULT_CONFIG
 from ubmoe.data.inputs import inputs
 from ubmoe.data.rows import read_texts, training_rows
 from ubmoe.dependence.texts import tokenize
 from ubmoe.evaluate.generation import check_tasks
 from ubmoe.evaluate.sts import sts_tasks
 from ubmoe.models.lora import adapter_attention
+from ubmoe.results import packed
+from ubmoe.results.plan import execute
 from ubmoe.results.records import read_result
+from ubmoe.results.study import Step
+from ubmoe.tiny.model import MANIFEST, is_complete
+from ubmoe.training.checkpoints import STAGE as CHECKPOINT_MARK
+from ubmoe.training.checkpoints import _resume_key_in as resume_key_in
 
 
 def adapter(path):
@@ -34,6 +41,8 @@ READERS = {  # the file's name, and who reads it
     "chat.jinja": lambda path: tokenize(None, [], str(path)),
     "task.yaml": lambda path: check_tasks([str(path)]),
     "result.json": lambda path: read_result(path),
+    "records.jsonl": lambda path: packed.read(path.parent),
+    "SmolLM2-135M-Instruct.Q4_1.gguf": lambda path: fetch.fetch("smollm2-135m", str(path.parent)),
     "tokenizer.json": lambda path: tokenizer_of(ModelSection(name=str(path.parent))),
     "chat_template.jinja": lambda path: tokenizer_of(ModelSection(name=str(path.parent))),
     "ubmoe.json": adapter,
@@ -78,6 +87,31 @@ def test_a_digest_waits_for_none_of_them(tmp_path, key, make):
     make(path)
     section = key.partition(".")[0]
     assert inputs(load_config(None, [f"{key}={path}"]), section)[key] is None
+
+
+@pytest.mark.parametrize("make", [pipe, device, endless])
+def test_no_mark_is_waited_for(tmp_path, make):
+    make(tmp_path / owned.MARK)
+    make(tmp_path / "sts.json")
+    make(tmp_path / "train_bi.config.yaml")
+    began = time.monotonic()
+    assert owned.claimed(tmp_path) is None
+    for name in ("sts.json", "train_bi.config.yaml"):
+        with pytest.raises(UserError, match="is in the way"):
+            owned.check(tmp_path / name)
+    for name in (CHECKPOINT_MARK, MANIFEST):
+        make(tmp_path / name)
+    assert resume_key_in(tmp_path / CHECKPOINT_MARK) is None and not is_complete(tmp_path)
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("make", [pipe, device, folder])
+def test_a_log_that_is_no_file_is_in_the_way(tmp_path, make):
+    make(tmp_path / "sts.log")
+    with pytest.raises(UserError, match=r"sts.log is in the way"):
+        execute(
+            Step(("train_bi.py",), "a", "sts", str(DEFAULT_CONFIG), "", (f"output_dir={tmp_path}",))
+        )
 
 
 def test_a_folder_without_a_model_is_not_read_through(tmp_path):

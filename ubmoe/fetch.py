@@ -22,6 +22,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ubmoe import cli
+from ubmoe.bounds import regular
 from ubmoe.config import UserError
 
 
@@ -108,7 +109,7 @@ def fetch(name: str, folder: str = "models") -> Path:
     path, made = place / source.file, not place.exists()
     try:
         if path.exists():
-            with path.open("rb") as file:
+            with regular(path, source.size).open("rb") as file:
                 _check(f"{path} is there and", hashlib.file_digest(file, "sha256"), source)
             return path
         place.mkdir(parents=True, exist_ok=True)

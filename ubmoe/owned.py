@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from ubmoe.bounds import METADATA, read_text
+from ubmoe.bounds import METADATA, SMALL, read_text
 from ubmoe.config import UserError
 
 MARK = ".ubmoe"
@@ -47,7 +47,7 @@ def claimed(folder: Path) -> list[str] | None:
     """The names that a folder's mark holds; None without a mark of ours."""
     mark = folder / MARK
     try:
-        title, *names = [] if mark.is_symlink() else mark.read_text(encoding="utf-8").splitlines()
+        title, *names = [] if mark.is_symlink() else read_text(mark, METADATA).splitlines()
     except (OSError, ValueError):
         return None
     return names if title == TITLE else None
@@ -135,7 +135,7 @@ def is_ours(path: Path) -> bool:
             with path.open("rb") as file:
                 return b"tEXtCreator\0ubmoe" in file.read(2048)
         read: Any = {".json": json.loads, ".yaml": yaml.safe_load}[path.suffix]
-        content = read(read_text(path, METADATA))
+        content = read(read_text(path, METADATA if path.suffix == ".json" else SMALL))
     except (OSError, KeyError, ValueError, RecursionError, yaml.YAMLError):
         return False
     kinds = (RESULT, FETCHED) if path.suffix == ".json" else (RESOLVED,)

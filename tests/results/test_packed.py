@@ -143,3 +143,11 @@ def test_heads_that_are_gone_or_broken_are_one_line(broken, tmp_path):
         (tmp_path / "heads.npz").write_bytes(broken)
     with pytest.raises(UserError, match="records.jsonl, line [12]: no packed records"):
         recorded(made(tmp_path))
+
+
+def test_heads_beside_no_records_are_somebody_elses(tmp_path):
+    (tmp_path / "heads.npz").write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"heads.npz is beside no records.jsonl, .*; move it"):
+        packed.write(tmp_path, {"h.sts.seed1": RECORDS["h.sts.seed1"]})
+    assert [each.name for each in tmp_path.iterdir()] == ["heads.npz"]
+    assert (tmp_path / "heads.npz").read_bytes() == b"mine"

@@ -14,7 +14,8 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from ubmoe.config import UserError
+from ubmoe.bounds import METADATA, read_text, regular
+from ubmoe.config import UserError, error_reason
 from ubmoe.files import replace_all, write_text
 
 LINES, HEADS = "records.jsonl", "heads.npz"
@@ -28,7 +29,11 @@ CONTENT_ERRORS = (
 
 
 def write(folder: Path, records: Mapping[str, Json]) -> None:
-    """Both files, of records by their names. Raises UserError for one that cannot be packed."""
+    """Both files, of records by their names. Raises UserError for one that cannot be packed, and
+    where a file beside no records would give way.
+    """
+    if (folder / HEADS).exists() and not (folder / LINES).exists():
+        raise UserError(f"{folder / HEADS} is beside no {LINES}, so not known to be ours; move it")
     shared = {section: _most_common(records, section) for section in SHARED}
     heads: dict[str, np.ndarray] = {}
     lines: list[Json] = [{"shared": shared}]
@@ -65,8 +70,8 @@ def _read(path: Path, heads: Path, _: tuple[int, ...]) -> dict[str, Json]:
     records: dict[str, Json] = {}
     number = 1
     try:
-        arrays = np.load(heads, allow_pickle=False) if heads.exists() else {}
-        first, *rest = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+        arrays = np.load(regular(heads), allow_pickle=False) if heads.exists() else {}
+        first, *rest = read_text(path, METADATA).rstrip("\n").split("\n")
         shared = json.loads(first)["shared"]
         for text in rest:
             number += 1
@@ -75,7 +80,7 @@ def _read(path: Path, heads: Path, _: tuple[int, ...]) -> dict[str, Json]:
             records[line["name"]] = _unpacked(line, shared, array)
     except CONTENT_ERRORS as error:
         raise UserError(
-            f"{path}, line {number}: no packed records ({error}); expected what "
+            f"{path}, line {number}: no packed records ({error_reason(error)}); expected what "
             "python -m ubmoe.results pack wrote, and heads.npz beside it"
         ) from error
     return records

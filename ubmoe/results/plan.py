@@ -19,7 +19,7 @@ from ubmoe.config import Config, TrainingSection, UserError
 from ubmoe.data.bad_rows import dropping
 from ubmoe.data.rows import read_texts
 from ubmoe.results.records import read_result, record
-from ubmoe.results.study import LEFT, Step, slug, steps
+from ubmoe.results.study import LEFT, Step, as_value, slug, steps
 from ubmoe.staging import locked
 
 log = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ def execute(step: Step, resume: str = "auto") -> None:
     folder = Path(step.config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     log_file = folder / f"{step.result}.log"
-    if log_file.is_symlink():
+    if log_file.is_symlink() or (log_file.exists() and not log_file.is_file()):
         raise owned.refused(log_file)
     program = [str(ROOT / word) if word.endswith(".py") else word for word in step.program]
     if program[0] != "-m" and not Path(program[0]).is_file():
@@ -161,9 +161,9 @@ def estimate(step: Step, count: int) -> str:
     if step.after is not None and not step.after.left.exists():
         return f"not timed: {step.after.left} is not there yet"
     folder = Path(step.config.output_dir).parent.parent / "timed" / slug(step.row)
-    timed = dataclasses.replace(
-        step, keys=(*step.keys, *keys, f"output_dir={folder}"), after=None, records=None
-    )
+    owned.check_within(folder.parent)  # no link
+    place = f"output_dir={as_value(str(folder))}"
+    timed = dataclasses.replace(step, keys=(*step.keys, *keys, place), after=None, records=None)
     if timed.state() != "there":
         execute(timed, resume="never")
         _remove_folders(folder)  # as large as the run's

@@ -307,12 +307,12 @@ def _row(config: Config, given: str | RowSection) -> Row:
             f"{given.program}; expected no of"
         )
     measurements = measured if given.measured is None else tuple(given.measured)
-    keys = (*given.keys, f"results.row={_as_value(given.name)}")
+    keys = (*given.keys, f"results.row={as_value(given.name)}")
     program = (given.program, given.of)
     return Row(given.name, keys, tuple(given.seeds or seeds), measurements, keys, *program)
 
 
-def _as_value(name: str) -> str:
+def as_value(name: str) -> str:
     """A text as the value of a key, which is YAML: as it is, or in quotes where it has to be."""
     try:
         return name if yaml.safe_load(name) == name else json.dumps(name)
@@ -328,7 +328,7 @@ def _steps_of_seed(
     def step(program: str, name: str, result: str, *keys: str, after: Step | None = None) -> Step:
         place = Path(config.output_dir) / "study" / f"seed{seed}"
         folder = str(place / f"{label(config)}-{slug(name)}")
-        given = (f"seed={seed}", f"output_dir={_as_value(folder)}", *keys)
+        given = (f"seed={seed}", f"output_dir={as_value(folder)}", *keys)
         records = config.results.directory
         command = tuple(program.split())
         return Step(command, name, result, config_file, folder, given, after, records)
@@ -339,7 +339,7 @@ def _steps_of_seed(
         if row.program != "train_bi":
             program, result = PROGRAMS[row.program]
             after = _joined(row, encoders) if row.program == "train_ubmoe" else None
-            read = [] if after is None else [f"ubmoe.bi={_as_value(str(after.left))}"]
+            read = [] if after is None else [f"ubmoe.bi={as_value(str(after.left))}"]
             yield step(program, row.name, result, *read, *row.keys, after=after)
             continue
         encoders[row.name] = made = step("train_bi.py", row.name, "sts", *row.keys)
@@ -354,7 +354,7 @@ def _steps_of_seed(
             if needed not in encoders:
                 raise UserError(f"results.rows: {name} needs {needed!r}; add it")
             after = encoders[needed]
-            bi = f"ubmoe.bi={_as_value(str(after.left))}"
+            bi = f"ubmoe.bi={as_value(str(after.left))}"
             mixtures[name] = step("train_ubmoe.py", name, "generation", bi, *keys, after=after)
             yield mixtures[name]
     if mixtures and table == "all":
@@ -363,7 +363,7 @@ def _steps_of_seed(
             "calculate_dp.py",
             "ubmoe",
             "dependence",
-            f"model.name={_as_value(str(after.left))}",
+            f"model.name={as_value(str(after.left))}",
             after=after,
         )
         for variant in BITUNE:
@@ -376,7 +376,7 @@ def _measuring(row: Row, measured: str, after: Step | None) -> tuple[str, list[s
     program, *keys = MEASURED[measured]
     if after is not None:
         read = "ubmoe.bi" if measured in EXCHANGES else "model.name"
-        keys.append(f"{read}={_as_value(str(after.left))}")
+        keys.append(f"{read}={as_value(str(after.left))}")
     elif measured in EXCHANGES:
         raise UserError(f"results.rows: {row.name} tunes nothing that {measured} could exchange")
     if measured == "probing" and after is not None:

@@ -24,6 +24,7 @@ from platformdirs import user_cache_path
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from ubmoe.bounds import expanded, read_json
 from ubmoe.config import UserError, error_reason
 from ubmoe.tiny import language
 
@@ -223,8 +224,15 @@ def _own_random_state() -> Iterator[None]:
 
 
 def cache_folder(cache: str | Path | None) -> Path:
+    """Raises UserError for a home of nobody's."""
     if chosen := cache or os.environ.get("UBMOE_CACHE"):
-        return Path(chosen).expanduser().absolute()
+        folder = expanded(chosen)
+        if str(folder).startswith("~"):
+            name = "model.cache" if cache else "UBMOE_CACHE"
+            raise UserError(
+                f"{name}: got {chosen}, and nobody here is called so; expected a folder"
+            )
+        return folder.absolute()
     return user_cache_path("ubmoe")
 
 
@@ -266,7 +274,7 @@ def _build_anew(directory: Path, steps: int) -> None:
 def is_complete(directory: Path) -> bool:
     """Whether the directory has a manifest and every file in it is as it was written."""
     try:
-        return json.loads((directory / MANIFEST).read_text()) == _checksums(directory)
+        return read_json(directory / MANIFEST) == _checksums(directory)
     except (OSError, ValueError):
         return False
 

@@ -22,6 +22,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ubmoe import owned
+from ubmoe.bounds import read_json
 from ubmoe.config import (
     StageSection,
     TrainingSection,
@@ -105,8 +106,8 @@ def withdraw(directory: Path) -> None:
 def _resume_key_in(path: Path) -> dict[str, Any] | None:
     """The resume key of an earlier run; None where there is none, or only half of one."""
     try:
-        key = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        key = read_json(path)
+    except (OSError, ValueError):
         return None
     return key if isinstance(key, dict) else None
 
@@ -138,12 +139,12 @@ def newest_checkpoint(directory: Path, model: nn.Module) -> Path | None:
 def _flaw(checkpoint: Path, model: nn.Module) -> str | None:
     """The reason why a checkpoint cannot be used; None if it can."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(checkpoint / MANIFEST)
         files = {str(name): str(digest) for name, digest in manifest["files"].items()}
         run, made_at, processes = (manifest[name] for name in ("run", "step", "processes"))
         if not (isinstance(processes, int) and 0 < processes <= len(files)):
             raise ValueError("no number of processes")
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "no whole manifest.json, so it is incomplete or of an older version"
     step = int(checkpoint.name.removeprefix(CHECKPOINT))
     if (run, made_at) != (digest_of_file(checkpoint.parent / STAGE), step):
@@ -160,7 +161,7 @@ def _flaw(checkpoint: Path, model: nn.Module) -> str | None:
     with readable(checkpoint), safe_open(checkpoint / WEIGHTS, "pt") as saved:
         if flaw := _misfit(model, saved):
             return flaw
-        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        state = read_json(checkpoint / STATE)
         if not step == state["global_step"] <= state["max_steps"]:
             return f"{STATE} is of another step"
     count = PartialState().num_processes
