@@ -74,6 +74,20 @@ def test_a_closed_stream_is_none_of_our_business(tiny_path, tmp_path, number):
     assert (code, output) == (2, "")
 
 
+@pytest.mark.parametrize("streams", [[1], [2], [1, 2]])
+@pytest.mark.parametrize("arguments", [["--help"], ["seed=-1"]])
+def test_a_stream_that_takes_nothing_changes_no_status(arguments, streams):
+    def fill():
+        for number in streams:
+            os.dup2(os.open("/dev/full", os.O_WRONLY), number)
+
+    code, _, errors = ended(start(*arguments, preexec_fn=fill))
+    assert code == (0 if (arguments, streams) == (["--help"], [2]) else 2)
+    if streams == [1]:
+        expected = "seed: got -1" if "seed" in arguments[0] else "stdout: No space left on device"
+        one_line(errors, expected)
+
+
 def test_a_run_that_is_ended_leaves_no_result_and_goes_on(tiny_path, tmp_path):
     arguments = [*TUNED, "resume=auto", f"output_dir={tmp_path}/run"]
     process = start(*arguments, script="train_bi.py")

@@ -62,11 +62,16 @@ def run(
         called = sys.argv[0] if sys.argv[0].startswith("ubmoe ") else name
         if {"-h", "--help"} & set(arguments):
             verbs = () if callable(main) else tuple(main)
-            print(help_text(name, purpose, verbs, "all" in arguments, called))
+            _say(help_text(name, purpose, verbs, "all" in arguments, called))
         else:
             last_line = _called(called, main, dry_run, arguments)
             if last_line is not None and is_first_process():
-                print(last_line)
+                _say(last_line)
+
+
+def _say(text: object) -> None:
+    with naming("stdout"):
+        print(text, flush=True)
 
 
 @contextmanager
@@ -234,7 +239,10 @@ def fail(message: str, status: int = 2) -> None:
     who = "" if is_first_process() else f" (process {os.environ['RANK']})"
     if who:
         time.sleep(WAIT)
-    if not (who and status == INTERRUPTED):  # which all processes get at once
-        print(f"error{who}: " + " ".join(message.split()), file=sys.stderr)
-    sys.stderr.flush()
+    try:
+        if not (who and status == INTERRUPTED):  # which all processes get at once
+            print(f"error{who}: " + " ".join(message.split()), file=sys.stderr)
+        sys.stderr.flush()
+    except OSError:  # nobody can be told, and the status says it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     sys.exit(status)

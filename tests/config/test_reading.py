@@ -349,6 +349,7 @@ def test_no_key_takes_a_text_that_no_file_would(tmp_path, value):
         (["bitune.layers={every: 0}"], 'bitune.layers: got {"every": 0}, layers must name some'),
         (["bitune.layers=[]"], "bitune.layers: got [], layers must name some"),
         (["dry_run=x"], "dry_run: got 'x', expected true or false or a whole number"),
+        (["results.rows=[{name: ''}]"], "results.rows.0.name: got '', expected a text that is not"),
         (["results.rows=[{}]"], "results.rows.0.name: expected a value; it has no default"),
         (["probing.seeds=[-1]"], "probing.seeds.0: got -1, expected greater than or equal to 0"),
         (["results.seeds=[-1]"], "results.seeds.0: got -1"),

@@ -214,6 +214,7 @@ EXPECTED = {
     "int_from_float": "a whole number",
     "float_type": "a number",
     "bool_type": "true or false",
+    "string_too_short": "a text that is not empty",
     "string_unicode": "text without NUL and halves of surrogate pairs",
     "list_type": "a list",
     "dict_type": "keys with values",
