@@ -49,3 +49,12 @@ def test_its_digest_is_that_of_the_result(saved, tmp_path):
     source = ModelSource.of(section)
     assert source.digest == digest_of_model(section) is not None
     assert source.at(tmp_path / "other").digest not in (None, source.digest)
+
+
+@pytest.mark.parametrize("name", ["~nobody of this name", "~nobody of this name/cache"])
+def test_a_home_of_nobodys_is_no_cache_folder(name, monkeypatch):
+    with pytest.raises(UserError, match=f"model.cache: got {name}, and nobody is called so"):
+        ModelSource.of(ModelSection(cache=name))
+    monkeypatch.setenv("UBMOE_CACHE", name)
+    with pytest.raises(UserError, match=f"UBMOE_CACHE: got {name}, and nobody is called so"):
+        ModelSource.of(ModelSection())

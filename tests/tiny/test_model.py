@@ -286,15 +286,6 @@ def test_the_cache_folder_is_argument_then_environment_then_the_users(
     assert tiny.cache_folder(None).is_relative_to(Path.home())
 
 
-@pytest.mark.parametrize("name", ["~nobody of this name", "~nobody of this name/cache"])
-def test_a_home_of_nobodys_is_no_cache_folder(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=f"model.cache: got {name}, and nobody here is called so"):
-        tiny.cache_folder(name)
-    monkeypatch.setenv("UBMOE_CACHE", name)
-    with pytest.raises(UserError, match=f"UBMOE_CACHE: got {name}, and nobody"):
-        tiny.cache_folder(None)
-
-
 def test_an_unwritable_cache_folder_is_said_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError) as error:

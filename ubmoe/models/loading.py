@@ -90,7 +90,7 @@ def load_model(
     asked = (layers, keep_sink) if bidirectional else ("all", False)
     set_layers(model.eval().to(device), *asked)
     set_attention(model, bidirectional)
-    with explained(config):  # a config may fit the weights and no forward
+    with as_user_error(config):  # a config may fit the weights and no forward
         proof = prove_attention(model, bidirectional)
     log.info("%s: %s", config.name, proof)
     return model

@@ -5,6 +5,7 @@ Programs make one ModelSource and pass it on, so that all parts of a run read th
 
 import copy
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -161,6 +162,7 @@ def _gguf_file(config: ModelSection) -> Path | None:
 def _path(config: ModelSection) -> str:
     """The directory or hub id to load from. Raises UserError."""
     if config.name == "tiny":
+        _check_cache(config)
         return str(tiny_directory(config.cache))
     path = expanded(config.name)
     if path.is_dir():
@@ -175,6 +177,14 @@ def _path(config: ModelSection) -> str:
             f"model.name: {path} is no directory; expected a model directory, a hub id, or tiny"
         )
     return config.name
+
+
+def _check_cache(config: ModelSection) -> None:
+    """A folder called ~somebody would be made. Raises UserError for a home of nobody's."""
+    folder = config.cache or os.environ.get("UBMOE_CACHE") or ""
+    if str(expanded(folder)).startswith("~"):
+        name = "model.cache" if config.cache else "UBMOE_CACHE"
+        raise UserError(f"{name}: got {folder}, and nobody is called so; expected a folder")
 
 
 def _check_files(folder: Path) -> None:

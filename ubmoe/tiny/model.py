@@ -24,7 +24,6 @@ from platformdirs import user_cache_path
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from ubmoe.bounds import expanded, read_json
 from ubmoe.config import UserError, error_reason
 from ubmoe.tiny import language
 
@@ -224,15 +223,8 @@ def _own_random_state() -> Iterator[None]:
 
 
 def cache_folder(cache: str | Path | None) -> Path:
-    """Raises UserError for a home of nobody's."""
     if chosen := cache or os.environ.get("UBMOE_CACHE"):
-        folder = expanded(chosen)
-        if str(folder).startswith("~"):
-            name = "model.cache" if cache else "UBMOE_CACHE"
-            raise UserError(
-                f"{name}: got {chosen}, and nobody here is called so; expected a folder"
-            )
-        return folder.absolute()
+        return Path(chosen).expanduser().absolute()
     return user_cache_path("ubmoe")
 
 
@@ -274,7 +266,7 @@ def _build_anew(directory: Path, steps: int) -> None:
 def is_complete(directory: Path) -> bool:
     """Whether the directory has a manifest and every file in it is as it was written."""
     try:
-        return read_json(directory / MANIFEST) == _checksums(directory)
+        return json.loads((directory / MANIFEST).read_text()) == _checksums(directory)
     except (OSError, ValueError):
         return False
 
