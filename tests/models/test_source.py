@@ -5,7 +5,7 @@ import transformers
 from builders import random_model
 from transformers import AutoTokenizer
 
-from ubmoe.config import ModelSection
+from ubmoe.config import ModelSection, UserError
 from ubmoe.data.inputs import digest_of_model
 from ubmoe.models.loading import load_model
 from ubmoe.models.source import ModelSource
