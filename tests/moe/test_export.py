@@ -271,7 +271,7 @@ FIRST = POOL | {"path": ""}
         ("sentence_bert_config.json", {"config_kwargs": [1]}, "config_kwargs must be an object"),
         ("sentence_bert_config.json", {"model_kwargs": 5}, "model_kwargs must be an object"),
         ("modules.json", {}, "got {}; expected modules with a type and a path"),
-        ("modules.json", [], "got null; expected modules"),
+        ("modules.json", [], "got []; expected modules"),
         ("modules.json", [None], "got null; expected modules"),
         ("modules.json", [FIRST, {"path": "1_Pooling"}], "expected modules with a type"),
         ("modules.json", [FIRST, POOL | {"path": 3}], "the name of a folder in it"),

@@ -72,7 +72,8 @@ def _check_form(directory: Path, read: dict[str, Any]) -> None:
     for name in ("config_kwargs", "model_kwargs"):
         if not isinstance(read[FORM].get(name) or {}, dict):
             raise UserError(f"ubmoe.bi: {directory / FORM}: {name} must be an object")
-    modules = read[MODULES] if isinstance(read[MODULES], list) and read[MODULES] else [None]
+    said = read[MODULES]
+    modules = said if isinstance(said, list) and said else [said]
     for number, each in enumerate(modules):
         given = each if isinstance(each, dict) else {}
         kind, place = given.get("type"), given.get("path")
