@@ -1,6 +1,9 @@
 """configs/tasks/ ask local files exactly as lm-eval's own tasks ask the same rows."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import lm_eval
@@ -9,6 +12,7 @@ import pytest
 from builders import ROOT, random_model
 from datasets import Dataset, DatasetDict
 from lm_eval.api.task import ConfigurableTask
+from lm_eval.tasks import TaskManager, get_task_dict
 from lm_eval.tasks._yaml_loader import load_yaml
 from transformers import AutoTokenizer
 
@@ -114,6 +118,43 @@ def test_the_same_rows_are_asked_in_the_same_words(name, folder):
         for metric in local.config.metric_list:
             named = metric["metric"]
             assert scores[0][named] == pytest.approx(scores[1][named])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stock_lm_eval_reads_them_without_our_programs(name, folder, tmp_path, monkeypatch):
+    path = str(LOCAL / f"{name}.yaml")
+    expected = asked(own_task(name))
+    [named] = get_task_dict(
+        [path], TaskManager(include_defaults=False, metadata={"data": str(folder)})
+    ).values()
+    assert asked(named) == expected
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "data").symlink_to(folder)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    [found] = get_task_dict([path], TaskManager(include_defaults=False)).values()
+    assert asked(found) == expected
+
+
+UNINSTALLED = """
+import importlib.util, sys
+from pathlib import Path
+sys.path = [each for each in sys.path if not Path(each, "ubmoe").is_dir()]
+sys.meta_path = [each for each in sys.meta_path if "editable" not in repr(each).lower()]
+assert importlib.util.find_spec("ubmoe") is None
+from lm_eval.tasks import TaskManager, get_task_dict
+given = TaskManager(include_defaults=False, metadata={"data": sys.argv[2]})
+[task] = get_task_dict([sys.argv[1]], given).values()
+print(len(list(task.test_docs())))
+"""
+
+
+@pytest.mark.slow
+def test_stock_lm_eval_reads_them_beside_a_checkout_that_is_not_installed(folder):
+    command = [sys.executable, "-P", "-c", UNINSTALLED, str(LOCAL / "piqa.yaml"), str(folder)]
+    environment = {name: each for name, each in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == "2"
 
 
 def test_a_task_needs_its_folder(tmp_path):
