@@ -27,6 +27,7 @@ def main(config: Config) -> Path:
             save_encoder,
         )
         from ubmoe.encoder.stages import read_data, train_stages
+        from ubmoe.evaluate.benchmark import check_instructions
         from ubmoe.evaluate.sts import sts_scores, sts_tasks
         from ubmoe.evaluate.trajectory import Trajectory, parted
         from ubmoe.models.loading import load_model
@@ -36,6 +37,7 @@ def main(config: Config) -> Path:
         source = ModelSource.of(config.model)
         config = source.within_context(config, "bi", "trajectory")
         tokenizer = source.tokenizer
+        check_instructions(config.bi.instructions)
         data = [read_data(stage, tokenizer) for stage in config.bi.stages]
         unlabelled = whitening.read_sentences(config.bi.whiten, tokenizer)
         if not config.bi.stages:  # nothing is trained under the mask: it is the adapter's

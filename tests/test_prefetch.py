@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -11,6 +12,7 @@ from builders import ROOT
 
 from ubmoe import prefetch
 from ubmoe.config import UserError, load_config
+from ubmoe.evaluate import benchmark
 
 
 def test_all_that_a_config_names_and_nothing_that_is_here():
@@ -45,6 +47,34 @@ def test_what_was_fetched_is_written_down(tmp_path, monkeypatch):
     (folder / "model.safetensors").rename(folder / "model.bin")
     with pytest.raises(UserError, match="no .safetensors weights, and pickles are not fetched"):
         prefetch.run(load_config(None, keys))
+
+
+def test_every_task_of_a_benchmark_is_fetched(monkeypatch):
+    loaded = []
+
+    class Task:
+        def __init__(self, name):
+            data = {"path": f"mteb/{name}", "revision": "1"}
+            self.metadata = SimpleNamespace(name=name, dataset=data)
+
+        def load_data(self):
+            if self.metadata.name == "gone":
+                raise ConnectionError("no network")
+            loaded.append(self.metadata.name)
+
+        def unload_data(self):
+            loaded.append("unloaded")
+
+    config = load_config(None, ["evaluation.mteb=[eng]"])
+    assert list(prefetch.needs(config)) == [("mteb", "eng")]
+    monkeypatch.setattr(benchmark, "mteb_tasks", lambda names: [Task("a"), Task("b")])
+    assert prefetch.FETCH["mteb"]("eng") == {
+        name: {"path": f"mteb/{name}", "revision": "1"} for name in "ab"
+    }
+    assert loaded == ["a", "unloaded", "b", "unloaded"]
+    monkeypatch.setattr(benchmark, "mteb_tasks", lambda names: [Task("gone")])
+    with pytest.raises(UserError, match="evaluation.mteb: gone cannot be had .no network."):
+        prefetch.FETCH["mteb"]("gone")
 
 
 def test_a_model_of_two_revisions_is_fetched_twice():

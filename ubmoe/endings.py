@@ -26,6 +26,10 @@ def scores(name: str, result: Mapping[str, Any]) -> Iterator[str]:
         yield from _scanned(section.get("patterns") or [])
     if name == "probing":
         yield from _probed(section.get("models") or [])
+    if found := result.get("mteb"):
+        count, types = len(found["tasks"]), len(found["types"])
+        means = f"{_counted(count)}; of {types} types {found['average_of_types']:.1f}"
+        yield f"mteb: {found['average']:.1f} (main scores x 100, {means})"
     yield from _generation(section)
     if name != "generation":  # what another program measures beside its own
         yield from _generation(result.get("generation") or {})

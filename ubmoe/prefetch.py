@@ -4,7 +4,7 @@ Everything lands in the libraries' own caches; afterwards the scripts run with H
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,8 @@ def needs(config: Config) -> Iterator[tuple[str, str]]:
     for name in dict.fromkeys(config.evaluation.sts):
         if name != "tiny" and not is_file(name):
             yield "sts", name
+    for name in config.evaluation.mteb:
+        yield "mteb", name
     for name in dict.fromkeys([*config.evaluation.generation, *config.bitune.generation]):
         if name != "tiny" and not name.endswith((".yaml", ".yml")):
             yield "generation", name
@@ -83,14 +85,29 @@ def _dataset(name: str) -> dict[str, Any]:
 
 
 def _sts(name: str) -> dict[str, Any]:
-    from ubmoe.evaluate.sts import sts_task
+    from ubmoe.evaluate.sts import sts_tasks
 
-    task: Any = sts_task(name)
-    try:
-        task.load_data()
-    except Exception as error:  # as above
-        raise _missing("evaluation.sts", name, error) from error
-    return dict(task.metadata.dataset)
+    return _loaded("evaluation.sts", sts_tasks([name]))
+
+
+def _mteb(name: str) -> dict[str, Any]:
+    from ubmoe.evaluate.benchmark import mteb_tasks
+
+    return _loaded("evaluation.mteb", mteb_tasks([name]))
+
+
+def _loaded(key: str, tasks: Sequence[Any]) -> dict[str, Any]:
+    """The data set of a task, or of several by their names."""
+    found = {}
+    for task in tasks:
+        name = task.metadata.name
+        try:
+            task.load_data()
+        except Exception as error:  # as above
+            raise _missing(key, name, error) from error
+        task.unload_data()
+        found[name] = dict(task.metadata.dataset)
+    return found if len(found) > 1 else dict(*found.values())
 
 
 def _generation(name: str) -> dict[str, Any]:
@@ -112,7 +129,13 @@ def _missing(key: str, name: str, error: Exception) -> UserError:
     )
 
 
-FETCH = {"model": _model, "dataset": _dataset, "sts": _sts, "generation": _generation}
+FETCH = {
+    "model": _model,
+    "dataset": _dataset,
+    "sts": _sts,
+    "mteb": _mteb,
+    "generation": _generation,
+}
 
 
 if __name__ == "__main__":

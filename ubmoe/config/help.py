@@ -17,6 +17,8 @@ def _kind(annotation: Any) -> str:
     if args := get_args(annotation):
         if getattr(annotation, "__origin__", None) is list:
             return f"list of {_kind(args[0])}".replace("section", "sections")
+        if getattr(annotation, "__origin__", None) is dict:
+            return f"{{{': '.join(map(_kind, args))}}}"
         if getattr(annotation, "__metadata__", None):
             return _kind(args[0])
         return " | ".join(str(arg) if isinstance(arg, str | int) else _kind(arg) for arg in args)

@@ -423,6 +423,11 @@ class BiSection(Section):
     prompt_in_mean: bool = key(
         True, "false: the mean is of the text's own tokens; for prompts that end in {text}"
     )
+    instructions: dict[str, str] = score_key(
+        {},
+        "what stands right before a text, in the prompt, by mteb's task, its type (STS), query or "
+        "document; saved as the encoder's prompts, and given to one that is evaluated",
+    )
     max_tokens: Positive = key(512, "the saved encoder cuts longer texts here", "tokens")
     whiten: WhitenSection | None = key(
         None, "what is done to the vectors after training; null: nothing"
@@ -724,7 +729,13 @@ class EvaluationSection(Section):
     """Scoring (inside the training scripts, and python -m ubmoe.evaluate)."""
 
     sts: list[str] = score_key(
-        TABLE2, "mteb task names, local files (columns score, sentence1, sentence2), or tiny"
+        TABLE2,
+        "mteb's STS tasks, local files (columns score, sentence1, sentence2), tiny, or a benchmark "
+        "of mteb for its STS tasks; eng: those of MTEB(eng, v2)",
+    )
+    mteb: list[str] = score_key(
+        [],
+        "python -m ubmoe.evaluate: mteb's tasks of any type, or benchmarks; eng: MTEB(eng, v2)",
     )
     generation: list[str] = score_key(
         TABLE4, "lm-eval task names, task YAMLs, or tiny (our own, of the embedded language)"

@@ -27,7 +27,8 @@ READ: dict[str, tuple[str, ...]] = {
     ),
     "generation": ("ubmoe.dataset", "ubmoe.sentences", "evaluation.sts", "evaluation.generation"),
     "evaluation": (
-        *("ubmoe.dataset", "evaluation.sts", "evaluation.generation", "evaluation.perplexity"),
+        *("ubmoe.dataset", "evaluation.sts", "evaluation.mteb", "evaluation.generation"),
+        "evaluation.perplexity",
     ),
     "scan": ("scan.pairs",),
     "swap": ("ubmoe.dataset",),
@@ -76,6 +77,7 @@ def _values(config: Config, key: str) -> Iterator[tuple[str, Any]]:
     unused = {
         "ubmoe.sentences": config.ubmoe.objective != "both",
         "dependence.chat_template": config.dependence.chat_template is None,
+        "evaluation.mteb": not config.evaluation.mteb,
         "evaluation.perplexity": not config.evaluation.perplexity,
         "trajectory.sts": not config.trajectory.steps,
         "trajectory.perplexity": not (config.trajectory.steps and config.trajectory.perplexity),

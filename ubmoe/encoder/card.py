@@ -108,6 +108,15 @@ def servers(encoder: SentenceTransformer, settings: BiSection, family: str) -> s
     )
 
 
+def instructed(settings: BiSection) -> str:
+    """The section of a card that says which instructions are saved; empty where there are none."""
+    if not settings.instructions:
+        return ""
+    return INSTRUCTED.format(
+        names=", ".join(settings.instructions), name=[*settings.instructions][0]
+    )
+
+
 def usage(
     encoder: SentenceTransformer,
     tokenizer: PreTrainedTokenizerBase,
@@ -120,6 +129,7 @@ def usage(
         CARD.format(attention="bidirectional" if settings.bidirectional else "causal"),
         plain(tokenizer, settings, whitened),
         WHITEN_CARD if whitened else "",
+        instructed(settings),
         servers(encoder, settings, family),
         LANGUAGE_MODEL if settings.bidirectional else "",
     ]
@@ -182,6 +192,13 @@ def vector(text):
 
 texts = ["The dog sleeps.", "A cat sat in the garden."]
 vectors = torch.stack([vector(text) for text in texts])
+```
+"""
+INSTRUCTED = """
+Instructions by task ({names}), which mteb takes by itself, stand right before a text:
+
+```python
+vectors = encoder.encode(["The dog sleeps."], prompt_name="{name}")
 ```
 """
 PROMPTED = "\nThey put no prompt around a text, so send it in its prompt, as here{apart}."

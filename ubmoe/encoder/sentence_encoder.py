@@ -9,7 +9,7 @@ import copy
 import json
 import logging
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -41,6 +41,7 @@ from ubmoe.models.tokenizer_file import alike, as_stored
 log = logging.getLogger(__name__)
 POOLING = {"mean": "mean", "weighted_mean": "weightedmean", "last": "lasttoken"}
 TEXT = "text"  # name of the prompt that every text gets, where it only stands before it
+SIDES = ("query", "document")  # whose prompt the library else takes for empty
 PROBES = (" a", *string.ascii_letters, *string.digits, *string.punctuation, "é", "你", "ж")
 UNCUT, AT_ONCE = 10**6, 1000  # tokens of a text; texts that are tokenised together
 # The library's modules that may follow one of ours.
@@ -48,6 +49,7 @@ STOCK: dict[str, Any] = {kind.__name__: kind for kind in (Pooling, Dense, Normal
 # Rounding is far below, in bfloat16 too; padding that is read moves a vector by tenths.
 BATCH_TOLERANCE = 0.05
 SHORT_AND_LONG = ["A cat.", "A cat sat on the mat in the small room by the door, and saw a bird."]
+SAID = "messages|map(attribute='content')|join"  # in a template: an instruction, and the text
 TEXT_FORM = {"method": "forward", "method_output_name": "last_hidden_state"}
 
 
@@ -99,11 +101,32 @@ def as_encoder(
     encoder = SentenceTransformer(
         modules=[module, pooling],
         device=str(model.device),
-        prompts=None if prefix is None else {TEXT: prefix},
+        prompts=None if prefix is None else dict.fromkeys((TEXT, *SIDES), prefix),
         default_prompt_name=None if prefix is None else TEXT,
     )
+    instruct(encoder, settings.instructions)
     check_room(encoder, settings)
     return encoder
+
+
+def instruct(encoder: SentenceTransformer, instructions: Mapping[str, str]) -> None:
+    """Give an encoder a prompt for each of mteb's names: its own, then the instruction.
+
+    Raises UserError where a text melts into one that is left out of the mean, and for an encoder
+    whose chat template passes prompts over.
+    """
+    before = own_prompt(encoder) or ""
+    pooling = next((each for each in encoder if isinstance(each, Pooling)), None)
+    for name, text in instructions.items():
+        if pooling is not None and not pooling.include_prompt:
+            _check_apart(encoder.tokenizer, before + text, f"bi.instructions.{name}")
+        encoder.prompts[name] = before + text
+        read = [encoder.preprocess(["a"], prompt=each) for each in (before, before + text)]
+        if text and "input_ids" in read[0] and read[0]["input_ids"].equal(read[1]["input_ids"]):
+            raise UserError(
+                f"bi.instructions.{name}: the encoder's chat template passes it over; expected one "
+                "that renders every message, as train_bi.py saves it"
+            )
 
 
 class LayeredTransformer(Transformer):
@@ -207,31 +230,37 @@ class _Given(Transformer):
 def prefix_of(tokenizer: PreTrainedTokenizerBase, settings: BiSection) -> str | None:
     """The prompt's text where it only stands before a text; None for none, and for any other.
 
-    Out of the mean means: not its first tokens, as many as the prompt alone has. Raises UserError
-    where a text melts into these, as after a prompt that ends in a space, and where
-    sentence-transformers would count others.
+    Raises UserError where it cannot be left out of the mean, as asked.
     """
     if settings.prompt in (None, "{text}") or not str(settings.prompt).endswith("{text}"):
         return "" if not settings.prompt_in_mean else None
     prefix = str(settings.prompt).removesuffix("{text}")
-    if settings.prompt_in_mean:
-        return prefix
+    if not settings.prompt_in_mean:
+        _check_apart(tokenizer, prefix, "bi.prompt_in_mean")
+    return prefix
+
+
+def _check_apart(tokenizer: PreTrainedTokenizerBase, prefix: str, where: str) -> None:
+    """That a prompt can be left out of the mean: its first tokens, as many as it alone has.
+
+    Raises UserError where a text melts into these, as after a prompt that ends in a space, and
+    where sentence-transformers would count others.
+    """
     alone = tokens.prompt_ids(tokenizer, prefix)
     ended = tokenizer(prefix)["input_ids"]  # it takes one special token off the end of these
     counted = len(ended) - (ended[-1:] != [] and ended[-1] in tokenizer.all_special_ids)
     if prefix and counted != len(alone):
         raise UserError(
-            f"bi.prompt_in_mean: sentence-transformers would leave {counted} tokens out of the "
-            f"mean, and the prompt has {len(alone)}: it, or what this tokenizer appends, ends in "
-            "special tokens that are counted otherwise; expected true"
+            f"{where}: sentence-transformers would leave {counted} tokens out of the mean, and the "
+            f"prompt has {len(alone)}: it, or what this tokenizer appends, ends in special tokens "
+            "that are counted otherwise; expected bi.prompt_in_mean: true"
         )
     for first in PROBES:
         if tokenizer(f"{prefix}{first}")["input_ids"][: len(alone)] != alone:
             raise UserError(
-                f"bi.prompt_in_mean: a text that begins with {first!r} changes the tokens of the "
-                "prompt; expected a prompt that ends in a line break or a colon, or true"
+                f"{where}: a text that begins with {first!r} changes the tokens of the prompt; "
+                "expected a prompt that ends in a line break or a colon, or bi.prompt_in_mean: true"
             )
-    return prefix
 
 
 def input_template(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
@@ -252,7 +281,7 @@ def input_template(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
             for text in PROBES
         ):
             quoted = [json.dumps(part, ensure_ascii=False) for part in (before, after)]
-            return "{{ " + f"{quoted[0]} + messages[-1]['content'] + {quoted[1]}" + " }}"
+            return "{{ " + f"{quoted[0]} + {SAID} + {quoted[1]}" + " }}"
     raise UserError(
         f"bi.prompt: {tokenizer.name_or_path}: its tokenizer puts {first!r} before and {last!r} "
         "after a text in a way that no template can; expected null"
@@ -265,19 +294,24 @@ def rendered(encoder: SentenceTransformer, text: str) -> str:
     return str(encoder.tokenizer.decode(ids))
 
 
-def lengths(encoder: SentenceTransformer, texts: Sequence[str], where: str = "row") -> list[int]:
+def lengths(
+    encoder: SentenceTransformer,
+    texts: Sequence[str],
+    where: str = "row",
+    prompt: str | None = None,
+) -> list[int]:
     """Tokens of each text as the encoder would read it uncut; [] for one that counts none.
 
-    Raises UserError, as `where` and the number of the text, for a token that the model lacks.
+    prompt: what stands before a text; None: the encoder's own. Raises UserError, as `where` and the
+    number of the text, for a token that the model lacks.
     """
+    prompt = own_prompt(encoder) if prompt is None else prompt
     limit, encoder.max_seq_length = encoder.max_seq_length, UNCUT
     strange = tokens.strangers(encoder.tokenizer)
     counts: list[int] = []
     try:
         for start in range(0, len(texts), AT_ONCE):
-            features = encoder.preprocess(
-                list(texts[start : start + AT_ONCE]), prompt=own_prompt(encoder)
-            )
+            features = encoder.preprocess(list(texts[start : start + AT_ONCE]), prompt=prompt)
             if "attention_mask" not in features:
                 return []
             counts += features["attention_mask"].sum(1).tolist()
@@ -296,6 +330,13 @@ def check_room(encoder: SentenceTransformer, settings: BiSection) -> None:
     )
     limits |= {f"stages.{n}.": stage.max_tokens for n, stage in contrastive}
     [least] = lengths(encoder, ["a"])
+    for name in settings.instructions:
+        [own] = lengths(encoder, ["a"], prompt=encoder.prompts[name])
+        if settings.max_tokens < own:
+            raise UserError(
+                f"bi.instructions.{name}: leaves no room for a text; with it, a text of one letter "
+                f"has {own} tokens, and bi.max_tokens is {settings.max_tokens}; expected more"
+            )
     for where, limit in limits.items():
         if limit < least:
             raise UserError(
@@ -326,7 +367,9 @@ def load_encoder(config: Config, source: ModelSource) -> SentenceTransformer:
             "model_kwargs": {"dtype": weights_dtype(config.model.dtype, device)},
         }
         with as_user_error(config.model, "an encoder"):
-            return load_saved(name, str(device), **keys)
+            encoder = load_saved(name, str(device), **keys)
+        instruct(encoder, config.bi.instructions)
+        return encoder
     check_mask(config)
     config = source.within_context(config, "bi")
     unlabelled = whitening.read_sentences(config.bi.whiten, source.tokenizer)
@@ -399,10 +442,13 @@ def _make_causal(path: Path) -> None:
 
 
 def _firsts(encoder: SentenceTransformer) -> list[int]:
-    """The token that each of some unlike texts begins with."""
-    features = encoder.preprocess(list(PROBES), prompt=own_prompt(encoder))
-    starts = features["attention_mask"].argmax(1, keepdim=True)
-    return features["input_ids"].gather(1, starts)[:, 0].tolist()
+    """The token that each of some unlike texts begins with, in each prompt."""
+    firsts: list[int] = []
+    for prompt in {own_prompt(encoder), *encoder.prompts.values()}:
+        features = encoder.preprocess(list(PROBES), prompt=prompt)
+        starts = features["attention_mask"].argmax(1, keepdim=True)
+        firsts += features["input_ids"].gather(1, starts)[:, 0].tolist()
+    return firsts
 
 
 def _mask_in_words(config: Any) -> str:
@@ -423,6 +469,7 @@ def card_of_ours(encoder: SentenceTransformer, settings: BiSection, first: int |
     parts.append(ECHO_CARD if isinstance(encoder[0], EchoTransformer) else "")
     parts.append("" if first is None else SINK_CARD.format(start=cards.START, first=first))
     parts.append(card.WHITEN_CARD if settings.whiten is not None else "")
+    parts.append(card.instructed(settings))
     causal = "" if layered or not settings.bidirectional else ", is_causal=True"
     return "".join([*parts, OURS_LANGUAGE.format(causal=causal)])
 

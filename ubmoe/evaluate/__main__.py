@@ -1,6 +1,7 @@
 """Score a directory or hub id on STS tasks and, with evaluation.language_model=true, on generation.
 
 python -m ubmoe.evaluate configs/tiny.yaml model.name=runs/tiny/bi
+python -m ubmoe.evaluate model.name=runs/tiny/bi evaluation.sts=[] evaluation.mteb=[eng]
 """
 
 from pathlib import Path
@@ -16,18 +17,21 @@ def main(config: Config) -> Path:
 
     with recording("evaluate", "evaluation", config) as run:
         from ubmoe.encoder.sentence_encoder import load_encoder
+        from ubmoe.evaluate.benchmark import check_instructions, mteb_scores, mteb_tasks
         from ubmoe.evaluate.generation import language_model_scores
         from ubmoe.evaluate.sts import sts_scores, sts_tasks
         from ubmoe.models.source import ModelSource
 
-        tasks = sts_tasks(config.evaluation.sts)
+        asked = config.evaluation
+        tasks, further = sts_tasks(asked.sts), mteb_tasks(asked.mteb)
+        check_instructions(config.bi.instructions)
         source = ModelSource.of(config.model)
-        if config.evaluation.language_model:
+        if asked.language_model:
             run.more = {"generation": language_model_scores(config, source)}
         encoder = load_encoder(config, source)
-        run.section = sts_scores(
-            encoder, tasks, config.evaluation.batch_size, config.evaluation.bf16
-        )
+        run.section = sts_scores(encoder, tasks, asked.batch_size, asked.bf16)
+        if further:
+            run.more["mteb"] = mteb_scores(encoder, further, asked.batch_size, asked.bf16)
         run.model = encoder[0].model
     return run.path
 

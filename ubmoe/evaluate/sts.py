@@ -7,8 +7,6 @@ would get the first one's scores: no cache is used, and every run is named by it
 import hashlib
 import json
 import math
-import re
-import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -26,16 +24,18 @@ from torch.utils.data import DataLoader
 
 from ubmoe.bootstrap import correlations, interval
 from ubmoe.bounds import DATA, read_bytes
-from ubmoe.config import UserError, listed
+from ubmoe.config import UserError, error_reason, listed
 from ubmoe.data.bad_rows import usable
 from ubmoe.data.rows import GZIPPED, Row, cell, finite_number, is_file, read_rows
 from ubmoe.encoder.sentence_encoder import lengths
+from ubmoe.evaluate.benchmark import ENGLISH, benchmark_named, prompt_of, quiet, task_named
 from ubmoe.models.precision import Setting, autocast
 from ubmoe.similarity import UNITS
 from ubmoe.tiny import language, sizes
 
 TINY_SEED = 2  # of the embedded language
 RESAMPLES = 2000  # of an interval: 10,000 pairs take three seconds
+KEY = "evaluation.sts"
 SUBSETS = {"STS17": ["en-en"], "STS22": ["en"]}  # the English ones, as in the paper's Table 2
 
 
@@ -54,12 +54,11 @@ def sts_scores(
     for task in tasks:
         cut[task.metadata.name] = truncated_texts(encoder, task)
         with (
-            warnings.catch_warnings(),
+            quiet(),
             autocast(bf16, encoder.device),
             TemporaryDirectory() as folder,
         ):
             Path(folder, task.metadata.name).parent.mkdir(exist_ok=True, parents=True)  # of a/test
-            warnings.simplefilter("ignore", FutureWarning)  # mteb's own use of older names
             result = mteb.evaluate(
                 EachTextOnce(encoder),
                 task,
@@ -72,7 +71,7 @@ def sts_scores(
         [row] = [row for rows in result.task_results[0].scores.values() for row in rows]
         name, score = task.metadata.name, float(row["cosine_spearman"]) * 100
         if not math.isfinite(score):
-            raise UserError(f"evaluation.sts: {name} scores {score}; are its scores all equal?")
+            raise UserError(f"{KEY}: {name} scores {score}; are its scores all equal?")
         scores[name] = score
         intervals[name] = interval(100 * correlations(cosines, gold, RESAMPLES))
         sources[name] = {**task.metadata.dataset, "subset": row["hf_subset"]}
@@ -121,29 +120,53 @@ def _predicted(task: AbsTaskSTS, folder: Path) -> tuple[np.ndarray, np.ndarray]:
 def truncated_texts(encoder: SentenceTransformer, task: AbsTaskSTS) -> int:
     """How many texts of a task are longer than the encoder's limit, and so are cut.
 
-    Raises UserError, naming the row, for a token that the model lacks.
+    Raises UserError for a task whose data cannot be had, and, naming the row, for a token that the
+    model lacks.
     """
-    task.load_data()
+    try:
+        task.load_data()
+    except OSError as error:
+        said = error_reason(error)
+        raise UserError(f"{KEY}: {task.metadata.name} cannot be loaded ({said})") from error
     data: Any = task.dataset
     limit, count = encoder.max_seq_length or math.inf, 0
+    prompt = prompt_of(encoder, task.metadata)
     for subset in task.hf_subsets:
         for split in task.eval_splits:
             rows = data.get(subset, data)[split]
             for column in task.column_names:
                 texts = list(rows[column])
-                where = f"evaluation.sts: {task.metadata.name}, {split}, {column}, row"
-                count += sum(length > limit for length in lengths(encoder, texts, where))
+                where = f"{KEY}: {task.metadata.name}, {split}, {column}, row"
+                count += sum(length > limit for length in lengths(encoder, texts, where, prompt))
     return count
 
 
 def sts_tasks(names: Sequence[str]) -> list[AbsTaskSTS]:
-    """A task of each name: an mteb task, a local file or the word tiny. No two are called alike.
+    """The tasks of each name, each once: an mteb task, a local file, the word tiny, or the STS
+    tasks of an mteb benchmark, as eng. No two are called alike.
 
     A local file is called by its stem; where something else has that name, by its folder, too.
     Raises UserError.
     """
     called = local_names([Path(name) for name in names if _is_local(name)])
-    return [sts_task(name, called.get(Path(name), "")) for name in names]
+    found: dict[str, AbsTaskSTS] = {}
+    for name in names:
+        several = [] if name == "tiny" or _is_local(name) else _of_benchmark(name)
+        for task in several or [sts_task(name, called.get(Path(name), ""))]:
+            found.setdefault(task.metadata.name, task)
+    return list(found.values())
+
+
+def _of_benchmark(name: str) -> list[AbsTaskSTS]:
+    """The STS tasks of an mteb benchmark; [] of another name. Raises UserError for one without."""
+    try:
+        every = benchmark_named(name)
+    except KeyError:
+        return []
+    found = [_of_one_set(task) for task in every if isinstance(task, AbsTaskSTS)]
+    if not found:
+        raise UserError(f"{KEY}: {name} has no STS task; expected a benchmark with some, as eng")
+    return found
 
 
 def local_names(paths: Sequence[Path]) -> dict[Path, str]:
@@ -156,7 +179,7 @@ def local_names(paths: Sequence[Path]) -> dict[Path, str]:
     for path, path_parts in parts.items():
         others = [other for sibling, other in parts.items() if sibling != path]
         if path_parts in others:
-            raise UserError(f"evaluation.sts: {path} is named twice; name it once")
+            raise UserError(f"{KEY}: {path} is named twice; name it once")
         ends = range(2 if _is_taken(path_parts[-1]) else 1, len(path_parts))
         free = (end for end in ends if all(other[-end:] != path_parts[-end:] for other in others))
         names[path] = "/".join(path_parts[-next(free, len(path_parts)) :])
@@ -172,21 +195,10 @@ def _is_local(name: str) -> bool:
     return is_file(name)
 
 
-def _mteb_task(name: str) -> Any:
-    """mteb's task of a name. Raises UserError where it has none."""
-    try:
-        [task] = mteb.get_tasks(tasks=[name], languages=None, exclude_superseded=False)
-    except (KeyError, ValueError) as error:
-        close = re.search(r"Did you mean: '([^']+)'", str(error))
-        meant = f"; did you mean {close[1]}?" if close else ""
-        raise UserError(f"evaluation.sts: {name}: no mteb task and no local file{meant}") from error
-    return task
-
-
 def _is_taken(name: str) -> bool:
     """Whether a name means something without any file."""
     with suppress(UserError):
-        return name == "tiny" or bool(_mteb_task(name))
+        return name in ("tiny", *ENGLISH) or bool(task_named(name, KEY, ""))
     return False
 
 
@@ -204,16 +216,18 @@ def sts_task(name: str, called: str = "") -> AbsTaskSTS:
         rows = read_pairs(path)
         revision = hashlib.sha256(read_bytes(path, DATA)).hexdigest()
         return local_task(called or _without_suffix(path).name, rows, revision)
-    task = _mteb_task(name)
+    task = task_named(name, KEY, "no mteb task and no local file")
     if not isinstance(task, AbsTaskSTS):
-        raise UserError(
-            f"evaluation.sts: {name} is a {task.metadata.type} task; expected an STS task"
-        )
+        raise UserError(f"{KEY}: {name} is a {task.metadata.type} task; expected an STS task")
     if name in SUBSETS:
         task.hf_subsets = SUBSETS[name]
+    return _of_one_set(task)
+
+
+def _of_one_set(task: AbsTaskSTS) -> AbsTaskSTS:
     if len(task.hf_subsets) != 1:
         raise UserError(
-            f"evaluation.sts: {name} is {len(task.hf_subsets)} data sets "
+            f"{KEY}: {task.metadata.name} is {len(task.hf_subsets)} data sets "
             f"({listed(task.hf_subsets)}); expected a task of one"
         )
     return task

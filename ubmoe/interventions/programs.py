@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ubmoe import cli
-from ubmoe.config import Config
+from ubmoe.config import Config, UserError
 
 LOWER = {"scan": "scan.batch_tokens", "swap": "swap.batch_tokens", "shift": "ubmoe.max_tokens"}
 
@@ -27,13 +27,17 @@ def main(name: str, config: Config) -> Path | None:
 
 
 def _scan(config: Config, recorded: Any) -> None:
+    from ubmoe.evaluate.benchmark import check_instructions
     from ubmoe.evaluate.sts import sts_tasks
     from ubmoe.interventions.scan import scan
     from ubmoe.models.loading import load_model
     from ubmoe.models.source import ModelSource
     from ubmoe.report import figures
 
-    [task] = sts_tasks([config.scan.pairs])
+    check_instructions(config.bi.instructions)
+    task, *more = sts_tasks([config.scan.pairs])
+    if more:
+        raise UserError(f"scan.pairs: {config.scan.pairs} is several tasks; expected one of them")
     source = ModelSource.of(config.model)
     config = source.within_context(config, "bi")
     recorded.model = load_model(source)

@@ -17,7 +17,8 @@ from ubmoe.bootstrap import gains, interval
 from ubmoe.config import BiSection, Config, Form, ScanSection, UserError
 from ubmoe.encoder import whitening
 from ubmoe.encoder.echo import pooled
-from ubmoe.encoder.sentence_encoder import POOLING, as_encoder, lengths, own_prompt
+from ubmoe.encoder.sentence_encoder import POOLING, as_encoder, lengths
+from ubmoe.evaluate.benchmark import prompt_of
 from ubmoe.interventions.patterns import Pattern, patterns
 from ubmoe.interventions.rows import Rows
 from ubmoe.interventions.walk import states
@@ -61,7 +62,7 @@ def scan(
         if config.resume == "auto":
             kept.load()
         with autocast(config.evaluation.bf16, model.device):
-            _fill(kept, model, encoder, rows, asked, config)
+            _fill(kept, model, encoder, rows, asked, prompt_of(encoder, task.metadata), config)
         form = {"form": bi.form} if settings.forms else {}
         causal = cosines(kept.values[0]) if vectors else kept.values[0]
         scored += [
@@ -105,9 +106,11 @@ def _fill(
     encoder: SentenceTransformer,
     rows: Sequence[tuple[str, str]],
     asked: Sequence[Pattern],
+    prompt: str | None,
     config: Config,
 ) -> None:
-    sizes = [lengths(encoder, column, "scan.pairs: row") for column in zip(*rows, strict=True)]
+    where = "scan.pairs: row"
+    sizes = [lengths(encoder, column, where, prompt) for column in zip(*rows, strict=True)]
     most = encoder.max_seq_length or max(map(max, sizes))
     longest = np.minimum(np.max(sizes, axis=0), most).tolist()
     order = sorted(kept.missing(), key=lambda row: -longest[row])
@@ -116,7 +119,7 @@ def _fill(
             count = max(1, config.scan.batch_tokens // (2 * longest[order[0]]))
             batch, order = order[:count], order[count:]
             texts = [rows[row][side] for side in (0, 1) for row in batch]
-            filling.put(batch, _read(model, encoder, texts, asked, config))
+            filling.put(batch, _read(model, encoder, texts, asked, prompt, config))
 
 
 def _read(
@@ -124,13 +127,14 @@ def _read(
     encoder: SentenceTransformer,
     texts: Sequence[str],
     asked: Sequence[Pattern],
+    prompt: str | None,
     config: Config,
 ) -> np.ndarray:
     """(patterns, poolings, pairs) cosines; to centre, (patterns, poolings, 2, D, pairs) vectors.
 
     texts: the first of each pair, then the second.
     """
-    features = encoder.preprocess(list(texts), prompt=own_prompt(encoder))
+    features = encoder.preprocess(list(texts), prompt=prompt)
     features = batch_to_device(features, model.device)
     given: Any = encoder[1]
     pools = [

@@ -136,12 +136,26 @@ def sts_text(result: dict[str, Any]) -> str:
     return f"STS of {model_of(result)}, Spearman x 100.\n{aligned(rows)}"
 
 
+def mteb_rows(section: dict[str, Any]) -> list[list[str]]:
+    """Header, a row for each task of mteb, for each type's mean, and for both means."""
+    rows = [
+        [name, *(str(row[key]) for key in ("type", "metric")), f"{row['score']:.2f}"]
+        for name, row in section["tasks"].items()
+    ]
+    rows += [["mean", kind, "", f"{score:.2f}"] for kind, score in section["types"].items()]
+    rows += [["mean of tasks", "", "", f"{section['average']:.2f}"]]
+    rows += [["mean of types", "", "", f"{section['average_of_types']:.2f}"]]
+    return [["task", "type", "metric", "score"], *rows]
+
+
 def evaluation_text(result: dict[str, Any]) -> str:
-    """STS of the scored model, and its generation where that was scored, too."""
+    """STS of the scored model, and mteb's other tasks and its generation where those were scored."""
     model = model_of(result)
     [section] = sections(result)
     rows = sts_rows(section, "model", model)
     parts = [f"STS of {model}, Spearman x 100.\n{aligned(rows)}"]
+    if found := result.get("mteb"):
+        parts.append(f"mteb of {model}, main scores x 100.\n{aligned(mteb_rows(found))}")
     if generated := result.get("generation"):
         names = list(generated["metrics"])
         cells = _generation_cells(generated, names, generated["metrics"])
