@@ -149,7 +149,7 @@ def mteb_rows(section: dict[str, Any]) -> list[list[str]]:
 
 
 def evaluation_text(result: dict[str, Any]) -> str:
-    """STS of the scored model, and mteb's other tasks and its generation where those were scored."""
+    """STS of the scored model, and its generation and further mteb tasks where it has them."""
     model = model_of(result)
     [section] = sections(result)
     rows = sts_rows(section, "model", model)
