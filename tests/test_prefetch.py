@@ -73,7 +73,7 @@ def test_every_task_of_a_benchmark_is_fetched(monkeypatch):
     }
     assert loaded == ["a", "unloaded", "b", "unloaded"]
     monkeypatch.setattr(benchmark, "mteb_tasks", lambda names: [Task("gone")])
-    with pytest.raises(UserError, match="evaluation.mteb: gone cannot be had .no network."):
+    with pytest.raises(UserError, match="evaluation.mteb: gone cannot be loaded .no network."):
         prefetch.FETCH["mteb"]("gone")
 
 

@@ -1,6 +1,6 @@
-"""What mteb calls things, and its tasks of every kind: its own metrics and means, none of ours.
+"""mteb's tasks of every type and its benchmarks, by mteb's own names, metrics and means.
 
-A benchmark of mteb is named as there, `MTEB(eng, v2)`; the word eng is that one.
+A benchmark goes by its name, as `MTEB(eng, v2)`; the word eng stands for that one.
 """
 
 import logging
@@ -24,17 +24,21 @@ from ubmoe.encoder.sentence_encoder import own_prompt
 from ubmoe.models.precision import Setting, autocast
 
 log = logging.getLogger(__name__)
+KEY = "evaluation.mteb"
 ENGLISH = {"eng": "MTEB(eng, v2)"}
-ENDINGS = tuple(f"-{each.value}" for each in PromptType)
-WORDS = {*get_args(TaskType), *(each.value for each in PromptType)}  # that have a prompt, too
+SIDES = [side.value for side in PromptType]  # query and document
+TYPES = get_args(TaskType)  # as STS and Retrieval
 
 
-def task_named(name: str, where: str, neither: str) -> AbsTask:
-    """mteb's task of a name. Raises UserError, `where: name: neither`, where it has none."""
+def task_named(name: str, key: str, missing: str, suggestion: str = "") -> AbsTask:
+    """mteb's task of a name. Raises UserError, `key: name: missing`, where there is none.
+
+    suggestion: what to add; empty: the task that mteb takes for meant.
+    """
     try:
         [task] = mteb.get_tasks(tasks=[name], languages=None, exclude_superseded=False)
     except (KeyError, ValueError) as error:
-        raise UserError(f"{where}: {name}: {neither}{_meant(error)}") from error
+        raise UserError(f"{key}: {name}: {missing}{suggestion or _suggestion(error)}") from error
     return task
 
 
@@ -43,32 +47,31 @@ def benchmark_named(name: str) -> list[AbsTask]:
     return list(mteb.get_benchmark(ENGLISH.get(name, name)).tasks)
 
 
-def _meant(error: Exception) -> str:
-    """What mteb takes for meant, of its own complaint."""
+def _suggestion(error: Exception) -> str:
+    """The name that mteb takes for meant, in the words of our messages."""
     close = re.search(r"Did you mean: '?([^'?]+)'?\?", str(error))
     return f"; did you mean {close[1]}?" if close else ""
 
 
 def mteb_tasks(names: Sequence[str]) -> list[AbsTask]:
     """The tasks of `evaluation.mteb`, each once. Raises UserError for what cannot be scored."""
-    found: dict[str, AbsTask] = {}
+    tasks: dict[str, AbsTask] = {}
     for name in names:
-        for task in _named(name):
-            found.setdefault(task.metadata.name, task)
-    for name, task in found.items():
+        for task in _tasks_of(name):
+            tasks.setdefault(task.metadata.name, task)
+    for name, task in tasks.items():
         if task.metadata.modalities != ["text"]:
-            said = ", ".join(task.metadata.modalities)
-            raise UserError(f"evaluation.mteb: {name} is of {said}; expected tasks of text alone")
-    return list(found.values())
+            kinds = ", ".join(task.metadata.modalities)
+            raise UserError(f"{KEY}: {name} is of {kinds}; expected tasks of text alone")
+    return list(tasks.values())
 
 
-def _named(name: str) -> list[AbsTask]:
+def _tasks_of(name: str) -> list[AbsTask]:
     try:
         return benchmark_named(name)
     except KeyError as error:
-        meant = _meant(error)
-    neither = f"no task and no benchmark of mteb{meant}"
-    return [task_named(name, "evaluation.mteb", neither)]
+        suggestion = _suggestion(error)
+    return [task_named(name, KEY, "no task and no benchmark of mteb", suggestion)]
 
 
 def mteb_scores(
@@ -84,14 +87,13 @@ def mteb_scores(
         data = task.metadata
         score = _score(encoder, task, batch_size, bf16)
         if not math.isfinite(score):
-            raise UserError(f"evaluation.mteb: {data.name} scores {score}; expected a number")
+            raise UserError(f"{KEY}: {data.name} scores {score}; expected a number")
         rows[data.name] = {"type": data.type, "metric": data.main_score, "score": score}
         log.info("%s (%s): %.2f", data.name, data.type, score)
-    kinds = dict.fromkeys(row["type"] for row in rows.values())
-    types = {
-        kind: statistics.fmean(row["score"] for row in rows.values() if row["type"] == kind)
-        for kind in kinds
-    }
+    by_type: dict[str, list[float]] = {}
+    for row in rows.values():
+        by_type.setdefault(row["type"], []).append(row["score"])
+    types = {kind: statistics.fmean(scores) for kind, scores in by_type.items()}
     return {
         **{"unit": "main score x 100", "tasks": rows, "types": types},
         "average": statistics.fmean(row["score"] for row in rows.values()),
@@ -113,14 +115,14 @@ def _score(
                 show_progress_bar=False,
             )
         except (OSError, ImportError, ValueError) as error:
-            said = error_reason(error)
-            raise UserError(f"evaluation.mteb: {task.metadata.name}: {said}") from error
+            reason = error_reason(error)
+            raise UserError(f"{KEY}: {task.metadata.name}: {reason}") from error
     return 100 * float(result.task_results[0].get_score())
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without mteb's warnings of its own use of older names, and of prompts that are no task's."""
+    """Hides mteb's warnings: of its own use of older names, and of prompts that are no task's."""
     logger = logging.getLogger("mteb")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -138,18 +140,19 @@ def quiet() -> Iterator[None]:
 def check_instructions(instructions: Iterable[str]) -> None:
     """Raises UserError for a name that mteb looks up for no task.
 
-    Those are a task, a type of tasks, query or document; each of the first two also with -query or
+    It looks up a task, a type of tasks, query, document, and either of the first two with -query or
     -document behind it.
     """
     for name in instructions:
-        base = next((name.removesuffix(end) for end in ENDINGS if name.endswith(end)), name)
-        if base not in WORDS:
-            neither = "no task of mteb, no type of tasks as STS, not query and not document"
-            task_named(base, "bi.instructions", neither)
+        base, _, side = name.rpartition("-")
+        base = base if side in SIDES and base else name
+        if base not in (*TYPES, *SIDES):
+            missing = "no task of mteb, no type of tasks as STS, not query and not document"
+            task_named(base, "bi.instructions", missing)
 
 
 def prompt_of(encoder: SentenceTransformer, task: TaskMetadata) -> str | None:
-    """What stands before a text of a task whose texts are all alike, as STS: mteb's own choice."""
-    prompts = {name: each for name, each in encoder.prompts.items() if each is not None}
+    """The prompt that mteb chooses for the texts of a task without queries, as STS."""
+    prompts = {name: prompt for name, prompt in encoder.prompts.items() if prompt is not None}
     name = get_prompt_name(prompts, task, None)
     return own_prompt(encoder) if name is None else prompts[name]

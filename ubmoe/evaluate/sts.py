@@ -149,24 +149,24 @@ def sts_tasks(names: Sequence[str]) -> list[AbsTaskSTS]:
     Raises UserError.
     """
     called = local_names([Path(name) for name in names if _is_local(name)])
-    found: dict[str, AbsTaskSTS] = {}
+    tasks: dict[str, AbsTaskSTS] = {}
     for name in names:
         several = [] if name == "tiny" or _is_local(name) else _of_benchmark(name)
         for task in several or [sts_task(name, called.get(Path(name), ""))]:
-            found.setdefault(task.metadata.name, task)
-    return list(found.values())
+            tasks.setdefault(task.metadata.name, task)
+    return list(tasks.values())
 
 
 def _of_benchmark(name: str) -> list[AbsTaskSTS]:
     """The STS tasks of an mteb benchmark; [] of another name. Raises UserError for one without."""
     try:
-        every = benchmark_named(name)
+        tasks = benchmark_named(name)
     except KeyError:
         return []
-    found = [_of_one_set(task) for task in every if isinstance(task, AbsTaskSTS)]
-    if not found:
+    of_sts = [_of_one_set(task) for task in tasks if isinstance(task, AbsTaskSTS)]
+    if not of_sts:
         raise UserError(f"{KEY}: {name} has no STS task; expected a benchmark with some, as eng")
-    return found
+    return of_sts
 
 
 def local_names(paths: Sequence[Path]) -> dict[Path, str]:
