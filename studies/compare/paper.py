@@ -54,7 +54,7 @@ def rows(
 
     shown: the columns; None: all that there are.
     """
-    theirs, ours = _theirs(number, model), by_row(NAMES[number], model, records, seeds)
+    theirs, ours = published_rows(number, model), by_row(NAMES[number], model, records, seeds)
     shown = shown or columns(number, model, records, seeds)
     every = dict.fromkeys((*theirs, *ours))
     body = []
@@ -73,7 +73,10 @@ def _is_base(row: str, runs: list[RunRow]) -> bool:
 def columns(number: int, model: str, records: Records, seeds: Sequence[int]) -> list[str]:
     """Those of the published table, and further ones of ours."""
     ours = run_rows(NAMES[number], model, records, seeds)
-    every: list[Iterable[str]] = [*_theirs(number, model).values(), *(run.cells for run in ours)]
+    every: list[Iterable[str]] = [
+        *published_rows(number, model).values(),
+        *(run.cells for run in ours),
+    ]
     return list(dict.fromkeys(name for row in every for name in row))
 
 
@@ -102,7 +105,7 @@ def misprints(number: int, model: str) -> list[str]:
     ]
 
 
-def _theirs(number: int, model: str) -> dict[str, dict[str, float]]:
+def published_rows(number: int, model: str) -> dict[str, dict[str, float]]:
     table = published("ubmoe")[NAMES[number]]
     published_rows: dict[str, dict[str, float]] = {}
     for row in table["rows"]:
@@ -138,7 +141,7 @@ def notes(kind: str, model: str, records: Records, seeds: Sequence[int]) -> list
     every = all_run_rows(kind, model, records, seeds)
     values: dict[str, dict[str, set[str]]] = {}
     for run in every:
-        for key, value in _settings(run).items():
+        for key, value in settings_of(run).items():
             values.setdefault(run.row, {}).setdefault(key, set()).add(value)
     unlike: dict[str, list[str]] = {}
     for row, keys in values.items():
@@ -168,7 +171,7 @@ def _numbers(run: RunRow) -> set[tuple[str, float]]:
     return {(name, value) for name, value in run.cells.items() if value is not None}
 
 
-def _settings(run: RunRow) -> dict[str, str]:
+def settings_of(run: RunRow) -> dict[str, str]:
     """The settings behind a run's numbers, besides the seed: of its scoring, and of its making."""
     settings: dict[str, str] = {}
     for record in (run.record, *run.beside):

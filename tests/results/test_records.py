@@ -158,6 +158,28 @@ def test_what_compares_runs_says_that_it_needs_a_checkout(verb, tmp_path, monkey
         results.VERBS[verb](config)
 
 
+def test_recorded_runs_stand_beside_a_run_in_a_checkout_alone(tmp_path, monkeypatch):
+    bi = {"attention": "causal", "stages": [{"objective": "simcse", "train": ["ffn"]}]}
+    for seed, average in ((1, 40.0), (2, 44.0), (3, 10.0)):
+        settings = {"seed": seed, "model": {"name": "org/a"}, "bi": bi}
+        if seed == 3:
+            settings["bi"] = bi | {"pooling": "last"}
+        section = {"tasks": {"x": average}, "average": average}
+        path = tmp_path / f"a.sts.seed{seed}.json"
+        path.write_text(json.dumps({"config": settings, "sts": section}))
+    (tmp_path / "run").mkdir()
+    result = json.loads((tmp_path / "a.sts.seed1.json").read_text())
+    result["config"]["bi"]["pooling"] = "mean"
+    (tmp_path / "run" / "sts.json").write_text(json.dumps(result))
+    config = load_config(None, [f"output_dir={tmp_path}/run", f"results.directory={tmp_path}"])
+    [line] = [
+        line for line in results.table(config).splitlines() if " x  " in line and "ffn" in line
+    ]
+    assert line.split() == ["ffn", "causal", "x", "40.00", "42.00", "±2.83", "2"]
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    assert "±" not in results.table(config)
+
+
 SOME = {"config": {"seed": 1, "model": {"name": "a"}, "bi": {"attention": "causal", "stages": []}}}
 
 

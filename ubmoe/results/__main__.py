@@ -15,6 +15,7 @@ from ubmoe.report.tables import model_of
 from ubmoe.results import plan
 from ubmoe.results.records import (
     Records,
+    as_it_ran,
     as_text,
     existing,
     pack,
@@ -26,12 +27,17 @@ from ubmoe.results.records import (
 ROOT = Path(__file__).parents[2]  # of a checkout
 
 
+def in_checkout() -> bool:
+    """Whether studies/compare lies beside the package."""
+    return (ROOT / "studies" / "compare").is_dir()
+
+
 def comparing(module: str) -> Any:
     """A module of studies/compare, which lies beside the package and is not installed.
 
     By its name and only now: the package never imports the studies. Raises UserError.
     """
-    if not (ROOT / "studies" / "compare").is_dir():
+    if not in_checkout():
         raise UserError(
             f"{ROOT / 'studies'}: not there; expected a checkout of the repository, whose studies/ "
             "compares records: the package alone plans, runs, records and shows one run's results"
@@ -42,12 +48,19 @@ def comparing(module: str) -> Any:
 
 
 def table(config: Config) -> str:
-    """A table of the paper from the records; without results.table, what output_dir holds."""
+    """A table of the paper from the records; without results.table, what output_dir holds.
+
+    In a checkout recorded runs with the same settings stand beside it.
+    """
     if config.results.table is not None:
         records = recorded(config)
         shown: str = comparing("paper").text(config.results.table, config, records)
         return shown + no_runs(config, records)
-    parts = [as_text(path, path.stem, read_result(path)) for path in existing(config)]
+    results = {path: read_result(path) for path in existing(config)}
+    parts = [as_text(path, path.stem, result) for path, result in results.items()]
+    if in_checkout():
+        own = {path.stem: as_it_ran(result) for path, result in results.items()}
+        parts += filter(None, [comparing("beside").text(own, recorded(config))])
     figures = sorted(str(path) for path in Path(config.output_dir).glob("*.png"))
     return "\n\n".join([*parts, "\n".join(["figures:", *(f"  {path}" for path in figures)])])
 
