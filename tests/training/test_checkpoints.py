@@ -200,6 +200,20 @@ DAMAGES = {
     "no moments": stored("optimizer.pt", lambda found: found["state"].clear()),
     "other groups": stored("optimizer.pt", lambda found: found["param_groups"].pop()),
     "an empty schedule": stored("scheduler.pt", lambda found: found.clear()),
+    "a schedule of words": stored("scheduler.pt", lambda found: found.update(last_epoch="x")),
+    "a schedule before it": stored("scheduler.pt", lambda found: found.update(last_epoch=-5)),
+    "a far schedule": stored("scheduler.pt", lambda found: found.update(last_epoch=10**9)),
+    "other rates": stored("scheduler.pt", lambda found: found.update(base_lrs=[9.0])),
+    "another rate": stored("optimizer.pt", lambda found: found["param_groups"][0].update(lr=5.0)),
+    "other betas": stored(
+        "optimizer.pt", lambda found: found["param_groups"][0].update(betas=(0.0, 0.0))
+    ),
+    "short random state": stored(
+        "rng_state.pth", lambda found: found.update(cpu=found["cpu"][:5].clone())
+    ),
+    "a key of another version": json_of("trainer_state.json", another=1),
+    "a step with a point": json_of("trainer_state.json", global_step=3.0),
+    "an end of another": json_of("trainer_state.json", max_steps=3),
     "no random state": stored("rng_state.pth", lambda found: found.clear()),
     "a far step": json_of("trainer_state.json", global_step=10**9),
     "a step before": json_of("trainer_state.json", global_step=-5),

@@ -9,7 +9,7 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.optim import Optimizer
+from transformers import TrainerState
 
 from ubmoe import owned
 from ubmoe.bounds import read_json
@@ -43,7 +44,9 @@ FILES = (*NEEDED, "rng_state*.pth", MANIFEST, f".{MANIFEST}*")
 BROKEN = (
     "PytorchStreamReader",
     "mmap can only be used",
+    "RNG state",
 )  # torch's messages for its own damaged files
+KEYS = {key.name for key in fields(TrainerState)}
 STAGE, CHECKPOINT = "stage.json", "checkpoint-"
 NAME = re.compile(rf"{CHECKPOINT}(\d+)", re.ASCII)
 
@@ -162,7 +165,11 @@ def _flaw(checkpoint: Path, model: nn.Module) -> str | None:
         if flaw := _misfit(model, saved):
             return flaw
         state = read_json(checkpoint / STATE)
-        if not step == state["global_step"] <= state["max_steps"]:
+        if not state.keys() <= KEYS:  # or the library fails on it
+            return f"{STATE} is of another version of transformers"
+        asked = read_json(checkpoint.parent / STAGE)["stages"][-1].get("max_steps", -1)
+        is_of_run = asked in (-1, state["max_steps"]) and type(state["global_step"]) is int
+        if not is_of_run or not step == state["global_step"] <= state["max_steps"]:
             return f"{STATE} is of another step"
     count = PartialState().num_processes
     if processes != count and step < state["max_steps"]:
@@ -265,8 +272,8 @@ def check_states(checkpoint: Path, saved: Any, optimizer: Optimizer) -> None:
     looked at.
     """
 
-    def groups(state: dict[str, Any]) -> list[tuple[Any, set[str]]]:
-        return [(group["params"], set(group)) for group in state["param_groups"]]
+    def groups(state: dict[str, Any]) -> list[dict[str, Any]]:  # a schedule has the rate
+        return [group | {"lr": type(group["lr"])} for group in state["param_groups"]]
 
     weights = [value for group in optimizer.param_groups for value in group["params"]]
     adam = isinstance(getattr(optimizer, "optimizer", optimizer), torch.optim.Adam)
@@ -282,4 +289,23 @@ def check_states(checkpoint: Path, saved: Any, optimizer: Optimizer) -> None:
         raise UserError(
             f"{checkpoint}: its optimizer.pt is of other weights than these; remove it, and the "
             "run goes on from the one before"
+        )
+
+
+def check_schedule(checkpoint: Path, saved: Any, optimizer: Any, scheduler: Any) -> None:
+    """Raises UserError for a schedule of other rates or of a later step.
+
+    saved, optimizer: what the `state_dict` of the scheduler and of the optimizer gave.
+    """
+    ours = scheduler.state_dict()
+    most = int(checkpoint.name.removeprefix(CHECKPOINT)) * PartialState().num_processes
+    with readable(checkpoint):
+        rates = [group["lr"] for group in optimizer["param_groups"]]
+        fits = saved.keys() == ours.keys() and saved.get("base_lrs") == ours.get("base_lrs")
+        fits &= type(saved["last_epoch"]) is int and 0 <= saved["last_epoch"] <= most
+        fits &= saved.get("_last_lr", rates) == rates
+    if not fits:
+        raise UserError(
+            f"{checkpoint}: its scheduler.pt is of other rates than these; remove it, and the run "
+            "goes on from the one before"
         )

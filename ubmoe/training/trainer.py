@@ -25,6 +25,7 @@ from ubmoe.training.checkpoints import (
     CHECKPOINT,
     StageRun,
     begin,
+    check_schedule,
     check_states,
     finish_checkpoint,
     load_trainable,
@@ -265,11 +266,13 @@ class GuardedTrainer(Trainer):
             read = partial(torch.load, map_location="cpu", weights_only=True)
             saved = read(Path(checkpoint) / OPTIMIZER_NAME, mmap=True)
             check_states(Path(checkpoint), saved, optimizer)
+            schedule = read(Path(checkpoint) / SCHEDULER_NAME)
+            check_schedule(Path(checkpoint), schedule, saved, scheduler)
             if not self.sharded:
                 super()._load_optimizer_and_scheduler(checkpoint)
                 return
             optimizer.load_state_dict(scattered(saved, optimizer))
-            scheduler.load_state_dict(read(Path(checkpoint) / SCHEDULER_NAME))
+            scheduler.load_state_dict(schedule)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with readable(checkpoint):
