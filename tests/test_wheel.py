@@ -1,6 +1,8 @@
 """A wheel has one program, the scripts and the configs, and works far from any checkout."""
 
+import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -66,7 +68,36 @@ def test_it_answers_where_no_checkout_is(installed):
     done = asked(installed, "encode", "configs/qwen2.5-0.5b.yaml", "sed=1")
     assert done.returncode == 2 and "did you mean seed?" in done.stderr
     done = asked(installed, "results", "plan", "configs/tiny.yaml", "results.table=2")
-    assert done.returncode == 0 and "train_bi.py" in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
+    done = asked(installed, "dp", "tiny")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.endswith("did you mean configs/tiny.yaml?\n"), done.stderr
+
+
+@pytest.mark.slow
+def test_it_measures_and_encodes_to_the_end(installed, tiny_path):
+    short = ["model.device=cpu", "dependence.max_texts=12", "bi.stages.0.max_steps=2"]
+    for command, result in (("dp", "dependence"), ("encode", "sts")):
+        done = asked(installed, command, "configs/tiny.yaml", *short)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == f"runs/tiny/{result}.json\n" and "Traceback" not in done.stderr
+        written = json.loads((installed.parent / "empty" / done.stdout.strip()).read_text())
+        assert written["environment"]["git_commit"] is None  # of no checkout
+
+
+def test_the_commands_of_a_plan_are_those_of_the_wheel(installed):
+    asked_for = ["configs/tiny.yaml", "results.table=2"]
+    plan = asked(installed, "results", "plan", *asked_for).stdout
+    lines = [shlex.split(line) for line in plan.splitlines() if line.startswith("python ")]
+    assert {tuple(line[:3]) for line in lines} == {("python", "-m", "train_bi")}
+    done = subprocess.run(
+        [sys.executable, "-P", *lines[0][1:], "--help"],
+        cwd=installed.parent / "empty",
+        env=os.environ | {"PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and done.stdout.startswith("usage: train_bi.py"), done.stderr
 
 
 def test_another_word_is_one_line(monkeypatch, capsys):

@@ -109,6 +109,15 @@ def test_the_embedded_model_knows_its_facts_and_its_grammar(model, tokenizer):
     assert found["tasks"]["tiny_facts"]["acc"] > 90 < found["tasks"]["tiny_grammar"]["acc"]
 
 
+def test_git_does_not_complain_outside_of_a_repository(
+    model, tokenizer, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    generation.generation_scores(model, tokenizer, settings(limit=2))
+    assert "fatal" not in capfd.readouterr().err
+
+
 def test_facts_have_four_answers_of_one_kind_and_one_right():
     from ubmoe.tiny import language
 

@@ -19,6 +19,7 @@ from ubmoe.config.strict_yaml import parsed
 CHECKOUT = Path(__file__).parents[2] / "configs"
 CONFIGS = CHECKOUT if (CHECKOUT / "tiny.yaml").is_file() else Path(__file__).parents[1] / "configs"
 DEFAULT_CONFIG = CONFIGS / "tiny.yaml"
+EXPECTED_CONFIG = f"expected a YAML file such as configs/{DEFAULT_CONFIG.name}"
 
 
 def shipped(path: str | Path) -> Path:
@@ -124,10 +125,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = parsed(read_text(path))
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}); expected a YAML file such as "
-            f"{DEFAULT_CONFIG.name}"
-        ) from error
+        known = CONFIGS / f"{path.stem}.yaml"
+        expected = f"did you mean configs/{known.name}?" if known.is_file() else EXPECTED_CONFIG
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {expected}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 (byte {error.start}); expected a YAML file") from error
     except (yaml.YAMLError, ValueError) as error:

@@ -15,6 +15,7 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -251,7 +252,7 @@ def warned_once(library: str) -> Iterator[None]:
 
 
 def _evaluated(lm: Any, settings: EvaluationSection) -> dict[str, Any]:
-    import lm_eval
+    from lm_eval import evaluator
     from lm_eval.tasks import TaskManager
 
     asked = settings.generation
@@ -262,16 +263,18 @@ def _evaluated(lm: Any, settings: EvaluationSection) -> dict[str, Any]:
         for task in (tiny_tasks.TASKS if name == "tiny" else [_task_or_name(name, settings.data)])
     ]
     try:
-        results = lm_eval.simple_evaluate(
-            lm,
-            tasks=tasks,
-            num_fewshot=settings.num_fewshot,
-            limit=settings.limit,
-            apply_chat_template=settings.apply_chat_template,
-            task_manager=manager() if theirs else TaskManager(include_defaults=False),
-            bootstrap_iters=0,
-            log_samples=True,
-        )
+        # The result has our own commit, and git prints an error outside of a repository.
+        with patch.object(evaluator, "get_git_commit_hash", return_value=None):
+            results = evaluator.simple_evaluate(
+                lm,
+                tasks=tasks,
+                num_fewshot=settings.num_fewshot,
+                limit=settings.limit,
+                apply_chat_template=settings.apply_chat_template,
+                task_manager=manager() if theirs else TaskManager(include_defaults=False),
+                bootstrap_iters=0,
+                log_samples=True,
+            )
     except (OSError, KeyError, TypeError, ValueError, AssertionError) as error:
         # a data set that is not here, and no network; or a task that is wrong in itself
         reason = error_reason(error)

@@ -107,7 +107,12 @@ class Step:
 
     @property
     def command(self) -> str:
-        return shlex.join(["python", *self.program, self.config_file, *self.keys])
+        """The command line: of a script by its file where that is, else as a wheel's module."""
+        script = Path(self.program[0])
+        program = self.program
+        if script.suffix == ".py" and not script.is_file():
+            program = ("-m", script.stem)
+        return shlex.join(["python", *program, self.config_file, *self.keys])
 
     def state(self) -> str:
         """`there`, with these very settings and of this very model; `other`; or `missing`."""
