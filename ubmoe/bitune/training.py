@@ -12,7 +12,6 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from ubmoe.bitune.model import Bitune
 from ubmoe.config import BituneSection
-from ubmoe.data.padding import batches_by_length
 from ubmoe.data.prompts import Example, batch
 from ubmoe.evaluate.generation import perplexity_of
 from ubmoe.models.digests import digest_of_frozen, digest_of_rows, resume_key
@@ -91,7 +90,10 @@ def train(
 
 
 def perplexity(
-    bitune: Bitune, examples: list[Example], bf16: Setting = False, batch_tokens: int = 8192
+    bitune: Bitune,
+    examples: list[Example],
+    bf16: Setting = False,
+    batch_tokens: int | None = None,
 ) -> dict[str, Any]:
     """Perplexity of the answers' tokens, end tokens included: `generation.perplexity_of`."""
 
@@ -100,8 +102,8 @@ def perplexity(
         device = bitune.decoder.device
         return bitune(**{name: value.to(device) for name, value in inputs.items()})
 
-    batches = batches_by_length(
-        [example.prompt + example.answer for example in examples], batch_tokens
-    )
+    texts = [example.prompt + example.answer for example in examples]
+    tokens = [len(example.answer) for example in examples]
+    head = bitune.decoder.get_output_embeddings()
     with torch.no_grad(), autocast(bf16, bitune.decoder.device):
-        return perplexity_of(predicted, batches, [len(example.answer) for example in examples])
+        return perplexity_of(predicted, texts, tokens, head, batch_tokens)

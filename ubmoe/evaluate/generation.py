@@ -219,9 +219,8 @@ def generation_scores(
 def _by_question(evaluated: dict[str, Any], name: str, metric: str) -> list[float]:
     """A task's main metric of each question, in their order; [] of a group, and of a corpus's."""
     samples = evaluated["samples"].get(name) or []
-    kept = {
-        sample["doc_id"]: sample.get(metric) for sample in reversed(samples)
-    }  # the first filter's
+    # reversed, so that the first filter's value is the one that stays
+    kept = {sample["doc_id"]: sample.get(metric) for sample in reversed(samples)}
     values = [kept[number] for number in sorted(kept)]
     if not all(isinstance(value, int | float) for value in values):
         return []
@@ -344,7 +343,6 @@ def perplexity(
     """
     check_causal(model)
     head: Any = model.get_output_embeddings()
-    batch_tokens = batch_tokens or min(BATCH_TOKENS, LOGITS // head.weight.shape[0])
 
     def predicted(batch: list[int]) -> tuple[Tensor, Tensor]:
         inputs = collate([chats[index] for index in batch])
@@ -352,24 +350,27 @@ def perplexity(
         return losses.predictions(model, head, inputs, inputs.pop("labels"))
 
     tokens = [sum(chat.answer[1:]) for chat in chats]  # nothing predicts a first token
-    batches = batches_by_length([chat.ids for chat in chats], batch_tokens)
     with torch.no_grad(), autocast(bf16, model.device):
-        return perplexity_of(predicted, batches, tokens)
+        return perplexity_of(predicted, [chat.ids for chat in chats], tokens, head, batch_tokens)
 
 
 def perplexity_of(
     predicted: Callable[[list[int]], tuple[Tensor, Tensor]],
-    batches: Sequence[list[int]],
+    texts: list[list[int]],
     tokens: Sequence[int],
+    head: Any,
+    batch_tokens: int | None,
 ) -> dict[str, Any]:
     """A perplexity, its interval, and each text's part of it.
 
     predicted: (M, V) logits and M labels of the texts of a batch, in their order; tokens: labels of
-    each text. `perplexity_interval`: 95 %, by the bootstrap over texts. `answers`: the summed
+    each text; head: what gives V logits; batch_tokens: of a forward, padded; None: as many as
+    `LOGITS` allows. `perplexity_interval`: 95 %, by the bootstrap over texts. `answers`: the summed
     negative log-likelihood of each text, in nats, and its tokens.
     """
     counts, lost = np.array(tokens), np.zeros(len(tokens))
-    for batch in tqdm(batches, desc="perplexity", disable=None, leave=False):
+    most = batch_tokens or min(BATCH_TOKENS, LOGITS // head.weight.shape[0])
+    for batch in tqdm(batches_by_length(texts, most), desc="perplexity", disable=None, leave=False):
         token_losses = cross_entropy(*predicted(batch), reduction="none").cpu()
         lost[batch] = [
             text_losses.sum().item() for text_losses in token_losses.split(counts[batch].tolist())
