@@ -16,17 +16,16 @@ import mteb
 from mteb.abstasks import AbsTask
 from mteb.abstasks.task_metadata import TaskMetadata, TaskType
 from mteb.models.abs_encoder import get_prompt_name
-from mteb.types import PromptType
+from mteb.results import TaskResult
 from sentence_transformers import SentenceTransformer
 
 from ubmoe.config import UserError, error_reason
-from ubmoe.encoder.sentence_encoder import own_prompt
+from ubmoe.encoder.sentence_encoder import SIDES, own_prompt
 from ubmoe.models.precision import Setting, autocast
 
 log = logging.getLogger(__name__)
 KEY = "evaluation.mteb"
 ENGLISH = {"eng": "MTEB(eng, v2)"}
-SIDES = [side.value for side in PromptType]  # query and document
 TYPES = get_args(TaskType)  # as STS and Retrieval
 
 
@@ -105,19 +104,29 @@ def mteb_scores(
 def _score(
     encoder: SentenceTransformer, task: AbsTask, batch_size: int, bf16: Setting = False
 ) -> float:
+    try:
+        result = evaluated(encoder, task, batch_size, bf16)
+    except (OSError, ImportError, ValueError) as error:
+        raise UserError(f"{KEY}: {task.metadata.name}: {error_reason(error)}") from error
+    return 100 * float(result.get_score())
+
+
+def evaluated(
+    encoder: Any, task: AbsTask, batch_size: int, bf16: Setting, **keys: Any
+) -> TaskResult:
+    """mteb's result of a task, without its cache. encoder: a SentenceTransformer, or mteb's wrapper
+    of one with its device; keys: of mteb.evaluate.
+    """
     with quiet(), autocast(bf16, encoder.device):
-        try:
-            result = mteb.evaluate(
-                encoder,
-                task,
-                cache=None,
-                encode_kwargs={"batch_size": batch_size},
-                show_progress_bar=False,
-            )
-        except (OSError, ImportError, ValueError) as error:
-            reason = error_reason(error)
-            raise UserError(f"{KEY}: {task.metadata.name}: {reason}") from error
-    return 100 * float(result.task_results[0].get_score())
+        result = mteb.evaluate(
+            encoder,
+            task,
+            cache=None,
+            encode_kwargs={"batch_size": batch_size},
+            show_progress_bar=False,
+            **keys,
+        )
+    return result.task_results[0]
 
 
 @contextmanager

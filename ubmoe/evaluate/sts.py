@@ -28,8 +28,8 @@ from ubmoe.config import UserError, error_reason, listed
 from ubmoe.data.bad_rows import usable
 from ubmoe.data.rows import GZIPPED, Row, cell, finite_number, is_file, read_rows
 from ubmoe.encoder.sentence_encoder import lengths
-from ubmoe.evaluate.benchmark import ENGLISH, benchmark_named, prompt_of, quiet, task_named
-from ubmoe.models.precision import Setting, autocast
+from ubmoe.evaluate.benchmark import ENGLISH, benchmark_named, evaluated, prompt_of, task_named
+from ubmoe.models.precision import Setting
 from ubmoe.similarity import UNITS
 from ubmoe.tiny import language, sizes
 
@@ -53,22 +53,12 @@ def sts_scores(
     scores, sources, cut, intervals = {}, {}, {}, {}
     for task in tasks:
         cut[task.metadata.name] = truncated_texts(encoder, task)
-        with (
-            quiet(),
-            autocast(bf16, encoder.device),
-            TemporaryDirectory() as folder,
-        ):
+        with TemporaryDirectory() as folder:
             Path(folder, task.metadata.name).parent.mkdir(exist_ok=True, parents=True)  # of a/test
-            result = mteb.evaluate(
-                EachTextOnce(encoder),
-                task,
-                cache=None,
-                encode_kwargs={"batch_size": batch_size},
-                show_progress_bar=False,
-                prediction_folder=folder,
-            )
+            once = EachTextOnce(encoder)
+            result = evaluated(once, task, batch_size, bf16, prediction_folder=folder)
             cosines, gold = _predicted(task, Path(folder))
-        [row] = [row for rows in result.task_results[0].scores.values() for row in rows]
+        [row] = [row for rows in result.scores.values() for row in rows]
         name, score = task.metadata.name, float(row["cosine_spearman"]) * 100
         if not math.isfinite(score):
             raise UserError(f"{KEY}: {name} scores {score}; are its scores all equal?")
@@ -92,6 +82,7 @@ class EachTextOnce(SentenceTransformerEncoderWrapper):
 
     def __init__(self, encoder: SentenceTransformer):
         super().__init__(encoder)
+        self.device = encoder.device
         self._vectors: dict[str, np.ndarray] = {}
 
     def encode(self, inputs: DataLoader, **keys: Any) -> np.ndarray:
@@ -148,10 +139,10 @@ def sts_tasks(names: Sequence[str]) -> list[AbsTaskSTS]:
     A local file is called by its stem; where something else has that name, by its folder, too.
     Raises UserError.
     """
-    called = local_names([Path(name) for name in names if _is_local(name)])
+    called = local_names([Path(name) for name in names if is_file(name)])
     tasks: dict[str, AbsTaskSTS] = {}
     for name in names:
-        several = [] if name == "tiny" or _is_local(name) else _of_benchmark(name)
+        several = [] if name == "tiny" or is_file(name) else _of_benchmark(name)
         for task in several or [sts_task(name, called.get(Path(name), ""))]:
             tasks.setdefault(task.metadata.name, task)
     return list(tasks.values())
@@ -191,10 +182,6 @@ def _without_suffix(path: Path) -> Path:
     return Path(str(path).removesuffix(GZIPPED)).with_suffix("")
 
 
-def _is_local(name: str) -> bool:
-    return is_file(name)
-
-
 def _is_taken(name: str) -> bool:
     """Whether a name means something without any file."""
     with suppress(UserError):
@@ -211,7 +198,7 @@ def sts_task(name: str, called: str = "") -> AbsTaskSTS:
         pairs = language.pairs(sizes.STS_PAIRS, TINY_SEED)
         rows = [pair._asdict() for pair in pairs]
         return local_task("tiny", rows, f"seed {TINY_SEED}")
-    if _is_local(name):
+    if is_file(name):
         path = Path(name)
         rows = read_pairs(path)
         revision = hashlib.sha256(read_bytes(path, DATA)).hexdigest()
