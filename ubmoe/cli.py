@@ -243,6 +243,6 @@ def fail(message: str, status: int = 2) -> None:
         if not (who and status == INTERRUPTED):  # which all processes get at once
             print(f"error{who}: " + " ".join(message.split()), file=sys.stderr)
         sys.stderr.flush()
-    except OSError:  # nobody can be told, and the status says it
+    except OSError:  # nobody reads it, and the status says it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     sys.exit(status)

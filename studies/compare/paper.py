@@ -107,7 +107,7 @@ def misprints(number: int, model: str) -> list[str]:
 
 def published_rows(number: int, model: str) -> dict[str, dict[str, float]]:
     table = published("ubmoe")[NAMES[number]]
-    published_rows: dict[str, dict[str, float]] = {}
+    scores_of: dict[str, dict[str, float]] = {}
     for row in table["rows"]:
         if row["model"] != model:
             continue
@@ -115,10 +115,10 @@ def published_rows(number: int, model: str) -> dict[str, dict[str, float]]:
         if number == 3:
             for place, share in enumerate(SHARES):
                 scores = {bucket: triple[place] for bucket, triple in pairs}
-                published_rows[f"{row['method']}, {share}"] = scores
+                scores_of[f"{row['method']}, {share}"] = scores
         else:
-            published_rows[UBMOE if row["method"] == "ubmoe" else row["method"]] = dict(pairs)
-    return published_rows
+            scores_of[UBMOE if row["method"] == "ubmoe" else row["method"]] = dict(pairs)
+    return scores_of
 
 
 def models() -> list[str]:

@@ -117,12 +117,13 @@ def instruct(encoder: SentenceTransformer, instructions: Mapping[str, str]) -> N
     """
     before = own_prompt(encoder) or ""
     pooling = next((each for each in encoder if isinstance(each, Pooling)), None)
+    plain = encoder.preprocess(["a"], prompt=before) if instructions else {}
     for name, text in instructions.items():
         if pooling is not None and not pooling.include_prompt:
             _check_apart(encoder.tokenizer, before + text, f"bi.instructions.{name}")
         encoder.prompts[name] = before + text
-        read = [encoder.preprocess(["a"], prompt=each) for each in (before, before + text)]
-        if text and "input_ids" in read[0] and read[0]["input_ids"].equal(read[1]["input_ids"]):
+        read = encoder.preprocess(["a"], prompt=before + text)
+        if text and "input_ids" in plain and plain["input_ids"].equal(read["input_ids"]):
             raise UserError(
                 f"bi.instructions.{name}: the encoder's chat template passes it over; expected one "
                 "that renders every message, as train_bi.py saves it"

@@ -184,10 +184,8 @@ def _finish(
     """Write the files beside the weights: tokenizer, the encoder's form and switch, the card."""
     tokenizer.save_pretrained(folder)
     modules = read_json(encoder / MODULES)
-    for name in {
-        *FORM_FILES,
-        *(module["path"] for module in modules[1:]),
-    }:  # a whitening is a third
+    folders = (module["path"] for module in modules[1:])  # a pooling's, and a whitening's
+    for name in {*FORM_FILES, *folders}:
         put = shutil.copytree if (encoder / name).is_dir() else shutil.copy
         put(encoder / name, folder / name)  # type: ignore[operator]
     mask = {"is_causal": encoder_attention(encoder) == "causal"}

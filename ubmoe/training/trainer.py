@@ -199,9 +199,8 @@ class GuardedTrainer(Trainer):
 
     def __init__(self, *arguments: Any, **keys: Any) -> None:
         for argument in (*arguments, *keys.values()):
-            if isinstance(
-                argument, TrainingArguments
-            ):  # many GPUs are for torchrun, not DataParallel
+            if isinstance(argument, TrainingArguments):
+                # many GPUs are for torchrun, not DataParallel
                 argument._n_gpu = min(argument.n_gpu, 1)
         super().__init__(*arguments, **keys)
         self.guard = StopOnBadLoss()
