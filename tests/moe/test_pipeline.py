@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ubmoe.bidirectional import make_bidirectional
 from ubmoe.config import BiSection, load_config
-from ubmoe.encoder.sentence_encoder import as_encoder, save_encoder
+from ubmoe.encoder.sentence_encoder import as_encoder, load_saved, save_encoder
+from ubmoe.evaluate.sts import sts_scores, sts_tasks
 from ubmoe.models import cards
 from ubmoe.models.loading import load_model
 from ubmoe.models.streams import open_weights
@@ -119,6 +120,24 @@ def test_a_mixture_that_nobody_asked_for_is_trained_and_not_kept(encoder, tmp_pa
     assert result["environment"]["model_class"] == "Qwen2MoeForCausalLM"
     assert "route uni: attention causal, verified" in errors
     assert "route bi: attention bidirectional, verified" in errors
+
+
+@pytest.mark.slow
+def test_an_adapter_alone_is_joined_to_nothing_and_trains_no_router(encoder, tmp_path):
+    more = ["ubmoe.export=[adapter]", "ubmoe.rank=128", "ubmoe.objective=both"]
+    given = [*keys(encoder, tmp_path / "run", *more), "evaluation.sts=[tiny]"]
+    code, _, errors = run(*given, script="train_ubmoe.py")
+    assert code == 0, errors
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        *("generation.json", "train_ubmoe.config.yaml", "adapter")
+    }
+    result = json.loads((tmp_path / "run" / "generation.json").read_text())
+    assert result["environment"]["model_class"] == "Qwen2ForCausalLM"
+    assert list(result["generation"]["routes"]) == ["uni"] and "router" not in result["generation"]
+    scored = sts_scores(load_saved(str(encoder), "cpu"), sts_tasks(["tiny"]), 32)
+    [row] = result["sts"]
+    assert row["route"] == "adapter"  # of full rank: nothing of the encoder is lost
+    assert row["tasks"]["tiny"] == pytest.approx(scored["tasks"]["tiny"], abs=0.1)
 
 
 @pytest.fixture(scope="module")

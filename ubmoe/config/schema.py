@@ -521,7 +521,8 @@ class MoeSection(TrainingSection):
         ["learned"], "further routes that are scored beside it, as half, average, uni, bi"
     )
     export: list[Literal["mixture", "modes", "adapter"]] = score_key(
-        ["mixture", "modes"], "what is saved: to <output_dir>/ubmoe, /modes and /adapter"
+        ["mixture", "modes"],
+        "saved to <output_dir>/ubmoe, /modes and /adapter; [adapter] alone trains no router",
     )
     rank: Rank = score_key(16, "of the adapters of export: adapter")
 

@@ -147,14 +147,15 @@ def train_bi(config: Config) -> str:
 def train_ubmoe(config: Config) -> str:
     """The mixture's routers; it is joined tensor by tensor, and loaded once.
 
-    Of a model without a mixture nothing trains: it is the adapter's.
+    For an adapter alone nothing is joined and nothing trains.
     """
     source = ModelSource.of(config.model)
     config = source.within_context(config, "bi", "ubmoe")
     joins = joining.check_joins(source.settings.model_type, config.ubmoe.export)
     settings = config.ubmoe
     chats = _training_rows(config, settings, lambda: _training_chats(settings, source.tokenizer))
-    lengths = _sentence_lengths(config, source) if settings.objective == "both" else []
+    distilled = joins and settings.objective == "both"
+    lengths = _sentence_lengths(config, source) if distilled else []
 
     def plan(config: Config) -> Plan:
         settings, device = config.ubmoe, device_of(config)

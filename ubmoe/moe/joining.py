@@ -222,17 +222,19 @@ def _window(dense: Any, kind: type) -> dict[str, Any]:
 
 
 def check_joins(model_type: str, export: Sequence[str]) -> bool:
-    """Whether models of a type have a mixture. Raises UserError where they have none and one is
-    asked for: an adapter alone needs no other class.
+    """Whether a mixture is made: an adapter alone needs none. Raises UserError for a type of model
+    that has none.
 
     Of Gemma's types Gemma 4 alone has a sparse class, and it normalises values, too.
     """
-    if model_type not in MIXTURES and list(export) != ["adapter"]:
+    if list(export) == ["adapter"]:
+        return False
+    if model_type not in MIXTURES:
         raise UserError(
             f"ubmoe.export: {model_type} has no stock mixture of experts, as {', '.join(MIXTURES)} "
             f"have; got {', '.join(export)}, expected [adapter]"
         )
-    return model_type in MIXTURES
+    return True
 
 
 def check_pair(uni: Weights, bi: Weights) -> None:

@@ -48,7 +48,7 @@ class Inputs:
     sentences: list[str]
     sts: list[AbsTaskSTS]
     counts: dict[str, int]
-    joins: bool = True  # whether a mixture is known for the model's class; else it is left out
+    joins: bool = True  # whether a mixture is made, with routers to train; an adapter needs none
 
     @property
     def encoder(self) -> Path:
@@ -69,7 +69,7 @@ def read(config: Config, source: ModelSource) -> Inputs:
     read_in = read_chats(settings.dataset, tokenizer, settings.max_tokens, settings.max_rows)
     chats, kept = read_in.held_out(settings.held_out, "ubmoe.held_out")
     sentences = []
-    if settings.objective == "both":
+    if joins and settings.objective == "both":
         sentences = sentences_of(settings.sentences, tokenizer, len(chats))
     counts = {"chats": len(chats), "held_out": len(kept), "truncated": read_in.truncated}
     log.info("chats: %s", counts)
@@ -78,7 +78,7 @@ def read(config: Config, source: ModelSource) -> Inputs:
 
 
 def join(config: Config, inputs: Inputs, place: Callable[[str], Path]) -> dict[str, Any]:
-    """Write what `ubmoe.export` names, and the mixture in any case, from the two models' files.
+    """Write what `ubmoe.export` names, and with `modes` the mixture, from the two models' files.
 
     place: where to. Returns the fingerprint of the bi model, and what is to be said of the adapter.
     Raises UserError for models that cannot be joined.
