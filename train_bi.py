@@ -55,9 +55,8 @@ def main(config: Config) -> Path:
         if run.is_main:
             whitened = whitening.whiten(encoder, config, unlabelled)
             save_encoder(encoder, model, tokenizer, config.bi, run.place("bi"))
-            scores = sts_scores(
-                encoder, tasks, config.evaluation.batch_size, config.evaluation.bf16
-            )
+            asked = config.evaluation
+            scores = sts_scores(encoder, tasks, asked.batch_size, asked.bf16, run.partial())
             card.complete(run.place("bi"), config, scores)
             run.section = {"attention": attention_name(model.config)} | scores | parts
             if whitened is not None:

@@ -42,7 +42,7 @@ def main(config: Config) -> Path:
             scores = pipeline.generation_of(config, inputs, model)
             run.section = scores | {"bi_weights": joined.pop("bi_weights")}
             run.more |= joined
-            run.more["sts"] = pipeline.sts_of(config, inputs, model, run.place("adapter"))
+            run.more["sts"] = pipeline.sts_of(config, inputs, model, run)
             record = {"generation": run.section, "sts": run.more["sts"]}
             pipeline.complete_cards(config, inputs, run.place, record)
             if router:

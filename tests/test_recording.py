@@ -11,6 +11,7 @@ from builders import SECTION, random_model, recorded
 from ubmoe import recording as run_recording
 from ubmoe.config import UserError, load_config
 from ubmoe.data.rows import read_texts
+from ubmoe.unfinished import Unfinished
 
 
 def test_what_an_interrupted_run_left_goes_when_the_result_is_there(config):
@@ -25,6 +26,20 @@ def test_what_an_interrupted_run_left_goes_when_the_result_is_there(config):
     assert left.exists()
     recorded(config)
     assert not left.exists() and all(path.exists() for path in theirs)
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_partial_result_is_there_under_resume_auto_alone(config, resume):
+    config = config.model_copy(update={"resume": resume})
+    with run_recording.recording("evaluate", "dependence", config) as run:
+        Unfinished(run.partial(3), {}).save(scores="{}")
+        assert run.partial(3).exists() == (resume == "auto")
+        assert run.partial(3) == run.directory / "dependence.partial-3.npz"
+        theirs = run.partial(4)
+        np.savez(theirs, mine=np.arange(3))
+        assert run.partial(4).exists()
+        run.model = random_model("qwen2")
+    assert theirs.exists() and not (run.directory / "dependence.partial-3.npz").exists()
 
 
 def test_a_result_says_what_its_numbers_depend_on(config):

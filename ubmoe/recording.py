@@ -80,6 +80,15 @@ class Run:
         """Where to write, and read, a model that is `<output_dir>/<name>` once the run is whole."""
         return self.unfinished / name
 
+    def partial(self, number: int = 0) -> Path:
+        """A file that keeps a part of the result until the run is whole; that of an earlier run is
+        there under `resume: auto` alone.
+        """
+        path = self.directory / f"{self.name}.partial-{number}.npz"
+        if self.config.resume != "auto" and is_unfinished(path):
+            path.unlink()
+        return path
+
     def log(self, message: str, *values: object) -> None:
         """A line for the people who watch the run."""
         log.info(message, *values)

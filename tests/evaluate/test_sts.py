@@ -48,6 +48,9 @@ def scores(encoder, *names):
     return evaluate.sts_scores(encoder, [evaluate.sts_task(name) for name in names], 16)
 
 
+SETS = {"one": "", "two": "5\ta\tb\tx\n", "three": "0\tc\td\tx\n"}
+
+
 def pairs_file(tmp_path, name="pairs.tsv", extra=""):
     path = tmp_path / name
     rows = [
@@ -224,3 +227,51 @@ def test_scored_pairs_are_read_from_whatever_holds_them(tmp_path, name):
     assert evaluate.read_pairs(path) == rows
     [task] = evaluate.sts_tasks([str(path)])
     assert task.metadata.name == "pairs"
+
+
+def test_an_interrupted_scoring_goes_on_after_the_last_whole_task(encoders, tmp_path, monkeypatch):
+    files = [pairs_file(tmp_path, f"{name}.tsv", extra) for name, extra in SETS.items()]
+    tasks, partial = evaluate.sts_tasks([str(path) for path in files]), tmp_path / "partial.npz"
+    expected = evaluate.sts_scores(encoders[0], tasks, 16)
+    scored, score = [], evaluate._task_scores
+
+    def until_the_third(encoder, task, *rest):
+        if len(scored) == 2:
+            raise KeyboardInterrupt
+        scored.append(task.metadata.name)
+        return score(encoder, task, *rest)
+
+    monkeypatch.setattr(evaluate, "_task_scores", until_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.sts_scores(encoders[0], tasks, 16, partial=partial)
+    files[0].write_text(files[0].read_text() + "9\tnew\twords\tx\n")
+    tasks = evaluate.sts_tasks([str(path) for path in files])
+    again = []
+    monkeypatch.setattr(
+        evaluate, "_task_scores", lambda *given: again.append(given) or score(*given)
+    )
+
+    def went_on(encoder, **more):
+        again.clear()
+        section = evaluate.sts_scores(encoder, tasks, 16, partial=partial, **more)
+        return section, [task.metadata.name for _, task, *_ in again]
+
+    section, names = went_on(encoders[0])
+    assert scored == ["one", "two"] and names == ["one", "three"]  # one has another row by now
+    assert section["tasks"].pop("one") != expected["tasks"].pop("one")
+    for column in ("tasks", "intervals", "truncated"):
+        assert section[column] == section[column] | {
+            name: expected[column][name] for name in ("two", "three")
+        }
+    assert went_on(encoders[0])[1] == []
+
+    def quick(_, task, *__):
+        row = {"score": 1.0, "interval": [0.0, 2.0], "truncated": 0}
+        return row | {"source": task.metadata.dataset}
+
+    score = quick
+    for other in (encoders[1], encoders[0]):  # each takes the other's place
+        assert went_on(other)[1] == ["one", "two", "three"]
+    assert went_on(encoders[0], route="half")[1] == ["one", "two", "three"]
+    encoders[0].max_seq_length = 5
+    assert went_on(encoders[0], route="half")[1] == ["one", "two", "three"]

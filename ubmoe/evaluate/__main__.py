@@ -29,7 +29,7 @@ def main(config: Config) -> Path:
         if asked.language_model:
             run.more = {"generation": language_model_scores(config, source)}
         encoder = load_encoder(config, source)
-        run.section = sts_scores(encoder, tasks, asked.batch_size, asked.bf16)
+        run.section = sts_scores(encoder, tasks, asked.batch_size, asked.bf16, run.partial())
         if further:
             run.more["mteb"] = mteb_scores(encoder, further, asked.batch_size, asked.bf16)
         run.model = encoder[0].model

@@ -6,6 +6,7 @@ would get the first one's scores: no cache is used, and every run is named by it
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Sequence
 from contextlib import suppress
@@ -29,10 +30,13 @@ from ubmoe.data.bad_rows import usable
 from ubmoe.data.rows import GZIPPED, Row, cell, finite_number, is_file, read_rows
 from ubmoe.encoder.sentence_encoder import lengths
 from ubmoe.evaluate.benchmark import ENGLISH, benchmark_named, evaluated, prompt_of, task_named
-from ubmoe.models.precision import Setting
+from ubmoe.models.digests import digest, digest_of_rows, digest_of_tokenizer, resume_key
+from ubmoe.models.precision import Setting, uses_bfloat16
 from ubmoe.similarity import UNITS
 from ubmoe.tiny import language, sizes
+from ubmoe.unfinished import Unfinished
 
+log = logging.getLogger(__name__)
 TINY_SEED = 2  # of the embedded language
 RESAMPLES = 2000  # of an interval: 10,000 pairs take three seconds
 KEY = "evaluation.sts"
@@ -44,33 +48,73 @@ def sts_scores(
     tasks: list[AbsTaskSTS],
     batch_size: int,
     bf16: Setting = False,
+    partial: Path | None = None,
+    route: str = "",
 ) -> dict[str, Any]:
     """The `sts` section: Spearman correlation of cosines x 100 by task, their average, and sources.
 
     It names its metric and its unit. `intervals`: 95 % of each score, by the bootstrap over its
-    pairs. Raises UserError for a score that is not finite: it is never averaged.
+    pairs. partial: a file that keeps the scores of whole tasks, and whose scores of the same
+    encoder are taken. route: of the encoder, where its weights do not say it. Raises UserError for
+    a score that is not finite: it is never averaged.
     """
-    scores, sources, cut, intervals = {}, {}, {}, {}
+    unfinished = Unfinished(partial, _key(encoder, batch_size, bf16, route) if partial else {})
+    kept = unfinished.load("scores")
+    done: dict[str, Any] = json.loads(str(kept[0])) if kept else {}
     for task in tasks:
-        cut[task.metadata.name] = truncated_texts(encoder, task)
-        with TemporaryDirectory() as folder:
-            Path(folder, task.metadata.name).parent.mkdir(exist_ok=True, parents=True)  # of a/test
-            once = EachTextOnce(encoder)
-            result = evaluated(once, task, batch_size, bf16, prediction_folder=folder)
-            cosines, gold = _predicted(task, Path(folder))
-        [row] = [row for rows in result.scores.values() for row in rows]
-        name, score = task.metadata.name, float(row["cosine_spearman"]) * 100
-        if not math.isfinite(score):
-            raise UserError(f"{KEY}: {name} scores {score}; are its scores all equal?")
-        scores[name] = score
-        intervals[name] = interval(100 * correlations(cosines, gold, RESAMPLES))
-        sources[name] = {**task.metadata.dataset, "subset": row["hf_subset"]}
-    average = sum(scores.values()) / len(scores) if scores else None
+        name, source = task.metadata.name, task.metadata.dataset
+        if done.get(name, {}).get("source", {}).items() >= source.items():
+            log.info("%s: scored already", name)
+            continue
+        done[name] = _task_scores(encoder, task, batch_size, bf16)
+        unfinished.save(scores=json.dumps(done))
+    columns = {
+        column: {task.metadata.name: done[task.metadata.name][column] for task in tasks}
+        for column in ("score", "interval", "source", "truncated")
+    }
+    scores = columns["score"]
     return {
         **UNITS,
-        **{"tasks": scores, "intervals": intervals, "average": average},
-        **{"sources": sources, "truncated": cut},
+        **{"tasks": scores, "intervals": columns["interval"]},
+        "average": sum(scores.values()) / len(scores) if scores else None,
+        **{"sources": columns["source"], "truncated": columns["truncated"]},
         **{"max_tokens": encoder.max_seq_length, "mteb": mteb.__version__},
+    }
+
+
+def _task_scores(
+    encoder: SentenceTransformer, task: AbsTaskSTS, batch_size: int, bf16: Setting
+) -> dict[str, Any]:
+    """Score, interval, source and truncated texts of a task. Raises UserError."""
+    name, cut = task.metadata.name, truncated_texts(encoder, task)
+    with TemporaryDirectory() as folder:
+        Path(folder, name).parent.mkdir(exist_ok=True, parents=True)  # of a/test
+        once = EachTextOnce(encoder)
+        result = evaluated(once, task, batch_size, bf16, prediction_folder=folder)
+        cosines, gold = _predicted(task, Path(folder))
+    [row] = [row for rows in result.scores.values() for row in rows]
+    score = float(row["cosine_spearman"]) * 100
+    if not math.isfinite(score):
+        raise UserError(f"{KEY}: {name} scores {score}; are its scores all equal?")
+    return {
+        "score": score,
+        "interval": interval(100 * correlations(cosines, gold, RESAMPLES)),
+        "source": {**task.metadata.dataset, "subset": row["hf_subset"]},
+        "truncated": cut,
+    }
+
+
+def _key(
+    encoder: SentenceTransformer, batch_size: int, bf16: Setting, route: str
+) -> dict[str, Any]:
+    """All that an encoder's scores depend on, but for the tasks."""
+    form = [str(encoder), encoder.prompts, encoder.default_prompt_name, encoder.max_seq_length]
+    return resume_key(encoder[0].model, digest(encoder.state_dict().items())) | {
+        "form": digest_of_rows([*form, digest_of_tokenizer(encoder.tokenizer)]),
+        "batch_size": batch_size,
+        "bf16": uses_bfloat16(bf16, encoder.device),
+        "route": route,
+        "mteb": mteb.__version__,
     }
 
 

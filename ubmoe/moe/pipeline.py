@@ -30,6 +30,7 @@ from ubmoe.moe.distillation import Distillation
 from ubmoe.moe.export import encoder_attention
 from ubmoe.moe.joining import check_alike, check_joins, check_pair, load_mixture
 from ubmoe.moe.routes import route_of
+from ubmoe.recording import Run
 from ubmoe.similarity import sections
 from ubmoe.training.checkpoints import StageRun
 
@@ -220,26 +221,27 @@ def generation_of(config: Config, inputs: Inputs, model: PreTrainedModel) -> dic
 
 
 def sts_of(
-    config: Config, inputs: Inputs, model: PreTrainedModel, adapter: Path
+    config: Config, inputs: Inputs, model: PreTrainedModel, run: Run
 ) -> list[dict[str, Any]]:
-    """STS of every route under both masks, in the encoder's own form, and of the saved adapter.
-
-    adapter: where this run has saved it, if it has.
-    """
+    """STS of every route under both masks, in the encoder's own form, and of the saved adapter."""
     if not inputs.sts:
         return []
-    encoder, rows, settings = encoder_of(inputs, model), [], config.evaluation
+    rows: list[dict[str, Any]] = []
+
+    def add(encoder: SentenceTransformer, route: str, attention: str) -> None:
+        asked = (config.evaluation.batch_size, config.evaluation.bf16, run.partial(len(rows)))
+        scores = sts_scores(encoder, inputs.sts, *asked, route)
+        rows.append({"route": route, "attention": attention, **scores})
+        log.info("STS, %s, %s: %s", route, attention, scores["average"])
+
+    encoder = encoder_of(inputs, model)
     for attention in ("bidirectional", "causal") if inputs.joins else ():
         set_attention(model, bidirectional=attention == "bidirectional")
         for route in _routes(config):
             with route_of(model, route):
-                scores = sts_scores(encoder, inputs.sts, settings.batch_size, settings.bf16)
-            rows.append({"route": route, "attention": attention, **scores})
-            log.info("STS, %s, %s: %s", route, attention, scores["average"])
+                add(encoder, route, attention)
     set_attention(model, bidirectional=False)
     if "adapter" in config.ubmoe.export:
-        saved = load_saved(str(adapter), str(model.device))
-        scores = sts_scores(saved, inputs.sts, settings.batch_size, settings.bf16)
-        rows.append({"route": "adapter", "attention": inputs.attention, **scores})
-        log.info("STS, the adapter of rank %s: %s", config.ubmoe.rank, scores["average"])
+        saved = load_saved(str(run.place("adapter")), str(model.device))
+        add(saved, "adapter", inputs.attention)
     return rows
