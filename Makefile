@@ -81,7 +81,7 @@ fuzz: .venv/installed
 
 # Pictures of the pages that are redrawn by our own code.
 figures: .venv/installed
-	$(BIN)/python -m ubmoe.report.diagram image/checkpoints.png
+	$(BIN)/python -m studies.compare.diagram image/checkpoints.png
 	$(BIN)/python calculate_dp.py configs/tiny.yaml
 	cp runs/tiny/dependence_map.png image/dp.png
 

@@ -1,6 +1,6 @@
 """The picture at the head of the README: uni, bi, and the three checkpoints that hold both.
 
-python -m ubmoe.report.diagram image/checkpoints.png
+python -m studies.compare.diagram image/checkpoints.png
 """
 
 import sys
