@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from studies.compare.paper import compared, published_rows, settings_of
+from studies.compare.records import Records
 from studies.compare.rows import KINDS, RunRow
 from ubmoe.config import numbered
 from ubmoe.report.tables import aligned
-from ubmoe.results.records import Record, Records
+from ubmoe.results.records import Record
 
 SHOWN = {"sts": ("sts", 2), "generation": ("routes", 4)}  # kinds of rows, the paper's tables
 OWN = "this run"  # no folder of a run has this name

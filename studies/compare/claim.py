@@ -18,6 +18,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from studies.compare.heads import HEADS, head_changes
+from studies.compare.records import Records
 from studies.compare.rows import (
     MASK,
     SINK,
@@ -30,7 +31,6 @@ from studies.compare.rows import (
 )
 from ubmoe.bootstrap import correlations, interval
 from ubmoe.report.figures import PALETTE, blank, styled
-from ubmoe.results.records import Records
 
 MIN_ROWS = (
     8  # for an interval, a run and its control as one: of fewer, many draws hold three or four

@@ -8,9 +8,10 @@ from statistics import geometric_mean
 from typing import Any
 
 from studies.compare.published import published
+from studies.compare.records import Records
 from studies.compare.rows import perplexity_ratio, reads_causally
 from ubmoe.report.figures import PALETTE, blank, plain_ticks, styled
-from ubmoe.results.records import Record, Records
+from ubmoe.results.records import Record
 
 MASKS = {  # in words, by what the section `bi` says: causal or not, some layers, sink kept
     (True, False, False): "causal",

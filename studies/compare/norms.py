@@ -5,9 +5,9 @@ The massive activation that the sink stands on is formed where the first token s
 
 from typing import Any
 
+from studies.compare.records import Records
 from ubmoe.report.figures import PALETTE, blank, styled
 from ubmoe.report.tables import model_of
-from ubmoe.results.records import Records
 
 STYLES: dict[str, tuple[str, Any, float]] = {  # the sink kept lies on the causal line: thin dashes
     "causal": (PALETTE[0], "-", 2.6),

@@ -8,9 +8,9 @@ from types import MappingProxyType
 from typing import Any
 
 from studies.compare.blocks import differences, encoders, probes, scores
+from studies.compare.records import Records, read_benchmarks, recorded
 from ubmoe.config import Config, UserError, with_keys
 from ubmoe.files import replace_all, write_text
-from ubmoe.results.records import Records, read_benchmarks, recorded
 
 PLACES = ("docs/*.md", "studies/*/*.md")  # of pages, beside the README
 BLOCK = re.compile(r"(<!-- (\w+): ([\w.-]+)(?: seeds ([\d ]+))? -->)\n.*?<!-- end -->", re.DOTALL)

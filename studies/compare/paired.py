@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from studies.compare.records import Records
 from studies.compare.rows import (
     SINK,
     RunRow,
@@ -22,7 +23,7 @@ from studies.compare.rows import (
     run_rows,
 )
 from ubmoe.bootstrap import interval, means
-from ubmoe.results.records import Record, Records
+from ubmoe.results.records import Record
 
 BY_SINK = "DP-after by the sink"
 IN_POINTS = ", in points"  # of a task's column

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Sequence
 from statistics import mean
 
 from studies.compare.published import published
+from studies.compare.records import Records, recorded
 from studies.compare.rows import BASE, KINDS, RunRow, all_run_rows, by_row, run_rows
 from ubmoe.config import MADE, SCORED, Config, leaves
 from ubmoe.dependence import SHARES
 from ubmoe.report.tables import aligned, model_of, spread
-from ubmoe.results.records import Records
 
 TITLES = {
     2: "Table 2: STS by what was trained, Spearman x 100",
@@ -23,6 +23,23 @@ NAMES = {2: "sts", 3: "dependence", 4: "generation"}
 UBMOE = "learned, top_k 2, chat"  # what the paper's second row of Table 4 is
 # Columns, by role, that a row has, but of other data than the rows beside it.
 OTHER_DATA = {("bitune", "perplexity"): "other chats"}
+
+
+def table(config: Config) -> str:
+    """The tables of `results.table` from the recorded runs."""
+    records = recorded(config)
+    return text(config.results.table or "all", config, records) + no_runs(config, records)
+
+
+def no_runs(config: Config, records: Records) -> str:
+    """A last line for a table whose columns hold nothing of ours."""
+    model = model_of({"config": config.model_dump()})
+    if any(run.model == model for run in records.by_name.values()):
+        return ""
+    return (
+        f"\n\nno run of {model} is recorded in {config.results.directory}: "
+        "python -m ubmoe.results run, with the same config, makes them"
+    )
 
 
 def text(number: int | str, config: Config, records: Records) -> str:

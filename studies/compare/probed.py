@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+from studies.compare.records import Records
 from studies.compare.rows import all_run_rows, base_first, first_measured, grouped
 from ubmoe.config import leaves
-from ubmoe.results.records import Record, Records
+from ubmoe.results.records import Record
 
 Model = dict[str, Any]  # as a record has it: a label, and a row a task
 

@@ -24,6 +24,7 @@ from studies.compare.paired import (
     by_task,
     differences,
 )
+from studies.compare.records import Records
 from studies.compare.rows import (
     MASK,
     RunRow,
@@ -34,7 +35,6 @@ from studies.compare.rows import (
     settings_key,
 )
 from ubmoe.report.figures import PALETTE, blank, ratio_ticks, styled
-from ubmoe.results.records import Records
 
 GAP = "STS"
 OTHERS = ", other settings "  # and a number, in the name of a further kind

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from studies.compare.records import Records
 from studies.compare.rows import base_first, by_row, measured_of
-from ubmoe.results.records import Records
 
 
 def shifted(model: str, records: Records, seeds: Sequence[int]) -> dict[str, dict[str, Any]]:

@@ -10,9 +10,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from studies.compare.paired import by_sink, texts
+from studies.compare.records import Records
 from studies.compare.rows import RunRow, base_first, controls_of, dependences, reference
 from ubmoe.report.figures import PALETTE, blank, styled
-from ubmoe.results.records import Record, Records
+from ubmoe.results.records import Record
 
 Rows = dict[str, list[RunRow]]
 

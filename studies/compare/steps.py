@@ -9,9 +9,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from studies.compare.paired import differences
+from studies.compare.records import Records
 from studies.compare.rows import MASK, RunRow, common_tasks, reference, run_rows, settings_key
 from ubmoe.report.figures import PALETTE, blank, ratio_ticks, styled
-from ubmoe.results.records import Records
 
 Metrics = dict[str, float]
 STEPS = "max_steps"  # of a stage

@@ -9,10 +9,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.stats import rankdata
 
+from studies.compare.records import Records
 from studies.compare.rows import RunRow, by_row, measured_of, reference
 from studies.compare.sink import change
 from ubmoe.report.figures import SWAPPED, blank, styled, swap_bars
-from ubmoe.results.records import Record, Records
+from ubmoe.results.records import Record
 
 
 @dataclass(frozen=True)

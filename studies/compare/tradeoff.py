@@ -19,6 +19,7 @@ from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
 from studies.compare import claim, fronts, norms, runs, sink, steps, swapped
 from studies.compare.probed import of_context, probings
+from studies.compare.records import Records
 from studies.compare.rows import Cells, RunRow, common_tasks, main_metrics, run_rows
 from studies.compare.shifted import shifted
 from ubmoe import owned
@@ -26,7 +27,6 @@ from ubmoe.config import Config, UserError
 from ubmoe.files import replace_all, save_figure
 from ubmoe.report.figures import blank, context, shift, styled
 from ubmoe.report.tables import model_of
-from ubmoe.results.records import Records
 
 log = logging.getLogger(__name__)
 NO_MIXTURES = ("uni", "bi")  # routes: the two models themselves, forced

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from studies.compare.records import recorded
 from ubmoe.config import UserError, load_config
 from ubmoe.results import packed
-from ubmoe.results.records import pack, recorded, stored
+from ubmoe.results.records import pack, stored
 
 HEAD = {"main": 0.1 + 0.2, "after": 1e-17, "without_first": {"after": 100.0}}
 CONFIG = {

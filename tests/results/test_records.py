@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from builders import ROOT, recorded, run
 
+from studies.compare import records
 from ubmoe.config import UserError, load_config
 from ubmoe.report.tables import TEXT, model_of
 from ubmoe.results import __main__ as results
-from ubmoe.results import records
 from ubmoe.results.__main__ import table
-from ubmoe.results.records import Record, record, without_paths
+from ubmoe.results.records import Record, read_result, record, without_paths
 
 
 def test_a_record_keeps_seeds_apart_and_shows_no_path(tmp_path, config):
@@ -200,4 +200,4 @@ def test_a_record_of_any_json_is_named(tmp_path, config, kind, section):
 def test_a_file_of_any_json_is_no_result(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(UserError, match="x.json: no result"):
-        records.read_result(tmp_path / "x.json")
+        read_result(tmp_path / "x.json")

@@ -11,20 +11,8 @@ from typing import Any
 
 from ubmoe import cli
 from ubmoe.config import Config, UserError
-from ubmoe.report.tables import model_of
 from ubmoe.results import plan
-from ubmoe.results.records import (
-    Records,
-    as_it_ran,
-    as_text,
-    existing,
-    pack,
-    read_result,
-    record,
-    recorded,
-)
-
-ROOT = Path(__file__).parents[2]  # of a checkout
+from ubmoe.results.records import ROOT, as_it_ran, as_text, existing, pack, read_result, record
 
 
 def in_checkout() -> bool:
@@ -47,15 +35,18 @@ def comparing(module: str) -> Any:
     return importlib.import_module(f"studies.compare.{module}")
 
 
+def recorded(config: Config) -> Any:
+    """Every record of `results.directory`."""
+    return comparing("records").recorded(config)
+
+
 def table(config: Config) -> str:
     """A table of the paper from the records; without results.table, what output_dir holds.
 
     In a checkout recorded runs with the same settings stand beside it.
     """
     if config.results.table is not None:
-        records = recorded(config)
-        shown: str = comparing("paper").text(config.results.table, config, records)
-        return shown + no_runs(config, records)
+        return str(comparing("paper").table(config))
     results = {path: read_result(path) for path in existing(config)}
     parts = [as_text(path, path.stem, result) for path, result in results.items()]
     if in_checkout():
@@ -63,17 +54,6 @@ def table(config: Config) -> str:
         parts += filter(None, [comparing("beside").text(own, recorded(config))])
     figures = sorted(str(path) for path in Path(config.output_dir).glob("*.png"))
     return "\n\n".join([*parts, "\n".join(["figures:", *(f"  {path}" for path in figures)])])
-
-
-def no_runs(config: Config, records: Records) -> str:
-    """A last line for a table whose columns hold nothing of ours."""
-    model = model_of({"config": config.model_dump()})
-    if any(run.model == model for run in records.by_name.values()):
-        return ""
-    return (
-        f"\n\nno run of {model} is recorded in {config.results.directory}: "
-        "python -m ubmoe.results run, with the same config, makes them"
-    )
 
 
 def figure(config: Config) -> str:

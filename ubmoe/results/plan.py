@@ -18,12 +18,11 @@ from ubmoe.cli import LIFELINE
 from ubmoe.config import Config, TrainingSection, UserError
 from ubmoe.data.bad_rows import dropping
 from ubmoe.data.rows import read_texts
-from ubmoe.results.records import read_result, record
+from ubmoe.results.records import ROOT, read_result, record
 from ubmoe.results.study import LEFT, Step, as_value, slug, steps
 from ubmoe.staging import locked
 
 log = logging.getLogger(__name__)
-ROOT = Path(__file__).parent.parent.parent  # where the three scripts are
 # Folders of models, of checkpoints and of word vectors.
 LARGE = ("bi", "ubmoe", "modes", "adapter", "bitune", "stages", "routers", "adapters", "vectors")
 

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ KINDS = tuple(TEXT)  # one JSON a program, so that none overwrites another's
 NAME = re.compile(rf"(?P<label>.+)\.(?P<kind>{'|'.join(KINDS)})\.seed(?P<seed>\d+)")
 EXCHANGES = ("swap", "shift")  # between a model and what was tuned from it
 BENCHMARK = "benchmark."
-ROOT = Path(__file__).resolve().parents[2]  # of a checkout
+ROOT = Path(__file__).resolve().parents[2]  # of a checkout, or where a wheel puts the scripts
 
 
 @dataclass(frozen=True)
@@ -69,45 +68,9 @@ class Record:
         return self.data.get("environment", {}).get("weights")
 
 
-class Records:
-    """The records of a folder, in the order of their names."""
-
-    def __init__(self, records: Iterable[Record]) -> None:
-        self.by_name = {
-            record.name: record for record in sorted(records, key=lambda record: record.name)
-        }
-
-    @classmethod
-    def of_names(cls, results: Mapping[str, dict[str, Any]]) -> "Records":
-        return cls(Record.named(name, data) for name, data in results.items())
-
-    def of(self, kind: str, model: str | None = None, label: str | None = None) -> list[Record]:
-        """Those of one result, and of a model or a run where it is named."""
-        return [
-            record
-            for record in self.by_name.values()
-            if record.kind == kind
-            and (model is None or record.model == model)
-            and (label is None or record.label == label)
-        ]
-
-    def beside(self, record: Record, kind: str) -> Record | None:
-        """Another program's record of the same run."""
-        return self.by_name.get(Record(record.label, kind, record.seed, {}).name)
-
-
-def recorded(config: Config) -> Records:
-    """Every record of `results.directory`, a file of its own or packed."""
-    return Records(
-        _checked(place, Record.named(place.stem, as_it_ran(result)))
-        for folder in reversed(_folders(config.results.directory))
-        for place, result in _stored(folder)
-    )
-
-
 def stored(directory: str | Path, name: str) -> dict[str, Any] | None:
-    """The record of this name, as `recorded` finds it; None where there is none."""
-    for folder in _folders(directory):
+    """The record of this name, as `studies.compare.records` finds it; None where there is none."""
+    for folder in folders(directory):
         if (path := folder / f"{name}.json").exists():
             return read_result(path)
         if (result := packed.read(folder).get(name)) is not None:
@@ -115,7 +78,7 @@ def stored(directory: str | Path, name: str) -> dict[str, Any] | None:
     return None
 
 
-def _folders(directory: str | Path) -> list[Path]:
+def folders(directory: str | Path) -> list[Path]:
     """The folder; if it is the checkout's own `results`, behind it those of the studies beside."""
     folder = Path(directory)
     if folder.resolve() != ROOT / "results":
@@ -123,19 +86,11 @@ def _folders(directory: str | Path) -> list[Path]:
     return [folder, *sorted(study for study in (ROOT / "studies").glob("*/") if study.is_dir())]
 
 
-def _stored(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """(its place, result) of each; of packed ones as if each were a file; then those that are."""
-    for name, result in packed.read(folder).items():
-        yield folder / packed.LINES / f"{name}.json", result
-    for path in _loose(folder):
-        yield path, read_result(path)
-
-
-def _loose(folder: Path) -> list[Path]:
+def loose(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.glob("*.json")) if not path.name.startswith(BENCHMARK)]
 
 
-def _checked(path: Path, record: Record) -> Record:
+def checked(path: Path, record: Record) -> Record:
     if not isinstance(record.data.get(record.kind), dict):
         raise UserError(f"{path}: no {record.kind} in it; remove it, and record again")
     as_text(path, record.kind, record.data)
@@ -145,25 +100,16 @@ def _checked(path: Path, record: Record) -> Record:
 def pack(config: Config) -> str:
     """Put the files of `results.directory` into its packed records, and remove them. UserError."""
     folder = Path(config.results.directory)
-    paths = _loose(folder)
+    paths = loose(folder)
     if not paths:
         raise UserError(f"results.directory: {folder} holds no record that is a file of its own")
     results = {path.stem: read_result(path) for path in paths}
     for path in paths:
-        _checked(path, Record.named(path.stem, results[path.stem]))
+        checked(path, Record.named(path.stem, results[path.stem]))
     packed.write(folder, packed.read(folder) | results)
     for path in paths:
         path.unlink()
     return str(folder / packed.LINES)
-
-
-def read_benchmarks(config: Config) -> dict[str, list[dict[str, Any]]]:
-    """The benchmarks of `results.directory` by their names, one for each device."""
-    benchmarks: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted(Path(config.results.directory).glob(f"{BENCHMARK}*.json")):
-        name = path.name.removeprefix(BENCHMARK).partition(".")[0]
-        benchmarks.setdefault(name, []).append(read_result(path, "rows"))
-    return benchmarks
 
 
 def as_text(path: Path, kind: str, result: dict[str, Any]) -> str:

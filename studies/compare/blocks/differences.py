@@ -6,10 +6,10 @@ from typing import Any
 from studies.compare import paired
 from studies.compare.blocks.cells import average_of, noted, score_of
 from studies.compare.heads import HEADS
+from studies.compare.records import Records
 from studies.compare.rows import SINK, by_row, common_tasks
 from studies.compare.shifted import shifted
 from ubmoe.report.tables import part_of_whole
-from ubmoe.results.records import Records
 
 
 def change_block(name: str, records: Records, seeds: Sequence[int]) -> str:

@@ -11,9 +11,10 @@ from typing import Any
 
 from studies.compare.blocks.cells import noted
 from studies.compare.published import published
+from studies.compare.records import Records
 from studies.compare.rows import is_tuned, perplexity_ratio, reads_causally
 from ubmoe.report.tables import family, model_of, spread
-from ubmoe.results.records import Record, Records
+from ubmoe.results.records import Record
 
 SETS = ("STS12", "STS13", "STS14", "STS15", "STS16", "STSB", "SICK-R")
 FILES = {"STSB-test": "STSB", "STSBenchmark": "STSB", "SICK-R-test": "SICK-R"}

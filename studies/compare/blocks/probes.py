@@ -5,8 +5,8 @@ from typing import Any
 
 from studies.compare.probed import probings
 from studies.compare.published import published
+from studies.compare.records import Records
 from ubmoe.report.tables import markdown, probed, probes_caption, probing_rows
-from ubmoe.results.records import Records
 
 # The published column of a task, and where it stands.
 PUBLISHED_PROBES = {

@@ -6,6 +6,7 @@ from typing import Any
 from studies.compare import paper
 from studies.compare.blocks.cells import average_of, measure_of, noted, score_of, task_names
 from studies.compare.published import published
+from studies.compare.records import Records
 from studies.compare.rows import RunRow, base_first, by_row, common_tasks, first_measured
 from ubmoe.report.tables import (
     ROUTES,
@@ -18,7 +19,6 @@ from ubmoe.report.tables import (
     spread,
     variant,
 )
-from ubmoe.results.records import Records
 
 BEST = 12  # patterns of layers of a scan
 

@@ -7,8 +7,8 @@ import pytest
 from builders import ROOT, TEN, encoder, published
 
 from studies.compare import beside
+from studies.compare.records import Records
 from ubmoe.results import packed
-from ubmoe.results.records import Records
 
 TINY = packed.read(ROOT / "studies" / "tiny")
 SEEDS = (0, 1, 2, 3, 4, 42)

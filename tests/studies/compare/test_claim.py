@@ -8,8 +8,8 @@ import pytest
 from builders import MODEL, ROWS, SEEDS, study
 
 from studies.compare import claim
+from studies.compare.records import Records
 from ubmoe.bootstrap import correlations, interval
-from ubmoe.results.records import Records
 
 
 def test_lost_generation_is_the_log_of_the_perplexity_over_the_base():

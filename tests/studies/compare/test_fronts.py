@@ -3,8 +3,9 @@
 import pytest
 
 from studies.compare import fronts, tradeoff
+from studies.compare.records import Records
 from ubmoe.config import load_config
-from ubmoe.results.records import Record, Records
+from ubmoe.results.records import Record
 
 MODEL = "tiny"
 

@@ -6,7 +6,7 @@ from builders import MODEL, SEEDS, causal, measured, shares
 from studies.compare import claim, runs
 from studies.compare.heads import HEADS, MOVED, TOWARDS_LATER, head_changes
 from studies.compare.pages import renewed
-from ubmoe.results.records import Records
+from studies.compare.records import Records
 
 LOSSES = [1.0, 2.0, 3.0, 4.0]
 

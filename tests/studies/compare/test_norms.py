@@ -3,7 +3,8 @@
 import pytest
 
 from studies.compare import norms
-from ubmoe.results.records import Record, Records
+from studies.compare.records import Records
+from ubmoe.results.records import Record
 
 
 def measured(model, name, stages=(), shift=0.0):

@@ -10,9 +10,9 @@ from scipy.stats import t as student
 
 from studies.compare import paired, runs
 from studies.compare.pages import BLOCKS, PLACES, pages, renewed
+from studies.compare.records import Records
 from studies.compare.rows import SINK, run_rows
 from ubmoe.config import UserError, load_config
-from ubmoe.results.records import Records
 
 
 def squeezed(text):

@@ -7,8 +7,8 @@ import pytest
 from builders import MODEL, SEEDS, TOKENS, causal, encoder, measured, scores, shares
 
 from studies.compare import claim, paired, tradeoff
+from studies.compare.records import Records
 from studies.compare.rows import SINK
-from ubmoe.results.records import Records
 
 RNG = np.random.default_rng(0)
 

@@ -3,10 +3,10 @@
 from builders import MODEL, RECORDS, SEEDS, dependence, encoder, scores
 
 from studies.compare import paper
+from studies.compare.records import Records
 from studies.compare.rows import by_row, run_rows
 from ubmoe.config import load_config
 from ubmoe.dependence import SHARES
-from ubmoe.results.records import Records
 
 
 def lines(number, shown=None, records=RECORDS, seeds=SEEDS):

@@ -5,9 +5,9 @@ from builders import MODEL, ROWS, SEEDS, dependence, encoder, study
 
 from studies.compare import tradeoff
 from studies.compare.probed import of_context, probings
+from studies.compare.records import Records
 from ubmoe.config import load_config
 from ubmoe.report.figures import PALETTE, context
-from ubmoe.results.records import Records
 
 CHANCE, KNOWN = [0.5, 0.5, 0.5, 0.5, 0.9], [0.7, 0.7, 0.8, 0.8, 0.95]  # at the five words
 

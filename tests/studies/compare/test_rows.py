@@ -5,6 +5,7 @@ from builders import MODEL, SEEDS, causal, dependence, encoder, scores
 
 from studies.compare import paired, runs, steps, tradeoff
 from studies.compare.pages import renewed
+from studies.compare.records import Records
 from studies.compare.rows import (
     base_first,
     by_row,
@@ -14,7 +15,6 @@ from studies.compare.rows import (
     reference,
     run_rows,
 )
-from ubmoe.results.records import Records
 
 
 def named(records, row):

@@ -9,7 +9,7 @@ from scipy.stats import linregress, ttest_1samp
 from scipy.stats import t as student
 
 from studies.compare import runs
-from ubmoe.results.records import Records
+from studies.compare.records import Records
 
 RNG = np.random.default_rng(4)
 

@@ -5,9 +5,9 @@ import pytest
 from builders import SEEDS
 
 from studies.compare.pages import renewed
+from studies.compare.records import Records
 from studies.compare.shifted import shifted
 from ubmoe.report.figures import SHIFTED, shift
-from ubmoe.results.records import Records
 
 
 def change(value, part=None):

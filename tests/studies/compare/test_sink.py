@@ -8,9 +8,10 @@ from builders import SEEDS
 
 from studies.compare import sink
 from studies.compare.pages import renewed
+from studies.compare.records import Records
 from studies.compare.rows import RunRow
 from ubmoe.report.figures import PALETTE
-from ubmoe.results.records import Record, Records
+from ubmoe.results.records import Record
 
 FULL = {"main": 1.0, "before": 60.0, "first": 20.0}
 

@@ -6,7 +6,7 @@ import pytest
 from builders import MODEL, SEEDS, causal, encoder, measured, shares
 
 from studies.compare import steps
-from ubmoe.results.records import Records
+from studies.compare.records import Records
 
 LOSSES = [1.0, 2.0, 3.0, 4.0]
 

@@ -6,8 +6,8 @@ from builders import SEEDS
 
 from studies.compare import swapped
 from studies.compare.pages import renewed
+from studies.compare.records import Records
 from ubmoe.report.figures import SWAPPED
-from ubmoe.results.records import Records
 
 PUT, BACK = [0.1, 0.4, 0.2, 0.05], [-0.3, -0.1, -0.5, -0.6]
 RISEN = [1.0, 3.0, 2.0, 4.0]

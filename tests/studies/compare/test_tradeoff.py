@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 from studies.compare import tradeoff
+from studies.compare.records import Records
 from ubmoe.config import UserError, load_config
 from ubmoe.files import save_figure
-from ubmoe.results.records import Records
 
 NUMBERS = st.integers(0, 9)
 

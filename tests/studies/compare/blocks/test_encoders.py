@@ -5,7 +5,7 @@ import pytest
 from studies.compare.blocks.encoders import SETS, mask
 from studies.compare.pages import renewed
 from studies.compare.published import published
-from ubmoe.results.records import Records
+from studies.compare.records import Records
 
 FILES = {each: f"data/{each}" for each in SETS} | {"STSB": "STSB-test", "SICK-R": "SICK-R-test"}
 FFN = [{"objective": "simcse", "train": ["ffn"], "lora": None, "max_steps": 40}]
