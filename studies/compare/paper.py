@@ -7,12 +7,13 @@ the published number and the gap stand in brackets. Nothing is averaged over mis
 from collections.abc import Iterable, Sequence
 from statistics import mean
 
+from studies.compare.labels import spread
 from studies.compare.published import published
 from studies.compare.records import Records, recorded
 from studies.compare.rows import BASE, KINDS, RunRow, all_run_rows, by_row, run_rows
 from ubmoe.config import MADE, SCORED, Config, leaves
 from ubmoe.dependence import SHARES
-from ubmoe.report.tables import aligned, model_of, spread
+from ubmoe.report.tables import aligned, model_of
 
 TITLES = {
     2: "Table 2: STS by what was trained, Spearman x 100",

@@ -9,9 +9,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from studies.compare.labels import mixed, variant
 from studies.compare.records import Records
 from ubmoe.dependence import SHARES
-from ubmoe.report.tables import has_collapsed, mixed, trained, variant
+from ubmoe.report.tables import has_collapsed, trained
 from ubmoe.results.records import EXCHANGES, Record
 from ubmoe.similarity import sections
 

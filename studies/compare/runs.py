@@ -34,7 +34,8 @@ from studies.compare.rows import (
     run_rows,
     settings_key,
 )
-from ubmoe.report.figures import PALETTE, blank, ratio_ticks, styled
+from studies.compare.steps import ratio_ticks
+from ubmoe.report.figures import PALETTE, blank, styled
 
 GAP = "STS"
 OTHERS = ", other settings "  # and a number, in the name of a further kind

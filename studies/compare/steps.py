@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from studies.compare.paired import differences
 from studies.compare.records import Records
 from studies.compare.rows import MASK, RunRow, common_tasks, reference, run_rows, settings_key
-from ubmoe.report.figures import PALETTE, blank, ratio_ticks, styled
+from ubmoe.report.figures import PALETTE, blank, styled
 
 Metrics = dict[str, float]
 STEPS = "max_steps"  # of a stage
@@ -141,3 +142,10 @@ def _line(axes: Any, metrics: dict[int, list[Metrics]], what: str, style: dict[s
         for values in values_at.values()
     ]
     axes.plot([*values_at], middle, lw=1.3, **style)
+
+
+def ratio_ticks(axis: Any) -> None:
+    """Ticks of a logarithmic axis at 1, 3, 10 and so on, as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1, 3)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())

@@ -12,7 +12,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from ubmoe.config import FORMS
 
@@ -264,13 +264,6 @@ def _curve(axes: Any, log: list[dict[str, float]], curve: str) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
     if len(CURVES[curve]) > 1:
         axes.legend()
-
-
-def ratio_ticks(axis: Any) -> None:
-    """Ticks of a logarithmic axis at 1, 3, 10 and so on, as plain numbers."""
-    axis.set_major_locator(LogLocator(subs=(1, 3)))
-    axis.set_major_formatter("{x:g}")
-    axis.set_minor_locator(NullLocator())
 
 
 def plain_ticks(axis: Any) -> None:

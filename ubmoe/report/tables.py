@@ -1,7 +1,6 @@
 """Tables of results as text for a terminal, and the names of their rows and cells."""
 
 import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from operator import getitem
@@ -391,28 +390,10 @@ TEXT = {
 }
 
 
-def aligned(rows: list[list[str]]) -> str:
-    """Columns of a terminal, right-aligned."""
-    return _tabulated(rows, "plain")
-
-
-def markdown(rows: list[list[str]]) -> str:
-    """A Markdown table, its first row the header."""
-    return _tabulated(rows, "pipe")
-
-
-def _tabulated(rows: list[list[str]], form: str) -> str:
-    """Every cell as it is, and nothing read as a number."""
+def aligned(rows: list[list[str]], form: str = "plain") -> str:
+    """Right-aligned columns of a terminal, or another form of tabulate's; no cell is a number."""
     right = ["right"] * len(rows[0])
     return tabulate(rows[1:], rows[0], tablefmt=form, disable_numparse=True, colalign=right)
-
-
-def spread(values: list[float]) -> str:
-    """Mean, and with several values their standard deviation (n - 1)."""
-    if not values:
-        return "not run"
-    error = f" ±{statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{error}"
 
 
 def model_of(record: dict[str, Any]) -> str:
@@ -421,34 +402,3 @@ def model_of(record: dict[str, Any]) -> str:
     given = settings.get("adapter") or []
     adapters = [Path(path).name for path in ([given] if isinstance(given, str) else given)]
     return Path(settings["name"]).name + (f" with {' and '.join(adapters)}" if adapters else "")
-
-
-# The forced routes; `uni` and `bi` are the two models themselves, without a mixture.
-ROUTES = {
-    "uni": "base (uni alone)",
-    "bi": "bi alone",
-    "mode": "modes (uni causal, bi bidirectional)",
-    "half": "half of each",
-    "average": "averaged weights",
-}
-
-
-def mixed(record: dict[str, Any], route: str) -> str:
-    """The row of a mixture: a forced route, or how its routers were trained; and a study's name."""
-    settings = record["config"]["ubmoe"]
-    label = ROUTES.get(route, f"learned, top_k {settings['top_k']}, {settings['objective']}")
-    row = record["config"].get("results", {}).get("row")
-    if row and route != "uni":  # a study's own
-        label = f"{label}, {row}"
-    causal = record["generation"]["bi_attention"] == "causal" and route != "uni"
-    return label + (", causally tuned expert" if causal else "")
-
-
-def variant(record: dict[str, Any]) -> str:
-    """Its name in the paper's tables: the baseline has as many parameters at twice the rank."""
-    if row := record["config"].get("results", {}).get("row"):  # a study's own
-        return str(row)
-    settings, variant = record["config"]["bitune"], record["bitune"]["variant"]
-    if settings["max_steps"] == 0:
-        return "pretrained"
-    return "lora rank 16" if variant == "lora" and settings["rank"] == 16 else variant

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 
+from studies.compare.labels import markdown, spread
 from studies.compare.rows import Cells, RunRow
-from ubmoe.report.tables import markdown, spread
 
 
 def score_of(every: Iterable[RunRow], task: str) -> str:

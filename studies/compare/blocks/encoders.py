@@ -10,10 +10,11 @@ from statistics import mean
 from typing import Any
 
 from studies.compare.blocks.cells import noted
+from studies.compare.labels import spread
 from studies.compare.published import published
 from studies.compare.records import Records
 from studies.compare.rows import is_tuned, perplexity_ratio, reads_causally
-from ubmoe.report.tables import family, model_of, spread
+from ubmoe.report.tables import family, model_of
 from ubmoe.results.records import Record
 
 SETS = ("STS12", "STS13", "STS14", "STS15", "STS16", "STSB", "SICK-R")

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
+from studies.compare.labels import markdown
 from studies.compare.probed import probings
 from studies.compare.published import published
 from studies.compare.records import Records
-from ubmoe.report.tables import markdown, probed, probes_caption, probing_rows
+from ubmoe.report.tables import probed, probes_caption, probing_rows
 
 # The published column of a task, and where it stands.
 PUBLISHED_PROBES = {

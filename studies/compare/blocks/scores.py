@@ -5,19 +5,16 @@ from typing import Any
 
 from studies.compare import paper
 from studies.compare.blocks.cells import average_of, measure_of, noted, score_of, task_names
+from studies.compare.labels import ROUTES, markdown, spread, variant
 from studies.compare.published import published
 from studies.compare.records import Records
 from studies.compare.rows import RunRow, base_first, by_row, common_tasks, first_measured
 from ubmoe.report.tables import (
-    ROUTES,
     dependence_caption,
     dependence_rows,
     has_forms,
-    markdown,
     scan_form_rows,
     scan_rows,
-    spread,
-    variant,
 )
 
 BEST = 12  # patterns of layers of a scan
