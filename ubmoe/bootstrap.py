@@ -55,16 +55,6 @@ def correlations(
     return np.concatenate([spearman(count[:, members], values, gold) for count in counts])
 
 
-def gains(mine: np.ndarray, theirs: np.ndarray, gold: np.ndarray) -> np.ndarray:
-    """(RESAMPLES,) of Spearman(mine, gold) - Spearman(theirs, gold), over items drawn anew."""
-    return np.concatenate(
-        [
-            spearman(counts, mine, gold) - spearman(counts, theirs, gold)
-            for counts in draws(len(gold))
-        ]
-    )
-
-
 def draws(items: int, resamples: int | None = None) -> Iterator[np.ndarray]:
     """Counts (draws, items), together `resamples` or RESAMPLES: the same for the same items."""
     total, size = resamples or RESAMPLES, max(1, AT_ONCE // items)

@@ -156,7 +156,7 @@ def test_equal_scores_are_refused(tmp_path, config):
 def test_cosines_that_are_not_finite_are_refused():
     bad = np.full((3, 5), np.nan)
     with pytest.raises(UserError, match="scan: cosines that are not finite"):
-        scan._scores(bad, bad, np.arange(5.0))
+        scan._scores(bad, bad, bad, np.arange(5.0))
 
 
 @pytest.mark.slow

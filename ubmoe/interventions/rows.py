@@ -1,7 +1,7 @@
 """Values of rows; an unfinished run keeps the computed ones."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from tqdm import tqdm
 from ubmoe.unfinished import Unfinished
 
 log = logging.getLogger(__name__)
+Put = Callable[[Sequence[int], np.ndarray], None]
 
 
 class Rows:
@@ -37,24 +38,21 @@ class Rows:
             log.info("resuming, %d rows still to do", len(self.missing()))
 
     @contextmanager
-    def filling(self, tokens: Sequence[int], name: str) -> Iterator["Filling"]:
-        """A progress bar over the tokens of the missing rows; what is complete stays on Ctrl-C."""
+    def filling(self, tokens: Sequence[int], name: str) -> Iterator[Put]:
+        """A progress bar over the tokens of the missing rows; what is complete stays on Ctrl-C.
+
+        Yields what takes the values of rows as they come.
+        """
+
+        def put(rows: Sequence[int], values: np.ndarray) -> None:
+            self.values[..., rows] = values
+            if self.unfinished.is_due():
+                self.save()
+            bar.update(sum(tokens[row] for row in rows))
+
         total = sum(tokens[row] for row in self.missing())
         with (
             tqdm(total=total, desc=name, unit="token", unit_scale=True, disable=None) as bar,
             self.unfinished.kept_on_interrupt(self.save),
         ):
-            yield Filling(self, tokens, bar)
-
-
-class Filling:
-    """Takes the values of rows as they come."""
-
-    def __init__(self, rows: Rows, tokens: Sequence[int], bar: Any) -> None:
-        self.rows, self.tokens, self.bar = rows, tokens, bar
-
-    def put(self, rows: Sequence[int], values: np.ndarray) -> None:
-        self.rows.values[..., rows] = values
-        if self.rows.unfinished.is_due():
-            self.rows.save()
-        self.bar.update(sum(self.tokens[row] for row in rows))
+            yield put

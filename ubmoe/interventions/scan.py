@@ -13,7 +13,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from sentence_transformers.util import batch_to_device
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ubmoe.bootstrap import gains, interval
+from ubmoe.bootstrap import correlations, interval
 from ubmoe.config import BiSection, Config, Form, ScanSection, UserError
 from ubmoe.encoder import whitening
 from ubmoe.encoder.echo import pooled
@@ -65,8 +65,9 @@ def scan(
             _fill(kept, model, encoder, rows, asked, prompt_of(encoder, task.metadata), config)
         form = {"form": bi.form} if settings.forms else {}
         causal = cosines(kept.values[0]) if vectors else kept.values[0]
+        drawn = [correlations(theirs, gold) for theirs in causal]
         scored += [
-            {**form, **_described(pattern, settings), **_scores(values, causal, gold)}
+            {**form, **_described(pattern, settings), **_scores(values, causal, drawn, gold)}
             for pattern, values in zip(asked, kept.values, strict=True)
         ]
     depth = text_config.num_hidden_layers
@@ -114,12 +115,12 @@ def _fill(
     most = encoder.max_seq_length or max(map(max, sizes))
     longest = np.minimum(np.max(sizes, axis=0), most).tolist()
     order = sorted(kept.missing(), key=lambda row: -longest[row])
-    with kept.filling(longest, "scan") as filling:
+    with kept.filling(longest, "scan") as put:
         while order:
             count = max(1, config.scan.batch_tokens // (2 * longest[order[0]]))
             batch, order = order[:count], order[count:]
             texts = [rows[row][side] for side in (0, 1) for row in batch]
-            filling.put(batch, _read(model, encoder, texts, asked, prompt, config))
+            put(batch, _read(model, encoder, texts, asked, prompt, config))
 
 
 def _read(
@@ -169,11 +170,14 @@ def centred(vectors: np.ndarray) -> np.ndarray:
     return np.stack(np.split(weight @ columns + bias[:, None], 2, axis=1))
 
 
-def _scores(values: np.ndarray, causal: np.ndarray, gold: np.ndarray) -> dict[str, Any]:
+def _scores(
+    values: np.ndarray, causal: np.ndarray, drawn: Sequence[np.ndarray], gold: np.ndarray
+) -> dict[str, Any]:
     """By pooling: Spearman x 100, and its gain over the causal model's, with a 95 % interval.
 
-    own: (poolings, pairs) cosines, or (poolings, 2, D, pairs) vectors, which are scored centred,
-    too. causal: (poolings, pairs). Raises UserError for cosines that are not finite.
+    values: (poolings, pairs) cosines, or (poolings, 2, D, pairs) vectors, which are scored centred,
+    too. causal: (poolings, pairs); drawn: its correlations in the draws of the bootstrap. Raises
+    UserError for cosines that are not finite.
     """
     whole = values.ndim > 2
     mine = cosines(values) if whole else values
@@ -182,7 +186,8 @@ def _scores(values: np.ndarray, causal: np.ndarray, gold: np.ndarray) -> dict[st
     result: dict[str, Any] = {}
     for place, (pooling, ours, theirs) in enumerate(zip(POOLING, mine, causal, strict=True)):
         score, base = (_spearman(cosines_of_pairs, gold) for cosines_of_pairs in (ours, theirs))
-        gain = {"gain": score - base, "interval": interval(100 * gains(ours, theirs, gold))}
+        gains = correlations(ours, gold) - drawn[place]
+        gain = {"gain": score - base, "interval": interval(100 * gains)}
         result[pooling] = {"score": score, **gain}
         if whole:
             result[pooling]["centred"] = _spearman(cosines(centred(values[place])), gold)

@@ -56,12 +56,10 @@ def swap(
         kept.load()
     rows, lengths = kept.missing(), [len(chat.ids) for chat in chats]
     ids = [chats[row].ids for row in rows]
-    with kept.filling(lengths, "swap") as filling, autocast(config.evaluation.bf16, base.device):
+    with kept.filling(lengths, "swap") as put, autocast(config.evaluation.bf16, base.device):
         for batch in batches_by_length(ids, config.swap.batch_tokens) if rows else ():
             batch_rows = [rows[place] for place in batch]
-            filling.put(
-                batch_rows, losses(base, encoder, [chats[row] for row in batch_rows], asked)
-            )
+            put(batch_rows, losses(base, encoder, [chats[row] for row in batch_rows], asked))
     counts = np.array([sum(chat.answer[1:]) for chat in chats])  # nothing predicts a first token
     return summary(kept.values, counts)
 
