@@ -183,12 +183,7 @@ def _few_steps(step: Step, count: int) -> list[str] | None:
         "generation": [f"ubmoe.max_steps={count}", "ubmoe.export=[]", *scoring],
         "bitune": [f"bitune.max_steps={count}", "bitune.generation=[]"],
         "dependence": [f"dependence.max_texts={count}"],
-        "evaluation": None,
-        "scan": None,
-        "swap": None,
-        "shift": None,
-        "probing": None,
-    }[step.result]
+    }.get(step.result)
 
 
 def extrapolated(step: Step, result: dict[str, Any]) -> float:

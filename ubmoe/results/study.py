@@ -8,10 +8,9 @@ import hashlib
 import json
 import re
 import shlex
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from functools import cached_property, partial, wraps
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,8 @@ from ubmoe.config import (
     default,
     dump_config,
     leaves,
-    load_config,
     numbered,
+    with_keys,
 )
 from ubmoe.data.inputs import MODEL, READ, inputs
 from ubmoe.files import replace, write_text
@@ -79,13 +78,15 @@ LONGEST = 150  # characters of a row's name
 class Step:
     """One run of one program; `row` names its line in the tables, over the seeds.
 
-    folder: its output_dir. after: the step whose model this one reads; None: it reads the base
-    alone. records: the folder in which its record may be, where its output_dir is gone.
+    settings: what config_file holds. folder: its output_dir. after: the step whose model this one
+    reads; None: it reads the base alone. records: the folder in which its record may be, where its
+    output_dir is gone.
     """
 
     program: tuple[str, ...]
     row: str
     result: str
+    settings: Config = field(compare=False, repr=False)
     config_file: str
     folder: str
     keys: tuple[str, ...]
@@ -94,7 +95,7 @@ class Step:
 
     @cached_property
     def config(self) -> Config:
-        return load_config(self.config_file, list(self.keys))
+        return with_keys(self.settings, list(self.keys))
 
     @property
     def path(self) -> Path:
@@ -171,55 +172,31 @@ class Step:
         return weights == upstream["environment"]["weights"]
 
 
-def _all_or_nothing(planned: Callable[[Config], list[Step]]) -> Callable[[Config], list[Step]]:
-    """Read all rows, or remove the files written for them: the commands name a file."""
-
-    @wraps(planned)
-    def wrapped(config: Config) -> list[Step]:
-        folder = Path(config.output_dir) / "study"
-        missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-        before = {*folder.glob("study-*.yaml")}
-        try:
-            planned_steps = planned(config)
-            for step in planned_steps:
-                _ = step.config  # raises UserError for a key that is none
-        except UserError:
-            for file in {*folder.glob("study-*.yaml")} - before:
-                file.unlink()
-            with suppress(OSError):  # the first one that holds something stays
-                for parent in missing:
-                    parent.rmdir()
-            raise
-        return planned_steps
-
-    return wrapped
-
-
-@_all_or_nothing
 def steps(config: Config) -> list[Step]:
     """The runs of `results.table`, in an order in which each finds what it needs.
 
     They read a file of the study's own, what this program was given; its name holds a digest, so
     that another plan does not change what waiting runs will read.
     """
-    text = dump_config(config.model_copy(update={"results": ResultsSection()}))
+    settings = config.model_copy(update={"results": ResultsSection()})
+    text = dump_config(settings)
     name = f"study-{hashlib.sha256(text.encode()).hexdigest()[:8]}.yaml"
     file = Path(config.output_dir) / "study" / name
     check_within(file.parent)  # no link
-    file.parent.mkdir(parents=True, exist_ok=True)
-    replace(file, partial(write_text, text=text))
     rows = [_row(config, given) for given in config.results.rows]
     seeds = dict.fromkeys(seed for row in rows for seed in row.seeds)
     planned = [
         step
         for seed in seeds
         for step in _steps_of_seed(
-            config, str(file), seed, [row for row in rows if seed in row.seeds]
+            config, settings, str(file), seed, [row for row in rows if seed in row.seeds]
         )
     ]
     _check_apart(planned)
     for step in planned:
-        _check_place(config, step)
+        _check_place(config, step)  # and all of its keys, before anything is written
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace(file, partial(write_text, text=text))
     return planned
 
 
@@ -326,7 +303,7 @@ def as_value(name: str) -> str:
 
 
 def _steps_of_seed(
-    config: Config, config_file: str, seed: int, rows: Sequence[Row]
+    config: Config, settings: Config, file: str, seed: int, rows: Sequence[Row]
 ) -> Iterator[Step]:
     table = config.results.table
 
@@ -336,7 +313,7 @@ def _steps_of_seed(
         given = (f"seed={seed}", f"output_dir={as_value(folder)}", *keys)
         records = config.results.directory
         command = tuple(program.split())
-        return Step(command, name, result, config_file, folder, given, after, records)
+        return Step(command, name, result, settings, file, folder, given, after, records)
 
     encoders: dict[str, Step] = {}
     mixed = {encoder for encoder, _ in MIXTURES.values()}
