@@ -65,6 +65,9 @@ def _not_empty(value: Any) -> Any:
     return value
 
 
+Some = AfterValidator(_not_empty)
+
+
 Bf16 = Literal["auto"] | bool
 MOST = 10**10  # of any number: no count, size or rate is larger, and all arithmetic takes it
 
@@ -293,7 +296,9 @@ class StageSection(TrainingSection):
     """
 
     objective: Literal["simcse", "supervised", "mntp"] = key("simcse", "what the stage learns")
-    train: list[Module] = key(["ffn"], "modules that train; everything else is frozen")
+    train: Annotated[list[Module], Some] = key(
+        ["ffn"], "modules that train; everything else is frozen"
+    )
     lora: LoraSection | None = key(None, "null: the modules themselves train; else their adapters")
     dataset: str = key(
         "tiny",
@@ -333,11 +338,6 @@ class StageSection(TrainingSection):
         "bert", "bert: 80 % masked, 10 % random, 10 % as they were; all: every chosen one masked"
     )
     mask_token: str = key("_", "what stands for a masked token: one token of the vocabulary")
-
-    @field_validator("train")
-    @classmethod
-    def _is_not_empty(cls, value: list[Any]) -> list[Any]:
-        return _not_empty(value)
 
     @model_validator(mode="before")
     @classmethod
@@ -632,32 +632,27 @@ class ProbingSection(Section):
         [], "models to compare, with the first one; empty: model.name under both masks"
     )
     data: str = score_key("tiny", "folder that holds the five tasks' folders, or tiny")
-    tasks: list[Probed] = score_key(
+    tasks: Annotated[list[Probed], Some] = score_key(
         ["context", "aspect", "concreteness", "sensorimotor", "wic"], "which of the five"
     )
-    positions: list[Literal["same", "previous"]] = score_key(
+    positions: Annotated[list[Literal["same", "previous"]], Some] = score_key(
         ["same", "previous"],
         "a word's own tokens, or the ones before, which mntp predicts from; tables and controls "
         "are of the first one",
     )
-    layers: list[int] | None = score_key(
+    layers: Annotated[list[int] | None, Some] = score_key(
         [-1], "layers that are probed, -1: the last; null: all; tables show the first one"
     )
-    probes: list[Literal["linear", "ridge", "mlp"]] = score_key(
+    probes: Annotated[list[Literal["linear", "ridge", "mlp"]], Some] = score_key(
         ["linear", "mlp"], "kinds; ridge where features are about as many as items, or more"
     )
-    seeds: list[Seed] = score_key([0, 1, 2], "of the splits and of the MLPs")
+    seeds: Annotated[list[Seed], Some] = score_key([0, 1, 2], "of the splits and of the MLPs")
     jobs: Positive | None = running_key(None, "tasks that are probed at once; null: one a core")
     controls: bool = score_key(True, "also probe random labels, and words without their sentence")
     max_tokens: Positive = score_key(
         512, "longer sentences are cut; words behind are counted", "tokens"
     )
     batch_tokens: Positive = running_key(8192, "padded tokens of one forward", "tokens")
-
-    @field_validator("tasks", "positions", "layers", "probes", "seeds")
-    @classmethod
-    def _is_not_empty(cls, value: list[Any] | None) -> list[Any] | None:
-        return _not_empty(value)
 
 
 FirstToken = Literal["full", "kept", "removed"]
@@ -804,8 +799,8 @@ class ResultsSection(Section):
         None, "of the paper: 2 STS, 3 dependence, 4 generation; null: `table` shows the run's own"
     )
     row: str = running_key("", "what tables call this run; empty: what it trained")
-    seeds: list[Seed] = running_key([0, 1, 2], "of the study's runs")
-    rows: list[StudyRow] = running_key(
+    seeds: Annotated[list[Seed], Some] = running_key([0, 1, 2], "of the study's runs")
+    rows: Annotated[list[StudyRow], Some] = running_key(
         list(get_args(Table2Row)),
         "of the study: what is trained (ffn causal is a control), or rows of your own",
     )
@@ -819,11 +814,6 @@ class ResultsSection(Section):
         "results",
         "folder of the recorded runs; behind a checkout's own `results`: those in studies/, too",
     )
-
-    @field_validator("seeds", "rows")
-    @classmethod
-    def _is_not_empty(cls, value: list[Any]) -> list[Any]:
-        return _not_empty(value)
 
 
 class TrajectorySection(Section):
