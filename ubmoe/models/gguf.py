@@ -398,17 +398,23 @@ def _splits(file: File, name: str | None) -> Bytes:
     return BYTES[str(name)]
 
 
+def shaped(settings: Any, dtype: torch.dtype, **keys: Any) -> Any:
+    """A causal language model of a config; its numbers are never drawn."""
+    with no_init_weights():
+        model: Any = AutoModelForCausalLM.from_config(
+            settings, dtype=dtype, trust_remote_code=False, **keys
+        )
+    model.tie_weights()
+    return model
+
+
 def model_of(path: Path, settings: Any, dtype: torch.dtype, **keys: Any) -> tuple[Any, Any]:
     """The model of that config, and the names of what it has and the file has not.
 
     keys: further ones of the class. Raises ValueError for a tensor that the class does not have.
     """
     file = open_file(path)
-    with no_init_weights():
-        model: Any = AutoModelForCausalLM.from_config(
-            settings, dtype=dtype, trust_remote_code=False, **keys
-        )
-    model.tie_weights()
+    model = shaped(settings, dtype, **keys)
     kind: Any = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)
     processor = kind(config=model.config.to_dict())
     names = get_gguf_hf_weights_map(model, processor)

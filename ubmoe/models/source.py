@@ -57,7 +57,7 @@ class ModelSource:
             if (file := _gguf_file(given)) is not None:
                 return cls(given, str(file.parent), file, gguf.config_of(file))
             path = _path(given)
-            return cls(given, path, None, AutoConfig.from_pretrained(path, **keywords(given)))
+            return cls(given, path, None, AutoConfig.from_pretrained(path, **_keywords(given)))
 
     def at(self, folder: Path | str) -> "ModelSource":
         """A model of the same run in another folder, loaded alike. Raises UserError."""
@@ -66,7 +66,8 @@ class ModelSource:
 
     @property
     def keywords(self) -> dict[str, Any]:
-        return keywords(self.section)
+        """Further arguments of the libraries, to load a tokenizer or a model."""
+        return _keywords(self.section)
 
     @property
     def attention(self) -> Attention:
@@ -141,11 +142,8 @@ class ModelSource:
         return config
 
 
-def keywords(config: ModelSection) -> dict[str, Any]:
-    """Further arguments of the libraries, to load a tokenizer, a config or a model.
-
-    Without one about remote code transformers would ask on the terminal whether to run it.
-    """
+def _keywords(config: ModelSection) -> dict[str, Any]:
+    """Without one about remote code transformers would ask on the terminal whether to run it."""
     return {"revision": config.revision, "trust_remote_code": False}
 
 
