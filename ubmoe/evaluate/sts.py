@@ -108,8 +108,9 @@ def _key(
     encoder: SentenceTransformer, batch_size: int, bf16: Setting, route: str
 ) -> dict[str, Any]:
     """All that an encoder's scores depend on, but for the tasks."""
+    model: Any = encoder[0].model
     form = [str(encoder), encoder.prompts, encoder.default_prompt_name, encoder.max_seq_length]
-    return resume_key(encoder[0].model, digest(encoder.state_dict().items())) | {
+    return resume_key(model, digest(encoder.state_dict().items())) | {
         "form": digest_of_rows([*form, digest_of_tokenizer(encoder.tokenizer)]),
         "batch_size": batch_size,
         "bf16": uses_bfloat16(bf16, encoder.device),
