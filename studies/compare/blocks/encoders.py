@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from numpy import format_float_scientific
+
 from studies.compare.blocks.cells import noted
 from studies.compare.labels import spread
 from studies.compare.published import published
@@ -40,13 +42,16 @@ def encoders_block(name: str, records: Records, seeds: Sequence[int]) -> str:
             ),
             average([scores_of(record, *SETS) for record in runs]),
             *(spread([one for record in runs for one in costs(record, text)]) for text in COSTS),
+            extra(runs[0]),
             spread([record.data["seconds"] / 60 for record in runs]),
         ]
         for row, runs in sorted(rows.items(), key=lambda item: (item[0][0], is_tuned(item[1][0])))
     ]
     body = [[cell if cell != "not run" else "" for cell in row] for row in body]
     header = ["model", "read as", "tuned", "seeds", *SETS, "average"]
-    return noted([[*header, "LIMA", "WikiText-2", "minutes"], *body, *_published()], [])
+    return noted(
+        [[*header, "LIMA", "WikiText-2", "extra (%)", "minutes"], *body, *_published()], []
+    )
 
 
 def _published() -> list[list[str]]:
@@ -55,7 +60,7 @@ def _published() -> list[list[str]]:
         [
             *(row["model"], row["form"], f"published: {row['source']}", ""),
             *(f"{score:.2f}" for score in row["scores"]),
-            *(f"{mean(row['scores']):.2f}", "", "", ""),
+            *(f"{mean(row['scores']):.2f}", "", "", "", ""),
         ]
         for row in published("sts")["sts"]["rows"]
     ]
@@ -84,12 +89,23 @@ def mask(bi: dict[str, Any]) -> str:
 
 
 def tuned(record: Record) -> str:
-    """The modules, objectives and steps; nothing where nothing was."""
+    """The modules, steps and rates; nothing where nothing was."""
     stages = record.config["bi"]["stages"]
     if not stages:
         return ""
     what = family(record.data).removesuffix(" causal").partition(",")[0]
-    return f"{what}, {' and '.join(str(stage['max_steps']) for stage in stages)} steps"
+    rates = [format_float_scientific(s["learning_rate"], trim="-", exp_digits=1) for s in stages]
+    steps = [f"{s['max_steps']} steps at {rate}" for s, rate in zip(stages, rates, strict=True)]
+    return f"{what}, {' and '.join(steps)}"
+
+
+def extra(record: Record) -> str:
+    """Trained numbers in percent of the model's: what the encoder needs beside it."""
+    stages = record.section.get("stages", [])
+    if not stages:
+        return ""
+    trained = max(sum(stage["trainable"].values()) for stage in stages)
+    return f"{100 * trained / record.data['environment']['parameters']:.1f}"
 
 
 def scores_of(record: Record, *tasks: str) -> list[float]:

@@ -8,7 +8,9 @@ from studies.compare.published import published
 from studies.compare.records import Records
 
 FILES = {each: f"data/{each}" for each in SETS} | {"STSB": "STSB-test", "SICK-R": "SICK-R-test"}
-FFN = [{"objective": "simcse", "train": ["ffn"], "lora": None, "max_steps": 40}]
+FFN = [
+    {"objective": "simcse", "train": ["ffn"], "lora": None, "max_steps": 40, "learning_rate": 5e-5}
+]
 
 
 def point(step, sts, lima):
@@ -20,8 +22,9 @@ def record(scores, stages=(), points=(), seed=0, **bi):
     settings = {"attention": "causal", "form": "eol", "whiten": None, "stages": list(stages)} | bi
     config = {"model": {"name": "small"}, "bi": settings, "seed": seed, "results": {"row": "one"}}
     tasks = {FILES[name]: score for name, score in zip(SETS, scores, strict=False)}
-    section = {"tasks": tasks, "stages": [], "trajectory": list(points)}
-    return {"config": config, "seconds": 90.0, "sts": section}
+    reports = [{"trainable": {"ffn": 30, "attention": 10}} for _ in stages]
+    section = {"tasks": tasks, "stages": reports, "trajectory": list(points)}
+    return {"config": config, "seconds": 90.0, "environment": {"parameters": 160}, "sts": section}
 
 
 def lines(block, *records):
@@ -41,13 +44,20 @@ def test_a_row_has_the_scores_and_the_lost_perplexity_of_its_seeds():
         record([70.0] * 6, whiten={"remove": 1}),
     )
     assert header == [
-        *("model", "read as", "tuned", "seeds", *SETS, "average", "LIMA", "WikiText-2", "minutes")
+        *("model", "read as", "tuned", "seeds", *SETS, "average", "LIMA", "WikiText-2"),
+        *("extra (%)", "minutes"),
     ]
-    assert untouched == ["small", "EOL, causal, centred", "", "", *["70.00"] * 6, *[""] * 4, "1.50"]
-    assert row[:4] == ["small", "EOL, causal", "ffn, 40 steps", "2"]
-    assert row[4:] == [*["81.00 ±1.41"] * 8, "1.08 ±0.04", "1.00 ±0.00", "1.50 ±0.00"]
+    assert untouched == ["small", "EOL, causal, centred", "", "", *["70.00"] * 6, *[""] * 5, "1.50"]
+    assert row[:4] == ["small", "EOL, causal", "ffn, 40 steps at 5e-5", "2"]
+    assert row[4:] == [*["81.00 ±1.41"] * 8, "1.08 ±0.04", "1.00 ±0.00", "25.0", "1.50 ±0.00"]
     assert len(others) == len(published("sts")["sts"]["rows"])
     assert all(other[2].startswith("published: ") for other in others)
+
+
+def test_two_rates_are_two_rows():
+    slow = [FFN[0] | {"learning_rate": 2e-5}]
+    rows = lines("encoders", record([80.0] * 7, FFN), record([82.0] * 7, slow))[2:4]
+    assert [row[2] for row in rows] == ["ffn, 40 steps at 5e-5", "ffn, 40 steps at 2e-5"]
 
 
 def test_published_averages_are_those_that_the_papers_print():
