@@ -118,6 +118,12 @@ def test_git_does_not_complain_outside_of_a_repository(
     assert "fatal" not in capfd.readouterr().err
 
 
+def test_nothing_is_said_of_how_we_call_lm_eval(model, tokenizer, monkeypatch, caplog):
+    monkeypatch.setattr(generation, "WARNED", {})
+    generation.generation_scores(model, tokenizer, settings(limit=2))
+    assert not [each.getMessage() for each in caplog.records if each.name.startswith("lm_eval")]
+
+
 def test_facts_have_four_answers_of_one_kind_and_one_right():
     from ubmoe.tiny import language
 

@@ -4,6 +4,7 @@ import csv
 import gzip
 import itertools
 import json
+import warnings
 
 import numpy as np
 import pyarrow
@@ -87,6 +88,13 @@ def test_a_text_of_several_pairs_is_encoded_once(encoders, tmp_path, monkeypatch
     found = scores(encoders[0], str(path))
     assert found["average"] == pytest.approx(expected, abs=1e-3)
     assert sorted(encoded) == sorted(set(texts))
+
+
+def test_no_warning_of_mtebs_reaches_the_user(encoders, tmp_path):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        scores(encoders[0], str(pairs_file(tmp_path)))
+    assert not [each for each in said if "mteb" in each.filename]
 
 
 def test_the_interval_of_a_score_is_a_slow_bootstraps(encoders, tmp_path):

@@ -177,7 +177,7 @@ def generation_scores(
     if not settings.generation:
         nothing: dict[str, Any] = {name: {} for name in ("tasks", "metrics", "questions", "stderr")}
         return {**nothing, "average": None, **metadata}
-    with redirect_stdout(sys.stderr):
+    with redirect_stdout(sys.stderr), warned_once("lm_eval"):
         if lm is None:
             from ubmoe.evaluate.harness import SharedPrefixLM
 
@@ -188,7 +188,7 @@ def generation_scores(
                 softmax_dtype="float32",  # of logits that autocast made
                 trust_remote_code=False,
             )
-        with autocast(settings.bf16, model.device), warned_once("lm_eval"):
+        with autocast(settings.bf16, model.device):
             evaluated = _evaluated(lm, settings)
     tasks, metrics = {}, {}
     for name in result_names(settings.generation):
@@ -228,16 +228,20 @@ def _by_question(evaluated: dict[str, Any], name: str, metric: str) -> list[floa
 
 
 WARNED: dict[str, logging.LogRecord] = {}  # warnings already shown, by their text
+# What lm-eval warns of in all our runs: a model that is loaded already, and tasks that are objects.
+MEANT = re.compile("`pretrained` model kwarg|Passed an already-initialized|.*Custom kwargs can be")
 
 
 @contextmanager
 def warned_once(library: str) -> Iterator[None]:
-    """A library's warnings, each once a process, whatever its numbers; less is not shown."""
+    """A library's warnings, each once a process, whatever its numbers; none of what is MEANT."""
 
     def once(record: logging.LogRecord) -> bool:
         message = re.sub(r"\d+", "N", record.getMessage())
         ours = record.name.partition(".")[0] == library
-        return not ours or WARNED.setdefault(message, record) is record  # for every handler
+        if not ours or MEANT.match(message):
+            return not ours
+        return WARNED.setdefault(message, record) is record  # for every handler
 
     logger, handlers = logging.getLogger(library), logging.getLogger().handlers[:]
     logger.setLevel(logging.WARNING)

@@ -29,7 +29,14 @@ from ubmoe.config import UserError, error_reason, listed
 from ubmoe.data.bad_rows import usable
 from ubmoe.data.rows import GZIPPED, Row, cell, finite_number, is_file, read_rows
 from ubmoe.encoder.sentence_encoder import lengths
-from ubmoe.evaluate.benchmark import ENGLISH, benchmark_named, evaluated, prompt_of, task_named
+from ubmoe.evaluate.benchmark import (
+    ENGLISH,
+    benchmark_named,
+    evaluated,
+    prompt_of,
+    quiet,
+    task_named,
+)
 from ubmoe.models.digests import digest, digest_of_rows, digest_of_tokenizer, resume_key
 from ubmoe.models.precision import Setting, uses_bfloat16
 from ubmoe.similarity import UNITS
@@ -126,7 +133,8 @@ class EachTextOnce(SentenceTransformerEncoderWrapper):
     """
 
     def __init__(self, encoder: SentenceTransformer):
-        super().__init__(encoder)
+        with quiet():
+            super().__init__(encoder)
         self.device = encoder.device
         self._vectors: dict[str, np.ndarray] = {}
 

@@ -12,6 +12,7 @@ from mteb.abstasks.sts import AbsTaskSTS
 from sentence_transformers import SentenceTransformer
 from transformers import PreTrainedModel
 
+from ubmoe import endings
 from ubmoe.bidirectional import set_attention
 from ubmoe.bounds import expanded
 from ubmoe.config import Config, Route, UserError
@@ -73,7 +74,7 @@ def read(config: Config, source: ModelSource) -> Inputs:
     if joins and settings.objective == "both":
         sentences = sentences_of(settings.sentences, tokenizer, len(chats))
     counts = {"chats": len(chats), "held_out": len(kept), "truncated": read_in.truncated}
-    log.info("chats: %s", counts)
+    log.info("%(chats)d chats, %(held_out)d held out, %(truncated)d truncated", counts)
     counts |= {"dropped": read_in.dropped, "max_tokens": settings.max_tokens}
     return Inputs(source, tuned, attention, chats, kept, sentences, sts, counts, joins)
 
@@ -214,7 +215,8 @@ def generation_of(config: Config, inputs: Inputs, model: PreTrainedModel) -> dic
             scores = generation.generation_scores(model, inputs.source.tokenizer, config.evaluation)
             lost = generation.perplexity(model, inputs.held_out, config.evaluation.bf16)
         routes[route] = scores | lost
-        log.info("route %s: average %s, perplexity %s", route, *map(routes[route].get, LOGGED))
+        for line in endings.scores("generation", {"generation": routes[route]}):
+            log.info("route %s: %s", route, line)
     brief = {route: {name: scores[name] for name in KEPT} for route, scores in routes.items()}
     metadata = {"route": main_route, "attention": "causal", "bi_attention": inputs.attention}
     return routes[main_route] | metadata | {"routes": brief}
@@ -232,7 +234,8 @@ def sts_of(
         asked = (config.evaluation.batch_size, config.evaluation.bf16, run.partial(len(rows)))
         scores = sts_scores(encoder, inputs.sts, *asked, route)
         rows.append({"route": route, "attention": attention, **scores})
-        log.info("STS, %s, %s: %s", route, attention, scores["average"])
+        for line in endings.scores("generation", {"sts": rows[-1:]}):
+            log.info("%s", line)
 
     encoder = encoder_of(inputs, model)
     for attention in ("bidirectional", "causal") if inputs.joins else ():
