@@ -59,13 +59,13 @@ def read_text(path: str | os.PathLike[str], most: int = SMALL) -> str:
     return read_bytes(path, most).decode("utf-8").replace("\r\n", "\n")
 
 
-def read_json(path: str | os.PathLike[str], most: int = METADATA) -> Any:
+def read_json(path: str | os.PathLike[str]) -> Any:
     """A regular file's JSON. Raises OSError, and ValueError where it is none, or nested too deeply.
 
     The one reader of JSON that somebody else may have written.
     """
     try:
-        return json.loads(read_text(path, most))
+        return json.loads(read_text(path, METADATA))
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 

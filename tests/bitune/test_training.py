@@ -79,7 +79,7 @@ def test_a_batch_has_like_lengths_and_every_epoch_its_own_order():
     assert list(sampler) != first
 
 
-def test_perplexity_is_that_of_each_answer_token_alone():
+def test_perplexity_is_that_of_each_answer_token_alone(monkeypatch):
     bitune, lost = tuned(), [0.0] * len(EXAMPLES)
     for number, example in enumerate(EXAMPLES):
         for place, token in enumerate(example.answer):
@@ -89,7 +89,8 @@ def test_perplexity_is_that_of_each_answer_token_alone():
             lost[number] -= logits[-1].log_softmax(-1)[token].item()
     tokens = [len(example.answer) for example in EXAMPLES]
     for budget in (1, 20, 10_000):
-        found = instruct.perplexity(bitune, EXAMPLES, batch_tokens=budget)
+        monkeypatch.setattr("ubmoe.evaluate.generation.BATCH_TOKENS", budget)
+        found = instruct.perplexity(bitune, EXAMPLES)
         assert found["perplexity"] == pytest.approx(math.exp(sum(lost) / sum(tokens)), rel=1e-4)
         assert found["answers"]["losses"] == pytest.approx(lost, abs=1e-3)
         assert found["answers"]["tokens"] == tokens

@@ -226,10 +226,10 @@ def test_a_bidirectional_model_is_refused(tokenizer):
     with pytest.raises(UserError, match="its likelihoods would read the future"):
         generation.generation_scores(model, tokenizer, settings())
     with pytest.raises(UserError, match="its likelihoods would read the future"):
-        generation.perplexity(model, chats, batch_tokens=100)
+        generation.perplexity(model, chats)
 
 
-def test_perplexity_is_that_of_each_answer_token_alone(model, tokenizer):
+def test_perplexity_is_that_of_each_answer_token_alone(model, tokenizer, monkeypatch):
     chats = read_chats("tiny", tokenizer, 200, 12).chats
     losses: list[list[float]] = []
     for chat in chats:
@@ -241,7 +241,8 @@ def test_perplexity_is_that_of_each_answer_token_alone(model, tokenizer):
                 losses[-1].append(-logs[place - 1, chat.ids[place]].item())
     expected = math.exp(sum(map(sum, losses)) / sum(map(len, losses)))
     for budget in (1, 500, 10**6):
-        found = generation.perplexity(model, chats, batch_tokens=budget)
+        monkeypatch.setattr(generation, "BATCH_TOKENS", budget)
+        found = generation.perplexity(model, chats)
         assert found["perplexity"] == pytest.approx(expected, rel=1e-5)
         assert found["answers"]["losses"] == pytest.approx(list(map(sum, losses)), abs=1e-3)
         assert found["answers"]["tokens"] == list(map(len, losses))

@@ -89,12 +89,7 @@ def train(
     return history
 
 
-def perplexity(
-    bitune: Bitune,
-    examples: list[Example],
-    bf16: Setting = False,
-    batch_tokens: int | None = None,
-) -> dict[str, Any]:
+def perplexity(bitune: Bitune, examples: list[Example], bf16: Setting = False) -> dict[str, Any]:
     """Perplexity of the answers' tokens, end tokens included: `generation.perplexity_of`."""
 
     def predicted(chosen: list[int]) -> tuple[Tensor, Tensor]:
@@ -106,4 +101,4 @@ def perplexity(
     tokens = [len(example.answer) for example in examples]
     head = bitune.decoder.get_output_embeddings()
     with torch.no_grad(), autocast(bf16, bitune.decoder.device):
-        return perplexity_of(predicted, texts, tokens, head, batch_tokens)
+        return perplexity_of(predicted, texts, tokens, head)

@@ -174,9 +174,9 @@ def train_stage(
     return report | {"log": history}
 
 
-def truncated(encoder: SentenceTransformer, data: Dataset, most: int = 1000) -> float:
-    """Share of the texts of (at most `most`) rows that the stage's limit cuts, in percent."""
-    texts = [text for column in data.column_names for text in data[column][:most]]
+def truncated(encoder: SentenceTransformer, data: Dataset) -> float:
+    """Share of the texts of at most 1000 rows that the stage's limit cuts, in percent."""
+    texts = [text for column in data.column_names for text in data[column][:1000]]
     limit = encoder.max_seq_length or math.inf
     return 100 * statistics.fmean(length > limit for length in lengths(encoder, texts))
 

@@ -336,14 +336,10 @@ def _main_metric(task: Any, scores: dict[str, float]) -> str:
 
 
 def perplexity(
-    model: PreTrainedModel,
-    chats: Sequence[Chat],
-    bf16: Setting = False,
-    batch_tokens: int | None = None,
+    model: PreTrainedModel, chats: Sequence[Chat], bf16: Setting = False
 ) -> dict[str, Any]:
-    """`perplexity_of` the answers' tokens. Raises UserError for a bidirectional model.
-
-    End tokens are included. batch_tokens: of a forward, padded; None: as many as `LOGITS` allows.
+    """`perplexity_of` the answers' tokens, end tokens included. Raises UserError for a
+    bidirectional model.
     """
     check_causal(model)
     head: Any = model.get_output_embeddings()
@@ -355,7 +351,7 @@ def perplexity(
 
     tokens = [sum(chat.answer[1:]) for chat in chats]  # nothing predicts a first token
     with torch.no_grad(), autocast(bf16, model.device):
-        return perplexity_of(predicted, [chat.ids for chat in chats], tokens, head, batch_tokens)
+        return perplexity_of(predicted, [chat.ids for chat in chats], tokens, head)
 
 
 def perplexity_of(
@@ -363,17 +359,15 @@ def perplexity_of(
     texts: list[list[int]],
     tokens: Sequence[int],
     head: Any,
-    batch_tokens: int | None,
 ) -> dict[str, Any]:
     """A perplexity, its interval, and each text's part of it.
 
     predicted: (M, V) logits and M labels of the texts of a batch, in their order; tokens: labels of
-    each text; head: what gives V logits; batch_tokens: of a forward, padded; None: as many as
-    `LOGITS` allows. `perplexity_interval`: 95 %, by the bootstrap over texts. `answers`: the summed
-    negative log-likelihood of each text, in nats, and its tokens.
+    each text; head: what gives V logits. `perplexity_interval`: 95 %, by the bootstrap over texts.
+    `answers`: the summed negative log-likelihood of each text, in nats, and its tokens.
     """
     counts, lost = np.array(tokens), np.zeros(len(tokens))
-    most = batch_tokens or min(BATCH_TOKENS, LOGITS // head.weight.shape[0])
+    most = min(BATCH_TOKENS, LOGITS // head.weight.shape[0])
     for batch in tqdm(batches_by_length(texts, most), desc="perplexity", disable=None, leave=False):
         token_losses = cross_entropy(*predicted(batch), reduction="none").cpu()
         lost[batch] = [

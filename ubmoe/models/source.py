@@ -76,11 +76,6 @@ class ModelSource:
             return "bidirectional"
         return attention_name(self.settings)
 
-    @property
-    def context(self) -> int | None:
-        """Positions that it was made for, in tokens; None where its config names none."""
-        return context_length(self.settings)
-
     @cached_property
     def digest(self) -> str | None:
         """sha256 of its files; None for a hub model that is not on this machine."""
@@ -104,7 +99,7 @@ class ModelSource:
                 f"model.name: {self.section.name} has no tokenizer; expected tokenizer.json"
             )
         tokens.fit(tokenizer, getattr(self.settings.get_text_config(), "vocab_size", None))
-        context = self.context or tokenizer.model_max_length
+        context = context_length(self.settings) or tokenizer.model_max_length
         tokenizer.model_max_length = min(tokenizer.model_max_length, context)
         return tokenizer
 
@@ -135,7 +130,7 @@ class ModelSource:
         Every program reads its limits through it, so that training, measuring, saving and scoring
         cut at the same place; the log says which were lowered.
         """
-        if context := self.context:
+        if context := context_length(self.settings):
             for name in sections:
                 section = bounded(getattr(config, name), context, name)
                 config = config.model_copy(update={name: section})

@@ -34,15 +34,16 @@ def start_routers(model: PreTrainedModel, seed: int) -> None:
 
 
 MARGIN = 4.0  # logit of uni over bi that the fitted direction aims at: a share of 0.98
+RIDGE = 1e-3  # of the fit, relative to the mean square of the inputs
 
 
 @torch.no_grad()
-def fit_routers(model: PreTrainedModel, batches: list[Tensor], ridge: float = 1e-3) -> None:
+def fit_routers(model: PreTrainedModel, batches: list[Tensor]) -> None:
     """`router_init: uni`: the direction w of least squares with x . w = 1 for the FFN inputs x.
 
     A router has no bias, so a constant preference has to be a direction that all inputs share.
     `batches` are (1, T) token ids; the inputs are those of the uni route. The rows become
-    +-MARGIN / 2 times w; `ridge` is relative to the mean square of the inputs.
+    +-MARGIN / 2 times w.
     """
     sums = [_Moments(block.gate.weight) for block in blocks(model)]
     hooks = [b.register_forward_pre_hook(s) for b, s in zip(blocks(model), sums, strict=True)]
@@ -54,7 +55,7 @@ def fit_routers(model: PreTrainedModel, batches: list[Tensor], ridge: float = 1e
         for hook in hooks:
             hook.remove()
     for block, moments in zip(blocks(model), sums, strict=True):
-        direction = moments.direction(ridge).to(block.gate.weight)
+        direction = moments.direction().to(block.gate.weight)
         block.gate.weight.copy_(torch.stack((direction, -direction)) * MARGIN / 2)
 
 
@@ -71,8 +72,8 @@ class _Moments:
         self.square += states.T @ states
         self.total += states.sum(0)
 
-    def direction(self, ridge: float) -> Tensor:
-        scale = ridge * self.square.trace() / len(self.total)
+    def direction(self) -> Tensor:
+        scale = RIDGE * self.square.trace() / len(self.total)
         return torch.linalg.solve(self.square + scale * torch.eye(len(self.total)), self.total)
 
 

@@ -10,22 +10,17 @@ from collections.abc import Mapping
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 
 from ubmoe.bounds import METADATA, read_text, regular
 from ubmoe.config import UserError, error_reason
 from ubmoe.files import replace_all, write_text
+from ubmoe.unfinished import WRONG
 
 LINES, HEADS = "records.jsonl", "heads.npz"
 SHARED = ("config", "environment")
 Json = dict[str, Any]
-# Raised by a file with other content.
-CONTENT_ERRORS = (
-    *(OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, RecursionError),
-    BadZipFile,
-)
 
 
 def write(folder: Path, records: Mapping[str, Json]) -> None:
@@ -78,7 +73,7 @@ def _read(path: Path, heads: Path, _: tuple[int, ...]) -> dict[str, Json]:
             line = json.loads(text)
             array = arrays[line["name"]] if "heads" in line else None
             records[line["name"]] = _unpacked(line, shared, array)
-    except CONTENT_ERRORS as error:
+    except (*WRONG, TypeError) as error:
         raise UserError(
             f"{path}, line {number}: no packed records ({error_reason(error)}); expected what "
             "python -m ubmoe.results pack wrote, and heads.npz beside it"

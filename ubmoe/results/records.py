@@ -1,13 +1,12 @@
 """Results of runs, and records of them: one file a program, run and seed."""
 
-import json
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ubmoe.bounds import METADATA, read_text
+from ubmoe.bounds import read_json
 from ubmoe.config import MADE, SCORED, Config, UserError, error_reason, leaves, listed
 from ubmoe.files import write_json
 from ubmoe.report.tables import TEXT, model_of
@@ -126,14 +125,14 @@ def as_text(path: Path, kind: str, result: dict[str, Any]) -> str:
 def read_result(path: Path, needed: str = "config") -> dict[str, Any]:
     """Raises UserError for a file that is not a result."""
     try:
-        result = json.loads(read_text(path, METADATA))
+        result = read_json(path)
         if not isinstance(result, dict) or not result.get(needed):
             raise ValueError(f"no {needed} in it")
         if needed == "config":
             _check_config(result["config"])
         if not isinstance(result.get("environment", {}), dict):
             raise ValueError("its environment is no object")
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         said = error_reason(error)
         raise UserError(
             f"{path}: no result ({said}); expected what a run wrote: remove it, and run again"
