@@ -107,9 +107,9 @@ def test_no_mark_is_waited_for(tmp_path, make):
 def test_a_log_that_is_no_file_is_in_the_way(tmp_path, make):
     make(tmp_path / "sts.log")
     with pytest.raises(UserError, match=r"sts.log is in the way"):
-        execute(
-            Step(("train_bi.py",), "a", "sts", str(DEFAULT_CONFIG), "", (f"output_dir={tmp_path}",))
-        )
+        keys = (f"output_dir={tmp_path}",)
+        settings, file = load_config(None), str(DEFAULT_CONFIG)
+        execute(Step(("train_bi.py",), "a", "sts", settings, file, "", keys))
 
 
 def test_a_folder_without_a_model_is_not_read_through(tmp_path):
