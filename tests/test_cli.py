@@ -104,6 +104,20 @@ def test_help_and_bad_arguments(monkeypatch, capsys):
     )
     code, _, errors = outcome(monkeypatch, capsys, arguments=["sed=1"])
     assert code == 2 and "did you mean seed?" in errors
+    code, _, errors = outcome(monkeypatch, capsys, arguments=["seed", "1"])
+    assert code == 2 and "got 2 config files (seed, 1), expected one; a key is given as" in errors
+
+
+def test_a_line_of_the_hubs_library_is_said_once():
+    code = (
+        "from ubmoe import cli\n"
+        "def main(config):\n"
+        "    from huggingface_hub.utils import logging\n"
+        "    logging.get_logger('huggingface_hub.utils').warning('Retrying in 1s')\n"
+        "cli.run('program', 'Purpose.', main)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr.count("Retrying in 1s")) == (0, 1), done.stderr
 
 
 def test_a_dry_run_is_refused_where_there_is_none_and_never_runs(monkeypatch, capsys):
@@ -120,6 +134,7 @@ def test_a_program_of_several_verbs_names_them(monkeypatch, capsys):
         code, output, errors = outcome(monkeypatch, capsys, arguments=arguments, main=verbs)
         assert (code, output) == (2, "")
         assert "expected program plan|run [CONFIG] [key=value ...]" in errors
+        assert (f"got {arguments[0]!r} first" if arguments else "got nothing first") in errors
     code, output, _ = outcome(monkeypatch, capsys, arguments=["--help"], main=verbs)
     assert code == 0 and output.startswith("usage: program plan|run [CONFIG] [key=value ...]")
     code, _, errors = outcome(

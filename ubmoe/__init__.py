@@ -151,7 +151,7 @@ def load(directory: str, route: Route | None = None, **settings: Any) -> PreTrai
     >>> ubmoe.load("no/such/model")
     Traceback (most recent call last):
     ubmoe.config.errors.UserError: model.name: no/such/model is no directory; expected a model \
-directory, a hub id, or tiny
+directory, a hub id, a .gguf file, or tiny
     """
     from ubmoe.config import validated
     from ubmoe.models.loading import load_model

@@ -57,6 +57,7 @@ def run(
     with in_one_line(lower):
         logging.basicConfig(stream=sys.stderr, format="%(message)s")
         logging.getLogger("ubmoe").setLevel(logging.INFO)
+        logging.getLogger("huggingface_hub").propagate = False  # it prints its lines itself
         _check_environment()
         arguments = sys.argv[1:]
         called = sys.argv[0] if sys.argv[0].startswith("ubmoe ") else name
@@ -165,10 +166,10 @@ def _called(
 ) -> Path | str | None:
     """The program's result, its dry run, or the whole configuration that it would have."""
     if not callable(main):
-        verb = arguments[0] if arguments else "nothing"
+        verb = arguments[0] if arguments else ""
         if verb not in main:
             raise UserError(
-                f"command line: got {verb!r} first; expected {name} "
+                f"command line: got {repr(verb) if verb else 'nothing'} first; expected {name} "
                 f"{'|'.join(main)} [CONFIG] [key=value ...]"
             )
         main, arguments = main[verb], arguments[1:]
@@ -220,7 +221,8 @@ def parse(arguments: list[str]) -> Config:
     paths = [text for text in arguments if "=" not in text and not text.startswith("-")]
     if len(paths) > 1:
         raise UserError(
-            f"command line: got {len(paths)} config files ({', '.join(paths)}), expected one"
+            f"command line: got {len(paths)} config files ({', '.join(paths)}), expected one; "
+            "a key is given as key=value, such as seed=1"
         )
     return load_config(
         paths[0] if paths else None, [text for text in arguments if text not in paths]

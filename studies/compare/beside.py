@@ -28,9 +28,11 @@ def text(results: Mapping[str, dict[str, Any]], records: Records) -> str:
     if not rows:
         return ""
     header = ["", "", "this run", "recorded", "seeds"]
+    published = any("(" in row[3] for row in rows)
+    brackets = " (published, recorded minus published)" if published else ""
     return (
-        "Beside recorded runs with the same settings: mean ± standard deviation over seeds "
-        f"(published, recorded minus published).\n{aligned([header, *rows])}"
+        "Beside recorded runs with the same settings: mean ± standard deviation over seeds"
+        f"{brackets}.\n{aligned([header, *rows])}"
     )
 
 

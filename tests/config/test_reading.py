@@ -173,6 +173,7 @@ def test_help_lists_every_key_with_type_default_unit_and_meaning():
         assert f"\n  {name}: " in text
         assert field.description and f"      {field.description}" in text
     assert "dependence.max_tokens: int = 2048 [tokens]" in text
+    assert '\n  bitune.template: text | null = "Question: {prompt}\\n\\nAnswer:"\n' in text
     assert "Undefined" not in text and "\n  probing.models.N.name: text\n" in text
 
 
@@ -219,7 +220,10 @@ def test_an_override_leaves_unsaid_keys_to_their_objective(tmp_path):
     assert load_config(path).bi.stages[0].max_tokens == 128
     whole = load_config(path, ["bi.stages=[{}, {}]", "bi.stages.1.lora.rank=5"]).bi.stages
     assert whole[0].lora is None and whole[1].lora.rank == 5
-    assert "bi.stages.2.lora.rank: unknown key" in problem(path, "bi.stages.2.lora.rank=1")
+    said = "bi.stages.2.lora.rank: unknown key; the last item of bi.stages is 0"
+    assert said in problem(path, "bi.stages.2.lora.rank=1")
+    said = "unknown key; bi.stages has no items"
+    assert said in problem(written(tmp_path, "bi: {stages: []}"), "bi.stages.0.lora.rank=1")
     found = problem(path, "results.rows.0.keys=[]")
     assert "results.rows.0: got 'base', expected a section of keys" in found
 

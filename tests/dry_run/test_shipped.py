@@ -73,6 +73,12 @@ def test_a_shipped_config_is_answered_without_a_hub(script, said):
     assert "ubmoe-shape" not in output
 
 
+def test_steps_are_those_of_the_devices_that_are_asked_about():
+    keys = ["model.device=cpu", "dry_run=8", "bi.stages.0.max_steps=-1"]
+    output = programs.train_bi(load_config(ROOT / "configs" / "qwen2.5-0.5b.yaml", keys))
+    assert "39 steps of 64 on each of 8 devices, 20000 rows" in output  # 2500 rows on each
+
+
 def test_rows_of_a_file_are_counted_and_none_is_longer_than_counted(tmp_path, tiny_path):
     """With a model that is here the same rows are read; its step is no larger."""
     path = tmp_path / "sentences.txt"

@@ -59,6 +59,7 @@ def test_the_code_of_the_card_gives_the_vectors(tiny_path, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path / "bi")
     expected = encoder.encode(TEXTS, convert_to_tensor=True)
     stock, plain = blocks(tmp_path / "bi")
+    assert not any(empty in plain for empty in ('("" +', '+ "")', "+ []"))
     for code in (stock, plain):
         names = {}
         exec(code, names)

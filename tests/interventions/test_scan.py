@@ -146,6 +146,17 @@ def test_a_file_that_is_not_whole_is_said(asked, tmp_path, caplog):
     assert "not whole, or of an older version; starting afresh" in caplog.text
 
 
+def test_pairs_that_cannot_be_had_are_blamed_on_their_key(asked, monkeypatch):
+    task = sts_task(asked.scan.pairs)
+
+    def unreachable():
+        raise ConnectionError("Couldn't reach 'some/pairs' on the Hub")
+
+    monkeypatch.setattr(task, "load_data", unreachable)
+    with pytest.raises(UserError, match="^scan.pairs: some cannot be loaded .Couldn't reach"):
+        scan.pairs(task, asked.scan)
+
+
 def test_equal_scores_are_refused(tmp_path, config):
     path = tmp_path / "equal.tsv"
     path.write_text("score\tsentence1\tsentence2\n" + "1\ta\tb\n" * 5)

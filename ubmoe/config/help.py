@@ -1,5 +1,6 @@
 """The text of --help: the keys of a program, or every key of the schema."""
 
+import json
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -62,8 +63,9 @@ def help_text(
     shown = of_program if sections else every
     lines = [f"usage: {said}{verb} [CONFIG] [key=value ...] [--show-config]", "", purpose, ""]
     lines += [
-        f"CONFIG is a YAML file (default configs/{DEFAULT_CONFIG.name}); its key `base` names the",
-        "file, from its own folder, whose keys it changes. --show-config prints all of them.",
+        f"CONFIG is a YAML file (default configs/{DEFAULT_CONFIG.name}). It may name another file,",
+        "relative to itself, as its `base`, and hold only the keys that differ from it.",
+        "--show-config prints every key with the value that a run would have.",
         "Keys, with defaults:",
         "",
     ]
@@ -89,4 +91,6 @@ def _key_lines(name: str, field: FieldInfo) -> list[str]:
 
 def _default(field: FieldInfo) -> Any:
     default = field.get_default(call_default_factory=True)
+    if isinstance(default, str) and "\n" in default:
+        return json.dumps(default)  # as YAML has it, in one line
     return "null" if default is None else default if default != "" else "''"

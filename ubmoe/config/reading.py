@@ -169,13 +169,13 @@ def _override(tree: dict[str, Any], text: str) -> str | None:
         if isinstance(node, dict) and node.get(part) is None:
             node[part] = deepcopy(default) if isinstance(default, list) else {}
         if (slot := _slot(node, part)) is None:
-            return f"{name}: unknown key; {_nearest(name)}"
+            return f"{name}: unknown key; {_known(name, node, parents[: place - 1])}"
         node = node[slot]
         if not isinstance(node, dict | list):
             expected = "a list" if isinstance(default, list) else "a section of keys"
             return f"{'.'.join(parents[:place])}: got {shown(node)}, expected {expected}"
     if (slot := _slot(node, last) if isinstance(node, list) else last) is None:
-        return f"{name}: unknown key; {_nearest(name)}"
+        return f"{name}: unknown key; {_known(name, node, parents)}"
     node[slot] = value
     return None
 
@@ -270,6 +270,14 @@ MOVED = {
     "results.action": "it is a word now: python -m ubmoe.results plan, run, table, figure, record, "
     "readme or prefetch, then CONFIG and keys",
 }
+
+
+def _known(name: str, node: Any, parents: Sequence[str]) -> str:
+    """What there is in place of an unknown key, or of an unknown item of a list."""
+    if not isinstance(node, list):
+        return _nearest(name)
+    where = ".".join(parents)
+    return f"the last item of {where} is {len(node) - 1}" if node else f"{where} has no items"
 
 
 def _nearest(name: str) -> str:

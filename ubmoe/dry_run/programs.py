@@ -127,7 +127,7 @@ def train_bi(config: Config) -> str:
                 shards = _shards(config, stage.lora is None)
                 needed = memory.of_training(tuned, stage, step, dropout, casts, shards)
             trained.append(f"stage {number} ({stage.objective}) trains {said}")
-            work.append(f"stage {number}: {_steps(stage, len(rows))}")
+            work.append(f"stage {number}: {_steps(config, stage, len(rows))}")
             most = max(most, needed, key=lambda parts: sum(parts.values()))
         # a trainer's first step imports torch's compiler
         most |= memory.baseline(device, "ubmoe.evaluate.sts", "torch._dynamo")
@@ -173,7 +173,7 @@ def train_ubmoe(config: Config) -> str:
         saved = {"mixture": "ubmoe/", "modes": "modes/", "adapter": "adapter/"}
         files = [saved[name] for name in settings.export]
         files += ["routers/", "generation.json", "routing.png"] if joins else ["generation.json"]
-        work = f"routers: {_steps(settings, len(chats))}" if joins else "no routers"
+        work = f"routers: {_steps(config, settings, len(chats))}" if joins else "no routers"
         return Plan(mixture, [f"trains routers {count:,}"], [work], most, files)
 
     return _said(config, plan, ["ubmoe.activation_checkpointing=true", *_halves(config, "ubmoe")])
@@ -203,7 +203,7 @@ def bitune(config: Config) -> str:
         most |= memory.baseline(device, "lm_eval.models.huggingface")
         said = f"{settings.variant} trains adapters {count:,}, of each pass that has its own"
         files = ["bitune/", "adapters/", "bitune.json"]
-        return Plan(model, [said], [_steps(settings, len(examples))], most, files)
+        return Plan(model, [said], [_steps(config, settings, len(examples))], most, files)
 
     return _said(config, plan, _halves(config, "bitune"))
 
@@ -270,8 +270,11 @@ def _sentence_lengths(config: Config, source: ModelSource) -> list[int]:
 
 def _shards(config: Config, splits: bool) -> int:
     """Over how many devices lies what trains."""
-    devices = 1 if isinstance(config.dry_run, bool) else config.dry_run
-    return devices if splits and config.distributed == "fsdp2" else 1
+    return _devices(config) if splits and config.distributed == "fsdp2" else 1
+
+
+def _devices(config: Config) -> int:
+    return 1 if isinstance(config.dry_run, bool) else config.dry_run
 
 
 def _trainable(model: Any, stage: StageSection) -> str:
@@ -331,9 +334,10 @@ def _halves(config: Config, section: str) -> list[str]:
     ]
 
 
-def _steps(section: TrainingSection, rows: int) -> str:
-    batch = section.per_device_train_batch_size
-    return f"{section.steps(rows)} steps of {batch} on one device, {rows} rows"
+def _steps(config: Config, section: TrainingSection, rows: int) -> str:
+    batch, devices = section.per_device_train_batch_size, _devices(config)
+    where = "on one device" if devices == 1 else f"on each of {devices} devices"
+    return f"{section.steps(rows // devices)} steps of {batch} {where}, {rows} rows"
 
 
 # --- what is said ---------------------------------------------------------------------------------

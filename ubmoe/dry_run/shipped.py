@@ -28,8 +28,8 @@ SHIPPED: dict[str, Any] = json.loads(
 )
 PATIENCE = 3.0  # seconds in which a hub answers, its name looked up
 COUNTED = (
-    "is not on this machine: its shape is the published one, and every row counts as long as its "
-    "limit, a chat's tokens all as its answer; the estimate is an upper bound"
+    "is not on this machine: the estimate is an upper bound, of its published shape and of rows "
+    "that are all as long as their limit"
 )
 Data = TypeVar("Data")
 

@@ -65,12 +65,12 @@ def plain(tokenizer: PreTrainedTokenizerBase, settings: BiSection, whitened: boo
         lines.append("weights = torch.arange(1.0, len(ids) + 1)")
     if whitened:
         pooled = f'dense["linear.weight"] @ {pooled} + dense["linear.bias"]'
+    around = [json.dumps(part, ensure_ascii=False) if part else "" for part in (before, after)]
     return PLAIN.format(
-        before=json.dumps(before, ensure_ascii=False),
-        after=json.dumps(after, ensure_ascii=False),
+        read=" + ".join(filter(None, [around[0], "text", around[1]])),
         most=settings.max_tokens,
         kept=settings.max_tokens - len(end),
-        end=end,
+        end=f" + {end}" if end else "",
         lines="\n    ".join([*lines, f"return {pooled}"]),
         load="\nfrom safetensors.torch import load_file" if whitened else "",
         dense='\ndense = load_file(f"{directory}/2_Dense/model.safetensors")' if whitened else "",
@@ -184,9 +184,9 @@ model = AutoModel.from_pretrained(directory).eval(){{dense}}
 
 @torch.no_grad()
 def vector(text):
-    ids = tokenizer({{before}} + text + {{after}})["input_ids"]
+    ids = tokenizer({{read}})["input_ids"]
     if len(ids) > {{most}}:
-        ids = ids[:{{kept}}] + {{end}}
+        ids = ids[:{{kept}}]{{end}}
     {{lines}}
 
 

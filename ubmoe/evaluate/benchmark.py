@@ -101,6 +101,15 @@ def mteb_scores(
     }
 
 
+def load_data(task: AbsTask, key: str) -> None:
+    """Raises UserError, at the key that names the task, where its data cannot be had."""
+    try:
+        task.load_data()
+    except OSError as error:
+        said = error_reason(error)
+        raise UserError(f"{key}: {task.metadata.name} cannot be loaded ({said})") from error
+
+
 def _score(
     encoder: SentenceTransformer, task: AbsTask, batch_size: int, bf16: Setting = False
 ) -> float:

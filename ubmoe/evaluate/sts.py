@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from ubmoe.bootstrap import correlations, interval
 from ubmoe.bounds import DATA, read_bytes
-from ubmoe.config import UserError, error_reason, listed
+from ubmoe.config import UserError, listed
 from ubmoe.data.bad_rows import usable
 from ubmoe.data.rows import GZIPPED, Row, cell, finite_number, is_file, read_rows
 from ubmoe.encoder.sentence_encoder import lengths
@@ -33,6 +33,7 @@ from ubmoe.evaluate.benchmark import (
     ENGLISH,
     benchmark_named,
     evaluated,
+    load_data,
     prompt_of,
     quiet,
     task_named,
@@ -167,11 +168,7 @@ def truncated_texts(encoder: SentenceTransformer, task: AbsTaskSTS) -> int:
     Raises UserError for a task whose data cannot be had, and, naming the row, for a token that the
     model lacks.
     """
-    try:
-        task.load_data()
-    except OSError as error:
-        said = error_reason(error)
-        raise UserError(f"{KEY}: {task.metadata.name} cannot be loaded ({said})") from error
+    load_data(task, KEY)
     data: Any = task.dataset
     limit, count = encoder.max_seq_length or math.inf, 0
     prompt = prompt_of(encoder, task.metadata)

@@ -18,7 +18,7 @@ from ubmoe.config import BiSection, Config, Form, ScanSection, UserError
 from ubmoe.encoder import whitening
 from ubmoe.encoder.echo import pooled
 from ubmoe.encoder.sentence_encoder import POOLING, as_encoder, lengths
-from ubmoe.evaluate.benchmark import prompt_of
+from ubmoe.evaluate.benchmark import load_data, prompt_of
 from ubmoe.interventions.patterns import Pattern, patterns
 from ubmoe.interventions.rows import Rows
 from ubmoe.interventions.walk import states
@@ -87,7 +87,7 @@ def in_form(bi: BiSection, form: Form) -> BiSection:
 
 def pairs(task: AbsTaskSTS, settings: ScanSection) -> tuple[list[tuple[str, str]], np.ndarray]:
     """Sentence pairs, evenly spaced over a task's, and their gold scores. Raises UserError."""
-    task.load_data()
+    load_data(task, "scan.pairs")
     data: Any = task.dataset
     [subset] = task.hf_subsets
     [split] = task.eval_splits

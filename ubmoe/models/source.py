@@ -167,7 +167,8 @@ def _path(config: ModelSection) -> str:
         return str(path)
     if path.is_absolute() or config.name.startswith((".", "~")) or config.name.count("/") > 1:
         raise UserError(
-            f"model.name: {path} is no directory; expected a model directory, a hub id, or tiny"
+            f"model.name: {path} is no directory; expected a model directory, a hub id, a .gguf "
+            "file, or tiny"
         )
     return config.name
 

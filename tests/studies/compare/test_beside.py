@@ -104,6 +104,8 @@ def test_the_papers_cells_stand_there_whatever_was_recorded():
         for task, score in zip(TEN, theirs, strict=False)
     ]
     two = {name: record, name.replace("seed1", "seed2"): seeded(record, 2, 64.0)}
+    assert "(published, recorded minus" in beside.text({"sts": record}, Records.of_names(two))
+    assert "(published" not in beside.text(own(**DEMO), Records.of_names(TINY))
     found = rows({"sts": record}, two)["ffn", "STS12"]
     assert found == ["61.00", f"62.50 ±2.12 ({theirs[2]:.2f}, {62.5 - theirs[2]:+.2f})", "2"]
 
