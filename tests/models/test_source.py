@@ -2,11 +2,9 @@
 
 import pytest
 import transformers
-from builders import random_model
 from transformers import AutoTokenizer
 
 from ubmoe.config import ModelSection, UserError
-from ubmoe.data.inputs import digest_of_model
 from ubmoe.models.loading import load_model
 from ubmoe.models.source import ModelSource
 from ubmoe.models.streams import open_weights
@@ -41,14 +39,6 @@ def test_a_mask_of_one_model_is_not_the_next_ones(saved):
     assert load_model(source, True, [0], True).config.bidirectional_layers == [0]
     assert source.attention == "causal" and "bidirectional_layers" not in vars(source.settings)
     assert load_model(source).config.is_causal is True
-
-
-def test_its_digest_is_that_of_the_result(saved, tmp_path):
-    random_model("llama").save_pretrained(tmp_path / "other")
-    section = ModelSection(name=str(saved))
-    source = ModelSource.of(section)
-    assert source.digest == digest_of_model(section) is not None
-    assert source.at(tmp_path / "other").digest not in (None, source.digest)
 
 
 @pytest.mark.parametrize("name", ["~nobody of this name", "~nobody of this name/cache"])

@@ -1,4 +1,4 @@
-"""Where a model is read from, resolved once a run: its path, its config, its tokenizer, its digest.
+"""Where a model is read from, resolved once a run: its path, its config, its tokenizer.
 
 Programs make one ModelSource and pass it on, so that all parts of a run read the same files.
 """
@@ -21,7 +21,7 @@ from ubmoe.bidirectional import Attention, attention_name
 from ubmoe.bounds import METADATA, expanded, read_json, regular
 from ubmoe.config import Config, ModelSection, Section, UserError, error_reason, shown
 from ubmoe.data import templates, tokens
-from ubmoe.data.inputs import SUFFIXES, digest_of_model
+from ubmoe.data.inputs import SUFFIXES
 from ubmoe.layered import is_ours
 from ubmoe.models import gguf
 from ubmoe.models.tokenizer_file import as_stored
@@ -75,11 +75,6 @@ class ModelSource:
         if is_ours(self.settings):  # which says causal, for language models
             return "bidirectional"
         return attention_name(self.settings)
-
-    @cached_property
-    def digest(self) -> str | None:
-        """sha256 of its files; None for a hub model that is not on this machine."""
-        return digest_of_model(self.section)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
