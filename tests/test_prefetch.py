@@ -26,6 +26,16 @@ def test_all_that_a_config_names_and_nothing_that_is_here():
     assert list(prefetch.needs(load_config(None))) == []
 
 
+def test_data_of_every_program_are_fetched_where_they_are_read():
+    keys = ["bi.stages.0.lm_dataset=a/lm", "trajectory.perplexity=[a/text]", "scan.pairs=STS12"]
+    assert list(prefetch.needs(load_config(None, keys))) == [("sts", "STS12")]
+    keys += ["bi.stages.0.lm_weight=1", "trajectory.steps=[1]", "evaluation.perplexity=[a/more]"]
+    assert set(prefetch.needs(load_config(None, keys))) == {
+        *(("dataset", name) for name in ("a/lm", "a/text", "a/more")),
+        ("sts", "STS12"),
+    }
+
+
 def test_what_was_fetched_is_written_down(tmp_path, monkeypatch):
     folder = tmp_path / "snapshots" / "abc"
     folder.mkdir(parents=True)

@@ -13,11 +13,18 @@ from tqdm import tqdm
 from ubmoe import cli, owned
 from ubmoe.bounds import expanded
 from ubmoe.config import Config, UserError, error_reason
+from ubmoe.data.inputs import READ, values
 from ubmoe.data.rows import chosen_rows, is_file
 from ubmoe.files import write_json
 
 log = logging.getLogger(__name__)
 FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")  # no code, no pickles
+LOCAL = ("dependence.chat_template", "probing.data")  # keys that name no data of a hub
+KINDS = {  # of keys that name no data sets
+    **dict.fromkeys(("evaluation.sts", "trajectory.sts", "scan.pairs"), "sts"),
+    **dict.fromkeys(("evaluation.generation", "bitune.generation"), "generation"),
+    "evaluation.mteb": "mteb",
+}
 
 
 def run(config: Config) -> str:
@@ -46,21 +53,15 @@ def needs(config: Config) -> Iterator[tuple[str, str]]:
     for name, revision in dict.fromkeys(models):
         if name != "tiny" and not expanded(name).exists():
             yield "model", f"{name}@{revision}" if revision else name
-    both = [config.ubmoe.sentences] if config.ubmoe.objective == "both" else []
-    stages = [stage.dataset for stage in config.bi.stages]
-    stages += [config.bi.whiten.dataset] if config.bi.whiten else []
-    texts = [config.dependence.dataset, config.ubmoe.dataset, config.bitune.dataset]
-    for name in dict.fromkeys([*texts, *stages, *both]):
-        if name != "tiny" and not is_file(name):
-            yield "dataset", name
-    for name in dict.fromkeys(config.evaluation.sts):
-        if name != "tiny" and not is_file(name):
-            yield "sts", name
-    for name in config.evaluation.mteb:
-        yield "mteb", name
-    for name in dict.fromkeys([*config.evaluation.generation, *config.bitune.generation]):
-        if name != "tiny" and not name.endswith((".yaml", ".yml")):
-            yield "generation", name
+    keys = dict.fromkeys(key for read in READ.values() for key in read if key not in LOCAL)
+    every = ((key, value) for key in keys for _, value in values(config, key))
+    for kind, name in dict.fromkeys(
+        (KINDS.get(key, "dataset"), name)
+        for key, value in every
+        for name in (value if isinstance(value, list) else [value])
+    ):
+        if not (name == "tiny" or is_file(name) or name.endswith((".yaml", ".yml"))):
+            yield kind, name
 
 
 def _model(name: str) -> dict[str, Any]:

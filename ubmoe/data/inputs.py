@@ -56,12 +56,12 @@ def inputs(config: Config, result: str) -> dict[str, str | None]:
             None if None in adapter_digests else " ".join(map(str, adapter_digests))
         )
     for key in READ.get(result, ()):
-        for name, value in _values(config, key):
+        for name, value in values(config, key):
             digests[name] = _of_value(value, config.evaluation.data, key in FOLDERS)
     return digests
 
 
-def _values(config: Config, key: str) -> Iterator[tuple[str, Any]]:
+def values(config: Config, key: str) -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of a key that is set and means something."""
     first, _, last = key.partition(".stages.N.")
     if last:
