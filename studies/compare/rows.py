@@ -256,7 +256,7 @@ def _row_name(made: Record) -> str:
 
 def is_tuned(made: Record) -> bool:
     """Whether a run of train_bi.py tuned anything; else it scored the base as it is."""
-    return bool(made.config["bi"]["stages"])
+    return any(stage.get("max_steps") != 0 for stage in made.config["bi"]["stages"])
 
 
 READ_CAUSALLY = ("dependence", "evaluation")  # what is measured of a model read causally

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
@@ -107,5 +108,6 @@ def test_a_hub_that_refuses_is_one_line(tmp_path, server):
 
 def test_nothing_is_pushed_unless_it_is_asked_for(tmp_path):
     hub.push(HubSection(), [folder(tmp_path, "bi")], "http://127.0.0.1:9")
-    with pytest.raises(UserError, match="hub.push: got 'name', expected org/name"):
-        load_config(None, ["hub.push=name"])
+    for name in ("name", "../name", "org/.."):
+        with pytest.raises(UserError, match=f"hub.push: got '{re.escape(name)}', expected org/n"):
+            load_config(None, [f"hub.push={name}"])

@@ -853,7 +853,7 @@ class HubSection(Section):
     @field_validator("push")
     @classmethod
     def _is_a_repository(cls, name: str | None) -> str | None:
-        if name is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII):
+        if name is not None and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII):
             raise ValueError("expected org/name")
         return name
 

@@ -59,8 +59,11 @@ def test_a_tuned_row_is_no_base_whatever_it_is_called(row):
 def test_an_untrained_row_is_the_base_whatever_it_is_called():
     base = named(encoder("a", 3, 40.0, []), "untouched")
     base |= named(dependence("a", 3, f"Qwen/{MODEL}", 30.0), "untouched")
+    still = named(encoder("c", 0, 40.0, ["ffn"]), "no step")
+    still["c.sts.seed0"]["config"]["bi"]["stages"][0]["max_steps"] = 0
     tuned = encoder("b", 0, 60.0, ["ffn"]) | dependence("b", 0, "bi", 35.0)
-    own = {encoder.row: encoder for encoder in encoders(base, tuned)}
+    own = {encoder.row: encoder for encoder in encoders(base, tuned, still)}
+    assert own["no step"].is_base and not own["ffn"].is_base
     assert own["untouched"].is_base and own["untouched"].measures["DP-after"] == 30.0
     text = renewed(
         f"<!-- sts: {MODEL} -->\n<!-- end -->", Records.of_names(base | tuned), SEEDS
