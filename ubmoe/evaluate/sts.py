@@ -22,6 +22,7 @@ from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.models import SentenceTransformerEncoderWrapper
 from sentence_transformers import SentenceTransformer
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from ubmoe.bootstrap import correlations, interval
 from ubmoe.bounds import DATA, read_bytes
@@ -69,7 +70,7 @@ def sts_scores(
     unfinished = Unfinished(partial, _key(encoder, batch_size, bf16, route) if partial else {})
     kept = unfinished.load("scores")
     done: dict[str, Any] = json.loads(str(kept[0])) if kept else {}
-    for task in tasks:
+    for task in tqdm(tasks, desc="STS", unit="task", disable=None, leave=False):
         name, source = task.metadata.name, task.metadata.dataset
         if done.get(name, {}).get("source", {}).items() >= source.items():
             log.info("%s: scored already", name)
