@@ -41,11 +41,8 @@ def styled(draw: Callable[Arguments, Drawn]) -> Callable[Arguments, Drawn]:
 
 # Distinguishable with any colour vision (Okabe and Ito, 2008).
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-SHARES = {
-    "before": "#4c78a8",
-    "main": "#e6a532",
-    "after": "#c8553d",
-}  # from left to right, as in the text
+SHARES = {"before": "#4c78a8", "main": "#e6a532", "after": "#c8553d"}  # as in a text's order
+ON_COLOUR: Any = {"ha": "center", "va": "center", "color": "white", "fontsize": 9}
 
 
 @styled
@@ -294,15 +291,7 @@ def _buckets(section: dict[str, Any]) -> Figure:
         axes.bar(places, heights, 0.62, floor, color=colour, label=f"DP-{share}")
         for place, low, height in zip(places.tolist(), floor, heights, strict=True):
             if height > 4:
-                axes.text(
-                    place,
-                    low + height / 2,
-                    f"{height:.1f}",
-                    ha="center",
-                    va="center",
-                    color="white",
-                    fontsize=9,
-                )
+                axes.text(place, low + height / 2, f"{height:.1f}", **ON_COLOUR)
         floor += heights
     if all("first" in bucket for bucket in filled):
         first = [bucket["first"] for bucket in filled]
@@ -533,27 +522,11 @@ def _label_parts(axes: Any, attention: np.ndarray) -> None:
         "main": attention.trace() / count * 100,
         "after": np.triu(attention, 1).sum() / count * 100,
     }
-    style = {
-        "ha": "center",
-        "va": "center",
-        "color": "white",
-        "fontsize": 9,
-        "xycoords": "axes fraction",
-    }
-    for share, place in {
-        "before": (0.24, 0.2),
-        "main": (0.42, 0.88),
-        "after": (0.76, 0.68),
-    }.items():
+    inside: Any = {"xycoords": "axes fraction", "textcoords": "axes fraction"}
+    places = {"before": (0.24, 0.2), "main": (0.42, 0.88), "after": (0.76, 0.68)}
+    for share, place in places.items():
         box = {"boxstyle": "round", "facecolor": SHARES[share], "edgecolor": "white"}
         text = f"DP-{share}\n{shares[share]:.1f} %"
-        axes.annotate(text, place, xytext=place, textcoords="axes fraction", bbox=box, **style)
+        axes.annotate(text, place, xytext=place, bbox=box, **inside, **ON_COLOUR)
     arrow = {"arrowstyle": "->", "color": "white", "shrinkA": 14}
-    axes.annotate(
-        "",
-        (0.28, 0.72),
-        xytext=(0.42, 0.88),
-        xycoords="axes fraction",
-        textcoords="axes fraction",
-        arrowprops=arrow,
-    )
+    axes.annotate("", (0.28, 0.72), xytext=places["main"], arrowprops=arrow, **inside)

@@ -156,35 +156,33 @@ def evaluation_text(result: dict[str, Any]) -> str:
     if found := result.get("mteb"):
         parts.append(f"mteb of {model}, main scores x 100.\n{aligned(mteb_rows(found))}")
     if generated := result.get("generation"):
-        names = list(generated["metrics"])
-        cells = _generation_cells(generated, names, generated["metrics"])
-        rows = [["model", *names, "average", "perplexity"], [model, *cells]]
-        parts.append(f"Generation of {model}, read causally, percent.\n{aligned(rows)}")
+        table = _generation_table("model", {model: generated}, generated["metrics"])
+        parts.append(f"Generation of {model}, read causally, percent.\n{table}")
     return "\n\n".join(parts)
 
 
-def _generation_cells(
-    scores: dict[str, Any], names: list[str], metrics: dict[str, str]
-) -> list[str]:
-    """The main metric of each task ± its standard error, their average, and the perplexity."""
-    errors = scores.get("stderr", {})  # older results have none
-    tasks = [
-        f"{scores['tasks'][name][metrics[name]]:.2f}"
-        + (f" ±{errors[name]:.2f}" if name in errors else "")
-        for name in names
-    ]
-    average = "not run" if scores["average"] is None else f"{scores['average']:.2f}"
-    return [*tasks, average, f"{scores['perplexity']:.2f}"]
+def _generation_table(
+    what: str, rows: Mapping[str, dict[str, Any]], metrics: Mapping[str, str]
+) -> str:
+    """A row each: the main metric of each task ± its standard error, their average, perplexity."""
+    body = []
+    for label, scores in rows.items():
+        errors = scores.get("stderr", {})  # older results have none
+        tasks = [
+            f"{scores['tasks'][name][metric]:.2f}"
+            + (f" ±{errors[name]:.2f}" if name in errors else "")
+            for name, metric in metrics.items()
+        ]
+        average = "not run" if scores["average"] is None else f"{scores['average']:.2f}"
+        body.append([label, *tasks, average, f"{scores['perplexity']:.2f}"])
+    return aligned([[what, *metrics, "average", "perplexity"], *body])
 
 
 def generation_text(result: dict[str, Any]) -> str:
     """Tasks and perplexity by route, then STS by route and mask."""
     section, model = result["generation"], Path(result["config"]["model"]["name"]).name
-    names = list(section["metrics"])
-    rows = [["route", *names, "average", "perplexity"]]
-    for route, scores in section["routes"].items():
-        rows.append([route, *_generation_cells(scores, names, section["metrics"])])
-    parts = [f"Generation of the mixture on {model}, percent.\n{aligned(rows)}"]
+    table = _generation_table("route", section["routes"], section["metrics"])
+    parts = [f"Generation of the mixture on {model}, percent.\n{table}"]
     if sts := sections(result):
         tasks = list(sts[0]["tasks"])
         rows = [["route", "attention", *tasks, "average"]]
@@ -198,10 +196,8 @@ def generation_text(result: dict[str, Any]) -> str:
 def bitune_text(result: dict[str, Any]) -> str:
     """Tasks, their average, and perplexity of held-out answers."""
     section, model = result["bitune"], Path(result["config"]["model"]["name"]).name
-    names = list(section["metrics"])
-    cells = _generation_cells(section, names, section["metrics"])
-    rows = [["variant", *names, "average", "perplexity"], [section["variant"], *cells]]
-    return f"Bitune on {model}, percent.\n{aligned(rows)}"
+    table = _generation_table("variant", {section["variant"]: section}, section["metrics"])
+    return f"Bitune on {model}, percent.\n{table}"
 
 
 def probing_text(result: dict[str, Any]) -> str:
