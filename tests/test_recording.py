@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from builders import SECTION, random_model, recorded
 
+from ubmoe import owned
 from ubmoe import recording as run_recording
 from ubmoe.config import UserError, load_config
 from ubmoe.data.rows import read_texts
@@ -112,6 +113,20 @@ def test_a_failed_run_leaves_an_earlier_result_as_it_was(config):
         "dependence.json",
         "calculate_dp.config.yaml",
     }
+
+
+def test_what_an_earlier_run_left_is_not_said_to_be_written(config, caplog):
+    caplog.set_level("INFO", "ubmoe")
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True)
+    for name in ("ubmoe", "modes"):
+        owned.claim(folder / name)
+    made = ["ubmoe", "modes", "routing.png"]
+    with run_recording.recording("train_ubmoe", "generation", config, *made) as run:
+        owned.claim(run.place("modes"))
+        run.model = random_model("qwen2")
+    assert (folder / "ubmoe").is_dir()
+    assert caplog.messages[-1] == f"wrote in {folder}: modes/, generation.json"
 
 
 def test_a_failed_first_run_leaves_nothing(config, tmp_path):

@@ -97,7 +97,7 @@ class Run:
         """The scores, and every folder and file of the run."""
         for line in endings.scores(self.name, {self.name: self.section} | self.more):
             self.log("%s", line)
-        names = [*(name for name in made if name not in self.figures), *sorted(self.figures)]
+        names = [*made, *sorted(self.figures)]
         self.log("%s", endings.written(self.directory, [*names, self.path.name]))
 
     def write(self) -> None:
@@ -160,8 +160,10 @@ def recording(
                 run.more["skipped_rows"] = len(dropped)
             run.more |= noted
             if run.is_main:
+                # What an earlier run left under such a name is not this one's.
+                models = [name for name in made if run.place(name).exists()]
                 run.write()
-                run.say_the_end(made)
+                run.say_the_end(models)
                 if config.hub.push is not None:
                     from ubmoe.models import hub
 
