@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from functools import partial
 
 import pytest
@@ -12,10 +13,11 @@ from torch.nn.functional import silu
 from transformers import AutoTokenizer, GenerationConfig
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
+import ubmoe
 from ubmoe.bitune import model as prefill
 from ubmoe.bitune import saving
 from ubmoe.bitune.model import BIDIRECTIONAL, CAUSAL, VARIANTS, attach, mix
-from ubmoe.config import BituneSection, UserError
+from ubmoe.config import BituneSection, UserError, load_config
 from ubmoe.data.prompts import Example, batch
 from ubmoe.training.losses import mean_loss
 
@@ -314,6 +316,27 @@ def test_merged_for_decoding_it_says_the_same(variant):
 
 
 # --- files and refusals ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("template", [None, "Question: {prompt}\n\nAnswer:"])
+def test_the_code_of_the_card_answers_and_names_no_path(tiny_path, tmp_path, monkeypatch, template):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_path)
+    folder, keys = tmp_path / "bitune", {"vocab_size": len(tokenizer)}
+    monkeypatch.chdir(tmp_path)
+    config = load_config(None, [f"model.name={tiny_path}"])
+    config = config.model_copy(
+        update={"bitune": config.bitune.model_copy(update={"template": template})}
+    )
+    saving.save(tuned(**keys), tokenizer, template, folder)
+    saving.write_card(folder, config, {"tasks": {}, "metrics": {}, "perplexity": 2.0})
+    card = (folder / "README.md").read_text()
+    assert str(tiny_path) not in card and "More Information Needed" not in card
+    monkeypatch.setattr(ubmoe, "load", lambda name: random_model("qwen2", **keys))
+    monkeypatch.chdir(folder)
+    [code] = re.findall(r"```python\n(.*?)```", card, re.S)
+    names = {}
+    exec(code, names)
+    assert "live" in names["answer"]  # the question is in it
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -39,7 +39,7 @@ def main(config: Config) -> Path | None:
         chats, apart = held_out(read.chats, settings.held_out, "bitune.held_out")
         examples, kept = ([example for chat in some for example in chat] for some in (chats, apart))
         counts = {"examples": len(examples), "held_out": len(kept), "dropped": read.dropped}
-        run.log("examples: %s", counts)
+        run.log("%(examples)d examples, %(held_out)d held out, %(dropped)d dropped", counts)
         counts["max_tokens"] = settings.max_tokens
         bitune = model.attach(load_model(source), settings, config.seed)
         stage_run = StageRun(run.directory / "adapters", config.seed, config.resume == "auto")
@@ -47,11 +47,13 @@ def main(config: Config) -> Path | None:
         run.model = bitune.decoder
         if run.is_main:
             saving.save(bitune, tokenizer, settings.template, run.place("bitune"))
-            lm = Likelihoods(bitune, tokenizer, scoring.batch_size)
+            with generation.warned_once("lm_eval"):
+                lm = Likelihoods(bitune, tokenizer, scoring.batch_size)
             scores = generation.generation_scores(bitune.decoder, tokenizer, scoring, lm)
             scores |= training.perplexity(bitune, kept, scoring.bf16)
             metadata = {"variant": settings.variant, "counts": counts}
             run.section = scores | metadata | training.alphas(bitune) | {"log": log}
+            saving.write_card(run.place("bitune"), config, run.section)
             run.figures = figures.mixing(run.section)
     return run.path
 

@@ -1,6 +1,8 @@
 """A Bitune model's directory: adapters with their masks, theta, the tokenizer and bitune.json."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -8,12 +10,44 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ubmoe.bitune.model import BIDIRECTIONAL, CAUSAL, VARIANTS, Bitune
 from ubmoe.bounds import read_json
-from ubmoe.config import UserError, error_reason
+from ubmoe.config import Config, UserError, error_reason
 from ubmoe.files import replace_directory, write_json
+from ubmoe.models import cards
 from ubmoe.models.digests import fingerprint
 from ubmoe.models.lora import check_base, check_patterns, strict, write_mode
 
 FORM, THETA = "bitune.json", "theta.safetensors"
+METADATA = {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["ubmoe", "bitune"]}
+QUESTION = "Where does Anna live?"
+CHAT = f"""prompt = tokenizer.apply_chat_template(
+    [{{"role": "user", "content": "{QUESTION}"}}],
+    add_generation_prompt=True,
+    return_tensors="pt",
+    return_dict=True,
+)"""
+CARD = """# A language model that reads its prompt twice
+
+Adapters of Bitune (2405.14862): the prompt is read causally and in both directions, and a share of
+the second reading is mixed into the first. Stock peft would read one of the two alone, so `ubmoe`
+loads them. `.` is the folder of this card.
+
+```python
+{start}
+import ubmoe
+from transformers import AutoTokenizer
+from ubmoe.bitune.model import merged
+from ubmoe.bitune.saving import load
+
+bitune = merged(load(ubmoe.load({base!r}), directory))
+tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left")
+{prompt}
+answer = tokenizer.decode(bitune.generate(**prompt, max_new_tokens=64)[0])
+```
+
+## How it was made
+
+By ubmoe.bitune, variant {variant}, from {base}, seed {seed}.
+"""
 
 
 def save(
@@ -30,6 +64,7 @@ def save(
 
     def write(folder: Path) -> None:
         bitune.model.save_pretrained(str(folder))
+        (folder / cards.CARD).unlink(missing_ok=True)  # peft's: a form to be filled in, with a path
         base = fingerprint(bitune.model)
         for kind in bitune.model.peft_config:
             write_mode(folder / kind, base, masks[kind])
@@ -42,8 +77,28 @@ def save(
     replace_directory(directory, write)
 
 
-def load(model: PreTrainedModel, directory: Path) -> Bitune:
+def write_card(folder: Path, config: Config, scores: Mapping[str, Any]) -> None:
+    """The card of a saved model, which names no path of this machine."""
+    settings = config.bitune
+    prompt = CHAT
+    if settings.template is not None:
+        text = settings.template.replace("{prompt}", QUESTION)
+        prompt = f'prompt = tokenizer({text!r}, return_tensors="pt")'
+    said = CARD.format(
+        start=cards.START,
+        base=cards.named(config.model.name),
+        prompt=prompt,
+        variant=settings.variant,
+        seed=config.seed,
+    )
+    cards.write(folder, METADATA, said)
+    found = (scores["tasks"], scores["metrics"], scores["perplexity"])
+    cards.complete(folder, config, [settings.dataset], cards.generation_results(*found))
+
+
+def load(model: PreTrainedModel, directory: str | Path) -> Bitune:
     """A saved Bitune model on its base, ready to generate. Raises UserError for what is none."""
+    directory = Path(directory)
     expected = "expected the directory that python -m ubmoe.bitune saved"
     if not (directory / FORM).exists():
         raise UserError(f"{directory} has no {FORM}; {expected}")
