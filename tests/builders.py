@@ -30,6 +30,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from studies.compare import noise
 from studies.compare.published import published
 from ubmoe import cli
 from ubmoe.bitune import model as prefill
@@ -281,7 +282,9 @@ def check_commands(text):
                 assert arguments[0] in VERBS, line
                 arguments = arguments[1:]
         assert (ROOT / name).is_file(), line
-        if not name.startswith("benchmarks/"):
+        if name == "studies/compare/noise.py":
+            noise.read(arguments)
+        elif not name.startswith("benchmarks/"):
             given = [word for word in arguments if word != "CONFIG"]
             cli.parse([word if "=" in word else str(ROOT / word) for word in given])
 

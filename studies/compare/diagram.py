@@ -3,7 +3,7 @@
 python -m studies.compare.diagram image/checkpoints.png
 """
 
-import sys
+from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
@@ -110,4 +110,6 @@ def _arrow(axes: Any, start: tuple[float, float], end: tuple[float, float]) -> N
 
 
 if __name__ == "__main__":
-    save_figure(checkpoints(), Path(sys.argv[1]))
+    parser = ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("picture", type=Path, help="where it is written, as a .png")
+    save_figure(checkpoints(), parser.parse_args().picture)
