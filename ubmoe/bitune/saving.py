@@ -16,7 +16,7 @@ from ubmoe.models import cards
 from ubmoe.models.digests import fingerprint
 from ubmoe.models.lora import check_base, check_patterns, strict, write_mode
 
-FORM, THETA = "bitune.json", "theta.safetensors"
+FORM, THETA, ADAPTER_CONFIG = "bitune.json", "theta.safetensors", "adapter_config.json"
 METADATA = {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["ubmoe", "bitune"]}
 QUESTION = "Where does Anna live?"
 CHAT = f"""prompt = tokenizer.apply_chat_template(
@@ -65,14 +65,17 @@ def save(
     def write(folder: Path) -> None:
         bitune.model.save_pretrained(str(folder))
         (folder / cards.CARD).unlink(missing_ok=True)  # peft's: a form to be filled in, with a path
-        base = fingerprint(bitune.model)
+        base, name = fingerprint(bitune.model), bitune.decoder.name_or_path
         for kind in bitune.model.peft_config:
             write_mode(folder / kind, base, masks[kind])
+            config = folder / kind / ADAPTER_CONFIG
+            at = name if cards.is_hub_id(name) else None
+            config.write_text(cards.with_base(config.read_text(), at))
         if theta := bitune.theta():
             save_file({name: value.detach().cpu() for name, value in theta.items()}, folder / THETA)
         tokenizer.save_pretrained(folder)
         metadata = {"variant": bitune.name, "theta_init": bitune.theta_init, "template": template}
-        write_json(folder / FORM, metadata | {"base": bitune.decoder.name_or_path})
+        write_json(folder / FORM, metadata | {"base": cards.named(name)})
 
     replace_directory(directory, write)
 

@@ -150,6 +150,6 @@ def for_hub(text: str, name: str) -> str:
     )
 
 
-def adapter_for_hub(text: str, name: str) -> str:
-    """An adapter_config.json whose base is the repository that it lies in."""
+def with_base(text: str, name: str | None) -> str:
+    """An adapter_config.json that names its base so; None: no path of this machine."""
     return json.dumps(json.loads(text) | {"base_model_name_or_path": name}, indent=2)

@@ -9,7 +9,7 @@ from ubmoe.models import cards
 
 log = logging.getLogger(__name__)
 NAMES = {"bi": "{}", "modes": "{}-modes", "adapter": "{}-adapter", "ubmoe": "{}-ubmoe"}
-CLEAN = {cards.CARD: cards.for_hub, "bi/adapter_config.json": cards.adapter_for_hub}
+CLEAN = {cards.CARD: cards.for_hub, "bi/adapter_config.json": cards.with_base}
 
 
 def push(settings: HubSection, folders: Sequence[Path], endpoint: str | None = None) -> None:
