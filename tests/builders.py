@@ -183,7 +183,7 @@ def write_gguf_model(model, path, keys=(), tensors=(), packed=None):
             writer.add_custom_alignment(value)
         elif value is not None:
             writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
-    kinds = {name: each for each, name in gguf.MODEL_ARCH_NAMES.items()}
+    kinds = {name: item for item, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(kinds[family], config.num_hidden_layers)
     held = dict(model.state_dict())
     if config.tie_word_embeddings:
@@ -197,7 +197,7 @@ def write_gguf_model(model, path, keys=(), tensors=(), packed=None):
                 shape = (getattr(config, heads), 2, -1, *value.shape[1:])
                 value = value.reshape(shape).swapaxes(1, 2).reshape(value.shape)
         place, values = f"{names.get_name(base)}.{kind}", value.contiguous().numpy()
-        sort = next((each for end, each in (packed or {}).items() if place.endswith(end)), None)
+        sort = next((item for end, item in (packed or {}).items() if place.endswith(end)), None)
         if sort is not None:
             values = gguf.quantize(values, sort)
         writer.add_tensor(place, values, raw_dtype=sort)
@@ -262,9 +262,9 @@ def run_apart(*arguments, script="calculate_dp.py"):
 def commands(text):
     """Lines that start a program of ours, continued lines joined."""
     joined = text.replace("\\\n", " ")
-    found = re.findall(r"^[#$ ]*((?:python|torchrun) .*)$", joined, flags=re.MULTILINE)
-    found += re.findall(r"^\| `((?:python|torchrun) [^`]*)`", joined, flags=re.MULTILINE)
-    return [line.split("  #")[0].strip() for line in found]
+    actual = re.findall(r"^[#$ ]*((?:python|torchrun) .*)$", joined, flags=re.MULTILINE)
+    actual += re.findall(r"^\| `((?:python|torchrun) [^`]*)`", joined, flags=re.MULTILINE)
+    return [line.split("  #")[0].strip() for line in actual]
 
 
 def check_commands(text):
@@ -453,15 +453,15 @@ RECORDS = {
 
 def study(rows):
     """Records of encoders {row: (DP-after, perplexity)}, the base at 30 and 4."""
-    found = {}
+    actual = {}
     for number, (row, (after, perplexity)) in enumerate({"base": (30.0, 4.0), **rows}.items()):
         name, train = f"r{number}", [] if row == "base" else row.split("+")
         model = f"Qwen/{MODEL}" if row == "base" else "bi"
-        found |= encoder(name, 0, 50.0 + number, train) | dependence(name, 0, model, after)
+        actual |= encoder(name, 0, 50.0 + number, train) | dependence(name, 0, model, after)
         generation = {**scores(40.0 - number, perplexity), "metrics": {"mmlu": "acc"}}
         config = {"model": {"name": model}, "seed": 0}
-        found[f"{name}.evaluation.seed0"] = {"config": config, "generation": generation}
-    return found
+        actual[f"{name}.evaluation.seed0"] = {"config": config, "generation": generation}
+    return actual
 
 
 ROWS = {"ffn": (31.0, 5.0), "attention": (33.0, 8.0), "all": (36.0, 7.0)}
@@ -486,11 +486,11 @@ def answers(losses):
 def measured(name, seed, train, by_text, losses):
     """Records of an encoder, or of the base."""
     model = "bi" if train else f"Qwen/{MODEL}"
-    found = encoder(name, seed, 50.0, train) | dependence(name, seed, model, 40.0)
-    found[f"{name}.dependence.seed{seed}"]["dependence"]["by_text"] = by_text
+    actual = encoder(name, seed, 50.0, train) | dependence(name, seed, model, 40.0)
+    actual[f"{name}.dependence.seed{seed}"]["dependence"]["by_text"] = by_text
     generation = scores(40.0, 2.0) | {"metrics": {"mmlu": "acc"}, "answers": answers(losses)}
     config = {"model": {"name": model}, "seed": seed}
-    return found | {f"{name}.evaluation.seed{seed}": {"config": config, "generation": generation}}
+    return actual | {f"{name}.evaluation.seed{seed}": {"config": config, "generation": generation}}
 
 
 def causal(records, sts):

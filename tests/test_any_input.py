@@ -82,7 +82,7 @@ MESSAGES = st.lists(
     st.dictionaries(st.sampled_from(["role", "content", "from", "value"]), VALUES, max_size=3),
     max_size=3,
 )
-LINES = st.lists(ROWS | MESSAGES.map(lambda found: {"messages": found}), max_size=4).map(
+LINES = st.lists(ROWS | MESSAGES.map(lambda actual: {"messages": actual}), max_size=4).map(
     lambda rows: b"\n".join(map(a_row, rows))
 )
 
@@ -98,13 +98,13 @@ def test_texts_are_read_or_their_file_is_named(tmp_path, suffix, content):
     path.write_bytes(content)
     for read in (read_texts, training_rows):
         try:
-            found = read(str(path))
+            actual = read(str(path))
         except UserError as error:
             one_line(error, "some")
             continue
-        for each in found:
-            assert each.where.startswith(str(path))
-            strings(each.content if read is read_texts else each.fields)
+        for entry in actual:
+            assert entry.where.startswith(str(path))
+            strings(entry.content if read is read_texts else entry.fields)
 
 
 def strings(value: Any) -> None:

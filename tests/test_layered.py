@@ -66,7 +66,7 @@ def test_layers_that_are_not_there_are_refused(layers):
 
 
 def test_the_names_of_layers_are_short():
-    assert [named_layers(each) for each in ([2, 3, 4], [1, 3], [5])] == ["2-4", "1, 3", "5"]
+    assert [named_layers(item) for item in ([2, 3, 4], [1, 3], [5])] == ["2-4", "1, 3", "5"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -124,10 +124,10 @@ def test_states_are_those_of_masks_written_out(family, window):
             rest, given = kept[number < 2]
             states = layer.forward(states, *rest, **given)
         expected = stock.model.norm(states)
-        found = model.model(input_ids=ids, attention_mask=mask, use_cache=False)
+        actual = model.model(input_ids=ids, attention_mask=mask, use_cache=False)
     for row, length in enumerate((9, 6)):
         torch.testing.assert_close(
-            found.last_hidden_state[row, :length], expected[row, :length], atol=1e-5, rtol=1e-5
+            actual.last_hidden_state[row, :length], expected[row, :length], atol=1e-5, rtol=1e-5
         )
 
 
@@ -169,7 +169,7 @@ def test_dependence_follows_the_mask_of_the_flow(family, keep_sink):
     ids = torch.randint(97, (2, 30), generator=torch.Generator().manual_seed(1))
     left = torch.ones_like(ids)
     left[1, :9] = 0
-    found = {}
+    actual = {}
     for name, layers in {"some": [1], "all": "all"}.items():
         model = layered(layers, family, keep_sink, **KEPT[family])
         for mask in (left, left.flip(1), torch.ones_like(ids)):
@@ -177,11 +177,11 @@ def test_dependence_follows_the_mask_of_the_flow(family, keep_sink):
                 expected = model(ids, attention_mask=mask, use_cache=False).logits
             with observed(model) as recorder, torch.no_grad():
                 logits = model(ids, attention_mask=mask, use_cache=False).logits
-                found[name] = dependence_of(model, recorder, ids, torch.ones_like(ids))
+                actual[name] = dependence_of(model, recorder, ids, torch.ones_like(ids))
             kept = mask.bool()
             torch.testing.assert_close(logits[kept], expected[kept], atol=1e-4, rtol=1e-4)
-    assert torch.equal(found["some"][:, 0], found["all"][:, 0])
-    assert (found["some"][:, 2:] - found["all"][:, 2:]).abs().max() > 1e-4
+    assert torch.equal(actual["some"][:, 0], actual["all"][:, 0])
+    assert (actual["some"][:, 2:] - actual["all"][:, 2:]).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize(
@@ -231,15 +231,15 @@ def test_a_saved_encoder_keeps_its_mask_and_is_the_base_to_language_models(
 
 def test_gradients_are_the_same_where_activations_are_computed_again():
     ids, real = padded("left")
-    found = []
+    actual = []
     for checkpointing in (False, True):
         model = layered([0, 1, 3], keep_sink=True).train()
         if checkpointing:
             model.activation_checkpointing_enable()
         states = model.model(input_ids=ids, attention_mask=real, use_cache=False)
         states.last_hidden_state[real.bool()].square().sum().backward()
-        found.append([value.grad for value in model.model.parameters()])
-    torch.testing.assert_close(*found)
+        actual.append([value.grad for value in model.model.parameters()])
+    torch.testing.assert_close(*actual)
 
 
 def test_the_two_modes_and_the_mixture_of_an_encoder_keep_its_sink(tiny_path, tmp_path):
@@ -258,8 +258,8 @@ def test_the_two_modes_and_the_mixture_of_an_encoder_keep_its_sink(tiny_path, tm
         saved = load_saved(str(tmp_path / "made"), "cpu")
         if save is save_mixture:
             set_route(saved[0].model, "bi")
-        found = saved.encode("The dog sleeps.", convert_to_tensor=True)
-        torch.testing.assert_close(found, vectors, atol=1e-5, rtol=1e-4)
+        actual = saved.encode("The dog sleeps.", convert_to_tensor=True)
+        torch.testing.assert_close(actual, vectors, atol=1e-5, rtol=1e-4)
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / "made").eval()
         if save is save_modes:
             ids = torch.arange(40)[None]
@@ -284,8 +284,8 @@ def test_the_adapter_of_an_encoder_keeps_its_mask(tiny_path, tmp_path, mask):
         SentenceTransformer(str(made), device="cpu", trust_remote_code=True),
         load_saved(str(made), "cpu"),
     ):
-        found = saved.encode("The dog sleeps.", convert_to_tensor=True)
-        torch.testing.assert_close(found, vectors, atol=1e-4, rtol=1e-4)
+        actual = saved.encode("The dog sleeps.", convert_to_tensor=True)
+        torch.testing.assert_close(actual, vectors, atol=1e-4, rtol=1e-4)
     plain = AutoModelForCausalLM.from_pretrained(made).eval()
     ids = torch.arange(40)[None]
     with torch.no_grad():
@@ -336,10 +336,10 @@ def by_hand(stock, ids, real, layers, **keys):
             return arguments, given | {"attention_mask": added}
 
         hooks.append(layer.register_forward_pre_hook(change, with_kwargs=True))
-    found = stock.model(input_ids=ids, attention_mask=real, **keys)
+    actual = stock.model(input_ids=ids, attention_mask=real, **keys)
     for hook in hooks:
         hook.remove()
-    return found
+    return actual
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -378,7 +378,7 @@ def test_the_sink_is_kept_in_bfloat16(family):
     with torch.no_grad():
         ours = model.model(input_ids=ids, attention_mask=real, use_cache=False)
         theirs = by_hand(stock, ids, real, range(DEPTH), use_cache=False)
-    one, other = (each.last_hidden_state[real.bool()].float() for each in (ours, theirs))
+    one, other = (item.last_hidden_state[real.bool()].float() for item in (ours, theirs))
     assert (one - other).abs().mean() < 0.03 * other.abs().mean()
     assert "but for the first token" in prove_attention(model, bidirectional=True)
 
@@ -391,25 +391,25 @@ def test_the_first_tokens_states_are_the_causal_ones_bit_for_bit(family, side, d
     """Attention dropout would drop that token's only key, and its whole row."""
     ids, real = padded(side)
     inputs = {"input_ids": ids, "attention_mask": real, "output_hidden_states": True}
-    found = []
+    actual = []
     for model in (
         random_model(family, num_hidden_layers=DEPTH, **KEPT.get(family, {})),
         layered("all", family, keep_sink=True, **KEPT.get(family, {})),
     ):
         model.to(dtype)
-        if found and dropout:
+        if actual and dropout:
             model.train()
             for layer in model.model.layers:
                 layer.self_attn.attention_dropout = dropout
         with torch.no_grad():
             states = model.model(**inputs, use_cache=False).hidden_states
         first = real.argmax(1)
-        found.append(torch.stack(states)[:, torch.arange(3), first])
+        actual.append(torch.stack(states)[:, torch.arange(3), first])
         others = torch.stack(states)[:, 0, -1 if side == "left" else 1]
-        found.append(others)
+        actual.append(others)
     moe = family == "qwen2_moe"  # experts regroup the tokens, and round otherwise
-    torch.testing.assert_close(found[0], found[2], rtol=1e-2 * moe, atol=1e-2 * moe)
-    assert dropout or side == "left" or (found[1] - found[3]).abs().max() > 1e-3
+    torch.testing.assert_close(actual[0], actual[2], rtol=1e-2 * moe, atol=1e-2 * moe)
+    assert dropout or side == "left" or (actual[1] - actual[3]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("family", KEPT)
@@ -519,5 +519,5 @@ def test_weights_of_the_weighted_mean_are_the_positions(tiny_path):
         states = model.model(ids).last_hidden_state[0]
     places = torch.arange(1, len(states) + 1)[:, None]
     expected = (states * places).sum(0) / places.sum()
-    found = encoder.encode(["The dog sleeps."], convert_to_tensor=True)[0]
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    actual = encoder.encode(["The dog sleeps."], convert_to_tensor=True)[0]
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)

@@ -58,8 +58,8 @@ def test_snippets_are_python_and_import_what_is_there(page):
     for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
         compile(code, page.name, "exec")
         for module, names in re.findall(r"^from (ubmoe\S*) import (.*)$", code, re.M):
-            found = importlib.import_module(module)
-            assert all(hasattr(found, name.strip()) for name in names.split(",")), code
+            actual = importlib.import_module(module)
+            assert all(hasattr(actual, name.strip()) for name in names.split(",")), code
 
 
 def test_every_make_target_that_a_page_names_exists():
@@ -81,7 +81,7 @@ def sentences(text):
     kept = [line for line in text.splitlines() if not re.match(r"    |\||!|#|<", line)]
     paragraphs = re.split(r"\n\s*\n|\n(?=- |\d\. )", "\n".join(kept))
     return [
-        each for part in paragraphs for each in re.split(r"(?<=[.?!:;])\s+", part) if each.strip()
+        item for part in paragraphs for item in re.split(r"(?<=[.?!:;])\s+", part) if item.strip()
     ]
 
 

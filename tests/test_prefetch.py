@@ -17,12 +17,12 @@ from ubmoe.evaluate import benchmark
 
 def test_all_that_a_config_names_and_nothing_that_is_here():
     config = load_config("configs/qwen2.5-0.5b.yaml")
-    found = list(prefetch.needs(config))
-    assert found[0] == ("model", "Qwen/Qwen2.5-0.5B-Instruct")
-    assert ("dataset", "sentence-transformers/wiki1m-for-simcse") in found
-    assert ("dataset", "HuggingFaceH4/ultrafeedback_binarized:default:train_sft") in found
-    assert ("sts", "STS22") in found and ("generation", "truthfulqa_mc2") in found
-    assert len(found) == len(set(found))
+    actual = list(prefetch.needs(config))
+    assert actual[0] == ("model", "Qwen/Qwen2.5-0.5B-Instruct")
+    assert ("dataset", "sentence-transformers/wiki1m-for-simcse") in actual
+    assert ("dataset", "HuggingFaceH4/ultrafeedback_binarized:default:train_sft") in actual
+    assert ("sts", "STS22") in actual and ("generation", "truthfulqa_mc2") in actual
+    assert len(actual) == len(set(actual))
     assert list(prefetch.needs(load_config(None))) == []
 
 

@@ -33,7 +33,7 @@ def test_a_newcomer_gets_a_result_figures_and_a_table(tiny_path, tmp_path):
     assert result["dependence"]["texts"] == 12
     assert len(result["dependence"]["layers"]) == 4
     assert "attention causal, verified" in errors
-    assert {each.name for each in (tmp_path / "run").iterdir()} == {
+    assert {item.name for item in (tmp_path / "run").iterdir()} == {
         "dependence.json",
         "calculate_dp.config.yaml",
         "dependence_buckets.png",
@@ -198,16 +198,16 @@ def test_the_context_bounds_training_saving_and_scoring_alike(tiny_path, tmp_pat
     )
     assert code == 0, errors
     assert errors.count("bi.max_tokens: 64, the model's context, not 4096") == 1
-    found = json.loads((tmp_path / "run" / "sts.json").read_text())["sts"]
+    actual = json.loads((tmp_path / "run" / "sts.json").read_text())["sts"]
     stock = SentenceTransformer(f"{tmp_path}/run/bi", device="cpu")
-    assert stock.max_seq_length == stock.tokenizer.model_max_length == found["max_tokens"] == 64
+    assert stock.max_seq_length == stock.tokenizer.model_max_length == actual["max_tokens"] == 64
     assert AutoTokenizer.from_pretrained(tmp_path / "run" / "bi").model_max_length == 64
     one, other = (stock.encode([row[place] for row in pairs]) for place in (1, 2))
     cosines = stock.similarity_pairwise(one, other)
     expected = 100 * spearmanr(cosines, [row[0] for row in pairs]).statistic
-    assert found["tasks"]["long"] == pytest.approx(expected, abs=1e-4)
-    assert found["truncated"]["long"] == 6  # of both columns, those of 30 sentences
-    assert found["stages"][0]["truncated_percent"] == 50.0
+    assert actual["tasks"]["long"] == pytest.approx(expected, abs=1e-4)
+    assert actual["truncated"]["long"] == 6  # of both columns, those of 30 sentences
+    assert actual["stages"][0]["truncated_percent"] == 50.0
 
 
 def test_a_form_and_a_whitening_are_saved_as_they_were_scored(tiny_path, tmp_path):
@@ -219,9 +219,9 @@ def test_a_form_and_a_whitening_are_saved_as_they_were_scored(tiny_path, tmp_pat
     code, _, errors = run(*common, *keys, f"output_dir={tmp_path}/run", script="train_bi.py")
     assert code == 0, errors
     result = json.loads((tmp_path / "run" / "sts.json").read_text())
-    bi, found = result["config"]["bi"], result["sts"]
+    bi, actual = result["config"]["bi"], result["sts"]
     assert (bi["form"], bi["prompt"], bi["pooling"]) == ("eol", EOL, "last")
-    assert found["whiten"]["sentences"] <= 60 and found["whiten"]["variance_removed"] > 1
+    assert actual["whiten"]["sentences"] <= 60 and actual["whiten"]["variance_removed"] > 1
     assert "bi.whiten.dataset" in result["inputs"]
     code, _, errors = run(
         *(*common, f"model.name={tmp_path}/run/bi", f"output_dir={tmp_path}/again"),
@@ -230,7 +230,7 @@ def test_a_form_and_a_whitening_are_saved_as_they_were_scored(tiny_path, tmp_pat
     assert code == 0, errors
     again = json.loads((tmp_path / "again" / "evaluation.json").read_text())
     again = again["evaluation"]
-    assert again["tasks"] == found["tasks"]
+    assert again["tasks"] == actual["tasks"]
 
 
 @pytest.mark.slow
@@ -285,7 +285,7 @@ def test_the_mixture_is_trained_saved_and_scored(encoder, tmp_path):
     assert all(set(row) - {"route"} == set(encoded) - parts for row in result["sts"])
     assert encoded["attention"] == "bidirectional"
     assert result["adapter"]["rank"] == 4 and 0 < result["adapter"]["kept"] < 1
-    assert {each.name for each in (tmp_path / "run").iterdir()} == {
+    assert {item.name for item in (tmp_path / "run").iterdir()} == {
         *("generation.json", "train_ubmoe.config.yaml", "routing.png"),
         *("ubmoe", "modes", "adapter", "routers"),
     }
@@ -304,7 +304,7 @@ def test_bitune_is_trained_saved_and_scored(tmp_path):
     assert set(section["tasks"]) == {"tiny_facts", "tiny_grammar"} and section["perplexity"] > 1
     assert len(section["alpha_keys"]) == len(section["alpha_values"]) == 4
     assert section["counts"]["held_out"] >= 100 and section["variant"] == "full"
-    saved = {each.name for each in (tmp_path / "run" / "bitune").iterdir()}
+    saved = {item.name for item in (tmp_path / "run" / "bitune").iterdir()}
     assert saved >= {"causal", "bidirectional", "theta.safetensors", "bitune.json"}
     shown = table(load_config(None, [f"output_dir={tmp_path}/run"]))
     assert f"{section['perplexity']:.2f}" in shown and "bitune.png" in shown

@@ -36,12 +36,12 @@ def test_every_shipped_record_of_similarity_has_its_sections():
         for name, result in packed.read(folder).items():
             kind = name.split(".")[-2]
             if kind in counts:
-                found = sections(result)
-                counts[kind] += len(found)
-                assert {each["attention"] for each in found} <= {"causal", "bidirectional"}
-                assert all({"tasks", "average"} <= set(each) for each in found)
-                assert [each["average"] for each in found] == [
-                    each["average"]
-                    for each in (result["sts"] if kind == "generation" else [result["sts"]])
+                actual = sections(result)
+                counts[kind] += len(actual)
+                assert {item["attention"] for item in actual} <= {"causal", "bidirectional"}
+                assert all({"tasks", "average"} <= set(item) for item in actual)
+                assert [item["average"] for item in actual] == [
+                    item["average"]
+                    for item in (result["sts"] if kind == "generation" else [result["sts"]])
                 ]
     assert counts["sts"] > 100 and counts["generation"] > 100

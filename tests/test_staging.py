@@ -78,13 +78,13 @@ def test_a_run_that_is_killed_at_any_rename_is_whole_or_has_not_been(tmp_path, m
         again = tmp_path / f"{count}, killed again"
         subprocess.run(["cp", "-r", directory, again], check=True)
         killed(lambda at=again: staging(at, "x").__enter__(), count % 3, monkeypatch)
-        for each in (directory, again):
-            with staging(each, "calculate_dp"):  # another program of the same folder
+        for item in (directory, again):
+            with staging(item, "calculate_dp"):  # another program of the same folder
                 expected = "new" if count or not died else "old"
-                assert is_all(each, expected), (count, each)
-            with staging(each, "train_bi"):
+                assert is_all(item, expected), (count, item)
+            with staging(item, "train_bi"):
                 pass
-            assert {path.name for path in each.iterdir()} == {name.split("/")[0] for name in FILES}
+            assert {path.name for path in item.iterdir()} == {name.split("/")[0] for name in FILES}
         if not died:
             break
     assert count == 1 + len(FILES) + 2  # its own name, each, and what two folders give way to

@@ -112,13 +112,13 @@ def test_spaces_other_alphabets_and_another_working_directory(tiny_path, tmp_pat
     assert output == "out put/ü/dependence.json\n"
     record = json.loads((here / "out put" / "ü" / "dependence.json").read_text())
     assert record["dependence"]["texts"] == 3
-    assert sorted(each.name for each in here.iterdir()) == ["chats é.jsonl", "out put"]
+    assert sorted(item.name for item in here.iterdir()) == ["chats é.jsonl", "out put"]
 
 
 def test_what_the_environment_sets_for_accelerate_changes_no_weight(
     tiny_path, tmp_path, monkeypatch
 ):
-    found = []
+    actual = []
     for name, given in {
         "without": {},
         "with": {"MIXED_PRECISION": "bf16", "USE_FSDP": "no"},
@@ -127,8 +127,8 @@ def test_what_the_environment_sets_for_accelerate_changes_no_weight(
             monkeypatch.setenv(f"ACCELERATE_{key}", value)
         code, _, errors = run(*TUNED, f"output_dir={tmp_path}/{name}", script="train_bi.py")
         assert code == 0, errors
-        found.append((tmp_path / name / "bi" / "model.safetensors").read_bytes())
-    assert found[0] == found[1]
+        actual.append((tmp_path / name / "bi" / "model.safetensors").read_bytes())
+    assert actual[0] == actual[1]
     assert "ACCELERATE_MIXED_PRECISION=bf16: ignored" in errors
     assert "ACCELERATE_USE_FSDP" not in errors
 

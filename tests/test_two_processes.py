@@ -196,10 +196,10 @@ def of_two_processes(tiny_path, tmp_path_factory):
 
 def assert_same(found, expected, **tolerance):
     """Losses, norms of the gradient and final weights."""
-    rows, others = ([row for row in each[1] if "loss" in row] for each in (found, expected))
-    for each, other in zip(rows, others, strict=True):
+    rows, others = ([row for row in item[1] if "loss" in row] for item in (found, expected))
+    for item, other in zip(rows, others, strict=True):
         for key in ("loss", "grad_norm"):
-            assert each[key] == pytest.approx(other[key], rel=tolerance["rtol"]), key
+            assert item[key] == pytest.approx(other[key], rel=tolerance["rtol"]), key
     for name, value in expected[0].items():
         assert found[0][name].dtype == value.dtype
         torch.testing.assert_close(

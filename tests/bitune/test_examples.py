@@ -35,10 +35,10 @@ def texts(tokenizer, examples):
 
 
 def test_a_template_makes_an_example_of_every_turn_with_what_came_before(tokenizer, tmp_path):
-    found = read_examples(saved(tmp_path, TALK), tokenizer, QUESTION, 512)
+    actual = read_examples(saved(tmp_path, TALK), tokenizer, QUESTION, 512)
     end = tokenizer.eos_token
     first = "Question: Where does Anna live?\n\nAnswer:"
-    [examples] = found.chats
+    [examples] = actual.chats
     assert texts(tokenizer, examples) == [
         (first, f" Anna lives in the house.{end}"),
         (
@@ -63,15 +63,15 @@ def test_examples_that_are_too_long_are_dropped_and_counted(tokenizer, tmp_path)
     path = saved(tmp_path, TALK[:2], TALK)
     whole = read_examples(path, tokenizer, None, 512)
     shortest, longest = (f(len(e) for chat in whole.chats for e in chat) for f in (min, max))
-    found = read_examples(path, tokenizer, None, longest - 1)
-    assert ([len(chat) for chat in found.chats], found.dropped, whole.dropped) == ([1, 1], 1, 0)
+    actual = read_examples(path, tokenizer, None, longest - 1)
+    assert ([len(chat) for chat in actual.chats], actual.dropped, whole.dropped) == ([1, 1], 1, 0)
     with pytest.raises(UserError, match=r"none of 3 examples has at most bitune.max_tokens="):
         read_examples(path, tokenizer, None, shortest - 1)
 
 
 def test_a_batch_moves_the_last_prompt_token_into_the_answer():
-    found = batch([Example([1, 2, 3], [4]), Example([5], [6, 7])])
-    assert {name: value.tolist() for name, value in found.items()} == {
+    actual = batch([Example([1, 2, 3], [4]), Example([5], [6, 7])])
+    assert {name: value.tolist() for name, value in actual.items()} == {
         "prompt_ids": [[1, 2], [0, 0]],
         "prompt_mask": [[1, 1], [0, 0]],
         "answer_ids": [[3, 4, 0], [5, 6, 7]],

@@ -33,8 +33,8 @@ def asked():
 def test_likelihoods_are_those_of_one_answer_at_a_time(tokenizer, size):
     bitune = tuned(vocab_size=len(tokenizer))
     lm = Likelihoods(bitune, tokenizer, size)
-    found = lm.loglikelihood(asked(), disable_tqdm=True)
-    for request, (score, greedy) in zip(asked(), found, strict=True):
+    actual = lm.loglikelihood(asked(), disable_tqdm=True)
+    for request, (score, greedy) in zip(asked(), actual, strict=True):
         context, answer = (
             lm._encode_pair(*request.args)
             if request.args[0]
@@ -57,8 +57,8 @@ def test_fresh_causal_adapters_score_like_the_librarys_own_model(tokenizer):
         asked(), disable_tqdm=True
     )
     bitune = attach(model, BituneSection(variant="only_causal"), 0)
-    found = Likelihoods(bitune, tokenizer, 4).loglikelihood(asked(), disable_tqdm=True)
-    for (own, greedy), (score, said) in zip(found, expected, strict=True):
+    actual = Likelihoods(bitune, tokenizer, 4).loglikelihood(asked(), disable_tqdm=True)
+    for (own, greedy), (score, said) in zip(actual, expected, strict=True):
         assert own == pytest.approx(score, abs=1e-4) and greedy == said
 
 
@@ -67,8 +67,8 @@ def test_generated_answers_are_those_of_generate(tokenizer):
     prompts = ["Where does Anna live?", "The dog", "Who eats the red apple in the garden?"]
     keys = {"max_gen_toks": 6, "until": ["zzz"], "do_sample": False}
     requests = [SimpleNamespace(args=(prompt, keys)) for prompt in prompts]
-    found = Likelihoods(bitune, tokenizer, 2).generate_until(requests, disable_tqdm=True)
-    for prompt, text in zip(prompts, found, strict=True):
+    actual = Likelihoods(bitune, tokenizer, 2).generate_until(requests, disable_tqdm=True)
+    for prompt, text in zip(prompts, actual, strict=True):
         ids = torch.tensor([tokenizer(prompt)["input_ids"]])
         said = bitune.generate(
             ids, torch.ones_like(ids), max_new_tokens=6, do_sample=False, pad_token_id=0

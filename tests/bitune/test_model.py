@@ -57,10 +57,10 @@ def test_the_ends_of_theta_are_one_cache_or_the_other(theta, variant):
     with torch.no_grad():
         for value in bitune.theta().values():
             value.fill_(theta)
-    found = scores(bitune, EXAMPLES)
-    assert (found - scores(tuned(), EXAMPLES)).abs().max() > 0.01
+    actual = scores(bitune, EXAMPLES)
+    assert (actual - scores(tuned(), EXAMPLES)).abs().max() > 0.01
     bitune.name, bitune.variant = variant, VARIANTS[variant]
-    torch.testing.assert_close(found, scores(bitune, EXAMPLES), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(actual, scores(bitune, EXAMPLES), atol=1e-5, rtol=1e-5)
 
 
 def plain(model, example):
@@ -126,7 +126,7 @@ class ByHand:
             if cache is not None:
                 k, v = torch.cat((cache[number][0], k), 1), torch.cat((cache[number][1], v), 1)
             kept.append((k, v))
-            k, v = (each.repeat_interleave(self.heads // self.groups, 0) for each in (k, v))
+            k, v = (item.repeat_interleave(self.heads // self.groups, 0) for item in (k, v))
             seen = (q @ k.transpose(1, 2) / math.sqrt(self.width)).masked_fill(~sees, -math.inf)
             mixed = (seen.softmax(-1) @ v).transpose(0, 1).reshape(len(ids), -1)
             x = x + self.linear(f"{at}.self_attn.o_proj", kind, mixed)
@@ -161,7 +161,7 @@ def test_the_whole_method_is_the_formula(variant):
     hand = ByHand(model, bitune)
     init = 0.01
     alpha = {
-        what: [abs(each) / (init + abs(each)) for each in theta.tolist()]
+        what: [abs(item) / (init + abs(item)) for item in theta.tolist()]
         for what, theta in bitune.theta().items()
     }
     for example in EXAMPLES[:2]:
@@ -199,9 +199,9 @@ def test_a_second_reading_with_the_sink_kept(variant):
 
 
 def test_the_variants_differ():
-    found = [scores(tuned(variant), EXAMPLES[:2]) for variant in VARIANTS]
-    for number, one in enumerate(found):
-        for other in found[number + 1 :]:
+    actual = [scores(tuned(variant), EXAMPLES[:2]) for variant in VARIANTS]
+    for number, one in enumerate(actual):
+        for other in actual[number + 1 :]:
             assert (one - other).abs().max() > 1e-3
 
 
@@ -232,8 +232,8 @@ def test_gradients_are_those_of_finite_differences():
             below = mean_loss(*bitune(**inputs))
             value.add_(direction, alpha=STEP)
         expected = ((above - below) / (2 * STEP)).item()
-        found = (value.grad * direction).sum().item()
-        assert found == pytest.approx(expected, rel=1e-2, abs=1e-6), name
+        actual = (value.grad * direction).sum().item()
+        assert actual == pytest.approx(expected, rel=1e-2, abs=1e-6), name
         kind = prefill.OF_ADAPTER.search(name)
         checked.add(kind[1] if kind else name)
     assert checked == {CAUSAL, BIDIRECTIONAL, "theta_keys", "theta_values"}
@@ -276,8 +276,8 @@ def recomputed(bitune, prompt, count):
 def test_cached_decoding_is_recomputing():
     bitune = tuned()
     keys = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    found = bitune.generate(*whole_prompts(), **keys)[:, -6:].tolist()
-    assert found == [recomputed(bitune, example.prompt, 6) for example in EXAMPLES]
+    actual = bitune.generate(*whole_prompts(), **keys)[:, -6:].tolist()
+    assert actual == [recomputed(bitune, example.prompt, 6) for example in EXAMPLES]
 
 
 def test_beams_and_samples_are_as_one_prompt_at_a_time():

@@ -35,7 +35,7 @@ def test_the_embedded_model_learns_a_new_answer(tiny_path, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny_path)
     tokenizer = AutoTokenizer.from_pretrained(tiny_path)
     chats = read_examples("tiny", tokenizer, None, 512, 40).chats
-    examples = [each for chat in chats for each in chat]
+    examples = [item for chat in chats for item in chat]
     new = [
         Example(example.prompt, examples[0].answer) for example in examples
     ]  # always the same one
@@ -90,10 +90,10 @@ def test_perplexity_is_that_of_each_answer_token_alone(monkeypatch):
     tokens = [len(example.answer) for example in EXAMPLES]
     for budget in (1, 20, 10_000):
         monkeypatch.setattr("ubmoe.evaluate.generation.BATCH_TOKENS", budget)
-        found = instruct.perplexity(bitune, EXAMPLES)
-        assert found["perplexity"] == pytest.approx(math.exp(sum(lost) / sum(tokens)), rel=1e-4)
-        assert found["answers"]["losses"] == pytest.approx(lost, abs=1e-3)
-        assert found["answers"]["tokens"] == tokens
+        actual = instruct.perplexity(bitune, EXAMPLES)
+        assert actual["perplexity"] == pytest.approx(math.exp(sum(lost) / sum(tokens)), rel=1e-4)
+        assert actual["answers"]["losses"] == pytest.approx(lost, abs=1e-3)
+        assert actual["answers"]["tokens"] == tokens
 
 
 def test_what_bitune_cannot_do_is_refused():

@@ -90,23 +90,23 @@ def test_a_jinja_string_needs_no_quotes(tmp_path):
 )
 def test_an_unknown_key_names_the_nearest_right_one(tmp_path, override, nearest):
     key = override.partition("=")[0]
-    found = problem(written(tmp_path, ""), override)
-    assert found == f"command line: {key}: unknown key; did you mean {nearest}?"
+    actual = problem(written(tmp_path, ""), override)
+    assert actual == f"command line: {key}: unknown key; did you mean {nearest}?"
 
 
 def test_all_problems_of_a_file_are_reported_together(tmp_path):
     path = written(
         tmp_path, "dependence: {max_tokens: 0, flow: both, bukets: [1]}\nmodel: {dtype: half}\n"
     )
-    found = problem(path)
-    assert found.startswith(str(path))
+    actual = problem(path)
+    assert actual.startswith(str(path))
     for part in (
         "dependence.max_tokens: got 0, expected greater than or equal to 1",
         "dependence.flow: got 'both', expected 'causal' or 'bidirectional'",
         "dependence.bukets: unknown key; did you mean dependence.buckets?",
         "model.dtype: got 'half', expected 'float32', 'auto', 'bfloat16' or 'float16'",
     ):
-        assert part in found
+        assert part in actual
 
 
 @pytest.mark.parametrize(
@@ -123,8 +123,8 @@ def test_all_problems_of_a_file_are_reported_together(tmp_path):
     ],
 )
 def test_what_stands_twice_in_a_list_is_refused(tmp_path, name, value):
-    found = problem(written(tmp_path, ""), f"{name}={value}")
-    assert f"{name}: got " in found and "is listed twice; expected each once" in found
+    actual = problem(written(tmp_path, ""), f"{name}={value}")
+    assert f"{name}: got " in actual and "is listed twice; expected each once" in actual
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_a_program_shows_its_own_sections_the_most_used_first():
     assert order == sorted(order) and order[-1] < text.index("\n  evaluation.sts: ")
     assert "keys are of other programs: train_bi.py --help all" in text
     sections = {name.partition(".")[0] for name, _ in keys() if "." in name}
-    shown = {each for own in SECTIONS.values() for each in own}
+    shown = {entry for own in SECTIONS.values() for entry in own}
     assert shown == sections  # each key is shown by some program
     for program in SECTIONS:
         assert len(help_text(program, "", everything=False)) < len(help_text(program, ""))
@@ -224,26 +224,26 @@ def test_an_override_leaves_unsaid_keys_to_their_objective(tmp_path):
     assert said in problem(path, "bi.stages.2.lora.rank=1")
     said = "unknown key; bi.stages has no items"
     assert said in problem(written(tmp_path, "bi: {stages: []}"), "bi.stages.0.lora.rank=1")
-    found = problem(path, "results.rows.0.keys=[]")
-    assert "results.rows.0: got 'base', expected a section of keys" in found
+    actual = problem(path, "results.rows.0.keys=[]")
+    assert "results.rows.0: got 'base', expected a section of keys" in actual
 
 
 @pytest.mark.parametrize("keys", ["prompt: null", "prompt: 'a {text} b'", "pooling: last"])
 def test_a_prompt_out_of_the_mean_needs_a_mean_and_a_prefix(tmp_path, keys):
-    found = problem(written(tmp_path, f"bi: {{prompt_in_mean: false, {keys}}}"))
-    assert "bi: prompt_in_mean false is for pooling mean and a prompt that ends in {text}" in found
+    actual = problem(written(tmp_path, f"bi: {{prompt_in_mean: false, {keys}}}"))
+    assert "bi: prompt_in_mean false is for pooling mean and a prompt that ends in {text}" in actual
 
 
 @pytest.mark.parametrize("keys", ["attention: causal", "layers: none"])
 def test_a_sink_is_kept_only_where_layers_are_bidirectional(tmp_path, keys):
-    found = problem(written(tmp_path, f"bi: {{keep_sink: true, {keys}}}"))
-    assert "bi: keep_sink is for bidirectional layers, and there are none; expected" in found
+    actual = problem(written(tmp_path, f"bi: {{keep_sink: true, {keys}}}"))
+    assert "bi: keep_sink is for bidirectional layers, and there are none; expected" in actual
 
 
 @pytest.mark.parametrize("module", ["embedding", "all"])
 def test_lora_is_refused_with_what_it_cannot_train(tmp_path, module):
-    found = problem(written(tmp_path, f"bi: {{stages: [{{train: [{module}], lora: {{}}}}]}}"))
-    assert f"bi.stages.0: lora cannot train {module}; expected lora: null" in found
+    actual = problem(written(tmp_path, f"bi: {{stages: [{{train: [{module}], lora: {{}}}}]}}"))
+    assert f"bi.stages.0: lora cannot train {module}; expected lora: null" in actual
 
 
 def test_a_form_is_a_prompt_and_its_pooling(tmp_path):
@@ -329,8 +329,8 @@ ITEMS = ["bi.stages=[{lora: {}}]", "results.rows=[{name: x}]", "probing.models=[
 def test_no_key_takes_a_number_without_end(tmp_path, value):
     assert len(NUMBERS) > 60
     for key in NUMBERS:
-        found = problem(written(tmp_path, ""), *ITEMS, f"{key}={value}")
-        assert f"command line: {key}: got " in found, found
+        actual = problem(written(tmp_path, ""), *ITEMS, f"{key}={value}")
+        assert f"command line: {key}: got " in actual, actual
 
 
 @pytest.mark.parametrize("value", ["a\\0b", "a\\ud800b", "\\udfff"])
@@ -338,8 +338,8 @@ def test_no_key_takes_a_text_that_no_file_would(tmp_path, value):
     assert len(TEXTS) > 20
     for key in TEXTS:
         shape = [f'{key}="{value}"', f'{key}=["{value}"]']
-        found = [problem(written(tmp_path, ""), *ITEMS, one) for one in shape]
-        assert all(f"command line: {key}" in one for one in found), found
+        actual = [problem(written(tmp_path, ""), *ITEMS, one) for one in shape]
+        assert all(f"command line: {key}" in one for one in actual), actual
 
 
 @pytest.mark.parametrize(
@@ -368,8 +368,8 @@ def test_no_key_takes_a_text_that_no_file_would(tmp_path, value):
     ],
 )
 def test_a_value_is_blamed_on_its_own_key_in_words_of_yaml(tmp_path, overrides, expected):
-    found = problem(written(tmp_path, ""), *overrides)
-    assert expected in found and len(found) < 300 + len(overrides[0])
+    actual = problem(written(tmp_path, ""), *overrides)
+    assert expected in actual and len(actual) < 300 + len(overrides[0])
 
 
 def files(tmp_path, **texts):

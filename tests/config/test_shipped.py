@@ -45,9 +45,9 @@ def test_a_shipped_config_is_valid_and_opens_like_a_lab_record(path):
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_study_plans_its_rows(path, tmp_path):
     config = load_config(path, [f"output_dir={tmp_path}/study"])
-    found = steps(config)
-    assert len({step.path for step in found}) == len(found)  # and all of their keys are known
-    assert len({step.row for step in found}) >= len(config.results.rows) // 2
+    actual = steps(config)
+    assert len({step.path for step in actual}) == len(actual)  # and all of their keys are known
+    assert len({step.row for step in actual}) >= len(config.results.rows) // 2
 
 
 @pytest.mark.parametrize("path", [*CONFIGS, *PAPER, *STUDIES], ids=lambda path: path.name)

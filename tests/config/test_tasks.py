@@ -105,10 +105,10 @@ def test_every_task_is_compared():
 def test_the_same_rows_are_asked_in_the_same_words(name, folder):
     local = ConfigurableTask(config=task_of(LOCAL / f"{name}.yaml", str(folder)))
     own = own_task(name)
-    found, expected = asked(local), asked(own)
-    assert found == expected and len(found) >= 4
+    actual, expected = asked(local), asked(own)
+    assert actual == expected and len(actual) >= 4
     docs = [next(iter(task.test_docs() or task.validation_docs())) for task in (local, own)]
-    count = len(found) // 2
+    count = len(actual) // 2
     for seed in range(20):  # the same likelihoods give the same metrics
         draw = np.random.default_rng(seed).normal(-3, 2, count)
         results = [(float(value), False) for value in draw]
@@ -131,8 +131,8 @@ def test_stock_lm_eval_reads_them_without_our_programs(name, folder, tmp_path, m
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "data").symlink_to(folder)
     monkeypatch.chdir(tmp_path / "elsewhere")
-    [found] = get_task_dict([path], TaskManager(include_defaults=False)).values()
-    assert asked(found) == expected
+    [actual] = get_task_dict([path], TaskManager(include_defaults=False)).values()
+    assert asked(actual) == expected
 
 
 UNINSTALLED = """
@@ -151,7 +151,7 @@ print(len(list(task.test_docs())))
 @pytest.mark.slow
 def test_stock_lm_eval_reads_them_beside_a_checkout_that_is_not_installed(folder):
     command = [sys.executable, "-P", "-c", UNINSTALLED, str(LOCAL / "piqa.yaml"), str(folder)]
-    environment = {name: each for name, each in os.environ.items() if name != "PYTHONPATH"}
+    environment = {name: item for name, item in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-1] == "2"
@@ -178,6 +178,6 @@ def test_they_are_scored_like_any_other(tiny_path, folder):
     model = random_model("qwen2", vocab_size=len(tokenizer))
     names = [str(LOCAL / f"{name}.yaml") for name in ("piqa", "truthfulqa_mc2")]
     settings = EvaluationSection(generation=names, data=str(folder), bf16=False)
-    found = generation_scores(model, tokenizer, settings)
-    assert set(found["tasks"]) == {"piqa_local", "truthfulqa_mc2_local"}
-    assert 0 < found["tasks"]["truthfulqa_mc2_local"]["acc"] < 100
+    actual = generation_scores(model, tokenizer, settings)
+    assert set(actual["tasks"]) == {"piqa_local", "truthfulqa_mc2_local"}
+    assert 0 < actual["tasks"]["truthfulqa_mc2_local"]["acc"] < 100

@@ -75,10 +75,10 @@ def test_a_bad_row_is_refused_or_dropped_and_counted(tokenizer, tmp_path, caplog
         read(path, tokenizer)
     assert "\n" not in str(caught.value)
     with caplog.at_level(logging.WARNING, "ubmoe"), dropping(True) as dropped:
-        found = read(path, tokenizer)
+        actual = read(path, tokenizer)
     total = len(rows) if isinstance(rows, list) else len(rows.splitlines()) - 1
-    assert (len(found) if isinstance(expected, int) else list(found)) == expected
-    assert len(dropped) == total - len(found)
+    assert (len(actual) if isinstance(expected, int) else list(actual)) == expected
+    assert len(dropped) == total - len(actual)
     named = [record.getMessage() for record in caplog.records]
     assert len(named) == min(3, len(dropped)) and named[0] == f"dropped {caught.value}"
     with pytest.raises(UserError), dropping(False):

@@ -148,25 +148,25 @@ def test_a_chat_may_hold_the_texts_that_stand_in_for_answers(tokenizer, tmp_path
     [chat] = read_chats(written(tmp_path, turns), tokenizer, 500).chats
     answers = pieces(tokenizer, chat, chat.answer.__getitem__)
     end = "</s>" if template == VICUNA else "<|im_end|>"
-    assert [each.strip() for each in answers] == [f"{said}!{end}"] * 2
+    assert [item.strip() for item in answers] == [f"{said}!{end}"] * 2
 
 
 def test_a_chat_whose_earlier_answers_change_is_read_answer_by_answer(tokenizer, tmp_path):
     tokenizer.chat_template = THINKING
-    thought = [{**each, "reasoning_content": f"hm {n}"} for n, each in enumerate(TURNS)]
-    found = read_chats(written(tmp_path, TURNS[:2], thought, TURNS[:2]), tokenizer, 500)
-    assert [len(row) for row in found.by_row] == [1, 2, 1]
-    for chat, turn in zip(found.by_row[1], (1, 3), strict=True):
+    thought = [{**item, "reasoning_content": f"hm {n}"} for n, item in enumerate(TURNS)]
+    actual = read_chats(written(tmp_path, TURNS[:2], thought, TURNS[:2]), tokenizer, 500)
+    assert [len(row) for row in actual.by_row] == [1, 2, 1]
+    for chat, turn in zip(actual.by_row[1], (1, 3), strict=True):
         history = tokenizer.apply_chat_template(thought[: turn + 1], tokenize=False)
         assert tokenizer.decode(chat.ids) == history
         [answer] = pieces(tokenizer, chat, chat.answer.__getitem__)
         said = TURNS[turn]["content"]
         assert answer == f"<think>\nhm {turn}\n</think>\n\n{said}<|im_end|>"
-    train, kept = found.held_out(1, "held_out")  # all of a row, or nothing
-    assert {each.where for each in train}.isdisjoint(each.where for each in kept)
+    train, kept = actual.held_out(1, "held_out")  # all of a row, or nothing
+    assert {item.where for item in train}.isdisjoint(item.where for item in kept)
     examples = read_examples(written(tmp_path, thought), tokenizer, None, 500).chats
     assert [len(example) for example in examples] == [2]
-    assert examples[0][1].prompt + examples[0][1].answer == found.by_row[1][1].ids[:-1]
+    assert examples[0][1].prompt + examples[0][1].answer == actual.by_row[1][1].ids[:-1]
 
 
 @pytest.mark.parametrize(
@@ -188,10 +188,10 @@ def test_an_answer_of_weight_zero_is_read_and_not_learned(
     turns = [TURNS[0], TURNS[1] | fields, *TURNS[2:]]
     path = written(tmp_path, turns)
     whole, plain = (
-        read_examples(each, tokenizer, template, 500).chats
-        for each in (written(tmp_path / "plain", TURNS), path)
+        read_examples(item, tokenizer, template, 500).chats
+        for item in (written(tmp_path / "plain", TURNS), path)
     )
-    expected = [each for each, own in zip(whole[0], trained, strict=True) if own]
+    expected = [item for item, own in zip(whole[0], trained, strict=True) if own]
     assert plain == [expected]
     [chat] = read_chats(path, tokenizer, 500).chats
     contents = [TURNS[turn]["content"] for turn, own in zip((1, 3), trained, strict=True) if own]
@@ -210,7 +210,7 @@ def test_an_answer_of_weight_zero_is_read_and_not_learned(
     ],
 )
 def test_what_is_neither_learned_nor_not_is_refused(tokenizer, tmp_path, turn, fields, expected):
-    turns = [each | (fields if n == turn else {}) for n, each in enumerate(TURNS)]
+    turns = [item | (fields if n == turn else {}) for n, item in enumerate(TURNS)]
     with pytest.raises(UserError) as caught:
         read_chats(written(tmp_path, turns), tokenizer, 500)
     assert expected in str(caught.value)
@@ -249,8 +249,8 @@ def test_long_chats_are_cut_and_those_without_an_answer_dropped(tokenizer, tmp_p
 
 def test_labels_are_the_answers_tokens():
     chats = [Chat("a", [5, 6, 7], [False, True, True], []), Chat("b", [8, 9], [False, True], [])]
-    found = {name: value.tolist() for name, value in collate(chats).items()}
-    assert found["labels"] == [[IGNORE_INDEX, 6, 7], [IGNORE_INDEX, 9, IGNORE_INDEX]]
+    actual = {name: value.tolist() for name, value in collate(chats).items()}
+    assert actual["labels"] == [[IGNORE_INDEX, 6, 7], [IGNORE_INDEX, 9, IGNORE_INDEX]]
 
 
 @pytest.mark.parametrize(
@@ -329,7 +329,7 @@ SPOKEN = [("human", "Hi"), ("gpt", "Hello."), ("human", "Bye"), ("gpt", "Good by
 def test_sharegpt_and_text_parts_are_the_chats_that_they_say(tokenizer, tmp_path):
     roles = {"human": "user", "gpt": "assistant"}
     plain = [{"role": roles[who], "content": said} for who, said in SPOKEN]
-    parts = [each | {"content": [{"type": "text", "text": each["content"]}]} for each in plain]
+    parts = [item | {"content": [{"type": "text", "text": item["content"]}]} for item in plain]
     share = [{"from": who, "value": said} for who, said in SPOKEN]
     expected = read(tmp_path, tokenizer, {"messages": plain})
     for row in (
@@ -338,11 +338,11 @@ def test_sharegpt_and_text_parts_are_the_chats_that_they_say(tokenizer, tmp_path
         {"conversations": json.dumps(share)},
         {"conversations": plain, "messages": None},
     ):
-        found = read(tmp_path, tokenizer, row)
-        assert (found.ids, found.answer) == (expected.ids, expected.answer)
+        actual = read(tmp_path, tokenizer, row)
+        assert (actual.ids, actual.answer) == (expected.ids, expected.answer)
     with_system = [{"role": "system", "content": "Be kind."}, *plain]
-    found = read(tmp_path, tokenizer, {"conversations": share, "system": "Be kind."})
-    assert found.ids == read(tmp_path, tokenizer, {"messages": with_system}).ids
+    actual = read(tmp_path, tokenizer, {"conversations": share, "system": "Be kind."})
+    assert actual.ids == read(tmp_path, tokenizer, {"messages": with_system}).ids
 
 
 def test_a_call_of_sharegpt_is_a_call(tokenizer, tmp_path):
@@ -353,8 +353,8 @@ def test_a_call_of_sharegpt_is_a_call(tokenizer, tmp_path):
         {"from": "observation", "value": "4"},
         {"from": "gpt", "value": "It is 4 degrees."},
     ]
-    found = read(tmp_path, tokenizer, {"conversations": share})
-    assert found.ids == read(tmp_path, tokenizer, {"messages": CALLING}).ids
+    actual = read(tmp_path, tokenizer, {"conversations": share})
+    assert actual.ids == read(tmp_path, tokenizer, {"messages": CALLING}).ids
 
 
 def test_what_a_chat_opens_with_is_read_and_not_trained_on(tokenizer, tmp_path):

@@ -47,10 +47,10 @@ def pair(number, **fields):
 )
 def test_rows_below_the_threshold_are_left_out_and_counted(tmp_path, name, values, kept, threshold):
     rows = [pair(number, **{name: value}) for number, value in enumerate(values)]
-    found = read(tmp_path, rows, threshold)
-    assert found.columns["anchor"] == [f"a{number}" for number in kept]
-    assert found.columns["positive"] == [f"p{number}" for number in kept]
-    assert found.below == len(rows) - len(kept)
+    actual = read(tmp_path, rows, threshold)
+    assert actual.columns["anchor"] == [f"a{number}" for number in kept]
+    assert actual.columns["positive"] == [f"p{number}" for number in kept]
+    assert actual.below == len(rows) - len(kept)
     with pytest.raises(UserError, match=f":1: has a column {name}, .*positive_from"):
         read(tmp_path, rows)
 
@@ -155,5 +155,5 @@ def test_a_gap_or_another_number_of_negatives_is_refused_by_row(tmp_path, rows, 
 def test_rows_with_a_gap_can_be_dropped_wherever_they_stand(tmp_path):
     gap = {"negative_1": "x", "negative_3": "y"}
     with dropping(True) as dropped:
-        found = read(tmp_path, [pair(1, **gap), pair(2, **BOTH), pair(3, **gap)])
-    assert found.columns["anchor"] == ["a2"] and len(dropped) == 2
+        actual = read(tmp_path, [pair(1, **gap), pair(2, **BOTH), pair(3, **gap)])
+    assert actual.columns["anchor"] == ["a2"] and len(dropped) == 2

@@ -226,8 +226,8 @@ def test_the_chosen_rows_of_a_hub_alone_are_read(hub, most):
         (training_rows, lambda row: row.fields["text"]),
     ):
         table = hub(Table(rows))
-        found = [(each.where, content(each)) for each in read("org/set", most)]
-        assert found == [(f"org/set: row {number}", row["text"]) for number, row in chosen]
+        actual = [(entry.where, content(entry)) for entry in read("org/set", most)]
+        assert actual == [(f"org/set: row {number}", row["text"]) for number, row in chosen]
         assert table.read == [number for number, _ in chosen]
 
 
@@ -278,8 +278,8 @@ def test_a_score_is_a_number_as_everybody_writes_it(text):
 
 
 def test_usual_numbers_are_read():
-    found = [finite_number("", text) for text in ("3", "-1.5", "+.5", "4.", "1e-3", " 2 ")]
-    assert found == [3, -1.5, 0.5, 4, 0.001, 2]
+    actual = [finite_number("", text) for text in ("3", "-1.5", "+.5", "4.", "1e-3", " 2 ")]
+    assert actual == [3, -1.5, 0.5, 4, 0.001, 2]
 
 
 def test_parquet_and_gzipped_lines_are_read_row_by_row(tmp_path):
@@ -291,9 +291,9 @@ def test_parquet_and_gzipped_lines_are_read_row_by_row(tmp_path):
         ("chats.parquet", ["chats.parquet: row 1", "chats.parquet: row 2"]),
         ("chats.jsonl.gz", ["chats.jsonl.gz:1", "chats.jsonl.gz:2"]),
     ):
-        found = list(read_rows(str(tmp_path / name)))
-        assert [row.fields for row in found] == chats
-        assert [row.where.removeprefix(f"{tmp_path}/") for row in found] == places
+        actual = list(read_rows(str(tmp_path / name)))
+        assert [row.fields for row in actual] == chats
+        assert [row.where.removeprefix(f"{tmp_path}/") for row in actual] == places
 
 
 @pytest.mark.parametrize(

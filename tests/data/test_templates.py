@@ -110,13 +110,13 @@ def test_a_template_without_an_end_is_refused_in_time(tokenizer, monkeypatch, tm
 
 
 def test_templates_are_rendered_beside_the_main_thread_too(tokenizer):
-    found = []
+    actual = []
     thread = threading.Thread(
-        target=lambda: found.append(tokenize(tokenizer, read_texts("tiny", 2)))
+        target=lambda: actual.append(tokenize(tokenizer, read_texts("tiny", 2)))
     )
     thread.start()
     thread.join()
-    assert found == [tokenize(tokenizer, read_texts("tiny", 2))]
+    assert actual == [tokenize(tokenizer, read_texts("tiny", 2))]
 
 
 def test_limits_are_taken_back():

@@ -53,7 +53,7 @@ def test_a_text_that_holds_a_token_without_an_embedding_is_named_by_row(grown, t
             call()
     asked = {"role": "user", "content": "Who?"}
     said = [{"role": "assistant", "content": answer} for answer in ("Anna.", "[PAD]")]
-    chats = saved(tmp_path, *({"messages": [asked, each]} for each in said))
+    chats = saved(tmp_path, *({"messages": [asked, item]} for item in said))
     calls = [
         lambda: read_chats(chats, grown, 99),
         lambda: read_examples(chats, grown, "Q: {prompt} A:", 99),
@@ -71,8 +71,8 @@ def test_a_text_that_holds_a_token_without_an_embedding_is_named_by_row(grown, t
 @pytest.mark.parametrize("last", [(), ("</s>",), ("</s>", "<s>")])
 def test_own_ends_are_those_of_the_post_processor(first, last):
     tokenizer = marked(first, last)
-    found = [tokenizer.convert_ids_to_tokens(each) for each in tokens.own_ends(tokenizer)]
-    assert found == [list(first), list(last)]
+    actual = [tokenizer.convert_ids_to_tokens(item) for item in tokens.own_ends(tokenizer)]
+    assert actual == [list(first), list(last)]
 
 
 @pytest.mark.parametrize("last", [(), ("</s>",)])

@@ -37,23 +37,23 @@ def texts(count=30, seed=0):
 def one_at_a_time(model, ids):
     """(texts, L, H, 3) with no batch and no sum of ours."""
     with observed(model) as recorder:
-        each = [
+        item = [
             dependence_of(
                 model, recorder, torch.tensor([text]), torch.ones(1, len(text), dtype=int)
             )
             for text in ids
         ]
-    return torch.cat(each).numpy() * 100
+    return torch.cat(item).numpy() * 100
 
 
 def test_every_number_is_the_mean_over_texts_one_at_a_time(tmp_path):
     model, ids = random_model("qwen2"), texts()
     section = measure.measure(model, ids, SETTINGS, tmp_path)
-    each = one_at_a_time(model, ids)
+    item = one_at_a_time(model, ids)
     lengths = np.array([len(text) for text in ids])
     for number, name in enumerate(SHARES):
-        assert section["overall"][name] == pytest.approx(each[..., number].mean(), abs=1e-4)
-        by_text = each[..., number].mean((1, 2))
+        assert section["overall"][name] == pytest.approx(item[..., number].mean(), abs=1e-4)
+        by_text = item[..., number].mean((1, 2))
         assert section["stderr"][name] == pytest.approx(
             by_text.std(ddof=1) / len(ids) ** 0.5, abs=1e-4
         )
@@ -63,9 +63,9 @@ def test_every_number_is_the_mean_over_texts_one_at_a_time(tmp_path):
             assert bucket["texts"] == members.sum() > 1
             assert bucket[name] == pytest.approx(by_text[members].mean(), abs=1e-4)
         for layer, row in enumerate(section["layers"]):
-            assert row[name] == pytest.approx(each[:, layer, :, number].mean(), abs=1e-4)
+            assert row[name] == pytest.approx(item[:, layer, :, number].mean(), abs=1e-4)
             heads = [head[name] for head in row["heads"]]
-            np.testing.assert_allclose(heads, each[:, layer, :, number].mean(0), atol=1e-4)
+            np.testing.assert_allclose(heads, item[:, layer, :, number].mean(0), atol=1e-4)
     nothing = dict.fromkeys((*SHARES, "first")) | {"without_first": dict.fromkeys(SHARES)}
     assert section["buckets"][3] | {"uniform": 0} == {
         "range": [32, 64],
@@ -81,32 +81,32 @@ def test_every_number_is_the_mean_over_texts_one_at_a_time(tmp_path):
 
 def test_every_text_is_recorded_by_itself(tmp_path):
     model, ids = random_model("qwen2"), texts()
-    found = measure.measure(model, ids, SETTINGS, tmp_path)["by_text"]
-    assert found.pop("tokens") == [len(text) for text in ids]
-    each = one_at_a_time(model, ids).mean((1, 2))
-    assert list(found) == list(COLUMNS)
-    for number, values in enumerate(found.values()):
-        np.testing.assert_allclose(values, each[:, number], atol=1e-3)
+    actual = measure.measure(model, ids, SETTINGS, tmp_path)["by_text"]
+    assert actual.pop("tokens") == [len(text) for text in ids]
+    item = one_at_a_time(model, ids).mean((1, 2))
+    assert list(actual) == list(COLUMNS)
+    for number, values in enumerate(actual.values()):
+        np.testing.assert_allclose(values, item[:, number], atol=1e-3)
 
 
 def test_the_sink_stands_beside_every_triple(tmp_path):
     model, ids = random_model("qwen2"), texts()
     section = measure.measure(model, ids, SETTINGS, tmp_path)
-    each = one_at_a_time(model, ids)
+    item = one_at_a_time(model, ids)
     assert list(section["overall"]) == list(SHARES)
-    by_text = each.mean((1, 2))
+    by_text = item.mean((1, 2))
     assert section["first"] == pytest.approx(by_text[:, 3].mean(), abs=1e-4)
     error = by_text[:, 3].std(ddof=1) / len(ids) ** 0.5
     assert section["stderr"]["first"] == pytest.approx(error, abs=1e-4)
     for number, share in enumerate(SHARES, 4):
-        found = section["without_first"][share]
-        assert found == pytest.approx(by_text[:, number].mean(), abs=1e-4)
+        actual = section["without_first"][share]
+        assert actual == pytest.approx(by_text[:, number].mean(), abs=1e-4)
         layer = section["layers"][1]
         assert layer["without_first"][share] == pytest.approx(
-            each[:, 1, :, number].mean(), abs=1e-4
+            item[:, 1, :, number].mean(), abs=1e-4
         )
         head = layer["heads"][2]["without_first"][share]
-        assert head == pytest.approx(each[:, 1, 2, number].mean(), abs=1e-4)
+        assert head == pytest.approx(item[:, 1, 2, number].mean(), abs=1e-4)
         assert section["buckets"][0]["without_first"][share] is not None
 
 
@@ -123,8 +123,8 @@ def test_the_uniform_share_is_that_of_attention_without_preference(tmp_path):
     ids = texts()
     section = measure.measure(random_model("qwen2"), ids, SETTINGS, tmp_path)
     expected = np.mean([[1 / len(t), (len(t) - 1) / 2 / len(t)] for t in ids], 0) * 100
-    found = section["uniform"]
-    assert [found["main"], found["before"], found["after"]] == pytest.approx(
+    actual = section["uniform"]
+    assert [actual["main"], actual["before"], actual["after"]] == pytest.approx(
         [*expected, expected[1]]
     )
     assert section["buckets"][0]["uniform"]["main"] > section["buckets"][2]["uniform"]["main"]
@@ -312,5 +312,5 @@ def _numbers(value):
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list):
-        return [number for each in value for number in _numbers(each)]
+        return [number for item in value for number in _numbers(item)]
     return [] if value is None else [value]

@@ -21,7 +21,7 @@ def by_hand(model):
         sizes = torch.stack(states.hidden_states[:-1])[:, 0].norm(dim=-1)
         first.append(sizes[:, 0])
         others += list(sizes[:, 1:].T)
-    return [torch.stack(each).mean(0).tolist() for each in (first, others)]
+    return [torch.stack(item).mean(0).tolist() for item in (first, others)]
 
 
 @pytest.mark.parametrize("before", [False, True])
@@ -30,7 +30,7 @@ def test_norms_are_those_of_each_text_under_each_mask(family, before):
     model = set_layers(random_model(family, num_hidden_layers=LAYERS), [1], keep_sink=before)
     set_attention(model, before)
     left = model.config.to_dict(), model.config._attn_implementation
-    found = norms(model, TEXTS, False)
+    actual = norms(model, TEXTS, False)
     assert (model.config.to_dict(), model.config._attn_implementation) == left
     assert is_bidirectional(model.config) is before
     for name, (bidirectional, keep_sink) in {
@@ -41,9 +41,9 @@ def test_norms_are_those_of_each_text_under_each_mask(family, before):
         alone = random_model(family, num_hidden_layers=LAYERS)
         set_attention(set_layers(alone, "all", keep_sink), bidirectional)
         for who, expected in zip(("first", "others"), by_hand(alone), strict=True):
-            assert found[name][who] == pytest.approx(expected, rel=1e-4), (name, who)
-    assert found["causal"]["first"] == pytest.approx(found["sink kept"]["first"], rel=1e-6)
-    assert found["causal"]["first"] != pytest.approx(found["bidirectional"]["first"], rel=1e-3)
+            assert actual[name][who] == pytest.approx(expected, rel=1e-4), (name, who)
+    assert actual["causal"]["first"] == pytest.approx(actual["sink kept"]["first"], rel=1e-6)
+    assert actual["causal"]["first"] != pytest.approx(actual["bidirectional"]["first"], rel=1e-3)
 
 
 def test_few_texts_are_read_and_cut(monkeypatch):

@@ -162,9 +162,9 @@ def test_whole_batches_are_measured_as_text_after_text(family, bidirectional, me
     ids, mask = torch.randint(97, (5, 90)), torch.ones(5, 90, dtype=torch.long)
     for row, length in enumerate(lengths):
         mask[row, length:] = 0
-    each = [ours(model, row[None, :length]) for row, length in zip(ids, lengths, strict=True)]
+    item = [ours(model, row[None, :length]) for row, length in zip(ids, lengths, strict=True)]
     monkeypatch.setattr(recorder, "_spare", lambda device: memory)
-    torch.testing.assert_close(ours(model, ids, mask), torch.cat(each), atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours(model, ids, mask), torch.cat(item), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("tokens", LENGTHS)
@@ -181,14 +181,14 @@ def test_where_no_kernel_computes_them_shares_go_by_blocks(monkeypatch, memory, 
 
 def test_values_of_another_size_than_keys_are_followed_by_blocks_and_observed_by_kernels():
     query, key, value = torch.randn(1, 4, 90, 8), torch.randn(1, 2, 90, 8), torch.randn(1, 2, 90, 5)
-    each = Recorder()
-    output, _ = each(torch.nn.Module(), query, key, value, None, scaling=0.4, is_causal=True)
+    item = Recorder()
+    output, _ = item(torch.nn.Module(), query, key, value, None, scaling=0.4, is_causal=True)
     scores = query @ key.repeat_interleave(2, 1).transpose(2, 3) * 0.4
     masked = scores.masked_fill(torch.ones(90, 90).triu(1).bool(), -torch.inf)
     expected = masked.softmax(-1) @ value.repeat_interleave(2, 1)
     torch.testing.assert_close(output.transpose(1, 2), expected)
     main = scores.softmax(-1).diagonal(dim1=2, dim2=3).mean(-1)
-    torch.testing.assert_close(each.shares[0][..., 0].float(), main)
+    torch.testing.assert_close(item.shares[0][..., 0].float(), main)
 
 
 class Counted(TorchDispatchMode):
@@ -217,8 +217,8 @@ def test_operations_of_a_layer_do_not_grow_with_the_length(padded, bidirectional
             model.config.is_causal = not bidirectional
             ids, mask = torch.randint(97, (3, tokens)), torch.ones(3, tokens, dtype=torch.long)
             mask[1:, tokens - 9 :] = 1 - padded
-            with observed(model) as each, Counted() as counted:
-                dependence_of(model, each, ids, mask)
+            with observed(model) as item, Counted() as counted:
+                dependence_of(model, item, ids, mask)
             counts[layers, tokens] = counted.operations
             assert counted.waits == 1  # whether all is finite, once a batch and at its end
     assert (counts[3, 40] - counts[1, 40]) / 2 <= 150
@@ -232,8 +232,8 @@ def test_windows_caps_and_sinks_wait_for_nothing(monkeypatch, family, bidirectio
     sizes = {"num_local_experts": 4, "sliding_window": 16} if family == "gpt_oss" else {}
     model, ids = random_model(family, **sizes), torch.randint(97, (3, 90))
     model.config.is_causal = not bidirectional
-    with observed(model) as each, Counted() as counted:
-        dependence_of(model, each, ids, torch.ones_like(ids))
+    with observed(model) as item, Counted() as counted:
+        dependence_of(model, item, ids, torch.ones_like(ids))
     assert counted.waits == 1
 
 

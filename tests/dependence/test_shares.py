@@ -118,8 +118,8 @@ def test_the_parts_make_the_flow(tokens, bidirectional):
     if not bidirectional:
         scores = scores.masked_fill(torch.ones(tokens, tokens).triu(1).bool(), -torch.inf)
     expected = scores.softmax(-1) @ value.repeat_interleave(2, 1)
-    found = parts_of(query, key, value, 0.4, texts, bidirectional).flow(value)
-    torch.testing.assert_close(found, expected)
+    actual = parts_of(query, key, value, 0.4, texts, bidirectional).flow(value)
+    torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

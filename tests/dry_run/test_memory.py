@@ -80,10 +80,10 @@ def test_only_what_trains_is_float32_and_has_gradients_and_moments():
     whole = sum(value.numel() for value in model.parameters())
     train_only(model, ["ffn"])
     numbers = 2 * 3 * 32 * 48
-    found = parts(model)
-    assert found["weights"] == 2 * (whole - numbers) + 4 * numbers
-    assert found["gradients"] == 4 * numbers and found["optimiser"] == 8 * numbers
-    assert found["weights as they are used"] == 2 * numbers
+    actual = parts(model)
+    assert actual["weights"] == 2 * (whole - numbers) + 4 * numbers
+    assert actual["gradients"] == 4 * numbers and actual["optimiser"] == 8 * numbers
+    assert actual["weights as they are used"] == 2 * numbers
     for optim, bytes_each in (("adamw_8bit", 2), ("adafactor", 0), ("adamw_torch", 12)):
         assert parts(model, optim)["optimiser"] == bytes_each * numbers
     sharded = parts(model, shards=4)
@@ -102,9 +102,9 @@ def test_a_step_is_the_largest_that_is_drawn_and_its_mini_batches_are_the_runs_o
     def forwards(rows):
         return [Batch(1, sizes[row]) for row in rows]
 
-    found = batches.largest(9, section, forwards)
-    assert len(found) == 3
-    assert sum(each.padded for each in found) == max(
+    actual = batches.largest(9, section, forwards)
+    assert len(actual) == 3
+    assert sum(item.padded for item in actual) == max(
         sum(forward.padded for forward in forwards(rows)) for rows in batches._drawn(9, section)
     )
     assert len(list(batches._drawn(9, section))) == batches.DRAWN
@@ -122,7 +122,7 @@ def test_a_cached_step_holds_its_largest_mini_batch():
     data = Dataset.from_dict({"anchor": texts, "positive": texts})
     keys = {"per_device_train_batch_size": 4, "mini_batch_tokens": 20, "max_tokens": 8}
     whole = batches.of_stage(StageSection(**keys), data, Tokens(), None)
-    assert sum(each.texts for each in whole) == 8
-    assert all(each.padded <= 20 for each in whole) and max(each.tokens for each in whole) == 8
+    assert sum(item.texts for item in whole) == 8
+    assert all(item.padded <= 20 for item in whole) and max(item.tokens for item in whole) == 8
     cached = batches.of_stage(StageSection(**keys, cached=True), data, Tokens(), None)
-    assert cached == [max(whole, key=lambda each: each.padded)]
+    assert cached == [max(whole, key=lambda item: item.padded)]

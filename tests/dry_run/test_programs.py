@@ -11,11 +11,11 @@ from ubmoe.dry_run import memory, programs
 
 def test_parameters_are_counted_by_module_and_a_tied_head_once():
     model = random_model("qwen2", tie_word_embeddings=True)
-    found = programs.parameters(model)
-    assert sum(found.values()) == model.num_parameters()
+    actual = programs.parameters(model)
+    assert sum(actual.values()) == model.num_parameters()
     ffn = sum(value.numel() for name, value in model.named_parameters() if ".mlp." in name)
-    assert found["ffn"] == ffn
-    assert found["embedding"] == model.get_input_embeddings().weight.numel()
+    assert actual["ffn"] == ffn
+    assert actual["embedding"] == model.get_input_embeddings().weight.numel()
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_parameters_are_counted_by_module_and_a_tied_head_once():
 def test_it_says_what_would_be_done_and_does_nothing(tiny_path, tmp_path, script, said):
     output = script(load_config(None, [f"output_dir={tmp_path}/run", "model.device=cpu"]))
     assert output.endswith("nothing was run") and "peak memory, estimated" in output
-    assert programs.MEASURED in output and all(each in output for each in said), output
+    assert programs.MEASURED in output and all(item in output for item in said), output
     assert not (tmp_path / "run").exists()
 
 
@@ -50,9 +50,9 @@ def test_keys_that_save_memory_are_tried_one_by_one(tiny_path, monkeypatch):
     monkeypatch.setattr(programs, "_smaller", lambda *_: [])
     for key, peak in saving.items():
         alone = programs.train_bi(load_config(None, ["model.device=cpu", key]))
-        found = re.search(r"peak memory, estimated +([\d.]+) GB", alone)[1]
-        assert float(found) == pytest.approx(float(peak), abs=0.01)
-        assert float(found) <= float(peaks[0])
+        actual = re.search(r"peak memory, estimated +([\d.]+) GB", alone)[1]
+        assert float(actual) == pytest.approx(float(peak), abs=0.01)
+        assert float(actual) <= float(peaks[0])
 
 
 def test_memory_follows_the_prompt_and_each_stage_alone(tiny_path, monkeypatch):
@@ -60,8 +60,8 @@ def test_memory_follows_the_prompt_and_each_stage_alone(tiny_path, monkeypatch):
 
     def parts(*keys):
         said = programs.train_bi(load_config(None, ["model.device=cpu", *keys]))
-        found = re.findall(r"(gradients|optimiser|activations of .* tokens) +([\d.]+) GB", said)
-        return {name: float(value) for name, value in found}, said
+        actual = re.findall(r"(gradients|optimiser|activations of .* tokens) +([\d.]+) GB", said)
+        return {name: float(value) for name, value in actual}, said
 
     plain, _ = parts("bi.prompt=null")
     [short] = [name for name in plain if "activations" in name]
@@ -77,8 +77,8 @@ def test_memory_follows_the_prompt_and_each_stage_alone(tiny_path, monkeypatch):
         != parts(f"bi.stages=[{checkpointed}]")[0]
     )
     for nothing in ("bi.stages=[]", "bi.stages.0.max_steps=0"):
-        found, none = parts(nothing)
-        assert found == {} and "trains" not in none
+        actual, none = parts(nothing)
+        assert actual == {} and "trains" not in none
         assert "training.png" not in none and "stages/" not in none and "sts.json" in none
 
 
@@ -93,7 +93,7 @@ def test_the_second_objective_of_routers_is_counted(tiny_path, monkeypatch):
     keys = ["ubmoe.objective=both", "ubmoe.export=[modes]", "model.device=cpu"]
     said = programs.train_ubmoe(load_config(None, keys))
     alone = programs.train_ubmoe(load_config(None, keys[1:]))
-    sizes = [int(re.search(r"activations of (\d+) texts", each)[1]) for each in (said, alone)]
+    sizes = [int(re.search(r"activations of (\d+) texts", item)[1]) for item in (said, alone)]
     assert sizes == [32, 16]
     assert "/modes" in said and "/ubmoe\n" not in said
 

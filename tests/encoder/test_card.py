@@ -63,8 +63,8 @@ def test_the_code_of_the_card_gives_the_vectors(tiny_path, tmp_path, monkeypatch
     for code in (stock, plain):
         names = {}
         exec(code, names)
-        found = torch.as_tensor(names["vectors"])
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        actual = torch.as_tensor(names["vectors"])
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
     cut = encoder.encode(LONG, convert_to_tensor=True)  # too long: its end is lost, the prompt not
     assert len(encoder.tokenizer(LONG)["input_ids"]) > 40
     torch.testing.assert_close(names["vector"](LONG), cut, atol=1e-5, rtol=1e-5)
@@ -100,9 +100,9 @@ def test_servers_find_the_pooling_under_the_names_that_they_know(
     modules = json.loads((tmp_path / "bi" / "modules.json").read_text())
     kinds = [module["type"] for module in modules]
     assert kinds == [f"sentence_transformers.models.{name}" for name in ("Transformer", "Pooling")]
-    found = json.loads((tmp_path / "bi" / "1_Pooling" / "config.json").read_text())
-    assert [name for name, on in found.items() if name.startswith("pooling_mode") and on] == [flag]
-    assert found["word_embedding_dimension"] == encoder.get_embedding_dimension()
+    actual = json.loads((tmp_path / "bi" / "1_Pooling" / "config.json").read_text())
+    assert [name for name, on in actual.items() if name.startswith("pooling_mode") and on] == [flag]
+    assert actual["word_embedding_dimension"] == encoder.get_embedding_dimension()
     again = SentenceTransformer(str(tmp_path / "bi"), device="cpu")
     assert again[1].pooling_mode == encoder[1].pooling_mode
     text = (tmp_path / "bi" / "README.md").read_text()

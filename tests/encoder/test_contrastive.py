@@ -91,10 +91,10 @@ def test_loss_and_gradient_are_those_of_the_hand_written_softmax(
     loss = kind(encoder, form, TEMPERATURE, budget)(columns_of(encoder, *texts))
     loss.backward()
     torch.testing.assert_close(loss.detach(), expected.detach(), atol=1e-5, rtol=1e-5)
-    found = gradients(model)
-    assert found.keys() == wanted.keys()
+    actual = gradients(model)
+    assert actual.keys() == wanted.keys()
     for name, value in wanted.items():
-        torch.testing.assert_close(found[name], value, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(actual[name], value, atol=1e-4, rtol=1e-3)
 
 
 def test_mini_batches_keep_within_the_budget_and_drop_padding(tokenizer):
@@ -136,14 +136,14 @@ def test_the_split_is_the_best_of_all_within_the_budget():
     for _ in range(30):
         lengths = sorted(draw.choices(range(1, 900), k=9))
         budget = draw.randrange(300, 4000)
-        found = contrastive_loss.least_padding(lengths, budget)
+        actual = contrastive_loss.least_padding(lengths, budget)
         allowed = [
             ranges
             for ranges in splits(9)
             if all((b - a) * lengths[b - 1] <= budget or b - a == 1 for a, b in ranges)
         ]
-        assert found in allowed
-        assert cost(lengths, found, budget) == min(cost(lengths, r, budget) for r in allowed)
+        assert actual in allowed
+        assert cost(lengths, actual, budget) == min(cost(lengths, r, budget) for r in allowed)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -190,11 +190,11 @@ def test_a_cached_batch_keeps_within_the_budget(tokenizer, monkeypatch):
 
 def test_geometry_is_that_of_hand_computed_vectors():
     anchors, positives = torch.tensor([[2.0, 0], [0, 3.0]]), torch.tensor([[1.0, 0], [1.0, 0]])
-    found = contrastive_loss.geometry(anchors, positives)
-    assert found["positive_cosine"] == pytest.approx(0.5)  # cosines 1 and 0
-    assert found["negative_cosine"] == pytest.approx(0.5)  # of a_1 with b_2, and of a_2 with b_1
-    assert found["alignment"] == pytest.approx(1.0)  # squared distances 0 and 2
-    assert found["uniformity"] == pytest.approx(-4.0)  # log exp(-2 x 2)
+    actual = contrastive_loss.geometry(anchors, positives)
+    assert actual["positive_cosine"] == pytest.approx(0.5)  # cosines 1 and 0
+    assert actual["negative_cosine"] == pytest.approx(0.5)  # of a_1 with b_2, and of a_2 with b_1
+    assert actual["alignment"] == pytest.approx(1.0)  # squared distances 0 and 2
+    assert actual["uniformity"] == pytest.approx(-4.0)  # log exp(-2 x 2)
 
 
 def test_identical_views_stop_the_run(tokenizer):

@@ -54,10 +54,10 @@ def test_a_vector_is_of_the_second_copy(pooling, side):
         else:
             own = weights[pooling]
             expected.append((own * states).sum(0) / own.sum())
-    found = encoder.encode(TEXTS, convert_to_tensor=True)
-    torch.testing.assert_close(found, torch.stack(expected), atol=1e-4, rtol=1e-4)
+    actual = encoder.encode(TEXTS, convert_to_tensor=True)
+    torch.testing.assert_close(actual, torch.stack(expected), atol=1e-4, rtol=1e-4)
     alone = torch.cat([encoder.encode([text], convert_to_tensor=True) for text in TEXTS])
-    torch.testing.assert_close(alone, found, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(alone, actual, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("room", [2, 7])
@@ -78,9 +78,9 @@ def test_each_copy_is_cut_and_the_template_is_not(room):
 
 def test_unlike_copies_are_cut_to_one_length():
     ids = list(range(20))
-    found, mask = within(ids, [range(2, 8), range(10, 17)], 12)  # 7 of the template
-    assert found == [0, 1, 2, 3, 8, 9, 10, 11, 17, 18, 19]
-    assert [n for n, each in enumerate(mask) if each] == [6, 7]
+    actual, mask = within(ids, [range(2, 8), range(10, 17)], 12)  # 7 of the template
+    assert actual == [0, 1, 2, 3, 8, 9, 10, 11, 17, 18, 19]
+    assert [n for n, item in enumerate(mask) if item] == [6, 7]
     assert within(ids, [range(2, 8), range(10, 17)], 20)[0] == ids
 
 
@@ -101,26 +101,26 @@ def test_a_saved_encoder_reads_twice(tmp_path, layers):
         SentenceTransformer(str(path), device="cpu", trust_remote_code=True),
         load_saved(str(path), "cpu"),
     ):
-        found = saved.encode(TEXTS, convert_to_tensor=True)
-        torch.testing.assert_close(found, vectors, atol=0, rtol=0)
+        actual = saved.encode(TEXTS, convert_to_tensor=True)
+        torch.testing.assert_close(actual, vectors, atol=0, rtol=0)
     assert "read twice" in (path / "README.md").read_text()
 
 
 def test_a_cached_loss_reads_what_the_plain_one_reads():
     encoder, model, _, _ = build()
-    found = []
+    actual = []
     for kind in (ContrastiveLoss, CachedContrastiveLoss):
         columns = [dict(encoder.preprocess(texts)) for texts in (TEXTS, TEXTS[::-1])]
         loss = kind(encoder, "simcse", 0.1, 150)(columns)
         loss.backward()
-        found.append({name: p.grad.clone() for name, p in model.base_model.named_parameters()})
+        actual.append({name: p.grad.clone() for name, p in model.base_model.named_parameters()})
         model.zero_grad()
     mask = columns[0]["attention_mask"].clone()
     plain = encoder(columns[0])["sentence_embedding"]
     assert torch.equal(columns[0]["attention_mask"], mask)  # it may be read again
     torch.testing.assert_close(plain, encoder.encode(TEXTS, convert_to_tensor=True))
-    for name, value in found[0].items():
-        torch.testing.assert_close(found[1][name], value, atol=1e-4, rtol=1e-3)
+    for name, value in actual[0].items():
+        torch.testing.assert_close(actual[1][name], value, atol=1e-4, rtol=1e-3)
 
 
 def test_a_limit_without_room_for_both_copies_is_refused():

@@ -28,13 +28,13 @@ def test_it_is_the_librarys_loss_of_the_answers_read_causally(tiny_path, tokeniz
     assert len(chats) == 20
     everything = LanguageLoss(model, chats, rows=20, seed=3)
     set_attention(model, bidirectional=True)
-    found = everything(step=0)
+    actual = everything(step=0)
     assert model.config.is_causal is False  # the encoder's mask is back
     set_attention(model, bidirectional=False)
     batch = collate(chats)
     with torch.no_grad():
         expected = model(**batch).loss
-    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert actual.item() == pytest.approx(expected.item(), rel=1e-5)
     few = LanguageLoss(model, chats, rows=5, seed=3)
     assert few(step=1).item() == few(step=1).item() != few(step=2).item()
 

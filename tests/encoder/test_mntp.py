@@ -26,11 +26,11 @@ def stage(**keys):
 
 
 def test_the_defaults_are_those_of_llm2vec():
-    found = StageSection(objective="mntp")
-    assert (found.max_tokens, found.per_device_train_batch_size) == (512, 32)
-    assert (found.mlm_probability, found.masking, found.mask_token) == (0.2, "bert", "_")
-    assert found.lora is not None and (found.lora.rank, found.lora.alpha) == (16, 32)
-    assert found.learning_rate == 5e-5 and found.train == ["ffn", "attention"]
+    actual = StageSection(objective="mntp")
+    assert (actual.max_tokens, actual.per_device_train_batch_size) == (512, 32)
+    assert (actual.mlm_probability, actual.masking, actual.mask_token) == (0.2, "bert", "_")
+    assert actual.lora is not None and (actual.lora.rank, actual.lora.alpha) == (16, 32)
+    assert actual.learning_rate == 5e-5 and actual.train == ["ffn", "attention"]
 
 
 @pytest.mark.parametrize("style", ["bert", "all"])
@@ -55,8 +55,8 @@ def test_masks_are_drawn_with_the_published_shares(tokenizer, style):
 def test_random_tokens_are_among_the_models_embeddings(tokenizer):
     settings = Masking(stage(mlm_probability=1.0, mask_token="a"), tokenizer, rows=300)
     ids = torch.full((50_000,), 299)
-    found, _ = settings(ids, np.random.default_rng(0))
-    assert len(found.unique()) > 290 and found.max() < 300
+    actual, _ = settings(ids, np.random.default_rng(0))
+    assert len(actual.unique()) > 290 and actual.max() < 300
 
 
 def test_masks_are_a_function_of_seed_epoch_and_row(tokenizer):
@@ -118,8 +118,8 @@ def test_texts_fill_chunks_end_to_end(tokenizer, tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("The cat slept.\n\nThe dog saw a small horse.\nA bird.\n")
     whole = tokenizer("The cat slept.\nThe dog saw a small horse.\nA bird.\n")["input_ids"]
-    found = chunked(stage(dataset=str(path), max_tokens=4), tokenizer)
-    assert found.flatten().tolist() == whole[: len(whole) // 4 * 4]
+    actual = chunked(stage(dataset=str(path), max_tokens=4), tokenizer)
+    assert actual.flatten().tolist() == whole[: len(whole) // 4 * 4]
     with pytest.raises(UserError, match=r"text.txt: \d+ tokens; expected one chunk of .*=512"):
         chunked(stage(dataset=str(path), max_tokens=512), tokenizer)
     path.write_text("\n")

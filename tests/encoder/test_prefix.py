@@ -40,10 +40,13 @@ def test_stock_peft_gives_the_states_of_the_mask(tmp_path, family, keys):
     model.config.is_causal = True
     model.save_pretrained(tmp_path)
     with torch.no_grad():
-        found = stock(tmp_path)(input_ids=IDS[:, 1:], attention_mask=MASK[:, 1:])
+        actual = stock(tmp_path)(input_ids=IDS[:, 1:], attention_mask=MASK[:, 1:])
     real = MASK[:, 1:].bool()
     torch.testing.assert_close(
-        found.last_hidden_state[real], expected.last_hidden_state[:, 1:][real], atol=1e-5, rtol=1e-5
+        actual.last_hidden_state[real],
+        expected.last_hidden_state[:, 1:][real],
+        atol=1e-5,
+        rtol=1e-5,
     )
 
 

@@ -56,8 +56,8 @@ def test_vectors_are_the_mean_or_the_last_of_the_last_states(tokenizer):
         with torch.no_grad():
             states = model.model(ids).last_hidden_state[0]
         expected = states.mean(0) if pooling == "mean" else states[-1]
-        found = encoder.encode([TEXTS[0]], convert_to_tensor=True)[0]
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        actual = encoder.encode([TEXTS[0]], convert_to_tensor=True)[0]
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("attention", ["bidirectional", "causal"])
@@ -76,16 +76,16 @@ def test_a_form_reads_and_pools_as_it_says(tokenizer, tmp_path, form, attention)
         if form == "echo":
             first = len(tokenizer(said[form].removesuffix(f" {text}"))["input_ids"])
         expected.append(states[first:].mean(0))
-    found = encoder.encode(TEXTS, convert_to_tensor=True)
-    torch.testing.assert_close(found, torch.stack(expected), atol=1e-5, rtol=1e-5)
+    actual = encoder.encode(TEXTS, convert_to_tensor=True)
+    torch.testing.assert_close(actual, torch.stack(expected), atol=1e-5, rtol=1e-5)
     alone = [encoder.encode(text, convert_to_tensor=True) for text in TEXTS]
-    torch.testing.assert_close(torch.stack(alone), found, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.stack(alone), actual, atol=1e-5, rtol=1e-5)
     save_encoder(encoder, model, tokenizer, bi, tmp_path / "bi")
     again = [load_saved(str(tmp_path / "bi"), "cpu")]
     if form != "echo":  # stock
         again.append(SentenceTransformer(str(tmp_path / "bi"), device="cpu"))
-    for each in again:
-        assert torch.equal(each.encode(TEXTS, convert_to_tensor=True), found)
+    for item in again:
+        assert torch.equal(item.encode(TEXTS, convert_to_tensor=True), actual)
 
 
 def test_a_prompt_stays_out_of_the_mean_in_every_way_to_the_vector(tokenizer, tmp_path):
@@ -99,21 +99,21 @@ def test_a_prompt_stays_out_of_the_mean_in_every_way_to_the_vector(tokenizer, tm
             expected.append(model.model(ids).last_hidden_state[0, alone:].mean(0))
     expected = torch.stack(expected)
     assert rendered(encoder, TEXTS[0]) == prompt.replace("{text}", TEXTS[0])
-    found = encoder.encode(TEXTS, convert_to_tensor=True)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    actual = encoder.encode(TEXTS, convert_to_tensor=True)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
     save_encoder(encoder, model, tokenizer, bi, tmp_path / "bi")
     again = SentenceTransformer(str(tmp_path / "bi"), device="cpu")
-    torch.testing.assert_close(again.encode(TEXTS, convert_to_tensor=True), found, atol=0, rtol=0)
+    torch.testing.assert_close(again.encode(TEXTS, convert_to_tensor=True), actual, atol=0, rtol=0)
 
 
 def with_ends(tokenizer, first="", last=""):
     """The same tokenizer, whose post-processor puts tokens around every text."""
-    named = {each: tokenizer.convert_tokens_to_ids(each) for each in f"{first} {last}".split()}
-    found = copy.deepcopy(tokenizer)
-    found.backend_tokenizer.post_processor = TemplateProcessing(
+    named = {item: tokenizer.convert_tokens_to_ids(item) for item in f"{first} {last}".split()}
+    actual = copy.deepcopy(tokenizer)
+    actual.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"{first} $A {last}".strip(), special_tokens=list(named.items())
     )
-    return found
+    return actual
 
 
 @pytest.mark.parametrize("prompt", [None, PROMPT, "{text}", "a {text}", "a:{text} b"])
@@ -122,26 +122,26 @@ def with_ends(tokenizer, first="", last=""):
 def test_the_ids_are_those_of_the_text_in_its_prompt(tokenizer, tmp_path, prompt, ends, kind):
     first, last = ends in ("first", "both"), ends in ("last", "both")
     if kind == "bytes":
-        found = with_ends(tokenizer, "<|im_start|>" * first, "<|im_end|>" * last)
+        actual = with_ends(tokenizer, "<|im_start|>" * first, "<|im_end|>" * last)
     else:
-        found = marked(["<s>"] * first, ["</s>"] * last, once=kind == "marked once")
+        actual = marked(["<s>"] * first, ["</s>"] * last, once=kind == "marked once")
     # by a qwen2's config.json the library takes any tokenizer for one of Qwen's
     family = "qwen2" if kind == "bytes" else "gpt_neox"
-    encoder, model, bi = build(found, family=family, prompt=prompt, max_tokens=50)
-    save_encoder(encoder, model, found, bi, tmp_path / "bi")
+    encoder, model, bi = build(actual, family=family, prompt=prompt, max_tokens=50)
+    save_encoder(encoder, model, actual, bi, tmp_path / "bi")
     saved = SentenceTransformer(str(tmp_path / "bi"), device="cpu")
     for text in ("a cab", "b", " a ", "f" * 90):
-        whole = found((prompt or "{text}").replace("{text}", text))["input_ids"]
-        for each in (encoder, saved):
-            [ids] = each.preprocess([text], prompt=own_prompt(each))["input_ids"].tolist()
+        whole = actual((prompt or "{text}").replace("{text}", text))["input_ids"]
+        for item in (encoder, saved):
+            [ids] = item.preprocess([text], prompt=own_prompt(item))["input_ids"].tolist()
             assert ids == whole if len(whole) <= 50 else (len(ids), ids[-1]) == (50, whole[-1])
 
 
 def test_a_prompt_stays_out_of_the_mean_beside_an_own_last_token(tokenizer):
-    found = with_ends(tokenizer, last="<|im_end|>")
-    encoder, model, _ = build(found, prompt="Say this:\n{text}", prompt_in_mean=False)
-    ids = found("Say this:\nThe cat slept.", return_tensors="pt")["input_ids"]
-    assert ids[0, -1] == found.eos_token_id
+    actual = with_ends(tokenizer, last="<|im_end|>")
+    encoder, model, _ = build(actual, prompt="Say this:\n{text}", prompt_in_mean=False)
+    ids = actual("Say this:\nThe cat slept.", return_tensors="pt")["input_ids"]
+    assert ids[0, -1] == actual.eos_token_id
     with torch.no_grad():
         states = model.model(ids).last_hidden_state[0]
     expected = states[len(tokenizer("Say this:\n")["input_ids"]) :].mean(0)
@@ -255,10 +255,10 @@ def test_a_strangers_encoder_is_padded_where_its_positions_want_it(tokenizer, tm
     stock = SentenceTransformer(str(tmp_path / "bi"), device="cpu")
     assert alone_and_together(stock) > 0.1  # else there would be nothing to mend
     caplog.set_level("INFO")
-    found = load_saved(str(tmp_path / "bi"), "cpu")
+    actual = load_saved(str(tmp_path / "bi"), "cpu")
     assert "padded on the right, as its positions require" in caplog.text
     expected = encoder.encode(TEXTS, convert_to_tensor=True)
-    torch.testing.assert_close(found.encode(TEXTS, convert_to_tensor=True), expected)
+    torch.testing.assert_close(actual.encode(TEXTS, convert_to_tensor=True), expected)
 
 
 def test_an_encoder_whose_vectors_depend_on_their_company_is_not_saved(tokenizer, tmp_path):

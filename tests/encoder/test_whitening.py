@@ -38,11 +38,11 @@ def test_the_first_components_are_removed(vectors):
 
 def test_whitened_vectors_have_one_variance_in_all_directions(vectors):
     weight, bias, _ = whitening.fitted(vectors, "whiten")
-    found = vectors @ weight.T + bias
-    np.testing.assert_allclose(np.cov(found.T, bias=True), np.eye(5), atol=1e-9)
-    np.testing.assert_allclose(found.mean(0), 0, atol=1e-9)
+    actual = vectors @ weight.T + bias
+    np.testing.assert_allclose(np.cov(actual.T, bias=True), np.eye(5), atol=1e-9)
+    np.testing.assert_allclose(actual.mean(0), 0, atol=1e-9)
     components = PCA(whiten=True).fit_transform(vectors) * np.sqrt(80 / 79)
-    np.testing.assert_allclose(found @ found.T, components @ components.T, atol=1e-9)
+    np.testing.assert_allclose(actual @ actual.T, components @ components.T, atol=1e-9)
 
 
 def test_vectors_that_vary_in_too_few_components_are_refused(vectors):
@@ -78,13 +78,13 @@ def test_what_is_saved_scores_what_was_scored(tiny_path, tmp_path, form, remove)
     encoder = as_encoder(model, tokenizer, bi)
     plain = encoder.encode(SENTENCES)
     whitening.whiten(encoder, Config(bi=bi), SENTENCES)
-    found = encoder.encode(SENTENCES)
+    actual = encoder.encode(SENTENCES)
     if remove == 1:
         components = PCA(1).fit(plain.astype(float))
         plain = plain - components.inverse_transform(components.transform(plain.astype(float)))
-        np.testing.assert_allclose(found, plain, atol=1e-4)
+        np.testing.assert_allclose(actual, plain, atol=1e-4)
     else:
-        np.testing.assert_allclose(np.cov(found.T, bias=True), np.eye(32), atol=1e-2)
+        np.testing.assert_allclose(np.cov(actual.T, bias=True), np.eye(32), atol=1e-2)
     save_encoder(encoder, model, tokenizer, bi, tmp_path / "bi")
     trusted = {"trust_remote_code": True} if form == "echo" else {}
     scored = sts_scores(encoder, [sts_task("tiny")], 32)
@@ -94,7 +94,7 @@ def test_what_is_saved_scores_what_was_scored(tiny_path, tmp_path, form, remove)
         load_saved(str(tmp_path / "bi"), "cpu"),
     ):
         assert type(again[2]) is Dense
-        np.testing.assert_array_equal(again.encode(SENTENCES), found)
+        np.testing.assert_array_equal(again.encode(SENTENCES), actual)
     assert sts_scores(again, [sts_task("tiny")], 32)["tasks"] == scored["tasks"]
     assert "whitening" in (tmp_path / "bi" / "README.md").read_text()
 

@@ -150,9 +150,9 @@ def ndcg(encoder):
     task = LocalRetrieval()
     task.load_data()
     corpus = task.dataset["default"]["test"]["corpus"]["text"]
-    asked, found = (encoder.encode(list(each)) for each in (TEXTS.values(), corpus))
-    asked, found = (each / np.linalg.norm(each, axis=1, keepdims=True) for each in (asked, found))
-    ranks = [1 + (row > row[n]).sum() for n, row in enumerate(asked @ found.T)]
+    asked, actual = (encoder.encode(list(item)) for item in (TEXTS.values(), corpus))
+    asked, actual = (item / np.linalg.norm(item, axis=1, keepdims=True) for item in (asked, actual))
+    ranks = [1 + (row > row[n]).sum() for n, row in enumerate(asked @ actual.T)]
     return 100 * np.mean([1 / np.log2(1 + rank) if rank <= 10 else 0.0 for rank in ranks])
 
 
@@ -169,7 +169,7 @@ def test_a_benchmark_is_scored_as_mteb_scores_it(tokenizer, stand_in, caplog):
     caplog.set_level(logging.INFO)
     encoder = encoder_of(tokenizer)
     section = benchmark.mteb_scores(encoder, benchmark.mteb_tasks(["eng"]), 8)
-    found = {name: row["score"] for name, row in section["tasks"].items()}
+    actual = {name: row["score"] for name, row in section["tasks"].items()}
     own = mteb.evaluate(encoder, LocalClassification(), cache=None).task_results[0].scores
     expected = {
         "LocalSTS": sts.sts_scores(encoder, [pairs_task()], 8)["average"],
@@ -177,7 +177,7 @@ def test_a_benchmark_is_scored_as_mteb_scores_it(tokenizer, stand_in, caplog):
         "LocalRetrieval": ndcg(encoder),
         "LocalClassification": 100 * own["test"][0]["accuracy"],
     }
-    assert found == pytest.approx(expected, abs=1e-3)
+    assert actual == pytest.approx(expected, abs=1e-3)
     assert section["average"] == pytest.approx(np.mean(list(expected.values())), abs=1e-3)
     types = [expected[name] for name in ("LocalSTS", "LocalRetrieval", "LocalClassification")]
     assert section["average_of_types"] == pytest.approx(np.mean(types), abs=1e-3)
@@ -245,18 +245,18 @@ def test_stock_libraries_give_the_same_scores_by_the_saved_instructions(tokenize
     save_encoder(encoder, model, tokenizer, given(settings), tmp_path / "bi")
     stock = SentenceTransformer(str(tmp_path / "bi"), device="cpu")
     by_type, by_name, without = [], [], []
-    for name, found in (("LocalSTS", by_type), ("STS12", by_name)):
+    for name, actual in (("LocalSTS", by_type), ("STS12", by_name)):
         ours = sts.sts_scores(load_saved(str(tmp_path / "bi"), "cpu"), [pairs_task(name)], 8)
         theirs = mteb.evaluate(stock, pairs_task(name), cache=None).task_results[0].get_score()
         assert ours["average"] == pytest.approx(100 * theirs, abs=1e-3)
-        found.append(ours["average"])
-    for prompt, found in (("STS", by_type), ("STS12", by_name), (None, without)):
+        actual.append(ours["average"])
+    for prompt, actual in (("STS", by_type), ("STS12", by_name), (None, without)):
         rows = [pair._asdict() for pair in language.pairs(40, 9)]
         sides = ("sentence1", "sentence2")
         a, b = (stock.encode([row[side] for row in rows], prompt_name=prompt) for side in sides)
         cosines = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
-        ranks = [np.argsort(np.argsort(each)) for each in (cosines, [r["score"] for r in rows])]
-        found.append(100 * np.corrcoef(*ranks)[0, 1])
+        ranks = [np.argsort(np.argsort(item)) for item in (cosines, [r["score"] for r in rows])]
+        actual.append(100 * np.corrcoef(*ranks)[0, 1])
     assert abs(by_type[0] - by_name[0]) > 0.1 and abs(by_type[1] - without[0]) > 0.1
     assert 'prompt_name="STS"' in (tmp_path / "bi" / "README.md").read_text()
 
@@ -267,8 +267,8 @@ def test_queries_and_documents_are_read_in_the_prompt_as_any_text(tokenizer, for
     encoder = as_encoder(model, tokenizer, given(FORMS[form]))
     save_encoder(encoder, model, tokenizer, given(FORMS[form]), tmp_path / "bi")
     stock = SentenceTransformer(str(tmp_path / "bi"), device="cpu")
-    found = mteb.evaluate(stock, LocalRetrieval(), cache=None).task_results[0].get_score()
-    assert 100 * found == pytest.approx(ndcg(stock), abs=1e-3)
+    actual = mteb.evaluate(stock, LocalRetrieval(), cache=None).task_results[0].get_score()
+    assert 100 * actual == pytest.approx(ndcg(stock), abs=1e-3)
     [plain] = stock.encode(["Anna sleeps."])
     for read in (stock.encode_query, stock.encode_document):
         assert abs(read(["Anna sleeps."])[0] - plain).max() < 1e-5

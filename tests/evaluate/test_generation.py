@@ -66,17 +66,17 @@ def by_hand(model, tokenizer, rows, prompt):
 
 def test_scores_are_those_of_a_hand_computation(tokenizer, capsys):
     model = random_model("qwen2", vocab_size=len(tokenizer))  # knows nothing, so it errs
-    found = generation.generation_scores(model, tokenizer, settings(limit=25))
+    actual = generation.generation_scores(model, tokenizer, settings(limit=25))
     for task, rows, prompt in (
         ("tiny_facts", tiny_tasks.facts(), tiny_tasks.QUESTION),
         ("tiny_grammar", tiny_tasks.grammar(), "<|im_start|>"),
     ):
         expected = by_hand(model, tokenizer, rows[:25], prompt)
-        assert found["tasks"][task]["acc"] == pytest.approx(expected)
+        assert actual["tasks"][task]["acc"] == pytest.approx(expected)
         assert 0 < expected < 100
-    scores = [found["tasks"][name]["acc"] for name in found["metrics"]]
-    assert found["average"] == pytest.approx(sum(scores) / 2)
-    assert found["metrics"] == {"tiny_facts": "acc", "tiny_grammar": "acc"}
+    scores = [actual["tasks"][name]["acc"] for name in actual["metrics"]]
+    assert actual["average"] == pytest.approx(sum(scores) / 2)
+    assert actual["metrics"] == {"tiny_facts": "acc", "tiny_grammar": "acc"}
     assert capsys.readouterr().out == ""
 
 
@@ -90,7 +90,7 @@ def test_a_batch_of_8_scores_like_one_at_a_time(tiny_path, tokenizer):
     asked = [
         SimpleNamespace(args=("<|im_start|>", text)) for row in rows for text in row["choices"]
     ]
-    found = {
+    actual = {
         size: [
             score
             for score, _ in HFLM(
@@ -99,14 +99,14 @@ def test_a_batch_of_8_scores_like_one_at_a_time(tiny_path, tokenizer):
         ]
         for size in (1, 8)
     }
-    assert found[8] == pytest.approx(found[1], abs=1e-4)
-    by_hand = [likelihood(mixture, tokenizer, *each.args) for each in asked]
-    assert found[8] == pytest.approx(by_hand, abs=1e-3)
+    assert actual[8] == pytest.approx(actual[1], abs=1e-4)
+    by_hand = [likelihood(mixture, tokenizer, *item.args) for item in asked]
+    assert actual[8] == pytest.approx(by_hand, abs=1e-3)
 
 
 def test_the_embedded_model_knows_its_facts_and_its_grammar(model, tokenizer):
-    found = generation.generation_scores(model, tokenizer, settings())
-    assert found["tasks"]["tiny_facts"]["acc"] > 90 < found["tasks"]["tiny_grammar"]["acc"]
+    actual = generation.generation_scores(model, tokenizer, settings())
+    assert actual["tasks"]["tiny_facts"]["acc"] > 90 < actual["tasks"]["tiny_grammar"]["acc"]
 
 
 def test_git_does_not_complain_outside_of_a_repository(
@@ -121,7 +121,7 @@ def test_git_does_not_complain_outside_of_a_repository(
 def test_nothing_is_said_of_how_we_call_lm_eval(model, tokenizer, monkeypatch, caplog):
     monkeypatch.setattr(generation, "WARNED", {})
     generation.generation_scores(model, tokenizer, settings(limit=2))
-    assert not [each.getMessage() for each in caplog.records if each.name.startswith("lm_eval")]
+    assert not [item.getMessage() for item in caplog.records if item.name.startswith("lm_eval")]
 
 
 def test_facts_have_four_answers_of_one_kind_and_one_right():
@@ -150,16 +150,16 @@ def test_a_task_yaml_is_a_task_and_a_score_that_is_no_number_an_error(model, tok
     )
     path = str(tmp_path / "facts.yaml")
     generation.check_tasks([path, "tiny"])
-    found = generation.generation_scores(model, tokenizer, settings(generation=[path]))
-    assert found["tasks"] == {"my_facts": {"acc": 100.0}} and found["average"] == 100.0
+    actual = generation.generation_scores(model, tokenizer, settings(generation=[path]))
+    assert actual["tasks"] == {"my_facts": {"acc": 100.0}} and actual["average"] == 100.0
     (tmp_path / "facts.yaml").write_text(TASK + "process_results: !function utils.nan\n")
     with pytest.raises(UserError, match="my_facts has no finite acc"):
         generation.generation_scores(model, tokenizer, settings(generation=[path]))
 
 
 def test_no_task_means_no_score(model, tokenizer):
-    found = generation.generation_scores(model, tokenizer, settings(generation=[]))
-    assert (found["tasks"], found["average"]) == ({}, None)
+    actual = generation.generation_scores(model, tokenizer, settings(generation=[]))
+    assert (actual["tasks"], actual["average"]) == ({}, None)
 
 
 @pytest.mark.slow
@@ -242,10 +242,10 @@ def test_perplexity_is_that_of_each_answer_token_alone(model, tokenizer, monkeyp
     expected = math.exp(sum(map(sum, losses)) / sum(map(len, losses)))
     for budget in (1, 500, 10**6):
         monkeypatch.setattr(generation, "BATCH_TOKENS", budget)
-        found = generation.perplexity(model, chats)
-        assert found["perplexity"] == pytest.approx(expected, rel=1e-5)
-        assert found["answers"]["losses"] == pytest.approx(list(map(sum, losses)), abs=1e-3)
-        assert found["answers"]["tokens"] == list(map(len, losses))
+        actual = generation.perplexity(model, chats)
+        assert actual["perplexity"] == pytest.approx(expected, rel=1e-5)
+        assert actual["answers"]["losses"] == pytest.approx(list(map(sum, losses)), abs=1e-3)
+        assert actual["answers"]["tokens"] == list(map(len, losses))
 
 
 def test_logits_of_a_forward_are_bounded_whatever_the_vocabulary(model, tokenizer, monkeypatch):
@@ -264,14 +264,14 @@ def test_logits_of_a_forward_are_bounded_whatever_the_vocabulary(model, tokenize
 
 def test_the_interval_of_a_perplexity_is_a_slow_bootstraps(model, tokenizer):
     chats = read_chats("tiny", tokenizer, 200, 12).chats
-    found = generation.perplexity(model, chats)
-    lost, tokens = (np.array(found["answers"][name]) for name in ("losses", "tokens"))
+    actual = generation.perplexity(model, chats)
+    lost, tokens = (np.array(actual["answers"][name]) for name in ("losses", "tokens"))
     rng, slow = np.random.default_rng(1), []
     for _ in range(4000):
         drawn = rng.integers(0, len(chats), len(chats))
         slow.append(math.exp(lost[drawn].sum() / tokens[drawn].sum()))
     expected = np.percentile(slow, [2.5, 97.5])
-    assert found["perplexity_interval"] == pytest.approx(expected, rel=0.02)
+    assert actual["perplexity_interval"] == pytest.approx(expected, rel=0.02)
 
 
 def test_further_chats_are_recorded_each_by_its_name(tiny_path, tmp_path, model, tokenizer):
@@ -291,24 +291,24 @@ def test_further_chats_are_recorded_each_by_its_name(tiny_path, tmp_path, model,
         None, [*keys, "evaluation.generation=[]", f"evaluation.perplexity={named}"]
     )
     source = ModelSource.of(config.model)
-    found = generation.language_model_scores(config, source)["further"]
+    actual = generation.language_model_scores(config, source)["further"]
     chats = read_chats(f"{tmp_path}/long.jsonl", tokenizer, 512).chats
-    assert list(found) == ["long", "last"]
+    assert list(actual) == ["long", "last"]
     for name, own in (("long", chats[::2]), ("last", chats[3:])):  # evenly spaced: 0 and 2
         expected = generation.perplexity(model, own)
-        assert found[name]["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-5)
+        assert actual[name]["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-5)
     twice = f"evaluation.perplexity=[{tmp_path}/long.jsonl, other/long.jsonl]"
     with pytest.raises(UserError, match="evaluation.perplexity: two are called long"):
         generation.language_model_scores(load_config(None, [*keys, twice]), source)
 
 
 def test_each_question_is_recorded_and_the_error_is_over_them(model, tokenizer):
-    found = generation.generation_scores(model, tokenizer, settings(generation=["tiny"], limit=9))
-    for name, metric in found["metrics"].items():
-        values = found["questions"][name]
+    actual = generation.generation_scores(model, tokenizer, settings(generation=["tiny"], limit=9))
+    for name, metric in actual["metrics"].items():
+        values = actual["questions"][name]
         assert len(values) == 9 and set(values) <= {0.0, 1.0}
-        assert 100 * np.mean(values) == pytest.approx(found["tasks"][name][metric])
-        assert found["stderr"][name] == pytest.approx(100 * np.std(values, ddof=1) / 3)
+        assert 100 * np.mean(values) == pytest.approx(actual["tasks"][name][metric])
+        assert actual["stderr"][name] == pytest.approx(100 * np.std(values, ddof=1) / 3)
 
 
 def test_no_question_is_recorded_of_a_group_and_the_first_filter_of_a_task():
@@ -318,10 +318,10 @@ def test_no_question_is_recorded_of_a_group_and_the_first_filter_of_a_task():
         {"doc_id": 1, "filter": "other", "acc": 1.0},
         {"doc_id": 0, "filter": "other", "acc": 0.0},
     ]
-    found = {"samples": {"task": samples, "corpus": [{"doc_id": 0, "bleu": ("a", "b")}]}}
-    assert generation._by_question(found, "task", "acc") == [1.0, 0.0]
-    assert generation._by_question(found, "corpus", "bleu") == []
-    assert generation._by_question(found, "group", "acc") == []
+    actual = {"samples": {"task": samples, "corpus": [{"doc_id": 0, "bleu": ("a", "b")}]}}
+    assert generation._by_question(actual, "task", "acc") == [1.0, 0.0]
+    assert generation._by_question(actual, "corpus", "bleu") == []
+    assert generation._by_question(actual, "group", "acc") == []
 
 
 def test_shares_become_percent_and_nothing_else_does():

@@ -44,13 +44,13 @@ def test_answers_score_as_the_library_reads_them_one_by_one(kind, size, most):
     keys = {"vocab_size": len(marked()), "max_position_embeddings": most}
     model = random_model(kind, **keys)
     requests = instances(*QUESTIONS, ("a b c d " * 4, " bad"))
-    expected, found = (
+    expected, actual = (
         lm(pretrained=model, tokenizer=marked(), batch_size=size).loglikelihood(
             requests, disable_tqdm=True
         )
         for lm in (HFLM, SharedPrefixLM)
     )
-    for (own, greedy), (score, said) in zip(found, expected, strict=True):
+    for (own, greedy), (score, said) in zip(actual, expected, strict=True):
         assert own == pytest.approx(score, abs=1e-4) and greedy == said
 
 
@@ -77,7 +77,7 @@ def test_answers_of_like_length_are_read_together_and_both_answers_of_a_prompt()
     counted(lm, read)
     lengths = {(1, 2, 3): (1, 1), (4, 5): (9, 1), (6, 7, 8): (1, 1), (9, 10): (9, 9)}
     requests = [
-        (None, list(context), [3] * each) for context, both in lengths.items() for each in both
+        (None, list(context), [3] * item) for context, both in lengths.items() for item in both
     ]
     lm._loglikelihood_tokens(requests[::2] + requests[1::2], disable_tqdm=True)
     # prompts but for their last tokens, then answers after these: the long, and then the short

@@ -65,13 +65,13 @@ def test_two_local_models_get_their_own_scores_equal_to_a_hand_computation(encod
     path = pairs_file(tmp_path)
     rows = evaluate.read_pairs(path)
     assert len(rows) == 40 and rows[0]["sentence1"].startswith('"')  # nothing is quoted
-    found = [scores(encoder, "tiny", str(path)) for encoder in encoders]
+    actual = [scores(encoder, "tiny", str(path)) for encoder in encoders]
     tiny_rows = [pair._asdict() for pair in language.pairs(sizes.STS_PAIRS, evaluate.TINY_SEED)]
-    for encoder, section in zip(encoders, found, strict=True):
+    for encoder, section in zip(encoders, actual, strict=True):
         assert section["tasks"]["pairs"] == pytest.approx(by_hand(encoder, rows), abs=1e-3)
         assert section["tasks"]["tiny"] == pytest.approx(by_hand(encoder, tiny_rows), abs=1e-3)
         assert section["average"] == pytest.approx(np.mean(list(section["tasks"].values())))
-    assert found[0]["tasks"] != found[1]["tasks"]
+    assert actual[0]["tasks"] != actual[1]["tasks"]
 
 
 def test_a_text_of_several_pairs_is_encoded_once(encoders, tmp_path, monkeypatch):
@@ -85,8 +85,8 @@ def test_a_text_of_several_pairs_is_encoded_once(encoders, tmp_path, monkeypatch
     monkeypatch.setattr(
         encoders[0], "encode", lambda some, **keys: encoded.extend(some) or encode(some, **keys)
     )
-    found = scores(encoders[0], str(path))
-    assert found["average"] == pytest.approx(expected, abs=1e-3)
+    actual = scores(encoders[0], str(path))
+    assert actual["average"] == pytest.approx(expected, abs=1e-3)
     assert sorted(encoded) == sorted(set(texts))
 
 
@@ -94,7 +94,7 @@ def test_no_warning_of_mtebs_reaches_the_user(encoders, tmp_path):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         scores(encoders[0], str(pairs_file(tmp_path)))
-    assert not [each for each in said if "mteb" in each.filename]
+    assert not [item for item in said if "mteb" in item.filename]
 
 
 def test_the_interval_of_a_score_is_a_slow_bootstraps(encoders, tmp_path):
@@ -156,12 +156,12 @@ def test_files_of_one_stem_are_both_scored_under_names_that_differ(encoders, tmp
         paths.append(pairs_file(tmp_path / folder, "test.tsv", f"{number}\tsome\twords\n" * number))
     paths.append(pairs_file(tmp_path, "other.tsv"))
     tasks = evaluate.sts_tasks([str(path) for path in paths])
-    found = evaluate.sts_scores(encoders[0], tasks, 16)
-    assert list(found["tasks"]) == ["a/test", "b/test", "c/test", "other"]
-    for name, path in zip(found["tasks"], paths, strict=True):
+    actual = evaluate.sts_scores(encoders[0], tasks, 16)
+    assert list(actual["tasks"]) == ["a/test", "b/test", "c/test", "other"]
+    for name, path in zip(actual["tasks"], paths, strict=True):
         expected = by_hand(encoders[0], evaluate.read_pairs(path))
-        assert found["tasks"][name] == pytest.approx(expected, abs=1e-3)
-    assert found["average"] == pytest.approx(np.mean(list(found["tasks"].values())))
+        assert actual["tasks"][name] == pytest.approx(expected, abs=1e-3)
+    assert actual["average"] == pytest.approx(np.mean(list(actual["tasks"].values())))
 
 
 def test_a_file_is_not_called_as_what_needs_no_file(tmp_path):

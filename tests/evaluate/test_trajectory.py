@@ -86,8 +86,8 @@ def test_distance_is_that_of_the_trained_matrices(tokenizer, tmp_path, lora):
         if ".mlp." in name:
             moved += (value - before[name]).detach().double().square().sum()
             whole += before[name].detach().double().square().sum()
-    found = [point["distance"] for point in record["trajectory"]]
-    assert found[0] == 0 and found[1] == pytest.approx(float((moved / whole).sqrt()), rel=1e-4)
+    actual = [point["distance"] for point in record["trajectory"]]
+    assert actual[0] == 0 and actual[1] == pytest.approx(float((moved / whole).sqrt()), rel=1e-4)
 
 
 def test_every_token_of_a_text_counts(tokenizer, tmp_path):

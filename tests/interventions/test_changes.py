@@ -20,16 +20,16 @@ def told(lost):
 
 
 def test_they_are_in_nats_a_token_and_parts_of_the_whole():
-    found = told(LOST)
-    assert [found[name]["change"] for name in found] == [8 / 4, 1 / 4, 1 / 4, -2 / 4, 1 / 4]
-    parts = [found[name]["of_whole"]["part"] for name in list(found)[1:]]
+    actual = told(LOST)
+    assert [actual[name]["change"] for name in actual] == [8 / 4, 1 / 4, 1 / 4, -2 / 4, 1 / 4]
+    parts = [actual[name]["of_whole"]["part"] for name in list(actual)[1:]]
     assert parts == [1 / 8, 1 / 8, 2 / 8, -1 / 8]
-    answers = [found[name]["by_answer"]["change"] for name in found]
+    answers = [actual[name]["by_answer"]["change"] for name in actual]
     assert answers == pytest.approx([(4 + 4 / 3) / 2, 1 / 2, 1 / 6, -1, 1 / 2])
-    assert found["in"]["interval"] == [0.0, 1.0]  # draws of one chat alone, and of the other
-    assert found["in"]["of_whole"]["interval"] == [0.0, 0.25]
+    assert actual["in"]["interval"] == [0.0, 1.0]  # draws of one chat alone, and of the other
+    assert actual["in"]["of_whole"]["interval"] == [0.0, 0.25]
 
 
 def test_there_is_no_part_of_what_is_not_surely_lost():
-    found = told(LOST | {"encoder": [1.0, 8.0]})
-    assert found["whole"]["interval"][0] < 0 and found["in"]["of_whole"] is None
+    actual = told(LOST | {"encoder": [1.0, 8.0]})
+    assert actual["whole"]["interval"][0] < 0 and actual["in"]["of_whole"] is None

@@ -5,11 +5,11 @@ from ubmoe.interventions.patterns import patterns
 
 
 def test_every_mask_stands_there_once_by_its_first_name():
-    found = {
+    actual = {
         pattern.name: pattern.both for pattern in patterns(ScanSection(every=3), 3, keep_sink=False)
     }
     no, yes = False, True
-    assert found == {
+    assert actual == {
         "none": (no, no, no),
         "all": (yes, yes, yes),
         "from 1": (no, yes, yes),
@@ -27,7 +27,7 @@ def test_every_mask_stands_there_once_by_its_first_name():
 )
 def test_kinds_are_asked_for_one_by_one(kind, names):
     asked = patterns(ScanSection(patterns=[kind]), 2, keep_sink=False)
-    assert [each.name for each in asked] == ["none", "all", *names]
+    assert [item.name for item in asked] == ["none", "all", *names]
 
 
 def test_smollm2_has_69_patterns():
@@ -37,7 +37,7 @@ def test_smollm2_has_69_patterns():
 def test_layers_of_ones_own_stand_beside_them():
     settings = ScanSection(patterns=[], layers=[{"from": 2}, [0, 1, 2]], first_token=["kept"])
     asked = patterns(settings, 3, keep_sink=False)
-    assert [(each.name, each.first_token) for each in asked] == [
+    assert [(item.name, item.first_token) for item in asked] == [
         ("none", "kept"),
         ("all", "kept"),
         ("from 2", "kept"),

@@ -46,8 +46,8 @@ def scanned(config, folder):
 def test_a_pattern_scores_what_its_encoder_scores(asked, tmp_path, keys):
     config = with_keys(asked, keys)
     source = ModelSource.of(config.model)
-    found = scanned(config, tmp_path / "scan")["patterns"]
-    for row in (found[0], found[1], found[3], found[-1]):
+    actual = scanned(config, tmp_path / "scan")["patterns"]
+    for row in (actual[0], actual[1], actual[3], actual[-1]):
         for pooling in ("mean", "weighted_mean"):
             own = [f"bi.layers={json.dumps(row['layers'])}", f"bi.pooling={pooling}"]
             if row["layers"] == "none":
@@ -60,10 +60,10 @@ def test_a_pattern_scores_what_its_encoder_scores(asked, tmp_path, keys):
 def test_every_form_scores_what_its_encoder_scores(asked, tmp_path):
     forms = ["eol", "echo"]
     config = with_keys(asked, [f"scan.forms={forms}", "scan.patterns=[from]", "scan.centre=true"])
-    found = scanned(config, tmp_path / "scan")["patterns"]
-    assert [row["form"] for row in found[::5]] == forms and len(found) == 10
+    actual = scanned(config, tmp_path / "scan")["patterns"]
+    assert [row["form"] for row in actual[::5]] == forms and len(actual) == 10
     task = sts_task(config.scan.pairs)
-    for row in (found[0], found[3], found[-4]):  # none, from 2, all
+    for row in (actual[0], actual[3], actual[-4]):  # none, from 2, all
         for pooling in ("mean", "last"):
             keys = [f"bi.form={row['form']}", f"bi.pooling={pooling}"]
             own = with_keys(config, [*keys, f"bi.layers={row['layers']}".replace("'", "")])
@@ -93,7 +93,7 @@ def test_a_form_alone_goes_on(asked, tmp_path, monkeypatch):
     read, real = [], scan._read
     monkeypatch.setattr(scan, "_read", lambda *a: read.append(a[1]) or real(*a))
     assert scanned(config, tmp_path / "scan") == whole
-    assert read and all(type(each[0]).__name__ == "EchoTransformer" for each in read)
+    assert read and all(type(item[0]).__name__ == "EchoTransformer" for item in read)
 
 
 def test_pairs_are_evenly_spaced(asked):
@@ -176,5 +176,5 @@ def test_the_program_writes_a_record_a_table_and_a_picture(tmp_path):
     status, said, _ = run("configs/tiny.yaml", *keys, script="-m ubmoe.scan")
     result = json.loads((tmp_path / "some" / "scan.json").read_text())
     assert status == 0 and said.strip().endswith("scan.json")
-    assert {each.name for each in (tmp_path / "some").glob("*.*")} >= {"scan.json", "scan.png"}
+    assert {item.name for item in (tmp_path / "some").glob("*.*")} >= {"scan.json", "scan.png"}
     assert result["scan"]["pairs"] == 12 and result["inputs"]["scan.pairs"]

@@ -44,15 +44,15 @@ def used(model, shifted=None):
 
 
 def test_each_gets_the_others_share_in_every_head(models, asked):
-    found = shift.shift(*models, CHATS, asked)
-    readings, exchanges = found["readings"], found["exchanges"]
-    assert found["chats"] == found["matched"] == 3 and found["tokens"] == 7
+    actual = shift.shift(*models, CHATS, asked)
+    readings, exchanges = actual["readings"], actual["exchanges"]
+    assert actual["chats"] == actual["matched"] == 3 and actual["tokens"] == 7
     assert not torch.allclose(used(models[0]), used(models[1]), atol=0.02)
     for name, model, theirs in (("in", *models), ("back", *models[::-1])):
-        own = {n: torch.tensor(each) for n, each in enumerate(exchanges[name]["shifts"])}
+        own = {n: torch.tensor(item) for n, item in enumerate(exchanges[name]["shifts"])}
         assert torch.allclose(used(model, own).mean(0), used(theirs).mean(0), atol=1e-4)
         assert exchanges[name]["gap"] < 0.01 and 0 < exchanges[name]["by_row"] < 100
-        moved = {n: each.roll(1) for n, each in own.items()}
+        moved = {n: item.roll(1) for n, item in own.items()}
         with shift.shifting(model) as attention:
             attention.by_layer = moved
             expected = perplexity(model, CHATS)["perplexity"]
@@ -63,9 +63,11 @@ def test_each_gets_the_others_share_in_every_head(models, asked):
 
 
 def test_shares_may_be_matched_on_some_of_the_chats(models, asked):
-    found = shift.shift(*models, CHATS, with_keys(asked, ["shift.matched=1"]))
-    assert (found["chats"], found["matched"]) == (3, 1) and found["exchanges"]["in"]["gap"] < 0.01
-    assert found["readings"]["in"]["used"] != pytest.approx(found["readings"]["encoder"]["used"])
+    actual = shift.shift(*models, CHATS, with_keys(asked, ["shift.matched=1"]))
+    assert (actual["chats"], actual["matched"]) == (3, 1) and actual["exchanges"]["in"][
+        "gap"
+    ] < 0.01
+    assert actual["readings"]["in"]["used"] != pytest.approx(actual["readings"]["encoder"]["used"])
 
 
 def test_what_is_seen_is_a_mean_over_chats_whatever_the_batches(models):
@@ -73,25 +75,25 @@ def test_what_is_seen_is_a_mean_over_chats_whatever_the_batches(models):
         attention.seen.clear()
         for part in (CHATS[:1], CHATS[1:]):
             perplexity(models[0], part)
-        found = shift.mean_seen(models[0], attention)[..., 0]
-    assert torch.allclose(found, used(models[0]).mean(0), atol=1e-5)
+        actual = shift.mean_seen(models[0], attention)[..., 0]
+    assert torch.allclose(actual, used(models[0]).mean(0), atol=1e-5)
 
 
 def test_a_model_and_itself_lose_nothing(models, asked):
-    found = shift.shift(models[0], copy.deepcopy(models[0]), CHATS, asked)["changes"]
-    assert {name: each["change"] for name, each in found.items()} == pytest.approx(
-        dict.fromkeys(found, 0.0), abs=1e-4
+    actual = shift.shift(models[0], copy.deepcopy(models[0]), CHATS, asked)["changes"]
+    assert {name: item["change"] for name, item in actual.items()} == pytest.approx(
+        dict.fromkeys(actual, 0.0), abs=1e-4
     )
-    assert found["in"]["of_whole"] is None  # of nothing
+    assert actual["in"]["of_whole"] is None  # of nothing
 
 
 @pytest.mark.slow
 def test_the_program_writes_a_record_a_table_and_a_picture(tmp_path, tiny_path):
     encoder = tmp_path / "encoder"
     encoder.mkdir()
-    for each in tiny_path.iterdir():
-        if each.is_file() and each.suffix != ".safetensors":
-            (encoder / each.name).write_bytes(each.read_bytes())
+    for item in tiny_path.iterdir():
+        if item.is_file() and item.suffix != ".safetensors":
+            (encoder / item.name).write_bytes(item.read_bytes())
     weights = load_file(tiny_path / "model.safetensors")
     weights = {n: 0.8 * w if "k_proj.weight" in n else w for n, w in weights.items()}
     save_file(weights, encoder / "model.safetensors", {"format": "pt"})

@@ -32,10 +32,10 @@ def test_without_a_shift_it_is_the_models_own(family):
     model = random_model(family)
     own, implementation = logits(model), model.config._attn_implementation
     with shifting(model):
-        found = logits(model)
+        actual = logits(model)
         alone = logits(model, IDS[1:, :3], None)
         left = logits(model, IDS[1:].roll(3, 1), MASK[1:].roll(3, 1))
-    assert torch.allclose(found[MASK.bool()], own[MASK.bool()], atol=1e-4)
+    assert torch.allclose(actual[MASK.bool()], own[MASK.bool()], atol=1e-4)
     assert torch.allclose(alone[0], own[1, :3], atol=1e-4)
     before = logits(model, IDS[1:].roll(3, 1), MASK[1:].roll(3, 1))
     assert torch.allclose(left[0, 3:], before[0, 3:], atol=1e-4)
@@ -49,26 +49,26 @@ def test_a_shift_is_a_bias_on_the_first_key():
     assert not torch.allclose(expected, logits(model, IDS[:1], MASK[:1]), atol=0.1)
     with shifting(model) as shifts:
         shifts.by_layer = {layer: shift for layer in range(model.config.num_hidden_layers)}
-        found = logits(model, IDS[:1], MASK[:1])
-    assert torch.allclose(found, expected, atol=1e-4)
+        actual = logits(model, IDS[:1], MASK[:1])
+    assert torch.allclose(actual, expected, atol=1e-4)
 
 
 def test_what_it_sees_is_what_dp_counts_and_what_eager_attention_uses():
     model = random_model("qwen2")
     with observed(model) as recorder:
-        places = [COLUMNS.index(each) for each in DP]
+        places = [COLUMNS.index(item) for item in DP]
         expected = dependence_of(model, recorder, IDS, MASK)[..., places]
     with shifting(model) as shifts:
         shifts.seen.clear()
         shifts.rows = []
         logits(model)
-        found, rows = torch.stack(shifts.seen, 1).double(), shifts.rows
-    assert torch.allclose(found[..., 1:], expected, atol=1e-5) and len(SEEN) == 4
+        actual, rows = torch.stack(shifts.seen, 1).double(), shifts.rows
+    assert torch.allclose(actual[..., 1:], expected, atol=1e-5) and len(SEEN) == 4
     model.set_attn_implementation("eager")
     with torch.no_grad():
         eager = model(input_ids=IDS[:1], output_attentions=True).attentions  # (1, H, 6, 6) each
-    used = torch.stack([each[0, :, :, 0] for each in eager])
-    assert torch.allclose(found[0, ..., 0].float(), used.mean(-1), atol=1e-5)
+    used = torch.stack([item[0, :, :, 0] for item in eager])
+    assert torch.allclose(actual[0, ..., 0].float(), used.mean(-1), atol=1e-5)
     assert torch.allclose(torch.stack(rows)[..., :6], used, atol=1e-5)
     assert rows[0].shape[1] == 9  # of the second text the real ones alone
 
@@ -80,7 +80,7 @@ def test_shares_stay_float32_under_autocast():
         shifts.wanted = torch.full((2, model.config.num_attention_heads), 0.4)
         with torch.autocast("cpu", torch.bfloat16):
             logits(model)
-    assert {each.dtype for each in shifts.seen} == {torch.float32}
+    assert {item.dtype for item in shifts.seen} == {torch.float32}
     means = torch.stack(shifts.seen, 1).mean(0)[..., 0]
     assert torch.allclose(means, shifts.wanted, atol=1e-5)
 
@@ -91,7 +91,7 @@ def test_a_shift_gives_the_share_that_is_wanted():
     assert torch.allclose(shifts_to([odds], wanted), wanted.logit() - odds[:, 0], atol=1e-4)
     several = [torch.randn(2, 5), torch.randn(2, 3)]
     shift = shifts_to(several, wanted)
-    shares = [(each + shift[:, None]).sigmoid().mean(1) for each in several]  # texts count alike
+    shares = [(item + shift[:, None]).sigmoid().mean(1) for item in several]  # texts count alike
     assert torch.allclose(sum(shares) / 2, wanted, atol=1e-5)
     none, all_ = shifts_to([odds], torch.tensor([0.0, 1.0])).tolist()
     assert none == pytest.approx(-REACH) and all_ > 15  # from where a share is 1 in float32

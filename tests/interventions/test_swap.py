@@ -56,8 +56,8 @@ def by_hand(model, one):
 
 def test_the_choices_are_both_models_and_every_layer_in_and_back():
     yes, no = True, False
-    found = swap.choices(2)
-    assert found == [(no, no), (yes, yes), (yes, no), (no, yes), (no, yes), (yes, no)]
+    actual = swap.choices(2)
+    assert actual == [(no, no), (yes, yes), (yes, no), (no, yes), (no, yes), (yes, no)]
 
 
 @pytest.mark.parametrize(("family", "batch"), [("qwen2", 1), ("qwen2", 3), *SCALED])
@@ -65,8 +65,8 @@ def test_losses_are_those_of_models_whose_layer_was_exchanged(models, batch):
     base, encoder = models
     asked = swap.choices(DEPTH)
     parts = [CHATS[start : start + batch] for start in range(0, 3, batch)]
-    found = np.concatenate([swap.losses(base, encoder, part, asked) for part in parts], axis=1)
-    for own, row in zip(asked, found, strict=True):
+    actual = np.concatenate([swap.losses(base, encoder, part, asked) for part in parts], axis=1)
+    for own, row in zip(asked, actual, strict=True):
         mixed = copy.deepcopy(base)
         for number, tuned in enumerate(own):
             if tuned:
@@ -76,19 +76,19 @@ def test_losses_are_those_of_models_whose_layer_was_exchanged(models, batch):
 
 def test_the_summary_is_in_nats_a_token():
     lost = np.array([[4.0, 2.0], [8.0, 4.0], [6.0, 2.0], [4.0, 5.0], [5.0, 4.0], [8.0, 1.0]])
-    found = swap.summary(lost, np.array([2, 1]))
-    assert found["perplexity"] == {"base": math.exp(2), "encoder": math.exp(4)}
-    changes = [(row["in"]["change"], row["back"]["change"]) for row in found["layers"]]
+    actual = swap.summary(lost, np.array([2, 1]))
+    assert actual["perplexity"] == {"base": math.exp(2), "encoder": math.exp(4)}
+    changes = [(row["in"]["change"], row["back"]["change"]) for row in actual["layers"]]
     assert changes == [
         (pytest.approx(8 / 3 - 2), pytest.approx(3 - 4)),
         (pytest.approx(3 - 2), pytest.approx(3 - 4)),
     ]
-    assert found["whole"]["change"] == pytest.approx(2)
-    answers = [found["whole"], *(row[word] for row in found["layers"] for word in ("in", "back"))]
+    assert actual["whole"]["change"] == pytest.approx(2)
+    answers = [actual["whole"], *(row[word] for row in actual["layers"] for word in ("in", "back"))]
     assert [answer["by_answer"]["change"] for answer in answers] == [
-        pytest.approx(each / 2) for each in (2 + 2, 1 + 0, -1.5 + 0, 0 + 3, 0 - 3)
+        pytest.approx(item / 2) for item in (2 + 2, 1 + 0, -1.5 + 0, 0 + 3, 0 - 3)
     ]
-    assert (found["chats"], found["tokens"]) == (2, 3)
+    assert (actual["chats"], actual["tokens"]) == (2, 3)
 
 
 def test_the_interval_is_a_bootstrap_over_chats():

@@ -28,15 +28,15 @@ def test_each_pattern_is_what_a_model_of_it_gives(family, keep_sink):
     keys = {"sliding_window": 3} if family in ("mistral", "gemma3_text") else {}
     model = random_model(family, num_hidden_layers=DEPTH, **keys).eval()
     asked = KEPT if keep_sink else EVERY
-    found = dict(states(model, INPUTS, asked))
-    assert sorted(found) == list(range(len(asked)))
+    actual = dict(states(model, INPUTS, asked))
+    assert sorted(actual) == list(range(len(asked)))
     for place, pattern in enumerate(asked):
         alone = set_layers(copy.deepcopy(model), pattern.layers, keep_sink)
         set_attention(alone, bidirectional=True)
         for row, ids in enumerate(ROWS):  # without any padding
             with torch.no_grad():
                 own = alone.base_model(input_ids=torch.tensor([ids])).last_hidden_state[0]
-            torch.testing.assert_close(found[place][row, : len(ids)], own, msg=pattern.name)
+            torch.testing.assert_close(actual[place][row, : len(ids)], own, msg=pattern.name)
 
 
 @pytest.mark.parametrize(
@@ -53,9 +53,9 @@ def test_a_family_that_keeps_its_parts_elsewhere_is_refused(family, said):
 
 def test_patterns_differ():
     model = random_model("llama", num_hidden_layers=DEPTH).eval()
-    found = [state[1][0] for state in states(model, INPUTS, EVERY)]
-    for number, one in enumerate(found):
-        assert all((one - other).abs().max() > 1e-4 for other in found[:number])
+    actual = [state[1][0] for state in states(model, INPUTS, EVERY)]
+    for number, one in enumerate(actual):
+        assert all((one - other).abs().max() > 1e-4 for other in actual[:number])
 
 
 def test_what_patterns_share_is_computed_once():
@@ -65,7 +65,7 @@ def test_what_patterns_share_is_computed_once():
         layer.register_forward_hook(lambda *_: calls.append(1))
     for _ in states(model, INPUTS, EVERY):
         pass
-    beginnings = {each.both[:depth] for each in EVERY for depth in range(1, DEPTH + 1)}
+    beginnings = {item.both[:depth] for item in EVERY for depth in range(1, DEPTH + 1)}
     assert len(calls) == DEPTH + len(beginnings) < DEPTH * len(EVERY)
 
 
@@ -86,7 +86,7 @@ def test_no_other_token_sees_a_first_token_that_is_removed():
     """Against the library's own attention with a mask written out by hand."""
     readings = ScanSection(patterns=[], first_token=["full", "kept", "removed"])
     asked = patterns(readings, DEPTH, keep_sink=False)
-    assert [(each.name, each.first_token) for each in asked] == [
+    assert [(item.name, item.first_token) for item in asked] == [
         ("none", "full"),
         ("all", "full"),
         ("all", "kept"),

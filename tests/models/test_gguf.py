@@ -70,13 +70,13 @@ def scaled(family, **rope):
 
 def by_hand(factor, low, high, old, width, theta=10000.0):
     """The divisors that llama.cpp's converter writes for Llama 3.1, as its makers define them."""
-    found = []
+    actual = []
     for number in range(0, width, 2):
         wave = 2 * math.pi * theta ** (number / width)
         smooth = (old / wave - low) / (high - low)
         smooth = min(max(smooth, 0.0), 1.0)
-        found.append(1 / ((1 - smooth) / factor + smooth))
-    return np.array(found, dtype=np.float32)
+        actual.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(actual, dtype=np.float32)
 
 
 def test_rope_freqs_are_the_scaling_of_llama_3(tmp_path):
@@ -238,7 +238,7 @@ MERGES = "1 2,12 3,123 4,Ġ Ġ,Ġ 9,Ġ 1,2 0,Ċ Ċ,Ċ ĉ,ĠĠ 1,Ġ Ċ,I t,It ','
 def bytes_keys(pre, **more):
     """Keys of a byte-level tokenizer: every byte, the merges, a token that none lead to."""
     letters = pre_tokenizers.ByteLevel.alphabet()
-    merged = ["".join(each.split()) for each in MERGES]
+    merged = ["".join(item.split()) for item in MERGES]
     tokens = [*sorted(letters), *merged, "foo", "<end>", "<own>"]
     kinds = [*([1] * (len(tokens) - 2)), 3, 4]
     said = {"model": "gpt2", "tokens": tokens, "token_type": kinds, "merges": MERGES, "pre": pre}
@@ -255,18 +255,18 @@ def tokenizer(tmp_path, keys, family="llama"):
 def test_a_text_is_split_as_the_file_names_it(tmp_path, pre):
     keys = bytes_keys(pre)
     vocabulary = {token: n for n, token in enumerate(keys["tokenizer.ggml.tokens"])}
-    pairs = [tuple(each.split()) for each in MERGES]
+    pairs = [tuple(item.split()) for item in MERGES]
     expected = Tokenizer(BPE(vocabulary, pairs, ignore_merges=pre == "llama-bpe"))
     expected.pre_tokenizer = pre_tokenizers.Sequence(SPLITS[pre])
     if pre == "qwen2":
         expected.normalizer = normalizers.NFC()
-    found = tokenizer(tmp_path, keys)
-    ids = found(TEXT, add_special_tokens=False)["input_ids"]
+    actual = tokenizer(tmp_path, keys)
+    ids = actual(TEXT, add_special_tokens=False)["input_ids"]
     assert ids == expected.encode(TEXT).ids
-    first = [found.bos_token_id] if pre == "llama-bpe" else []
-    assert found(TEXT)["input_ids"] == first + ids
-    assert found("a<end>b<own>c", add_special_tokens=False)["input_ids"][1::2] == [274, 275]
-    found.save_pretrained(tmp_path / "saved")
+    first = [actual.bos_token_id] if pre == "llama-bpe" else []
+    assert actual(TEXT)["input_ids"] == first + ids
+    assert actual("a<end>b<own>c", add_special_tokens=False)["input_ids"][1::2] == [274, 275]
+    actual.save_pretrained(tmp_path / "saved")
     ModelSource.of(section(tmp_path / "model.gguf")).settings.save_pretrained(tmp_path / "saved")
     stock = AutoTokenizer.from_pretrained(tmp_path / "saved")
     assert stock(TEXT)["input_ids"] == first + ids
@@ -274,13 +274,13 @@ def test_a_text_is_split_as_the_file_names_it(tmp_path, pre):
 
 def test_the_ways_to_split_differ_on_the_text(tmp_path):
     ids = [tokenizer(tmp_path, bytes_keys(pre))(TEXT)["input_ids"] for pre in SPLITS]
-    assert len({tuple(each) for each in ids}) == len(SPLITS)
+    assert len({tuple(item) for item in ids}) == len(SPLITS)
 
 
 @pytest.mark.parametrize("pre", [None, "default"])
 def test_a_file_that_does_not_say_splits_as_its_family_does(tmp_path, pre):
     for family, known in (("qwen2", "qwen2"), ("llama", "gpt-2")):
-        unsaid, said = (tokenizer(tmp_path, bytes_keys(each), family) for each in (pre, known))
+        unsaid, said = (tokenizer(tmp_path, bytes_keys(item), family) for item in (pre, known))
         assert unsaid(TEXT)["input_ids"] == said(TEXT)["input_ids"]
 
 
@@ -316,9 +316,11 @@ def test_sentencepiece_is_read(tmp_path, more, text, expected):
         **{"token_type": [2, 3, 3, 1, 1, 1, 1, 1, 6], "unknown_token_id": 0},
         **{"bos_token_id": 1, "eos_token_id": 2, **more},
     }
-    found = tokenizer(tmp_path, {f"tokenizer.ggml.{key}": value for key, value in said.items()})
-    assert " ".join(found.convert_ids_to_tokens(found(text)["input_ids"])) == expected
-    assert found.decode(found(text)["input_ids"], skip_special_tokens=True).strip() == text.strip()
+    actual = tokenizer(tmp_path, {f"tokenizer.ggml.{key}": value for key, value in said.items()})
+    assert " ".join(actual.convert_ids_to_tokens(actual(text)["input_ids"])) == expected
+    assert (
+        actual.decode(actual(text)["input_ids"], skip_special_tokens=True).strip() == text.strip()
+    )
 
 
 @pytest.mark.parametrize(
@@ -343,7 +345,7 @@ def test_a_tokenizer_that_is_not_known_is_one_line(tmp_path, keys, expected):
 def test_a_file_is_parsed_once_and_again_when_it_changed(tiny_path, tmp_path, monkeypatch):
     parsed, real = [], gguf.reader._read_metadata
     monkeypatch.setattr(
-        gguf.reader, "_read_metadata", lambda *each: parsed.append(1) or real(*each)
+        gguf.reader, "_read_metadata", lambda *item: parsed.append(1) or real(*item)
     )
     config = section(tmp_path / "model.gguf")
     write_gguf(tiny_path, tmp_path / "model.gguf")

@@ -61,13 +61,13 @@ def server(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    found = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    found.repositories, found.private = {}, {}
-    found.url = f"http://127.0.0.1:{found.server_port}"
-    Thread(target=found.serve_forever, daemon=True).start()
-    yield found
-    found.shutdown()
-    found.server_close()
+    actual = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    actual.repositories, actual.private = {}, {}
+    actual.url = f"http://127.0.0.1:{actual.server_port}"
+    Thread(target=actual.serve_forever, daemon=True).start()
+    yield actual
+    actual.shutdown()
+    actual.server_close()
 
 
 def folder(path, name):

@@ -228,16 +228,16 @@ def test_no_limit_of_a_program_is_beyond_the_context(saved, caplog):
     stage = "{objective: mntp, max_tokens: 600, lm_max_tokens: 700}"
     keys = ["bi.max_tokens=4096", f"bi.stages=[{stage}]", "bitune.max_tokens=513"]
     config = load_config(None, [f"model.name={saved}", *keys])
-    found = ModelSource.of(config.model).within_context(config, "bi", "bitune")
-    assert (found.bi.max_tokens, found.bi.stages[0].max_tokens) == (512, 512)
-    assert (found.bitune.max_tokens, found.bi.stages[0].lm_max_tokens) == (512, 700)  # unused
-    assert found.ubmoe == config.ubmoe and found.bi.stages[0].objective == "mntp"
+    actual = ModelSource.of(config.model).within_context(config, "bi", "bitune")
+    assert (actual.bi.max_tokens, actual.bi.stages[0].max_tokens) == (512, 512)
+    assert (actual.bitune.max_tokens, actual.bi.stages[0].lm_max_tokens) == (512, 700)  # unused
+    assert actual.ubmoe == config.ubmoe and actual.bi.stages[0].objective == "mntp"
     assert [record.message for record in caplog.records] == [
         "bi.max_tokens: 512, the model's context, not 4096",
         "bi.stages.0.max_tokens: 512, the model's context, not 600",
         "bitune.max_tokens: 512, the model's context, not 513",
     ]
-    assert ModelSource.of(found.model).within_context(found, "bi", "bitune") == found
+    assert ModelSource.of(actual.model).within_context(actual, "bi", "bitune") == actual
 
 
 def test_a_tokenizer_gets_the_context(tiny_path, tmp_path):

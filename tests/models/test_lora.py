@@ -110,7 +110,7 @@ def test_merged_into_tied_weights_an_adapter_computes_what_it_does_apart(tmp_pat
 
 def test_an_adapter_of_the_head_moves_no_states(tmp_path):
     path, adapter, _ = tied_and_adapted(tmp_path, target_modules=["lm_head"])
-    plain, model = (load_model(section(path, adapter=each)) for each in (None, str(adapter)))
+    plain, model = (load_model(section(path, adapter=item)) for item in (None, str(adapter)))
     for one, other in zip(plain.model.parameters(), model.model.parameters(), strict=True):
         assert torch.equal(one, other)
 
@@ -124,8 +124,8 @@ def test_adapters_are_merged_in_order_each_on_what_is_below_it(saved, tmp_path):
         paths.append(str(tmp_path / module))
         expected = logits(wrapped)
         lora.merge(wrapped)
-    found = logits(load_model(section(saved, adapter=paths)))
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    actual = logits(load_model(section(saved, adapter=paths)))
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
     assert "the adapters of all of them in order" in refused(saved, paths[1:])
     again = shutil.copytree(paths[0], tmp_path / "again")
     assert "trained on other weights" in refused(saved, [paths[0], str(again)])
@@ -146,8 +146,8 @@ def test_an_adapter_that_began_by_changing_the_base_is_refused(saved, tmp_path, 
 def test_an_adapter_whose_own_weights_began_otherwise_is_merged(saved, tmp_path, start):
     wrapped = write_adapter(load_model(section(saved)), tmp_path / "a", init_lora_weights=start)
     moved(wrapped).save_pretrained(tmp_path / "a")
-    found = load_model(section(saved, adapter=str(tmp_path / "a")))
-    torch.testing.assert_close(logits(found), logits(wrapped), atol=1e-4, rtol=0)
+    actual = load_model(section(saved, adapter=str(tmp_path / "a")))
+    torch.testing.assert_close(logits(actual), logits(wrapped), atol=1e-4, rtol=0)
 
 
 def test_what_peft_converts_is_merged(saved, tmp_path):
@@ -161,8 +161,8 @@ def test_what_peft_converts_is_merged(saved, tmp_path):
     kept = str(tmp_path / "first")
     wrapped.save_pretrained(tmp_path / "a", path_initial_model_for_weight_conversion=kept)
     (tmp_path / "a" / "ubmoe.json").write_text('{"attention": "causal"}')
-    found = load_model(section(saved, adapter=str(tmp_path / "a")))
-    torch.testing.assert_close(logits(found), expected, atol=1e-3, rtol=0)
+    actual = load_model(section(saved, adapter=str(tmp_path / "a")))
+    torch.testing.assert_close(logits(actual), expected, atol=1e-3, rtol=0)
 
 
 def test_adapters_that_cannot_be_merged_as_they_compute_are_refused(tmp_path):

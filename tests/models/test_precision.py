@@ -44,10 +44,10 @@ def test_dependence_under_autocast_is_near_that_of_float32_and_its_sums_are_whol
     """The flow is rounded, the sums are not: shares still sum to one to float32's precision."""
     model = random_model("llama")
     texts = [list(range(3, 60)), list(range(40, 90)), [5]]
-    found = {}
+    actual = {}
     for bf16 in (False, True):
         settings = DependenceSection(bf16=bf16)
-        found[bf16] = measure(model, texts, settings, tmp_path / str(bf16))["overall"]
-        assert sum(found[bf16].values()) == pytest.approx(100, abs=1e-4)
-    assert found[True] != found[False]
-    assert found[True] == pytest.approx(found[False], abs=1.0)
+        actual[bf16] = measure(model, texts, settings, tmp_path / str(bf16))["overall"]
+        assert sum(actual[bf16].values()) == pytest.approx(100, abs=1e-4)
+    assert actual[True] != actual[False]
+    assert actual[True] == pytest.approx(actual[False], abs=1.0)

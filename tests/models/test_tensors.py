@@ -13,7 +13,7 @@ from ubmoe.models.tensors import Stream, write_file, write_model
 def some(seed=0):
     """Tensors of all dtypes, names out of order, odd sizes, one empty, one not contiguous."""
     generator = torch.Generator().manual_seed(seed)
-    found = {
+    actual = {
         "b.weight": torch.randn(7, 3, generator=generator),
         "a.weight": torch.randn(5, generator=generator).bfloat16(),
         "größe": torch.randn(2, 3, 5, generator=generator).half(),
@@ -22,7 +22,7 @@ def some(seed=0):
         "empty": torch.zeros(0, 4),
         "B": torch.randn(11, 1, generator=generator).bfloat16(),
     }
-    return found | {"turned": torch.randn(4, 6, generator=generator).T}
+    return actual | {"turned": torch.randn(4, 6, generator=generator).T}
 
 
 @pytest.mark.parametrize("block", [1, 4, 1 << 24])
@@ -48,16 +48,16 @@ def test_blocks_are_rows_of_the_tensor_in_their_order(tmp_path, monkeypatch, blo
     values = some()
     save_file({k: v.contiguous() for k, v in values.items()}, tmp_path / "file")
     for name, stream in Stream.from_file(tmp_path / "file").items():
-        for each in (stream, Stream.from_tensor(values[name])):
-            assert torch.equal(each.whole(), values[name]) and each.dtype == values[name].dtype
-            assert torch.equal(each.to(torch.float16).whole(), values[name].half())
-            rows = [len(part) for part in each.blocks()]
+        for item in (stream, Stream.from_tensor(values[name])):
+            assert torch.equal(item.whole(), values[name]) and item.dtype == values[name].dtype
+            assert torch.equal(item.to(torch.float16).whole(), values[name].half())
+            rows = [len(part) for part in item.blocks()]
             width = values[name][:1].numel()
             assert sum(rows) == len(values[name])
             assert all(count == 1 or count * width <= block for count in rows)
         lengths = [
-            [len(part) for part in each.blocks()]
-            for each in (stream, Stream.from_tensor(values[name]))
+            [len(part) for part in item.blocks()]
+            for item in (stream, Stream.from_tensor(values[name]))
         ]
         assert lengths[0] == lengths[1]
 
@@ -76,18 +76,18 @@ def test_shards_are_small_enough_and_hold_every_tensor_once(tmp_path):
     write_model(groups, tmp_path, "1KB")
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"] == {"total_size": 4000} and list(index["weight_map"]) == list(values)
-    found = {}
+    actual = {}
     for group, count in (("x", 4), ("y", 2)):
         for number in range(1, count + 1):
             file = tmp_path / f"model-{group}-0000{number}-of-0000{count}.safetensors"
             part = load_file(file)
             assert sum(value.nbytes for value in part.values()) <= 1000
-            assert part.keys() <= groups[group].keys() and not found.keys() & part.keys()
+            assert part.keys() <= groups[group].keys() and not actual.keys() & part.keys()
             assert {index["weight_map"][name] for name in part} == {file.name}
-            found |= part
+            actual |= part
     assert len(list(tmp_path.iterdir())) == 7
-    assert found.keys() == values.keys()
-    assert all(torch.equal(found[name], value) for name, value in values.items())
+    assert actual.keys() == values.keys()
+    assert all(torch.equal(actual[name], value) for name, value in values.items())
 
 
 def test_one_file_needs_no_index(tmp_path):

@@ -162,9 +162,9 @@ def test_an_encoder_is_saved_and_read_with_the_files_own(tiny_path, tmp_path):
     encoder = as_encoder(model, tokenizer, settings)
     save_encoder(encoder, model, tokenizer, settings, tmp_path / "bi")
     texts = ["Anna", "ANNA LIVES"]
-    for found in (load_saved(str(tmp_path / "bi")), SentenceTransformer(str(tmp_path / "bi"))):
-        assert torch.equal(torch.tensor(found.encode(texts)), torch.tensor(encoder.encode(texts)))
-        assert found.tokenizer(TEXT)["input_ids"] == own(folder)
+    for actual in (load_saved(str(tmp_path / "bi")), SentenceTransformer(str(tmp_path / "bi"))):
+        assert torch.equal(torch.tensor(actual.encode(texts)), torch.tensor(encoder.encode(texts)))
+        assert actual.tokenizer(TEXT)["input_ids"] == own(folder)
 
 
 def test_a_strangers_encoder_is_read_as_its_file_says(tiny_path, tmp_path):

@@ -63,14 +63,14 @@ def tensors_in(directory):
     index = directory / "model.safetensors.index.json"
     if not index.exists():
         return load_file(directory / "model.safetensors")
-    named, found = json.loads(index.read_text()), {}
+    named, actual = json.loads(index.read_text()), {}
     for file in sorted(directory.glob("*.safetensors")):
         part = load_file(file)
         assert {named["weight_map"].pop(name) for name in part} == {file.name}
-        found |= part
+        actual |= part
     assert not named["weight_map"]
-    assert named["metadata"]["total_size"] == sum(value.nbytes for value in found.values())
-    return found
+    assert named["metadata"]["total_size"] == sum(value.nbytes for value in actual.values())
+    return actual
 
 
 def bytes_of(tensors):
@@ -122,17 +122,17 @@ def test_all_that_is_written_equals_what_models_in_memory_would_save(sources, tm
     built(uni, bi).save_pretrained(tmp_path / "built")
     assert bytes_of(tensors_in(tmp_path / "ubmoe")) == bytes_of(tensors_in(tmp_path / "built"))
     export.save_modes(*common, tmp_path / "modes", MADE)
-    found, base = tensors_in(tmp_path / "modes"), tensors_in_model(uni)
+    actual, base = tensors_in(tmp_path / "modes"), tensors_in_model(uni)
     tuned = {name.replace(".mlp.", ".mlp.experts.0."): v for name, v in ffn_of(bi).items()}
-    zeros = {name: found[name] for name in found if name not in base | tuned}
-    assert bytes_of(found) == bytes_of(base | tuned | zeros)
+    zeros = {name: actual[name] for name in actual if name not in base | tuned}
+    assert bytes_of(actual) == bytes_of(base | tuned | zeros)
     assert all(not value.any() and value.dtype == dtype for value in zeros.values())
     export.save_adapter(*common, tmp_path / "adapter", MADE, 4)
     uni.save_pretrained(tmp_path / "base")
     assert bytes_of(tensors_in(tmp_path / "adapter")) == bytes_of(tensors_in(tmp_path / "base"))
     for name, other, more in (("ubmoe", "built", {}), ("adapter", "base", {"is_causal": True})):
         for file, added in (("config.json", more), ("generation_config.json", {})):
-            read = [json.loads((tmp_path / each / file).read_text()) for each in (name, other)]
+            read = [json.loads((tmp_path / item / file).read_text()) for item in (name, other)]
             assert read[0] == read[1] | added, file
     assert opened[0].fingerprint() == fingerprint(uni)
     assert opened[1].fingerprint() == fingerprint(bi)
@@ -186,8 +186,8 @@ def test_the_two_modes_are_base_and_encoder_in_stock_libraries(sources, tmp_path
     stock = SentenceTransformer(str(tmp_path / "modes"), device="cpu")
     kind = "Qwen3" if uni.config.model_type == "qwen3" else "Qwen2"
     assert type(stock[0].model).__name__ == f"{kind}MoeModel" and stock.max_seq_length == 99
-    found = stock.encode(TEXTS, convert_to_tensor=True)
-    torch.testing.assert_close(found, vectors, atol=1e-5, rtol=1e-5)
+    actual = stock.encode(TEXTS, convert_to_tensor=True)
+    torch.testing.assert_close(actual, vectors, atol=1e-5, rtol=1e-5)
     prove_attention(AutoModel.from_pretrained(tmp_path / "modes"), bidirectional=False)
 
 
@@ -287,8 +287,8 @@ def test_an_encoder_of_another_shape_is_refused_and_names_no_folder_elsewhere(
     right = {"config.json": {}, "sentence_bert_config.json": {}, "modules.json": [FIRST, POOL]}
     (tmp_path / "1_Pooling").mkdir()
     (tmp_path / "config_sentence_transformers.json").write_text("{}")
-    for each, value in right.items():
-        (tmp_path / each).write_text(json.dumps(value))
+    for item, value in right.items():
+        (tmp_path / item).write_text(json.dumps(value))
     assert export.encoder_attention(tmp_path) == "causal"
     (tmp_path / name).write_text(json.dumps(said))
     with pytest.raises(UserError) as caught:
@@ -331,7 +331,7 @@ def test_an_adapter_is_the_base_and_the_nearest_encoder_of_its_rank(
     sources, tmp_path, monkeypatch, rank
 ):
     uni, bi, tokenizer, encoder, vectors = sources
-    found = save_adapter(sources, tmp_path / "made", rank)
+    actual = save_adapter(sources, tmp_path / "made", rank)
     (tmp_path / "made").rename(tmp_path / "moved")
     shutil.rmtree(encoder)  # nothing else is needed
     monkeypatch.chdir("/")
@@ -348,7 +348,7 @@ def test_an_adapter_is_the_base_and_the_nearest_encoder_of_its_rank(
     torch.testing.assert_close(again, expected, atol=1e-4, rtol=1e-4)
     assert bool((again - vectors).abs().max() < 1e-4) == (rank == 32)
     size = 3 * 2 * rank * (32 + 48)  # projections, layers, and the two factors
-    assert found == {"rank": rank, "parameters": size, "kept": pytest.approx(kept, abs=1e-9)}
+    assert actual == {"rank": rank, "parameters": size, "kept": pytest.approx(kept, abs=1e-9)}
 
 
 def test_an_encoder_that_was_trained_as_an_adapter_is_kept_whole(tiny_path, tmp_path):
@@ -364,9 +364,9 @@ def test_an_encoder_that_was_trained_as_an_adapter_is_kept_whole(tiny_path, tmp_
     encoder = as_encoder(bi, tokenizer, settings)
     save_encoder(encoder, bi, tokenizer, settings, tmp_path / "bi")
     sources = (uni, bi, tokenizer, tmp_path / "bi", None)
-    found = save_adapter(sources, tmp_path / "adapter", 4)
-    assert found["kept"] == pytest.approx(1, abs=1e-6)
-    assert found["parameters"] == 2 * 4 * (32 + 48)
+    actual = save_adapter(sources, tmp_path / "adapter", 4)
+    assert actual["kept"] == pytest.approx(1, abs=1e-6)
+    assert actual["parameters"] == 2 * 4 * (32 + 48)
     stock = SentenceTransformer(str(tmp_path / "adapter"), device="cpu")
     torch.testing.assert_close(stock.encode(TEXTS), encoder.encode(TEXTS), atol=1e-5, rtol=1e-5)
     prove_attention(stock[0].model, bidirectional=False)
@@ -443,8 +443,8 @@ def test_a_form_and_a_whitening_are_kept_in_every_export(tiny_path, tmp_path):
         assert torch.equal(stock[2].linear.bias, encoder[2].linear.bias)
         if name != "ubmoe":  # whose routers mix
             for saved in (stock, load_saved(str(path), "cpu")):
-                found = saved.encode(TEXTS, convert_to_tensor=True)
-                torch.testing.assert_close(found, vectors, atol=1e-4, rtol=1e-4)
+                actual = saved.encode(TEXTS, convert_to_tensor=True)
+                torch.testing.assert_close(actual, vectors, atol=1e-4, rtol=1e-4)
         assert "trust_remote_code=True" in (path / "README.md").read_text()
 
 
@@ -473,9 +473,9 @@ def test_the_code_of_a_card_generates_and_embeds(tiny_path, tmp_path, monkeypatc
     exec(code, names)
     assert names["answer"].shape[1] > names["prompt"]["input_ids"].shape[1]
     if kind != "mixture":
-        found = torch.as_tensor(names["encoder"].encode(TEXTS))
+        actual = torch.as_tensor(names["encoder"].encode(TEXTS))
         expected = encoder.encode(TEXTS, convert_to_tensor=True)
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
     assert all(
         path.stat().st_mode & 0o777 == 0o644
         for path in (tmp_path / "made").rglob("*")

@@ -118,8 +118,8 @@ def test_every_family_is_joined_without_loss(name, tied):
     uni, bi = pair(tied, family, **keys)
     model = join(uni, bi)
     for bidirectional in (False, True):
-        for each in (model, uni, bi):
-            set_attention(each, bidirectional)
+        for item in (model, uni, bi):
+            set_attention(item, bidirectional)
         for route, dense in (("uni", uni), ("bi", bi)):
             with route_of(model, route):
                 assert torch.equal(logits(model), logits(dense)), (route, bidirectional)
@@ -135,8 +135,8 @@ def test_a_mixture_reads_under_the_mask_of_its_encoder(layers):
     plain = set_attention(copy.deepcopy(bi), bidirectional=True)
     model = join(uni, set_layers(bi, layers, keep_sink=True))
     assert model.config.keep_sink is True
-    for each in (model, bi):
-        set_attention(each, bidirectional=True)
+    for item in (model, bi):
+        set_attention(item, bidirectional=True)
     with route_of(model, "mode"):
         assert torch.equal(logits(model), logits(bi))
         assert not torch.allclose(logits(bi), logits(plain))
@@ -174,8 +174,8 @@ def test_forced_routes_are_the_dense_models_bit_for_bit(dtype):
         assert torch.equal(logits(model), logits(uni))
     with route_of(model, "bi"):
         assert torch.equal(logits(model), logits(bi))
-        for each in (model, bi):
-            set_attention(each, bidirectional=True)
+        for item in (model, bi):
+            set_attention(item, bidirectional=True)
         assert torch.equal(logits(model), logits(bi))
     with route_of(model, "mode"):
         assert torch.equal(logits(model), logits(bi))
@@ -263,7 +263,7 @@ def test_the_fitted_start_prefers_uni_on_texts_that_it_has_not_seen(tiny_path):
     model = join(uni, uni)
     texts = [torch.tensor([tokenizer(text)["input_ids"]]) for text in language.sentences(200, 11)]
     routers.fit_routers(model, texts[:150])
-    share = torch.cat([each.flatten() for each in routers.bi_share(model, texts[150:])])
+    share = torch.cat([item.flatten() for item in routers.bi_share(model, texts[150:])])
     assert (share < 0.5).float().mean() > 0.98
     assert share.mean() == pytest.approx(1 / (1 + math.exp(routers.MARGIN)), abs=0.05)
     assert blocks(model)[0].route == "learned" and "forward" not in vars(blocks(model)[0])

@@ -92,12 +92,12 @@ def test_two_processes_train_the_mixture_that_the_first_has_written(encoder, tmp
         *("generation.json", "train_ubmoe.config.yaml", "routing.png", "ubmoe", "routers")
     }
     given = load_config(None, []).model
-    uni, bi = (open_weights(given.model_copy(update=each), None) for each in ({}, named(encoder)))
+    uni, bi = (open_weights(given.model_copy(update=item), None) for item in ({}, named(encoder)))
     (tmp_path / "alone").mkdir()
     write_mixture(uni, bi, tmp_path / "alone")
     for path in (tmp_path / "alone").iterdir():
-        found = (tmp_path / "run" / "ubmoe" / path.name).read_bytes()
-        assert (found == path.read_bytes()) == (path.name != "model-routers.safetensors"), path
+        actual = (tmp_path / "run" / "ubmoe" / path.name).read_bytes()
+        assert (actual == path.read_bytes()) == (path.name != "model-routers.safetensors"), path
     model = load_model(given.model_copy(update=named(tmp_path / "run" / "ubmoe")))
     for name, value in load_file(tmp_path / "run" / "ubmoe" / "model-routers.safetensors").items():
         assert torch.equal(model.state_dict()[name], value) and value.any()
@@ -145,8 +145,8 @@ def gemma(tiny_path, tmp_path_factory):
     """A small Gemma 3, with a window in every other layer, and an encoder of it: (uni, bi)."""
     folder, tokenizer = tmp_path_factory.mktemp("gemma"), AutoTokenizer.from_pretrained(tiny_path)
     model = random_model("gemma3_text", vocab_size=len(tokenizer), tie_word_embeddings=True)
-    for each in (model, tokenizer):
-        each.save_pretrained(folder / "uni")
+    for item in (model, tokenizer):
+        item.save_pretrained(folder / "uni")
     with torch.no_grad():
         for layer in model.model.layers:
             layer.mlp.down_proj.weight *= 1.1
@@ -163,20 +163,20 @@ def test_a_model_without_a_mixture_is_exported_as_an_adapter(gemma, tmp_path):
     given = keys(bi, tmp_path / "run", *more)
     code, _, errors = run(*given, script="train_ubmoe.py")
     assert code == 0, errors
-    found = {path.name for path in (tmp_path / "run").iterdir()}
-    assert found == {"generation.json", "train_ubmoe.config.yaml", "adapter"}
+    actual = {path.name for path in (tmp_path / "run").iterdir()}
+    assert actual == {"generation.json", "train_ubmoe.config.yaml", "adapter"}
     result = json.loads((tmp_path / "run" / "generation.json").read_text())
     assert list(result["generation"]["routes"]) == ["uni"] and "router" not in result["generation"]
     [row] = result["sts"]
     adapter, ids = tmp_path / "run" / "adapter", torch.arange(60)[None]  # longer than the window
     with torch.no_grad():
         own, kept = (
-            AutoModelForCausalLM.from_pretrained(each)(ids).logits for each in (uni, adapter)
+            AutoModelForCausalLM.from_pretrained(item)(ids).logits for item in (uni, adapter)
         )
     assert torch.equal(own, kept) and row["route"] == "adapter"
     texts = ["Anna sleeps.", "The dog sees " * 20]
     one, other = (
-        SentenceTransformer(str(each), device="cpu").encode(texts) for each in (bi, adapter)
+        SentenceTransformer(str(item), device="cpu").encode(texts) for item in (bi, adapter)
     )
     torch.testing.assert_close(torch.tensor(other), torch.tensor(one), atol=1e-3, rtol=1e-3)
     base = SentenceTransformer(str(bi), device="cpu", config_kwargs={"is_causal": True})

@@ -47,9 +47,9 @@ def test_the_loss_is_the_librarys_own(chats, family):
     model = random_model(family, vocab_size=1000)
     batch = collate(chats[:3])
     labels = batch.pop("labels")
-    found = mean_loss(*predictions(model, model.get_output_embeddings(), batch, labels))
+    actual = mean_loss(*predictions(model, model.get_output_embeddings(), batch, labels))
     expected = model(**batch, labels=labels).loss
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
     none = torch.full_like(labels, IGNORE_INDEX)
     assert mean_loss(*predictions(model, model.get_output_embeddings(), batch, none)) == 0
 
@@ -163,9 +163,9 @@ def test_shares_by_role_are_means_over_the_tokens_of_a_role():
         Chat("a", [5, 6, 7], [False] * 3, ["prompt", "answer", "answer"]),
         Chat("b", [8, 9], [False] * 2, ["answer", "template"]),
     ]
-    found = routers.shares_by_role(model, chats)
+    actual = routers.shares_by_role(model, chats)
     first, second = routers.bi_share(model, [torch.tensor([chat.ids]) for chat in chats])
-    for layer, row in enumerate(found):
+    for layer, row in enumerate(actual):
         answers = (first[layer, 1] + first[layer, 2] + second[layer, 0]) / 3
         assert row["answer"] == pytest.approx(answers.item())
         assert row["prompt"] == pytest.approx(first[layer, 0].item())
@@ -185,10 +185,10 @@ def test_what_is_watched_are_means_over_the_real_tokens(chats):
     shares = [logits.softmax(-1)[real.flatten()] for logits in output.router_logits]
     bi = [share[:, 1].mean().item() for share in shares]
     entropy = [torch.distributions.Categorical(share).entropy().mean().item() for share in shares]
-    found = watch.metrics()
-    assert found["bi_weight_by_layer"] == pytest.approx(bi)
-    assert found["bi_weight"] == pytest.approx(sum(bi) / len(bi))
-    assert found["router_entropy"] == pytest.approx(sum(entropy) / len(entropy), rel=1e-5)
+    actual = watch.metrics()
+    assert actual["bi_weight_by_layer"] == pytest.approx(bi)
+    assert actual["bi_weight"] == pytest.approx(sum(bi) / len(bi))
+    assert actual["router_entropy"] == pytest.approx(sum(entropy) / len(entropy), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -243,10 +243,10 @@ def test_the_second_objective_is_the_distance_from_the_encoders_vectors(distilla
         data.sentences, convert_to_tensor=True
     )
     data.model.config.is_causal = False
-    found = data.encoder.encode(data.sentences, convert_to_tensor=True)
+    actual = data.encoder.encode(data.sentences, convert_to_tensor=True)
     data.model.config.is_causal = True
     centre = wanted.mean(0)
-    expected = 1 - torch.nn.functional.cosine_similarity(found - centre, wanted - centre).mean()
+    expected = 1 - torch.nn.functional.cosine_similarity(actual - centre, wanted - centre).mean()
     assert data.distance(batch["sentences"]).item() == pytest.approx(expected.item(), abs=1e-5)
     assert expected > 0.01 and data.model.config.is_causal is True
 

@@ -72,8 +72,8 @@ def test_the_tokens_before_know_as_little_of_a_later_word_in_a_causal_model(sect
 
 @pytest.mark.slow
 def test_in_both_directions_the_word_is_seen_from_before_it(section):
-    found = [accuracies(section, "Bi, untrained", f"{f}@1")[0] for f in BEFORE]
-    assert max((value - 0.5) / error for value, error in found) > 2, found
+    actual = [accuracies(section, "Bi, untrained", f"{f}@1")[0] for f in BEFORE]
+    assert max((value - 0.5) / error for value, error in actual) > 2, actual
 
 
 @pytest.mark.slow
@@ -105,9 +105,9 @@ def test_a_difference_is_noise_within_two_standard_errors_of_it(score, inside):
         row = same | {"control": "none", "spearman": value, "spearman_stderr": error}
         return {"label": label, "rows": [row, row | {"control": "random labels"}]}
 
-    [found] = experiment.differences([report("a", 0.8, 0.03), report("b", score, 0.04)])
-    assert found["difference"] == pytest.approx(score - 0.8)
-    assert found["noise"] == pytest.approx(0.1) and found["inside_noise"] is inside
+    [actual] = experiment.differences([report("a", 0.8, 0.03), report("b", score, 0.04)])
+    assert actual["difference"] == pytest.approx(score - 0.8)
+    assert actual["noise"] == pytest.approx(0.1) and actual["inside_noise"] is inside
 
 
 @pytest.mark.slow

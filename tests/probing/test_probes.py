@@ -33,9 +33,9 @@ def test_a_planted_feature_is_found_and_shuffled_labels_are_not(planted, kind):
     features, labels, numbers = planted
     for how in ("random", "lemma"):
         assert probes.scores(kind, task(labels), features, how, 1)["balanced_accuracy"] > 0.9
-        found = probes.scores(kind, task(labels), features, how, 1, shuffled=True)
-        error = found["balanced_accuracy_stderr"]
-        assert abs(found["balanced_accuracy"] - 0.5) < 3 * error < 0.25
+        actual = probes.scores(kind, task(labels), features, how, 1, shuffled=True)
+        error = actual["balanced_accuracy_stderr"]
+        assert abs(actual["balanced_accuracy"] - 0.5) < 3 * error < 0.25
     for target in (numbers, numbers[:, :1]):
         assert probes.scores(kind, task(target), features, "random", 1)["r2"] > 0.95
     shuffled = probes.scores(kind, task(numbers), features, "random", 1, shuffled=True)
@@ -46,11 +46,11 @@ def test_a_ridge_predicts_where_there_are_as_many_features_as_items():
     rng = np.random.default_rng(0)
     features = rng.normal(size=(125, 100))  # 100 of them to fit
     target = features[:, :5].sum(1, keepdims=True) + 0.5 * rng.normal(size=(125, 1))
-    found = {
+    actual = {
         kind: probes.scores(kind, task(target), features, "random", 1)["r2"]
         for kind in ("linear", "ridge")
     }
-    assert found["linear"] < 0 < 0.4 < found["ridge"]
+    assert actual["linear"] < 0 < 0.4 < actual["ridge"]
     # the penalty by hand: the one whose fit misses least what it has not seen
     test = probes.split(task(target), "random", 1)
     own, said = features[~test], target[~test, 0]
@@ -73,15 +73,15 @@ def test_a_ridge_predicts_where_there_are_as_many_features_as_items():
 
 def test_metrics_are_those_of_paper_and_pencil():
     targets, said = np.array([1, 1, 1, 0.0]), np.array([1, 1, 0, 0.0])
-    found = probes.binary_metrics(targets, said)
-    assert found == {"accuracy": 0.75, "balanced_accuracy": pytest.approx((2 / 3 + 1) / 2)}
+    actual = probes.binary_metrics(targets, said)
+    assert actual == {"accuracy": 0.75, "balanced_accuracy": pytest.approx((2 / 3 + 1) / 2)}
     drawn = np.random.default_rng(0).integers(0, 3, (2, 50))
     theirs = balanced_accuracy_score(*drawn)
     assert probes.binary_metrics(*drawn)["balanced_accuracy"] == pytest.approx(theirs)
     targets, said = np.array([[1.0], [2], [3]]), np.array([[1.0], [3], [2]])
-    found = probes.number_metrics(targets, said)
-    assert found["mse"] == pytest.approx(2 / 3) and found["r2"] == pytest.approx(1 - 2 / 2)
-    assert found["pearson"] == pytest.approx(0.5) == found["spearman"]
+    actual = probes.number_metrics(targets, said)
+    assert actual["mse"] == pytest.approx(2 / 3) and actual["r2"] == pytest.approx(1 - 2 / 2)
+    assert actual["pearson"] == pytest.approx(0.5) == actual["spearman"]
     assert probes.number_metrics(targets, np.ones((3, 1)))["pearson"] == 0.0
 
 

@@ -8,8 +8,8 @@ from ubmoe.probing.items import FEATURES, lemma, text
 from ubmoe.probing.tasks import read_tasks
 from ubmoe.probing.tiny import TINY
 
-NORMS = [f"{each}.M" for each in ("Vision", "Hearing", "Olfaction", "Interoception", "Taste")]
-NORMS += [f"{each}.M" for each in ("Touch", "Foot_leg", "Mouth_throat", "Torso", "Head")]
+NORMS = [f"{item}.M" for item in ("Vision", "Hearing", "Olfaction", "Interoception", "Taste")]
+NORMS += [f"{item}.M" for item in ("Touch", "Foot_leg", "Mouth_throat", "Torso", "Head")]
 NORMS += ["Hand_arm.M"]
 
 
@@ -113,7 +113,7 @@ def test_a_verb_without_a_letter_is_none(folder):
         stream.write("1\tHe said , no .\t,\t2\t1\n2\tShe slept .\t3935_2\t1\t1\n")
     duration = by_name(read_tasks(str(folder), ["aspect"]))["duration"]
     assert said(duration) == [("slept",)]
-    assert [each.rpartition(": ")[2] for each in duration.unplaced] == [",", "3935_2"]
+    assert [item.rpartition(": ")[2] for item in duration.unplaced] == [",", "3935_2"]
 
 
 def test_inflections_share_a_lemma_and_other_words_do_not():

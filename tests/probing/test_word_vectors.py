@@ -66,7 +66,7 @@ def test_a_part_of_a_word_and_one_character_of_several_tokens_are_found(tokenize
 def test_vectors_are_the_means_of_each_sentence_read_alone(model, tokenizer, tmp_path):
     words = all_words()
     for number, budget in enumerate((1, 25, 10_000)):
-        found = extracted(model, tokenizer, tmp_path / str(number), words, budget)
+        actual = extracted(model, tokenizer, tmp_path / str(number), words, budget)
         for row, word in enumerate(words):
             encoded = tokenizer(word.sentence, return_offsets_mapping=True)
             ids = torch.tensor([encoded["input_ids"]])
@@ -81,7 +81,7 @@ def test_vectors_are_the_means_of_each_sentence_read_alone(model, tokenizer, tmp
             for layer in range(3):
                 for position, tokens_ in enumerate((own, before)):
                     expected = states[layer][0, tokens_].mean(0).numpy()
-                    np.testing.assert_allclose(found[row, position, layer], expected, atol=1e-4)
+                    np.testing.assert_allclose(actual[row, position, layer], expected, atol=1e-4)
 
 
 def test_a_causal_model_knows_nothing_of_what_follows(model, tokenizer, tmp_path):
@@ -120,8 +120,8 @@ def test_words_behind_the_cut_have_no_vector(model, tokenizer, tmp_path):
     sentences = Sentences(words, tokenizer, 4)
     there = [place is not None for place in sentences.places]
     assert there[0] and not there[-1]
-    found = word_vectors(model, sentences, tmp_path / "v.npy", [1], 100, "k")
-    assert [not np.isnan(vector).any() for vector in found] == there
+    actual = word_vectors(model, sentences, tmp_path / "v.npy", [1], 100, "k")
+    assert [not np.isnan(vector).any() for vector in actual] == there
 
 
 def test_a_span_without_a_token_is_refused(tokenizer):

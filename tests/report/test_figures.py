@@ -38,7 +38,7 @@ def test_panels_of_words_stand_two_a_line():
     ]  # fmt: skip
     drawn = figures.context([{"label": "Uni", "rows": rows}])
     places = [axes.get_subplotspec() for axes in drawn.axes]
-    assert [(each.rowspan.start, each.colspan.start) for each in places] == [
+    assert [(item.rowspan.start, item.colspan.start) for item in places] == [
         *((0, 0), (0, 1), (1, 0), (1, 1)),
     ]
     assert drawn.get_size_inches()[0] < 9

@@ -55,8 +55,8 @@ def text(value):
 
 def test_packed_records_are_the_records_to_the_last_bit(tmp_path):
     packed.write(tmp_path, RECORDS)
-    found = packed.read(tmp_path)
-    assert {name: text(each) for name, each in found.items()} == {
+    actual = packed.read(tmp_path)
+    assert {name: text(item) for name, item in actual.items()} == {
         name: text(record) for name, record in RECORDS.items()
     }
     first, *lines = map(json.loads, (tmp_path / "records.jsonl").read_text().split("\n")[:-1])
@@ -84,7 +84,7 @@ JSON = st.recursive(
 @given(st.lists(st.dictionaries(st.text("abc", min_size=1), JSON, min_size=1), min_size=1))
 def test_any_configurations_are_packed_without_loss(tmp_path_factory, configs):
     folder = tmp_path_factory.mktemp("packed")
-    records = {f"x{place}.sts.seed0": {"config": each} for place, each in enumerate(configs)}
+    records = {f"x{place}.sts.seed0": {"config": item} for place, item in enumerate(configs)}
     packed.write(folder, records)
     assert text(packed.read(folder)) == text(records)
 
@@ -106,7 +106,7 @@ def test_files_are_packed_into_their_folder_and_newer_ones_win(tmp_path, monkeyp
     for name in ("a.dependence.seed0", "h.sts.seed1"):
         (tmp_path / f"{name}.json").write_text(json.dumps(RECORDS[name]))
     assert pack(config) == str(tmp_path / "records.jsonl")
-    assert {each.name for each in tmp_path.iterdir()} == {"records.jsonl", "heads.npz"}
+    assert {item.name for item in tmp_path.iterdir()} == {"records.jsonl", "heads.npz"}
     newer = copy.deepcopy(RECORDS["a.dependence.seed0"])
     newer["config"]["seed"] = 7
     (tmp_path / "a.dependence.seed0.json").write_text(json.dumps(newer))
@@ -150,5 +150,5 @@ def test_heads_beside_no_records_are_somebody_elses(tmp_path):
     (tmp_path / "heads.npz").write_bytes(b"mine")
     with pytest.raises(UserError, match=r"heads.npz is beside no records.jsonl, .*; move it"):
         packed.write(tmp_path, {"h.sts.seed1": RECORDS["h.sts.seed1"]})
-    assert [each.name for each in tmp_path.iterdir()] == ["heads.npz"]
+    assert [item.name for item in tmp_path.iterdir()] == ["heads.npz"]
     assert (tmp_path / "heads.npz").read_bytes() == b"mine"

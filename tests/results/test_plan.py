@@ -369,7 +369,7 @@ def test_a_timed_run_leaves_neither_models_nor_checkpoints(tiny_path, tmp_path):
     assert re.fullmatch(r"about \S+ min and \S+ GB, from 2 steps, without scoring", said)
     folder = tmp_path / "small/study/timed/ffn"
     assert (folder / "sts.json").exists() and not [
-        each for each in folder.iterdir() if each.is_dir()
+        item for item in folder.iterdir() if item.is_dir()
     ]
     pace = json.loads((folder / "sts.json").read_text())["sts"]["stages"][0]["log"][-1]
     assert 0 < pace["seconds_per_step"] <= pace["train_runtime"]
@@ -494,7 +494,7 @@ def test_rows_that_are_none_leave_nothing_and_nothing_of_an_earlier_plan_goes(tm
         assert not list(tmp_path.iterdir())
     study.steps(config(tmp_path, "results.table=2"))
     before = sorted(tmp_path.rglob("*"))
-    assert any(each.suffix == ".yaml" for each in before)
+    assert any(item.suffix == ".yaml" for item in before)
     for rows in given:
         with pytest.raises(UserError):
             study.steps(config(tmp_path, "results.table=2", "seed=9", rows))

@@ -246,16 +246,16 @@ def test_two_processes_at_once_build_once_and_the_same_bytes_whatever_the_caller
         "tiny.build = lambda *rest: (print('built'), build(*rest))\n"
         f"print(tiny.tiny_directory(r'{tmp_path}', {STEPS}))"
     )
-    both = [start(code.format(seed=each), PYTHONHASHSEED=str(each)) for each in (1, 2)]
+    both = [start(code.format(seed=item), PYTHONHASHSEED=str(item)) for item in (1, 2)]
     said = [output(process) for process in both]
     directory = tiny.tiny_directory(tmp_path, STEPS)
     assert sum("built" in text for text in said) == 1, said
     assert all(text.endswith(str(directory)) for text in said)
     assert tiny.is_complete(directory)
     assert [path for path in tmp_path.iterdir() if path.suffix != ".lock"] == [directory]
-    found = checksums(directory)
-    assert {"model.safetensors", "tokenizer.json", "config.json"} <= set(found)
-    assert found == checksums(tiny.tiny_directory(good, STEPS))
+    actual = checksums(directory)
+    assert {"model.safetensors", "tokenizer.json", "config.json"} <= set(actual)
+    assert actual == checksums(tiny.tiny_directory(good, STEPS))
 
 
 @pytest.mark.parametrize("change", ["steps", "source", "version"])

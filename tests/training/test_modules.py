@@ -48,9 +48,9 @@ def test_frozen_weights_in_bfloat16_change_no_number_under_autocast(tokenizer, t
     train = [train]
     log, model = tuned(tokenizer, tmp_path / "a", torch.bfloat16, train, seen, bf16=True)
     expected, reference = tuned(tokenizer, tmp_path / "b", torch.float32, train, bf16=True)
-    for found, wanted in zip(log, expected, strict=True):
-        assert found.get("loss") == wanted.get("loss")
-        assert found.get("grad_norm") == wanted.get("grad_norm")
+    for actual, wanted in zip(log, expected, strict=True):
+        assert actual.get("loss") == wanted.get("loss")
+        assert actual.get("grad_norm") == wanted.get("grad_norm")
     untrained = cast(random_model("qwen2", vocab_size=len(tokenizer)), torch.bfloat16)
     moved = []
     for (name, value), other, before in zip(

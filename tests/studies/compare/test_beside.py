@@ -18,11 +18,11 @@ DEMO = {"sts": "tiny-ffn.sts.seed42", "generation": "tiny-ubmoe.generation.seed4
 def rows(results, records=TINY):
     """{(row, measure): [this run, recorded, seeds]}."""
     lines = beside.text(results, Records.of_names(records)).splitlines()[2:]
-    found = {}
+    actual = {}
     for line in lines:
-        row, name, *cells = [each.strip() for each in line.split("  ") if each.strip()]
-        found[row, name] = cells
-    return found
+        row, name, *cells = [item.strip() for item in line.split("  ") if item.strip()]
+        actual[row, name] = cells
+    return actual
 
 
 def own(**names):
@@ -30,35 +30,35 @@ def own(**names):
 
 
 def test_the_demos_numbers_stand_beside_the_spread_of_its_six_seeds():
-    found = rows(own(**DEMO))
+    actual = rows(own(**DEMO))
     every = [TINY[f"tiny-ffn.sts.seed{seed}"]["sts"]["average"] for seed in SEEDS]
     spread = f"{statistics.mean(every):.2f} ±{statistics.stdev(every):.2f}"
-    assert found["ffn", "tiny"] == ["50.99", spread, "6"]
+    assert actual["ffn", "tiny"] == ["50.99", spread, "6"]
     assert spread == "52.62 ±1.23"
     mixtures = [TINY[f"tiny-ubmoe.generation.seed{seed}"] for seed in SEEDS]
     both = [
         row["average"]
-        for each in mixtures
-        for row in each["sts"]
+        for item in mixtures
+        for row in item["sts"]
         if (row["route"], row["attention"]) == ("learned", "bidirectional")
     ]
     spread = f"{statistics.mean(both):.2f} ±{statistics.stdev(both):.2f}"
     learned = "learned, top_k 2, chat"
-    assert found[learned, "STS bidirectional"] == ["45.87", spread, "6"]
-    assert found[learned, "perplexity"][0] == "2.03"
-    assert {row for row, _ in found} == {"ffn", learned}  # no route but the run's own
+    assert actual[learned, "STS bidirectional"] == ["45.87", spread, "6"]
+    assert actual[learned, "perplexity"][0] == "2.03"
+    assert {row for row, _ in actual} == {"ffn", learned}  # no route but the run's own
 
 
 def test_the_header_of_the_demos_yaml_says_these_numbers():
-    found = rows(own(**DEMO))
+    actual = rows(own(**DEMO))
     header = " ".join((ROOT / "configs" / "tiny.yaml").read_text().split("\nmodel:")[0].split("#"))
     header = " ".join(header.split())
-    numbers = [*found["ffn", "tiny"], *found["learned, top_k 2, chat", "STS bidirectional"]]
+    numbers = [*actual["ffn", "tiny"], *actual["learned, top_k 2, chat", "STS bidirectional"]]
     one, first, six, other, second, also = numbers
     assert (six, also) == ("6", "6")
     assert f"STS {float(one):.1f} of bi/ and modes/, {float(other):.1f} of ubmoe/" in header
     (mean, sd), (low, narrow) = (
-        [float(each) for each in cell.split(" ±")] for cell in (first, second)
+        [float(item) for item in cell.split(" ±")] for cell in (first, second)
     )
     assert f"STS is {mean:.1f} (SD {sd:.1f}) and {low:.1f} (SD {narrow:.1f})" in header
 
@@ -75,8 +75,8 @@ def test_the_header_of_the_demos_yaml_says_these_numbers():
 def test_other_settings_are_no_spread_of_a_run(key, value, seeds):
     results = own(sts=DEMO["sts"])
     results["sts"]["config"]["bi"]["stages"][0][key] = value
-    found = rows(results)
-    assert found.get(("ffn", "tiny"), [None])[-1] == seeds
+    actual = rows(results)
+    assert actual.get(("ffn", "tiny"), [None])[-1] == seeds
 
 
 def test_a_mixture_of_another_encoder_is_no_spread_of_a_run():
@@ -98,16 +98,16 @@ def test_the_papers_cells_stand_there_whatever_was_recorded():
         for row in published("ubmoe")["sts"]["rows"]
         if (row["model"], row["method"]) == ("Qwen1.5-0.5B-Chat", "ffn")
     )
-    found = rows({"sts": record}, {})
-    assert [found["ffn", task] for task in TEN] == [
+    actual = rows({"sts": record}, {})
+    assert [actual["ffn", task] for task in TEN] == [
         [f"{record['sts']['tasks'][task]:.2f}", f"none ({score:.2f})", "0"]
         for task, score in zip(TEN, theirs, strict=False)
     ]
     two = {name: record, name.replace("seed1", "seed2"): seeded(record, 2, 64.0)}
     assert "(published, recorded minus" in beside.text({"sts": record}, Records.of_names(two))
     assert "(published" not in beside.text(own(**DEMO), Records.of_names(TINY))
-    found = rows({"sts": record}, two)["ffn", "STS12"]
-    assert found == ["61.00", f"62.50 ±2.12 ({theirs[2]:.2f}, {62.5 - theirs[2]:+.2f})", "2"]
+    actual = rows({"sts": record}, two)["ffn", "STS12"]
+    assert actual == ["61.00", f"62.50 ±2.12 ({theirs[2]:.2f}, {62.5 - theirs[2]:+.2f})", "2"]
 
 
 def seeded(record, seed, score):

@@ -13,14 +13,14 @@ from ubmoe.bootstrap import correlations, interval
 
 
 def test_lost_generation_is_the_log_of_the_perplexity_over_the_base():
-    found = claim.tuned(MODEL, Records.of_names(study(ROWS)), SEEDS)
-    assert [(each.row, each.causes["DP-after"]) for each in found] == [
+    actual = claim.tuned(MODEL, Records.of_names(study(ROWS)), SEEDS)
+    assert [(item.row, item.causes["DP-after"]) for item in actual] == [
         ("ffn", 1.0),
         ("attention", 3.0),
         ("all", 6.0),
     ]
-    assert [math.exp(each.lost) for each in found] == pytest.approx([1.25, 2.0, 1.75])
-    correlation = claim.correlation(found)
+    assert [math.exp(item.lost) for item in actual] == pytest.approx([1.25, 2.0, 1.75])
+    correlation = claim.correlation(actual)
     assert correlation.value == pytest.approx(0.5)  # ranks 1, 2, 3 and 1, 3, 2
     assert (correlation.interval, correlation.rows) == (None, 3)  # of so few, none
     assert str(correlation) == "0.50, n = 3"
@@ -31,13 +31,13 @@ def test_an_answer_counts_once_and_gain_is_over_what_reads_alike():
     for number, losses in enumerate(([1.0, 8.0], [4.0, 8.0], [1.0, 16.0], [3.0, 10.0])):
         generation = records[f"r{number}.evaluation.seed0"]["generation"]
         generation["answers"] = {"losses": losses, "tokens": [1, 4]}
-    found = claim.tuned(MODEL, Records.of_names(records), SEEDS)
-    assert [each.per_answer for each in found] == [1.5, 1.0, 1.25]  # (4 - 1 + 0) / 2, and so on
-    assert claim.correlation(found, per_answer=True).value == pytest.approx(-0.5)
-    assert [each.causes[claim.GAIN] for each in found] == [1.0, 2.0, 3.0]  # a row a point more
+    actual = claim.tuned(MODEL, Records.of_names(records), SEEDS)
+    assert [item.per_answer for item in actual] == [1.5, 1.0, 1.25]  # (4 - 1 + 0) / 2, and so on
+    assert claim.correlation(actual, per_answer=True).value == pytest.approx(-0.5)
+    assert [item.causes[claim.GAIN] for item in actual] == [1.0, 2.0, 3.0]  # a row a point more
     records["r0.sts.seed0"]["config"]["bi"] |= {"pooling": "last"}
-    found = claim.tuned(MODEL, Records.of_names(records), SEEDS)
-    assert [claim.GAIN in each.causes for each in found] == [False] * 3
+    actual = claim.tuned(MODEL, Records.of_names(records), SEEDS)
+    assert [claim.GAIN in item.causes for item in actual] == [False] * 3
 
 
 def test_seeds_of_one_row_are_no_new_evidence():
@@ -76,9 +76,9 @@ def test_a_row_and_its_control_are_drawn_together():
     ]
     pairs = [str(number // 2) for number in range(16)]
     expected = interval(correlations(moved, lost, families=pairs))
-    found = claim.correlation(rows)
-    assert found.rows == 16 and found.interval == tuple(expected)
-    assert tuple(interval(correlations(moved, lost))) != found.interval
+    actual = claim.correlation(rows)
+    assert actual.rows == 16 and actual.interval == tuple(expected)
+    assert tuple(interval(correlations(moved, lost))) != actual.interval
     assert claim.correlation(rows[:-2]).interval is None  # of seven, none
 
 
@@ -89,10 +89,10 @@ def test_seeds_are_one_point_at_their_mean_however_their_rows_are_called():
         record = more[f"r1.{kind}.seed0"]
         record["config"] |= {"seed": 1} | ({"results": {"row": "again"}} if kind == "sts" else {})
         records[f"r8.{kind}.seed1"] = record
-    found = claim.tuned(MODEL, Records.of_names(records), SEEDS)
-    correlation = claim.correlation(found)
+    actual = claim.tuned(MODEL, Records.of_names(records), SEEDS)
+    correlation = claim.correlation(actual)
     # DP-after of ffn is now 1 and 7, on average 4: ranks 2, 1, 3 against 1, 3, 2
-    assert (len(found), correlation.rows) == (4, 3)
+    assert (len(actual), correlation.rows) == (4, 3)
     assert correlation.value == pytest.approx(-0.5)
 
 
@@ -102,24 +102,24 @@ def test_over_seeds_a_common_slope_within_rows_is_what_correlates():
     rows = [str(row) for row in (0, 0, 0, 1, 1, 2, 2, 2, 2, 3)]
     moved, lost = rng.normal(size=(2, len(rows)))
     lost += 0.8 * moved + 5 * np.array(list(map(int, rows)))  # rows far apart
-    found = [
+    actual = [
         claim.Tuned(row, "f", own, {"DP-after": after})
         for row, own, after in zip(rows, lost, moved, strict=True)
     ]
-    own_means = np.array([[row == each for each in "0123"] for row in rows], float)
+    own_means = np.array([[row == item for item in "0123"] for row in rows], float)
     both = np.column_stack([moved, own_means])
     left = [
         lost - design @ np.linalg.lstsq(design, lost, rcond=None)[0] for design in (own_means, both)
     ]
     slope = np.linalg.lstsq(both, lost, rcond=None)[0][0]
     explained = 1 - (left[1] @ left[1]) / (left[0] @ left[0])
-    correlation = claim.over_seeds(found)
+    correlation = claim.over_seeds(actual)
     assert correlation.value == pytest.approx(np.sign(slope) * math.sqrt(explained))
     assert correlation.rows == 9  # the last row has one seed
     half = 1.959964 / math.sqrt(9 - 3 - 1 - 1)
     z = math.atanh(correlation.value)
     assert correlation.interval == pytest.approx((math.tanh(z - half), math.tanh(z + half)))
-    assert claim.over_seeds(found[:4]) is None  # three seeds of one row: one degree of freedom
+    assert claim.over_seeds(actual[:4]) is None  # three seeds of one row: one degree of freedom
     assert claim.over_seeds([]) is None
     line = [claim.Tuned("a", "f", 2.0 * n, {"DP-after": float(n)}) for n in range(4)]
     assert str(claim.over_seeds(line)) == "1.00 (1.00 to 1.00), n = 4"
@@ -130,8 +130,8 @@ def test_perplexity_of_other_chats_is_not_compared():
     for number in (0, 1, 2):
         asked = {"dataset": "d", "max_rows": None, "held_out": 9 if number < 2 else 8}
         records[f"r{number}.evaluation.seed0"]["config"]["ubmoe"] = asked
-    found = claim.tuned(MODEL, Records.of_names(records), SEEDS)
-    assert [each.row for each in found] == ["ffn"]
+    actual = claim.tuned(MODEL, Records.of_names(records), SEEDS)
+    assert [item.row for item in actual] == ["ffn"]
 
 
 def test_the_causal_control_is_drawn_and_distinct(tmp_path):
@@ -140,9 +140,9 @@ def test_the_causal_control_is_drawn_and_distinct(tmp_path):
     sts = control["r9.sts.seed0"]
     config = sts["config"] | {"bi": sts["config"]["bi"] | {"attention": "causal"}}
     records |= control | {"r9.sts.seed0": sts | {"config": config}}
-    found = claim.tuned(MODEL, Records.of_names(records), SEEDS)
-    assert [each.row for each in found if each.is_control] == ["ffn causal"]
-    sts, axes = claim.figure(MODEL, found).axes
+    actual = claim.tuned(MODEL, Records.of_names(records), SEEDS)
+    assert [item.row for item in actual if item.is_control] == ["ffn causal"]
+    sts, axes = claim.figure(MODEL, actual).axes
     assert sts.get_xlabel() == "STS under its own mask"
     [hollow] = [line for line in sts.lines if line.get_fillstyle() == "none"]
     assert list(hollow.get_xdata()) == [52.0]  # 51 the average, each task one more
@@ -160,12 +160,12 @@ def test_every_cause_that_was_measured_has_a_panel(tmp_path):
     measured = [record for key, record in records.items() if ".dependence." in key]
     for record, sink in zip(measured, sinks, strict=True):
         record["dependence"] |= {"first": sink[0], "without_first": {"after": sink[1]}}
-    found = claim.tuned(MODEL, Records.of_names(records), SEEDS)
-    moved = [(each.causes["first"], each.causes["after without first"]) for each in found]
+    actual = claim.tuned(MODEL, Records.of_names(records), SEEDS)
+    moved = [(item.causes["first"], item.causes["after without first"]) for item in actual]
     assert moved == [(-3.0, 0.5), (-8.0, -1.0), (-7.0, 1.0)]
-    fallen = claim.correlation(found, "first")
+    fallen = claim.correlation(actual, "first")
     assert fallen.value == pytest.approx(-1)  # ranks 3, 1, 2 and 1, 3, 2
-    panels = claim.figure(MODEL, found).axes
+    panels = claim.figure(MODEL, actual).axes
     assert [panel.get_xlabel().partition(",")[0] for panel in panels] == [
         "STS under its own mask",
         "DP-after",

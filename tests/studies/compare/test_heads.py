@@ -21,15 +21,15 @@ def with_heads(records, *heads):
 
 def study():
     """The base, and two pairs whose four heads turn by what stands in `tuned`."""
-    found = measured("base", 0, [], shares(), LOSSES)
-    with_heads(found, (10.0, 20.0), (30.0, 40.0), (50.0, 60.0), (70.0, 80.0))
+    actual = measured("base", 0, [], shares(), LOSSES)
+    with_heads(actual, (10.0, 20.0), (30.0, 40.0), (50.0, 60.0), (70.0, 80.0))
     for seed in range(3):
         tuned = measured("a", seed, ["ffn"], shares(1.0), LOSSES)
         # up 4 and down 6, up 2, not at all: 3 points either way; without the first key up 8, down 8
-        found |= with_heads(tuned, (14.0, 28.0), (24.0, 32.0), (52.0, 60.0), (70.0, 80.0))
+        actual |= with_heads(tuned, (14.0, 28.0), (24.0, 32.0), (52.0, 60.0), (70.0, 80.0))
         control = causal(measured("b", seed, ["ffn"], shares(1.0), LOSSES), 40.0)
-        found |= with_heads(control, (10.0, 21.0), (30.0, 40.0), (50.0, 60.0), (70.0, 80.0 - seed))
-    return found
+        actual |= with_heads(control, (10.0, 21.0), (30.0, 40.0), (50.0, 60.0), (70.0, 80.0 - seed))
+    return actual
 
 
 def dependence(records, name):
@@ -38,8 +38,8 @@ def dependence(records, name):
 
 def test_heads_that_move_in_opposite_directions_do_not_hide_in_their_mean():
     records = study()
-    found = head_changes(dependence(records, "a"), dependence(records, "base"))
-    assert found == {TOWARDS_LATER: pytest.approx(8 / 4), MOVED: pytest.approx(12 / 4)}
+    actual = head_changes(dependence(records, "a"), dependence(records, "base"))
+    assert actual == {TOWARDS_LATER: pytest.approx(8 / 4), MOVED: pytest.approx(12 / 4)}
 
 
 def test_heads_of_other_texts_or_of_an_older_record_tell_nothing():
@@ -61,8 +61,8 @@ def test_heads_of_other_texts_or_of_an_older_record_tell_nothing():
 
 
 def reached(tree, *path):
-    for each in path:
-        tree = tree[each]
+    for item in path:
+        tree = tree[item]
     return tree
 
 
@@ -74,12 +74,12 @@ def test_they_are_shown_over_runs_over_pairs_and_beside_lost_generation():
     ] * 3
     changes = runs.changes(MODEL, records, SEEDS)
     told = {
-        kind: [(each.cells[TOWARDS_LATER], each.cells[MOVED]) for each in own]
+        kind: [(item.cells[TOWARDS_LATER], item.cells[MOVED]) for item in own]
         for kind, own in changes.items()
     }
     assert told == {"ffn": [(2.0, 3.0)] * 3, "ffn causal": [(1 / 4, 0.0)] * 3}
-    own = [each for each in claim.tuned(MODEL, records, SEEDS) if not each.is_control]
-    assert [(each.causes[TOWARDS_LATER], each.causes[MOVED]) for each in own] == [(2.0, 3.0)] * 3
+    own = [item for item in claim.tuned(MODEL, records, SEEDS) if not item.is_control]
+    assert [(item.causes[TOWARDS_LATER], item.causes[MOVED]) for item in own] == [(2.0, 3.0)] * 3
     for block, cell in (("masks", "1.75 (1.75 to 1.75)"), ("runs", "2.00 (2.00 to 2.00)")):
         page = renewed(f"<!-- {block}: {MODEL} -->\n<!-- end -->", records, SEEDS)
         assert cell in page and HEADS[TOWARDS_LATER] in page

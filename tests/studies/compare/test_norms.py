@@ -24,9 +24,9 @@ def records():
 
 
 def test_norms_are_of_untouched_models_alone(records):
-    found = norms.by_model(records)
-    assert list(found) == ["b", "a"]
-    assert found["a"]["causal"]["first"] == [1, 2, 4]
+    actual = norms.by_model(records)
+    assert list(actual) == ["b", "a"]
+    assert actual["a"]["causal"]["first"] == [1, 2, 4]
 
 
 def test_a_panel_a_model_and_a_line_a_mask(records):

@@ -58,10 +58,10 @@ def test_encoders_stand_beside_each_other_over_their_seeds():
         "x-chain.sts.seed0": sts(30.0, ("mntp", ["ffn", "attention"], {"rank": 8}), ffn),
         "x-chain.dependence.seed0": dependence(99.0, "other"),  # not of the encoder
     }
-    found = renewed_squeezed(
+    actual = renewed_squeezed(
         "<!-- sts: small -->\n<!-- end -->", Records.of_names(records), SEEDS
     ).splitlines()
-    assert found[1:-1] == [
+    assert actual[1:-1] == [
         "| trained | seeds | A | DP-after |",
         "|---:|---:|---:|---:|",
         "| base | 1 | 39.00 | 45.00 |",
@@ -92,9 +92,9 @@ def test_changes_are_shown_with_their_intervals(monkeypatch):
     moved = {name: paired.Difference(2.0, lambda: (1.5, 2.25)) for name in SINK}
     moved[paired.BY_SINK] = paired.Difference(3.0, lambda: (2.5, 3.25))
     ratio = paired.Difference(1.5, lambda: (1.25, 2))
-    found = {"ffn": moved | {"perplexity": ratio, "per answer": None}}
-    found["attention"] = found["ffn"] | {"first": None}
-    monkeypatch.setattr(paired, "changes", lambda *_: found)
+    actual = {"ffn": moved | {"perplexity": ratio, "per answer": None}}
+    actual["attention"] = actual["ffn"] | {"first": None}
+    monkeypatch.setattr(paired, "changes", lambda *_: actual)
     rows = encoder("x-ffn", 0, 50.0, ["ffn"]) | encoder("x-attention", 0, 60.0, ["attention"])
     text = f"<!-- change: {MODEL} -->\n<!-- end -->"
     lines = renewed_squeezed(text, Records.of_names(rows), SEEDS).splitlines()
@@ -110,8 +110,8 @@ def test_causal_controls_stand_beside_each_other(monkeypatch):
     causal = [row for seed in (0, 1) for row in named(encoder("b", seed, 40.0, ["ffn"]))]
     cells = dict.fromkeys(("perplexity", "per answer", paired.BY_SINK, *SINK))
     cells["DP-after"] = paired.Difference(2.0, lambda: (1.5, 2.25), (1.0, 3.0))
-    found = {"ffn": paired.AgainstControl(both, causal, cells)}
-    monkeypatch.setattr(paired, "against_controls", lambda *_: found)
+    actual = {"ffn": paired.AgainstControl(both, causal, cells)}
+    monkeypatch.setattr(paired, "against_controls", lambda *_: actual)
     text = "<!-- controls: small -->\n<!-- end -->"
     line = renewed_squeezed(text, Records.of_names({}), SEEDS).splitlines()[3]
     moved = "2.00 (1.50 to 2.25; seeds 1.00 to 3.00)"
@@ -134,13 +134,13 @@ def test_masks_are_compared_over_pairs_of_runs_and_at_equal_sts(monkeypatch):
     whose = "| tuned bidirectionally against its causal control"
     assert lines[1] == f"{whose} | ffn, 4 pairs of runs | at equal STS |"
     spread = student.ppf(0.975, 3) * math.sqrt(20 / 3 / 4)
-    found = dict(line.strip("| ").split(" | ", 1) for line in lines[3:-1])
-    assert found["STS minus its"].rstrip(" |") == f"2.00 ({2 - spread:.2f} to {2 + spread:.2f})"
+    actual = dict(line.strip("| ").split(" | ", 1) for line in lines[3:-1])
+    assert actual["STS minus its"].rstrip(" |") == f"2.00 ({2 - spread:.2f} to {2 + spread:.2f})"
     after = f"4.00 ({4 - spread:.2f} to {4 + spread:.2f}) | 2.00 (2.00 to 2.00)"
-    assert found["DP-after minus its"] == after  # on the line 2 + gap
-    told = found["perplexity, 9 answers of over 20 tokens, over its"]
+    assert actual["DP-after minus its"] == after  # on the line 2 + gap
+    told = actual["perplexity, 9 answers of over 20 tokens, over its"]
     assert told == "0.50 (0.50 to 0.50), n = 3"
-    assert found["quiz minus its"].startswith("2.00 (2.00 to 2.00), n = 3") and len(found) == 4
+    assert actual["quiz minus its"].startswith("2.00 (2.00 to 2.00), n = 3") and len(actual) == 4
     every |= pairs("attention", (1.0, 1.0), (2.0, 2.0), (4.0, 2.0), (5.0, 3.0))
     header = renewed_squeezed(text, Records.of_names({}), SEEDS).splitlines()[1]
     # all four embed better bidirectionally: no line says where they would embed alike
@@ -154,8 +154,8 @@ def test_masks_are_compared_over_pairs_of_runs_and_at_equal_sts(monkeypatch):
 def test_what_tuning_changes_stands_over_runs(monkeypatch):
     own = [runs.Pair("ffn", {"perplexity": 2.0, "STS": 1.0}) for _ in range(3)]
     own[0].cells["DP-after"] = own[1].cells["DP-after"] = 1.0  # two alone
-    for each in own:
-        each.cells["quiz, in points"] = 4.0
+    for item in own:
+        item.cells["quiz, in points"] = 4.0
     none = [runs.Pair("attention", {"STS": 1.0}) for _ in range(3)]
     monkeypatch.setattr(runs, "changes", lambda *_: {"ffn": own, "attention": none})
     text = "<!-- runs: small -->\n<!-- end -->"
@@ -240,10 +240,10 @@ def test_mixtures_stand_beside_each_other_over_their_seeds():
         "a.sts.seed0": {"config": {"model": {"name": "small"}}},
         "base.evaluation.seed0": {"config": {"model": {"name": "small"}}, "generation": {}},
     }
-    found = renewed_squeezed(
+    actual = renewed_squeezed(
         "<!-- mixture: small -->\n<!-- end -->", Records.of_names(records), SEEDS
     ).splitlines()
-    assert found[1:-1] == [
+    assert actual[1:-1] == [
         "| generates with | seeds | T | perplexity | STS bidirectional | STS causal |",
         "|---:|---:|---:|---:|---:|---:|",
         "| base (uni alone) | 1 | 60.00 | 6.00 | 61.00 | 59.00 |",
@@ -267,10 +267,10 @@ def test_variants_of_bitune_stand_beside_the_papers():
         "c.bitune.seed0": bitune("lora", 7.0),
         "d.bitune.seed0": bitune("lora", 9.0, max_steps=0),
     }
-    found = renewed_squeezed(
+    actual = renewed_squeezed(
         "<!-- bitune: small -->\n<!-- end -->", Records.of_names(records), SEEDS
     ).splitlines()
-    assert found[1:-1] == [
+    assert actual[1:-1] == [
         "| variant | seeds | perplexity | T | "
         "published average, Gemma-2B | published average, Llama3-8B |",
         "|---:|---:|---:|---:|---:|---:|",
@@ -284,8 +284,13 @@ def test_probes_stand_beside_the_papers():
     def row(task, split, value, **keys):
         said = {"task": task, "split": split, "control": "none", "position": "same", "layer": -1}
         metric = "spearman" if task == "concreteness" else "accuracy"
-        found = said | {"features": "word", "probe": "mlp", metric: value, f"{metric}_stderr": 0.01}
-        return found | keys
+        actual = said | {
+            "features": "word",
+            "probe": "mlp",
+            metric: value,
+            f"{metric}_stderr": 0.01,
+        }
+        return actual | keys
 
     uni = [
         row("telicity", "random", 0.7),
@@ -302,12 +307,12 @@ def test_probes_stand_beside_the_papers():
         {"label": "Bi, untrained", "rows": [row("telicity", "random", 0.8)]},
     ]
     record = {"probing": {"models": models}, "config": {"probing": {"data": "folder"}}}
-    found = renewed_squeezed(
+    actual = renewed_squeezed(
         "<!-- probing: small -->\n<!-- end -->",
         Records.of_names({"small.probing.seed0": record}),
         SEEDS,
     ).splitlines()
-    assert found[1:-1] == [
+    assert actual[1:-1] == [
         "| task | split | metric | Uni | Bi, untrained |",
         "|---:|---:|---:|---:|---:|",
         "| telicity | random | accuracy | 0.700 ±0.010 (0.839) | 0.800 ±0.010 |",
@@ -341,15 +346,15 @@ def test_a_study_has_the_probes_of_its_rows_side_by_side():
         **probing("d", "bi", "embedding", 0.9),  # of other words
     }
     records["d.probing.seed0"]["inputs"] = {"probing.data": "other"}
-    found = renewed_squeezed(
+    actual = renewed_squeezed(
         f"<!-- probing: {MODEL} -->\n<!-- end -->", Records.of_names(records), SEEDS
     ).splitlines()
-    assert found[1] == "| task | split | metric | Uni | ffn |"
-    assert found[3] == "| telicity | random | accuracy | 0.500 ±0.000 (0.806) | 0.750 ±0.000 |"
+    assert actual[1] == "| task | split | metric | Uni | ffn |"
+    assert actual[3] == "| telicity | random | accuracy | 0.500 ±0.000 (0.806) | 0.750 ±0.000 |"
 
 
 PAGES = ["README.md"]
-PAGES += sorted(f"{each.relative_to(ROOT)}" for place in PLACES for each in ROOT.glob(place))
+PAGES += sorted(f"{item.relative_to(ROOT)}" for place in PLACES for item in ROOT.glob(place))
 
 
 @pytest.fixture(scope="module")
@@ -394,9 +399,9 @@ def test_a_scan_of_forms_shows_each_with_every_pooling():
     section = {"task": "dev", "pairs": 9, "depth": 30, "patterns": patterns}
     config = {"model": {"name": "small"}, "seed": 0, "scan": {"centre": True}}
     records = Records.of_names({"x.scan.seed0": {"scan": section, "config": config}})
-    found = renewed_squeezed("<!-- scan: x -->\n<!-- end -->", records, SEEDS).splitlines()
-    assert found[1] == "9 pairs of dev, Spearman x 100:"
-    assert found[-5:-1] == [
+    actual = renewed_squeezed("<!-- scan: x -->\n<!-- end -->", records, SEEDS).splitlines()
+    assert actual[1] == "9 pairs of dev, Spearman x 100:"
+    assert actual[-5:-1] == [
         "| eol | none | 40.00 / 49.00 | 77.00 |",
         "| eol | all | 30.00 / 39.00 | 3.00 |",
         "| plain | all | 64.00 / 73.00 | 10.00 |",
@@ -414,9 +419,9 @@ def test_a_scan_shows_its_best_patterns_and_both_ends():
     section = {"task": "dev", "pairs": 9, "depth": 30, "patterns": patterns}
     record = {"scan": section, "config": {"model": {"name": "small"}, "seed": 0}}
     records = Records.of_names({"x.scan.seed0": record})
-    found = renewed_squeezed("<!-- scan: x -->\n<!-- end -->", records, SEEDS).splitlines()
-    assert found[1] == "9 pairs of dev:"
-    names = [row.split("|")[1].strip() for row in found if row.startswith("| ")][1:]
+    actual = renewed_squeezed("<!-- scan: x -->\n<!-- end -->", records, SEEDS).splitlines()
+    assert actual[1] == "9 pairs of dev:"
+    names = [row.split("|")[1].strip() for row in actual if row.startswith("| ")][1:]
     assert names == [
         *(f"from {n}" for n in range(28, 20, -1)),
         "none",
@@ -425,4 +430,6 @@ def test_a_scan_shows_its_best_patterns_and_both_ends():
         "from 18",
         "all",
     ]
-    assert "| from 28 | 58.00 | +8.00 (+3.00 to +13.00) | 1.50 | +8.00 (+3.00 to +13.00) |" in found
+    assert (
+        "| from 28 | 58.00 | +8.00 (+3.00 to +13.00) | 1.50 | +8.00 (+3.00 to +13.00) |" in actual
+    )

@@ -152,7 +152,7 @@ def test_what_was_measured_of_one_run_never_stands_beside_another_of_its_row():
     every = run_rows(
         "encoders", MODEL, Records.of_names(records | control | evaluated | whole), [0]
     )
-    [first] = [each for each in every if each.row == "ffn"]
+    [first] = [item for item in every if item.row == "ffn"]
     assert (first.cells["average"], first.cells["DP-after"]) == (99.0, 77.0)  # of which more is
 
 

@@ -71,5 +71,5 @@ def test_it_is_among_the_pictures_of_a_study_that_probed_two_models(records, tmp
     every |= probed("r0", "Uni", CHANCE)
     assert "words.png" not in tradeoff.draw(load_config(None, keys), Records.of_names(every))
     every |= probed("r1", "ffn", KNOWN)
-    found = tradeoff.draw(load_config(None, keys), Records.of_names(every))
-    assert f"{tmp_path}/words.png" in found.splitlines() and (tmp_path / "words.png").is_file()
+    actual = tradeoff.draw(load_config(None, keys), Records.of_names(every))
+    assert f"{tmp_path}/words.png" in actual.splitlines() and (tmp_path / "words.png").is_file()

@@ -24,14 +24,14 @@ def named(records, row):
 
 
 def encoders(*records, seeds=SEEDS):
-    every = Records.of_names({name: each for own in records for name, each in own.items()})
+    every = Records.of_names({name: item for own in records for name, item in own.items()})
     return run_rows("encoders", MODEL, every, seeds)
 
 
 def test_untrained_rows_come_first_and_a_run_beside_its_causal_control():
     untrained = ["base", "base causal", "base, layers from 11"]
     tuned = ["ffn", "ffn causal", "mntp", "ffn 20 steps", "ffn 20 steps causal", "mntp then simcse"]
-    found = [
+    actual = [
         named(
             encoder(f"r{place}", 0, 50.0, [] if row in untrained else ["ffn"], mask),
             row,
@@ -39,7 +39,7 @@ def test_untrained_rows_come_first_and_a_run_beside_its_causal_control():
         for place, row in enumerate([*untrained, *tuned][::-1])
         for mask in ["causal" if "causal" in row else "bidirectional"]
     ]
-    rows = [[encoder] for encoder in encoders(*found)]
+    rows = [[encoder] for encoder in encoders(*actual)]
     assert [own[0].row for own in sorted(rows, key=base_first)] == [*untrained, *tuned]
 
 
@@ -87,14 +87,14 @@ def test_a_causal_control_is_known_by_its_settings_alone():
     none = named(encoder("c", 1, 50.0, ["ffn"]), "no layer")
     none["c.sts.seed1"]["config"]["bi"]["layers"] = "none"
     other = named(encoder("d", 0, 50.0, ["attention"], "causal"), "mine causal causal")
-    found = encoders(
+    actual = encoders(
         run, control, none, other, named(encoder("e", 1, 61.0, ["ffn"]), "mine causal")
     )
-    told = {each.record.label: each.is_control for each in found}
+    told = {item.record.label: item.is_control for item in actual}
     assert told == {"a": False, "b": True, "c": True, "d": True, "e": False}
-    pairs = [(one.record.label, two.record.label) for one, two in causal_controls(found)]
+    pairs = [(one.record.label, two.record.label) for one, two in causal_controls(actual)]
     assert pairs == [("a", "b")]  # nothing says of `e` which layers attend to later tokens
-    whole = {name: each | {} for name, each in named(encoder("e", 1, 61.0, ["ffn"]), "x").items()}
+    whole = {name: item | {} for name, item in named(encoder("e", 1, 61.0, ["ffn"]), "x").items()}
     whole["e.sts.seed1"]["config"]["bi"]["layers"] = "all"
     pairs = [
         (one.record.label, two.record.label) for one, two in causal_controls(encoders(whole, none))
@@ -147,11 +147,11 @@ def test_a_mixture_is_a_mixture_whatever_its_row_is_called():
     }
     config = {"model": {"name": MODEL}, "seed": 0, "ubmoe": {"top_k": 2, "objective": "chat"}}
     record = {"config": config | {"results": {"row": "a, causal base"}}, "generation": section}
-    found = {"m.generation.seed0": record | {"sts": sts}}
-    rows = by_row("routes", MODEL, Records.of_names(found), SEEDS)
+    actual = {"m.generation.seed0": record | {"sts": sts}}
+    rows = by_row("routes", MODEL, Records.of_names(actual), SEEDS)
     told = {own[0].route: (own[0].role, own[0].is_control) for own in rows.values()}
     assert told == {"half": ("mixture", False), "bi": ("mixture", False), "uni": ("base", False)}
-    [point] = tradeoff.points(MODEL, Records.of_names(found), SEEDS).values()  # half alone
+    [point] = tradeoff.points(MODEL, Records.of_names(actual), SEEDS).values()  # half alone
     assert (point.kind, point.is_control) == ("mixture", False)
 
 
@@ -164,10 +164,10 @@ def test_a_generation_task_is_no_ratio_whatever_it_is_called():
 
 def test_longer_tuning_begins_at_the_base_that_reads_alike():
     def tuned(name, count):
-        found = named(encoder(name, 0, 60.0, ["ffn"]), f"late {count}")
-        found[f"{name}.sts.seed0"]["config"]["bi"]["layers"] = {"from": 3}
-        found[f"{name}.sts.seed0"]["config"]["bi"]["stages"][0]["max_steps"] = count
-        return found
+        actual = named(encoder(name, 0, 60.0, ["ffn"]), f"late {count}")
+        actual[f"{name}.sts.seed0"]["config"]["bi"]["layers"] = {"from": 3}
+        actual[f"{name}.sts.seed0"]["config"]["bi"]["stages"][0]["max_steps"] = count
+        return actual
 
     late = named(encoder("b", 0, 45.0, []), "b")
     late["b.sts.seed0"]["config"]["bi"]["layers"] = {"from": 3}

@@ -16,10 +16,10 @@ RNG = np.random.default_rng(4)
 
 def test_a_mean_over_runs_has_the_interval_of_a_t_test():
     values = RNG.normal(2.0, size=6)
-    found = runs.MeanWithCI.estimate(values)
+    actual = runs.MeanWithCI.estimate(values)
     expected = ttest_1samp(values, 0).confidence_interval()
-    assert (found.value, found.runs) == (pytest.approx(values.mean()), 6)
-    assert found.interval == pytest.approx((expected.low, expected.high))
+    assert (actual.value, actual.runs) == (pytest.approx(values.mean()), 6)
+    assert actual.interval == pytest.approx((expected.low, expected.high))
     assert runs.MeanWithCI.estimate(values[:2]) is None
 
 
@@ -28,21 +28,21 @@ def test_at_equal_sts_is_where_the_line_crosses_zero():
     values = 0.4 + 0.1 * gaps + RNG.normal(size=7) / 3
     line = linregress(gaps, values)
     half = student.ppf(0.975, 5) * line.intercept_stderr
-    found = runs.MeanWithCI.estimate(values, gaps)
-    assert found.value == pytest.approx(line.intercept)
-    assert found.interval == pytest.approx((line.intercept - half, line.intercept + half))
-    assert str(found.exp).startswith(f"{math.exp(line.intercept):.2f} (")
+    actual = runs.MeanWithCI.estimate(values, gaps)
+    assert actual.value == pytest.approx(line.intercept)
+    assert actual.interval == pytest.approx((line.intercept - half, line.intercept + half))
+    assert str(actual.exp).startswith(f"{math.exp(line.intercept):.2f} (")
     assert runs.MeanWithCI.estimate(values[:3], gaps[:3]) is None  # one degree of freedom
     assert runs.MeanWithCI.estimate(values, np.abs(gaps)) is None  # beyond what was seen
 
 
 def tuned(name, seed, after, losses, sts=None, **stage):
     """An encoder with another DP-after and other losses; tuned causally, where its STS is given."""
-    found = measured(name, seed, ["ffn"], shares(after), losses)
+    actual = measured(name, seed, ["ffn"], shares(after), losses)
     if sts is not None:
-        causal(found, sts)
-    found[f"{name}.sts.seed{seed}"]["config"]["bi"]["stages"][0] |= stage
-    return found
+        causal(actual, sts)
+    actual[f"{name}.sts.seed{seed}"]["config"]["bi"]["stages"][0] |= stage
+    return actual
 
 
 def test_pairs_are_of_one_seed_and_of_equal_settings_but_for_the_mask():
@@ -60,8 +60,8 @@ def test_pairs_are_of_one_seed_and_of_equal_settings_but_for_the_mask():
     records |= tuned("h", 1, 9.0, [1.0, 1.0, 1.0, 1.0], 50.0, max_steps=9)
     for name, moved in (("a.evaluation.seed1", 1), ("z.evaluation.seed1", 0)):  # one seed of two
         essays = {"answers": {"losses": [8.0, 7.0 + moved], "tokens": [4, 6]}}
-        for each in (name, "c.evaluation.seed0"):  # and the base
-            records[each]["generation"]["further"] = {"essays": essays}
+        for item in (name, "c.evaluation.seed0"):  # and the base
+            records[item]["generation"]["further"] = {"essays": essays}
     asked = {"a.evaluation.seed1": [1, 1, 1, 0], "z.evaluation.seed1": [1, 0, 0, 0]}
     asked |= {"c.evaluation.seed0": [0, 0, 0, 0], "a.evaluation.seed0": [1, 0, 1]}
     for name, right in asked.items():
@@ -76,27 +76,27 @@ def test_pairs_are_of_one_seed_and_of_equal_settings_but_for_the_mask():
         records[key]["sts"]["tasks"] |= {"another": 90.0 * (key < "b")}
     records = Records.of_names(records)
     [(kind, own)] = runs.pairs(MODEL, records, SEEDS).items()
-    assert kind == "ffn" and [each.row for each in own] == ["ffn", "ffn", "ffn far"]
-    assert [each.cells["DP-after"] for each in own] == [3.0, 1.0, 6.0]
-    assert [each.cells[runs.GAP] for each in own] == [6.0, 4.0, 0.0]  # STS of 51 each, but causally
-    ratios = [each.cells["perplexity"] for each in own]
-    assert ratios == pytest.approx([math.exp(each / 10) for each in (1, 2, 1)])
-    essays = [each.cells.get("perplexity of essays") for each in own]
+    assert kind == "ffn" and [item.row for item in own] == ["ffn", "ffn", "ffn far"]
+    assert [item.cells["DP-after"] for item in own] == [3.0, 1.0, 6.0]
+    assert [item.cells[runs.GAP] for item in own] == [6.0, 4.0, 0.0]  # STS of 51 each, but causally
+    ratios = [item.cells["perplexity"] for item in own]
+    assert ratios == pytest.approx([math.exp(item / 10) for item in (1, 2, 1)])
+    essays = [item.cells.get("perplexity of essays") for item in own]
     assert essays == [None, pytest.approx(math.exp(1 / 10)), None]
-    short = [each.cells["perplexity, 3 answers of 1 to 3 tokens"] for each in own]
-    assert short == pytest.approx([math.exp(each / 6) for each in (1, 2, 1)])  # 2, 3 and 1
-    long = [each.cells["perplexity, 1 answers of 4 to 20 tokens"] for each in own]
+    short = [item.cells["perplexity, 3 answers of 1 to 3 tokens"] for item in own]
+    assert short == pytest.approx([math.exp(item / 6) for item in (1, 2, 1)])  # 2, 3 and 1
+    long = [item.cells["perplexity, 1 answers of 4 to 20 tokens"] for item in own]
     assert long == pytest.approx([1.0, 1.0, 1.0])
-    quiz = [each.cells.get("quiz, in points") for each in own]
+    quiz = [item.cells.get("quiz, in points") for item in own]
     assert quiz == [None, 50.0, None]  # two of four; of other questions none
-    assert not any("hard" in column for each in own for column in each.cells)  # no share
+    assert not any("hard" in column for item in own for column in item.cells)  # no share
     changes = runs.changes(MODEL, records, SEEDS)
-    told = {kind: {each.cells["DP-after"] for each in own} for kind, own in changes.items()}
+    told = {kind: {item.cells["DP-after"] for item in own} for kind, own in changes.items()}
     assert told == {"ffn": {5.0, 4.0, 9.0}, "ffn causal": {2.0, 3.0}}
-    quiz = [each.cells.get("quiz, in points") for each in changes["ffn"]]
+    quiz = [item.cells.get("quiz, in points") for item in changes["ffn"]]
     assert quiz == [None, 75.0, None]  # the first was asked others than the base
     assert not any(
-        runs.GAP in each.cells for each in changes["ffn"]
+        runs.GAP in item.cells for item in changes["ffn"]
     )  # the base reads bidirectionally
 
 
@@ -110,10 +110,10 @@ def test_perplexities_are_ratios_and_what_few_pairs_tell_has_no_interval():
             (0.7, 4.0, 5),
         )
     ]
-    found = runs.mean_with_ci(own, "perplexity")
+    actual = runs.mean_with_ci(own, "perplexity")
     logs = ttest_1samp(np.log([0.5, 0.25, 1.0, 0.7]), 0).confidence_interval()
-    assert found.value == pytest.approx((0.5 * 0.25 * 0.7) ** 0.25)
-    assert found.interval == pytest.approx((math.exp(logs.low), math.exp(logs.high)))
+    assert actual.value == pytest.approx((0.5 * 0.25 * 0.7) ** 0.25)
+    assert actual.interval == pytest.approx((math.exp(logs.low), math.exp(logs.high)))
     assert runs.mean_with_ci(own, "DP-after").value == 2.5
     equal = runs.mean_with_ci(own, "DP-after", at_equal_sts=True)
     assert equal.value == pytest.approx(linregress([-2, 1, 2, 5], [1, 3, 2, 4]).intercept)
@@ -136,9 +136,9 @@ def test_the_picture_has_a_point_a_pair_and_the_mean_of_each_kind():
     kinds["ffn"][1].cells["perplexity, 9 answers of over 20 tokens"] = 3.0
     kinds["ffn"][1].cells["quiz, in points"] = 3.0
     kinds["attention"][0].cells["perplexity"] = 2.0
-    found = runs.figure("small", kinds)
-    ratios, scores, points = found.axes
-    called = [[text.get_text() for text in axes.get_yticklabels()] for axes in found.axes]
+    actual = runs.figure("small", kinds)
+    ratios, scores, points = actual.axes
+    called = [[text.get_text() for text in axes.get_yticklabels()] for axes in actual.axes]
     assert called[0] == [
         "perplexity, per token",
         "9 answers of over 20 tokens",
@@ -149,11 +149,11 @@ def test_the_picture_has_a_point_a_pair_and_the_mean_of_each_kind():
     assert points.get_xlabel().endswith("(percentage points of attention)")
     for own, lines in zip(kinds.values(), (ratios.lines[:3], ratios.lines[3:6]), strict=True):
         drawn, interval, mean = lines
-        assert list(drawn.get_xdata()) == [each.cells["perplexity"] for each in own]
+        assert list(drawn.get_xdata()) == [item.cells["perplexity"] for item in own]
         expected = runs.mean_with_ci(own, "perplexity")
         assert tuple(interval.get_xdata()) == expected.interval
         assert mean.get_xdata() == [expected.value]
-    labels = [text.get_text() for text in found.legends[0].get_texts()]
+    labels = [text.get_text() for text in actual.legends[0].get_texts()]
     assert labels == ["ffn", "attention"]
 
 
@@ -167,7 +167,7 @@ def test_kinds_of_one_name_stay_apart():
         records |= tuned("z", seed, 2.0, [1.5, 2.5, 3.5, 3.5], 45.0, temperature=0.3)
     records = Records.of_names(records)
     changes = runs.changes(MODEL, records, range(9))
-    told = {kind: {each.cells["DP-after"] for each in own} for kind, own in changes.items()}
+    told = {kind: {item.cells["DP-after"] for item in own} for kind, own in changes.items()}
     assert told == {
         **{"ffn": {0.0}, "ffn, other settings 1": {1.0}, "ffn, other settings 2": {2.0}},
         "ffn causal": {2.0},
@@ -183,16 +183,16 @@ def test_what_is_of_other_texts_than_the_bases_is_not_averaged():
     for name in "az":  # other answers, of the same length
         records[f"{name}.evaluation.seed2"]["inputs"] = {"ubmoe.dataset": "other"}
     [own] = runs.pairs(MODEL, Records.of_names(records), SEEDS).values()
-    assert ["perplexity" in each.cells for each in own] == [True, True, False]
-    lengths = ["perplexity, 3 answers of 1 to 3 tokens" in each.cells for each in own]
-    assert lengths == [True, True, False] and all("DP-after" in each.cells for each in own)
+    assert ["perplexity" in item.cells for item in own] == [True, True, False]
+    lengths = ["perplexity, 3 answers of 1 to 3 tokens" in item.cells for item in own]
+    assert lengths == [True, True, False] and all("DP-after" in item.cells for item in own)
 
 
 def test_a_picture_without_perplexities_has_no_panel_of_ratios():
-    own = [runs.Pair("ffn", {"DP-after": each, "STS": each}) for each in (1.0, 2.0, 4.0)]
-    found = runs.figure("small", {"ffn": own})
-    assert [axes.get_xlabel() for axes in found.axes] == [
+    own = [runs.Pair("ffn", {"DP-after": item, "STS": item}) for item in (1.0, 2.0, 4.0)]
+    actual = runs.figure("small", {"ffn": own})
+    assert [axes.get_xlabel() for axes in actual.axes] == [
         "bidirectional minus causal (points)",
         "bidirectional minus causal\n(percentage points of attention)",
     ]
-    assert [text.get_text() for text in found.legends[0].get_texts()] == ["ffn"]
+    assert [text.get_text() for text in actual.legends[0].get_texts()] == ["ffn"]

@@ -26,19 +26,19 @@ def section(weights="new"):
         for n, name in enumerate(places)
     }
     exchanges = {"in": {"gap": 0.12, "by_row": 40.0}, "back": {"gap": 0.3, "by_row": 51.0}}
-    found = {"chats": 7, "readings": readings, "changes": changes, "exchanges": exchanges}
-    return found | {"bi_weights": weights}
+    actual = {"chats": 7, "readings": readings, "changes": changes, "exchanges": exchanges}
+    return actual | {"bi_weights": weights}
 
 
 def records(weights="new"):
-    small, found = {"model": {"name": "small"}}, {}
+    small, actual = {"model": {"name": "small"}}, {}
     bi = {"stages": [{"objective": "simcse", "train": ["ffn"]}], "attention": "bidirectional"}
     for seed in (0, 1):
         made = {"config": small | {"seed": seed, "bi": bi}, "environment": {"weights": "new"}}
-        found[f"a.sts.seed{seed}"] = made | {"sts": {"tasks": {}, "average": 1.0}}
+        actual[f"a.sts.seed{seed}"] = made | {"sts": {"tasks": {}, "average": 1.0}}
         own = section(weights if seed else "new")
-        found[f"a.shift.seed{seed}"] = {"config": small | {"seed": seed}, "shift": own}
-    return Records.of_names(found)
+        actual[f"a.shift.seed{seed}"] = {"config": small | {"seed": seed}, "shift": own}
+    return Records.of_names(actual)
 
 
 def test_every_seed_is_shown_and_an_earlier_encoders_is_passed_over():
@@ -65,6 +65,6 @@ def test_the_picture_has_what_is_lost_and_what_is_saved():
     saved = one.containers[list(SHIFTED).index("back")]
     assert list(saved.lines[0].get_xdata()) == [1.0, 1.0]  # what is saved is above 0
     [reach] = saved.lines[2]
-    assert [list(each[:, 0]) for each in reach.get_segments()] == [pytest.approx([0.5, 1.25])] * 2
+    assert [list(item[:, 0]) for item in reach.get_segments()] == [pytest.approx([0.5, 1.25])] * 2
     per_answer = other.containers[list(SHIFTED).index("in")]
     assert np.allclose(per_answer.lines[0].get_xdata(), 0.0)

@@ -32,7 +32,7 @@ def section(after, without, first):
 
 
 def records():
-    found = {}
+    actual = {}
     rows = {"base": None, "ffn": "bidirectional", "ffn causal": "causal", "all": "bidirectional"}
     for number, (row, attention) in enumerate(rows.items()):
         for seed in (0, 1) if row == "ffn" else (0,):
@@ -40,11 +40,11 @@ def records():
             stages = [{"objective": "simcse", "train": row.split()[:1]}] if attention else []
             bi = {"stages": stages, "attention": attention}
             own = {"model": {"name": "small"}, "seed": seed, "bi": bi}
-            found[f"{name}.sts.seed{seed}"] = {"config": own, "sts": {"tasks": {}, "average": 1.0}}
+            actual[f"{name}.sts.seed{seed}"] = {"config": own, "sts": {"tasks": {}, "average": 1.0}}
             other = {"model": {"name": "bi" if attention else "small"}, "seed": seed}
             numbers = section(40.0 + number + seed, 50.0, 10.0 + number)
-            found[f"{name}.dependence.seed{seed}"] = {"config": other, "dependence": numbers}
-    return Records.of_names(found)
+            actual[f"{name}.dependence.seed{seed}"] = {"config": other, "dependence": numbers}
+    return Records.of_names(actual)
 
 
 def test_only_rows_with_a_control_stand_beside_the_base():
@@ -106,8 +106,8 @@ def test_layers_have_the_r_squared_of_the_sink():
     assert (list(moved.without), list(moved.by_sink)) == ([0.0, 0.0], [-1.0, -2.0])
     assert moved.r_squared == 1 - (3.0**2 + 2.0**2) / (1.0**2 + 1.0**2)
     text = "<!-- layers: small -->\n<!-- end -->"
-    found = re.sub(" +", " ", renewed(text, records(), SEEDS)).splitlines()
-    assert found[5] == "| ffn causal | 1 | 1 of 2 | 0 of 2 | -5.50 |"
+    actual = re.sub(" +", " ", renewed(text, records(), SEEDS)).splitlines()
+    assert actual[5] == "| ffn causal | 1 | 1 of 2 | 0 of 2 | -5.50 |"
 
 
 def test_layers_want_a_base_on_the_same_texts():

@@ -20,33 +20,33 @@ def losses(change):
 
 def dependence(risen):
     layers = [
-        {"first": 20.0 - each, "after": 40.0 + each, "without_first": {"after": 50.0}}
-        for each in risen
+        {"first": 20.0 - item, "after": 40.0 + item, "without_first": {"after": 50.0}}
+        for item in risen
     ]
     whole = {"first": 20.0, "after": 40.0, "without_first": {"after": 50.0}}
     return {"overall": whole, **whole, "layers": layers}
 
 
 def records(seeds=(0, 1), weights="new"):
-    small, found = {"model": {"name": "small"}}, {}
+    small, actual = {"model": {"name": "small"}}, {}
     bi = {"stages": [{"objective": "simcse", "train": ["ffn"]}], "attention": "bidirectional"}
     sts = {"tasks": {}, "average": 1.0}
-    found["base.sts.seed0"] = {"config": small | {"seed": 0, "bi": {"stages": []}}, "sts": sts}
-    found["base.dependence.seed0"] = {"config": small | {"seed": 0}} | {
+    actual["base.sts.seed0"] = {"config": small | {"seed": 0, "bi": {"stages": []}}, "sts": sts}
+    actual["base.dependence.seed0"] = {"config": small | {"seed": 0}} | {
         "dependence": dependence([0.0] * 4)
     }
     for seed in seeds:
         made = {"config": small | {"seed": seed, "bi": bi}, "sts": sts}
-        found[f"a.sts.seed{seed}"] = made | {"environment": {"weights": "new"}}
+        actual[f"a.sts.seed{seed}"] = made | {"environment": {"weights": "new"}}
         own = {"model": {"name": "runs/bi"}, "seed": seed}
-        found[f"a.dependence.seed{seed}"] = {"config": own, "dependence": dependence(RISEN)}
+        actual[f"a.dependence.seed{seed}"] = {"config": own, "dependence": dependence(RISEN)}
         layers = [
             {"layer": number, "in": losses(put + seed), "back": losses(back + seed)}
             for number, (put, back) in enumerate(zip(PUT, BACK, strict=True))
         ]
         section = {"chats": 5, "whole": losses(0.9), "layers": layers, "bi_weights": weights}
-        found[f"a.swap.seed{seed}"] = {"config": small | {"seed": seed}, "swap": section}
-    return Records.of_names(found)
+        actual[f"a.swap.seed{seed}"] = {"config": small | {"seed": seed}, "swap": section}
+    return Records.of_names(actual)
 
 
 def test_a_row_is_shown_by_its_first_seed_that_was_swapped():
@@ -54,7 +54,7 @@ def test_a_row_is_shown_by_its_first_seed_that_was_swapped():
     assert list(both) == ["ffn"]
     assert both["ffn"].changes("in") == pytest.approx(PUT)
     later = swapped.swapped("small", records(seeds=(1,)), SEEDS)
-    assert later["ffn"].changes("back") == pytest.approx([each + 1 for each in BACK])
+    assert later["ffn"].changes("back") == pytest.approx([item + 1 for item in BACK])
 
 
 def test_a_swap_of_an_earlier_encoder_is_passed_over():
@@ -70,15 +70,15 @@ def test_the_table_says_what_layers_cost_together_and_alone():
     ]
     # ranks with the rise -0.2 and 0.4, with depth -0.4 and 0.8, the rise with depth 0.8
     expected = [(-0.2 + 0.4 * 0.8) / (0.84 * 0.36) ** 0.5, (0.4 - 0.8 * 0.8) / 0.36]
-    [found] = swapped.swapped("small", records(), SEEDS).values()
-    assert [found.rank_with_after(word) for word in ("in", "back")] == pytest.approx(expected)
+    [actual] = swapped.swapped("small", records(), SEEDS).values()
+    assert [actual.rank_with_after(word) for word in ("in", "back")] == pytest.approx(expected)
 
 
 def test_without_dependence_there_is_no_rank():
-    without = {name: each.data for name, each in records().by_name.items()}
+    without = {name: item.data for name, item in records().by_name.items()}
     del without["base.dependence.seed0"]
-    [found] = swapped.swapped("small", Records.of_names(without), SEEDS).values()
-    assert found.rank_with_after("in") is None
+    [actual] = swapped.swapped("small", Records.of_names(without), SEEDS).values()
+    assert actual.rank_with_after("in") is None
 
 
 def test_the_picture_has_a_bar_a_layer_and_a_point_a_layer():
@@ -90,7 +90,7 @@ def test_the_picture_has_a_bar_a_layer_and_a_point_a_layer():
     ]
     cost, saving = points.lines[:2]
     assert list(cost.get_xdata()) == RISEN and list(cost.get_ydata()) == pytest.approx(PUT)
-    assert list(saving.get_ydata()) == pytest.approx([-each for each in BACK])
+    assert list(saving.get_ydata()) == pytest.approx([-item for item in BACK])
 
 
 @pytest.mark.parametrize(
@@ -104,6 +104,6 @@ def test_the_picture_has_a_bar_a_layer_and_a_point_a_layer():
 def test_where_depth_leaves_nothing_there_is_no_rank(changes, after):
     layers = [{"in": losses(change), "back": losses(change)} for change in changes]
     section = {"chats": 5, "whole": losses(0.9), "layers": layers}
-    found = swapped.Swapped(section, np.array(after))
-    assert found.rank_with_after("in") is None
-    assert "none and none" in swapped.figure("small", {"ffn": found}).axes[1].get_title()
+    actual = swapped.Swapped(section, np.array(after))
+    assert actual.rank_with_after("in") is None
+    assert "none and none" in swapped.figure("small", {"ffn": actual}).axes[1].get_title()

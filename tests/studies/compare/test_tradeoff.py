@@ -24,9 +24,9 @@ def test_the_front_is_what_nothing_surpasses(pairs):
         for b, (u, v) in enumerate(pairs)
         if a != b and u >= x and v >= y
     }
-    found = tradeoff.front(pairs)
-    assert set(found) == set(range(len(pairs))) - beaten
-    assert [pairs[each][0] for each in found] == sorted(pairs[each][0] for each in found)
+    actual = tradeoff.front(pairs)
+    assert set(actual) == set(range(len(pairs))) - beaten
+    assert [pairs[item][0] for item in actual] == sorted(pairs[item][0] for item in actual)
 
 
 def test_without_tasks_the_plane_is_of_perplexity_alone(tmp_path):
@@ -74,8 +74,8 @@ def test_a_mixture_is_placed_where_it_embeds_as_its_tuned_expert_does():
     for mask, sts in (("bidirectional", 22.0), ("causal", 42.0)):
         generation = record["generation"] | {"bi_attention": mask}
         records = study(ROWS) | {"m.generation.seed0": record | {"generation": generation}}
-        found = tradeoff.points(MODEL, Records.of_names(records), SEEDS)
-        [point] = [each for each in found.values() if each.kind == "mixture"]
+        actual = tradeoff.points(MODEL, Records.of_names(records), SEEDS)
+        [point] = [item for item in actual.values() if item.kind == "mixture"]
         assert (point.sts, point.is_control) == ([sts], mask == "causal")
 
 
@@ -88,17 +88,17 @@ def test_points_and_pictures_come_from_the_records(tmp_path):
         for route in ("learned", "uni")
     ]
     records["m.generation.seed0"] = mixture
-    found = tradeoff.points(MODEL, Records.of_names(records), SEEDS)
-    assert list(found) == ["base", "ffn", "attention", "all", "learned, top_k 2, chat"]
-    assert (found["attention"].sts, found["attention"].tasks) == (
+    actual = tradeoff.points(MODEL, Records.of_names(records), SEEDS)
+    assert list(actual) == ["base", "ffn", "attention", "all", "learned, top_k 2, chat"]
+    assert (actual["attention"].sts, actual["attention"].tasks) == (
         [53.0],
         [38.0],
     )  # each task is one above the average
-    assert found["learned, top_k 2, chat"].perplexity == [5.0]
-    assert not any(each.is_control for each in found.values())
+    assert actual["learned, top_k 2, chat"].perplexity == [5.0]
+    assert not any(item.is_control for item in actual.values())
     records["r3.sts.seed0"]["config"]["bi"]["attention"] = "causal"
     again = tradeoff.points(MODEL, Records.of_names(records), SEEDS)
-    assert [name for name, each in again.items() if each.is_control] == ["all causal"]
+    assert [name for name, item in again.items() if item.is_control] == ["all causal"]
     said = tradeoff.draw(load_config(None, keys), Records.of_names(records))
     assert said.splitlines() == [f"{tmp_path}/tradeoff.png", f"{tmp_path}/claim.png"]
     assert all((tmp_path / name).stat().st_size > 9000 for name in ("tradeoff.png", "claim.png"))
@@ -113,9 +113,9 @@ def test_averages_are_of_the_tasks_that_all_have_and_perplexities_middle_as_thei
     for kind in ("sts", "dependence", "evaluation"):
         records[f"r1.{kind}.seed1"] = again[f"r1.{kind}.seed0"]
         records[f"r1.{kind}.seed1"]["config"] = {**again[f"r1.{kind}.seed0"]["config"], "seed": 1}
-    found = tradeoff.points(MODEL, Records.of_names(records), SEEDS)
-    assert (found["base"].tasks, found["ffn"].tasks) == ([40.0], [39.0, 39.0])
-    axes = tradeoff.plane_figure(MODEL, found).axes[1]
+    actual = tradeoff.points(MODEL, Records.of_names(records), SEEDS)
+    assert (actual["base"].tasks, actual["ffn"].tasks) == ([40.0], [39.0, 39.0])
+    axes = tradeoff.plane_figure(MODEL, actual).axes[1]
     bars = axes.containers[1]
     assert bars.lines[0].get_ydata()[0] == pytest.approx(10.0)  # of 5 and 20
     ends = bars.lines[2][1].get_segments()[0][:, 1]
@@ -125,8 +125,8 @@ def test_averages_are_of_the_tasks_that_all_have_and_perplexities_middle_as_thei
 
 def test_a_base_under_another_mask_generates_as_the_base_does():
     records = study(ROWS) | encoder("late", 0, 60.0, [], "causal")
-    found = tradeoff.points(MODEL, Records.of_names(records), SEEDS)["base causal"]
-    assert (found.kind, found.sts, found.perplexity) == ("base", [61.0], [4.0])
+    actual = tradeoff.points(MODEL, Records.of_names(records), SEEDS)["base causal"]
+    assert (actual.kind, actual.sts, actual.perplexity) == ("base", [61.0], [4.0])
     records["r0.evaluation.seed0"]["environment"] = {"weights": "other"}
     records["late.sts.seed0"]["environment"] = {"weights": "own"}
     assert "base causal" not in tradeoff.points(MODEL, Records.of_names(records), SEEDS)

@@ -7,7 +7,7 @@ from studies.compare.pages import renewed
 from studies.compare.published import published
 from studies.compare.records import Records
 
-FILES = {each: f"data/{each}" for each in SETS} | {"STSB": "STSB-test", "SICK-R": "SICK-R-test"}
+FILES = {item: f"data/{item}" for item in SETS} | {"STSB": "STSB-test", "SICK-R": "SICK-R-test"}
 FFN = [
     {"objective": "simcse", "train": ["ffn"], "lora": None, "max_steps": 40, "learning_rate": 5e-5}
 ]
@@ -29,7 +29,7 @@ def record(scores, stages=(), points=(), seed=0, **bi):
 
 def lines(block, *records):
     named = {
-        f"x{place}.sts.seed{each['config']['seed']}": each for place, each in enumerate(records)
+        f"x{place}.sts.seed{item['config']['seed']}": item for place, item in enumerate(records)
     }
     text = renewed(f"<!-- {block}: some -->\n<!-- end -->", Records.of_names(named), [0, 1])
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[1:-1]]
@@ -74,9 +74,9 @@ def test_published_averages_are_those_that_the_papers_print():
 
 def test_a_front_is_every_point_of_a_trajectory():
     points = [point(0, 70.0, 20.0), point(20, 74.0, 20.5), point(40, 75.0, 22.0)]
-    found = lines("front", record([], FFN, points))
-    assert found[0] == ["run", "step", "STSB-dev", "lima", "wikitext2_valid", "moved (%)"]
-    assert found[2:] == [
+    actual = lines("front", record([], FFN, points))
+    assert actual[0] == ["run", "step", "STSB-dev", "lima", "wikitext2_valid", "moved (%)"]
+    assert actual[2:] == [
         ["one", "0", "70.00", "1.000", "1.000", "0.00"],
         ["", "20", "74.00", "1.025", "1.000", "0.20"],
         ["", "40", "75.00", "1.100", "1.000", "0.40"],
