@@ -26,10 +26,10 @@ def scores(name: str, result: Mapping[str, Any]) -> Iterator[str]:
         yield from _scanned(section.get("patterns") or [])
     if name == "probing":
         yield from _probed(section.get("models") or [])
-    if found := result.get("mteb"):
-        count, types = len(found["tasks"]), len(found["types"])
-        means = f"{_counted(count)}; of {types} types {found['average_of_types']:.1f}"
-        yield f"mteb: {found['average']:.1f} (main scores x 100, {means})"
+    if benchmark := result.get("mteb"):
+        count, types = len(benchmark["tasks"]), len(benchmark["types"])
+        means = f"{_counted(count)}; of {types} types {benchmark['average_of_types']:.1f}"
+        yield f"mteb: {benchmark['average']:.1f} (main scores x 100, {means})"
     yield from _generation(section)
     if name != "generation":  # what another program measures beside its own
         yield from _generation(result.get("generation") or {})
@@ -47,14 +47,14 @@ def _similarities(result: Mapping[str, Any]) -> Iterator[str]:
 
 def _scanned(patterns: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """The best pattern, by whichever pooling; its vectors as they are, and not centred."""
-    found = [
-        (own["score"], each["name"], name.replace("_", " "))
-        for each in patterns
-        for name, own in each.items()
-        if isinstance(own, Mapping) and "score" in own
+    scored = [
+        (values["score"], item["name"], name.replace("_", " "))
+        for item in patterns
+        for name, values in item.items()
+        if isinstance(values, Mapping) and "score" in values
     ]
-    if found:
-        score, layers, pooling = max(found)
+    if scored:
+        score, layers, pooling = max(scored)
         yield f"STS, untrained: at best {score:.1f} ({UNITS['unit']}), layers {layers}, {pooling}"
 
 
@@ -62,8 +62,8 @@ def _probed(models: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Each model's mean over its probes of classes, but for the controls."""
     means = []
     for model in models:
-        rows = [each for each in model["rows"] if each["control"] == "none"]
-        every = [each["balanced_accuracy"] for each in rows if "balanced_accuracy" in each]
+        rows = [item for item in model["rows"] if item["control"] == "none"]
+        every = [item["balanced_accuracy"] for item in rows if "balanced_accuracy" in item]
         means += [f"{model['label']} {100 * fmean(every):.1f}"] if every else []
     if means:
         yield f"probes: {', '.join(means)} (balanced accuracy in %, mean of all)"

@@ -129,9 +129,9 @@ def fetch(name: str, folder: str = "models") -> Path:
 
 
 def _check(what: str, path: Path, source: Source) -> None:
-    if (actual := digest_of_file(path)) != source.sha256:
+    if (digest := digest_of_file(path)) != source.sha256:
         raise UserError(
-            f"{what} has SHA-256 {actual}, expected {source.sha256}: it is altered or cut short; "
+            f"{what} has SHA-256 {digest}, expected {source.sha256}: it is altered or cut short; "
             "remove it, or take another package index"
         )
 

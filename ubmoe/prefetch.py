@@ -95,7 +95,7 @@ def _mteb(name: str) -> dict[str, Any]:
 
 def _loaded(key: str, tasks: Sequence[Any]) -> dict[str, Any]:
     """The data set of a task, or of several by their names."""
-    found = {}
+    sources = {}
     for task in tasks:
         name = task.metadata.name
         try:
@@ -103,8 +103,8 @@ def _loaded(key: str, tasks: Sequence[Any]) -> dict[str, Any]:
         except Exception as error:  # as above
             raise _missing(key, name, error) from error
         task.unload_data()
-        found[name] = dict(task.metadata.dataset)
-    return found if len(found) > 1 else dict(*found.values())
+        sources[name] = dict(task.metadata.dataset)
+    return sources if len(sources) > 1 else dict(*sources.values())
 
 
 def _generation(name: str) -> dict[str, Any]:

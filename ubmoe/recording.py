@@ -182,7 +182,7 @@ def environment(model: Any, seed: int) -> dict[str, Any]:
 
     return {
         "python": platform.python_version(),
-        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        "packages": {name: release for name in PACKAGES if (release := _version(name))},
         "platform": f"{platform.system()} {platform.machine()}",
         "git_commit": git_commit(),
         "seeds": [seed],

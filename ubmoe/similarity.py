@@ -17,8 +17,8 @@ def sections(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 
     That of an older sts.json does not say its mask: the config does.
     """
-    found = result.get("sts", result.get("evaluation")) or []
-    if isinstance(found, list):
-        return found
+    scored = result.get("sts", result.get("evaluation")) or []
+    if isinstance(scored, list):
+        return scored
     mask = result.get("config", {}).get("bi", {}).get("attention")
-    return [({"attention": mask} if "sts" in result and mask else {}) | found]
+    return [({"attention": mask} if "sts" in result and mask else {}) | scored]

@@ -380,7 +380,7 @@ def _causal_lm(model: str, records: Records) -> Iterator[RunRow]:
     for made in records.of("sts", model):
         record = measured_of(made, "evaluation", records)
         if record is not None and (section := record.data.get("generation")):
-            sts = {f"STS {each['attention']}": each["average"] for each in sections(made.data)}
+            sts = {f"STS {entry['attention']}": entry["average"] for entry in sections(made.data)}
             role: Role = "encoder" if is_tuned(made) else "base"
             scores, measures = scored(section, section["metrics"])
             yield RunRow(_row_name(made), role, record, scores, measures | sts, (made,))

@@ -95,8 +95,8 @@ def write_card(folder: Path, config: Config, scores: Mapping[str, Any]) -> None:
         seed=config.seed,
     )
     cards.write(folder, METADATA, said)
-    found = (scores["tasks"], scores["metrics"], scores["perplexity"])
-    cards.complete(folder, config, [settings.dataset], cards.generation_results(*found))
+    results = (scores["tasks"], scores["metrics"], scores["perplexity"])
+    cards.complete(folder, config, [settings.dataset], cards.generation_results(*results))
 
 
 def load(model: PreTrainedModel, directory: str | Path) -> Bitune:

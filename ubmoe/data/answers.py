@@ -51,10 +51,10 @@ def located(
 
 def _stand_ins(messages: list[Message]) -> tuple[str, str]:
     """Two texts that no message holds."""
-    said, fill = "\n".join(each["content"] for each in messages), "z"
-    while any(each.format(fill) in said for each in STAND_INS):
+    said, fill = "\n".join(item["content"] for item in messages), "z"
+    while any(item.format(fill) in said for item in STAND_INS):
         fill += "z"
-    one, other = (each.format(fill) for each in STAND_INS)
+    one, other = (item.format(fill) for item in STAND_INS)
     return one, other
 
 

@@ -100,7 +100,7 @@ def _negatives(row: Row) -> list[tuple[str, Any]]:
     one between them lacks, or two columns are the same one.
     """
     there = [name for name in row.fields if row.fields[name] is not None and row.fields[name] != []]
-    matches = [found for name in there if (found := NEGATIVE.fullmatch(name))]
+    matches = [match for name in there if (match := NEGATIVE.fullmatch(name))]
     columns = sorted((int(match[2] or -1), match[0]) for match in matches)
     numbers = [number for number, _ in columns]
     plain, rest = numbers.count(-1), [number for number in numbers if number >= 0]

@@ -116,7 +116,7 @@ def instruct(encoder: SentenceTransformer, instructions: Mapping[str, str]) -> N
     whose chat template passes prompts over.
     """
     before = own_prompt(encoder) or ""
-    pooling = next((each for each in encoder if isinstance(each, Pooling)), None)
+    pooling = next((item for item in encoder if isinstance(item, Pooling)), None)
     plain = encoder.preprocess(["a"], prompt=before) if instructions else {}
     for name, text in instructions.items():
         if pooling is not None and not pooling.include_prompt:

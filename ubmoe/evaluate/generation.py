@@ -199,7 +199,7 @@ def generation_scores(
             raise UserError(f"evaluation.generation: {name} has no finite {metric}: {tasks[name]}")
     average = sum(tasks[name][metric] for name, metric in metrics.items()) / len(tasks)
     questions = {
-        name: each for name in tasks if (each := _by_question(evaluated, name, metrics[name]))
+        name: item for name in tasks if (item := _by_question(evaluated, name, metrics[name]))
     }
     stderr = {
         name: 100 * statistics.stdev(values) / math.sqrt(len(values))

@@ -52,13 +52,13 @@ def _named(tokenizer: Tokenizer) -> Iterator[str]:
     parts = (tokenizer.normalizer, tokenizer.pre_tokenizer)
     left = [json.loads(part.__getstate__()) for part in parts if part is not None]
     while left:
-        each = left.pop()
-        if isinstance(each, dict):
-            left += [value for name, value in each.items() if name != "type"]
-        elif isinstance(each, list):
-            left += each
-        elif isinstance(each, str):
-            yield each
+        item = left.pop()
+        if isinstance(item, dict):
+            left += [value for name, value in item.items() if name != "type"]
+        elif isinstance(item, list):
+            left += item
+        elif isinstance(item, str):
+            yield item
 
 
 def _pieces(tokenizer: Tokenizer, text: str) -> list[str]:

@@ -74,13 +74,13 @@ def _check_form(directory: Path, read: dict[str, Any]) -> None:
             raise UserError(f"ubmoe.bi: {directory / FORM}: {name} must be an object")
     said = read[MODULES]
     modules = said if isinstance(said, list) and said else [said]
-    for number, each in enumerate(modules):
-        given = each if isinstance(each, dict) else {}
+    for number, item in enumerate(modules):
+        given = item if isinstance(item, dict) else {}
         kind, place = given.get("type"), given.get("path")
         known = isinstance(kind, str) and isinstance(place, str)
         if not known or (number and (place in ("", "..") or place != Path(str(place)).name)):
             raise UserError(
-                f"ubmoe.bi: {directory / MODULES}: got {shown(each)}; expected modules with a type "
+                f"ubmoe.bi: {directory / MODULES}: got {shown(item)}; expected modules with a type "
                 "and a path, the name of a folder in it"
             )
 

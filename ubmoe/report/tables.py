@@ -153,8 +153,8 @@ def evaluation_text(result: dict[str, Any]) -> str:
     [section] = sections(result)
     rows = sts_rows(section, "model", model)
     parts = [f"STS of {model}, Spearman x 100.\n{aligned(rows)}"]
-    if found := result.get("mteb"):
-        parts.append(f"mteb of {model}, main scores x 100.\n{aligned(mteb_rows(found))}")
+    if benchmark := result.get("mteb"):
+        parts.append(f"mteb of {model}, main scores x 100.\n{aligned(mteb_rows(benchmark))}")
     if generated := result.get("generation"):
         table = _generation_table("model", {model: generated}, generated["metrics"])
         parts.append(f"Generation of {model}, read causally, percent.\n{table}")

@@ -118,7 +118,7 @@ def _resume_key_in(path: Path) -> dict[str, Any] | None:
 def _checkpoints(directory: Path) -> list[Path]:
     """Those that this program has made, or begun to, the latest last."""
     names = owned.claimed(directory) or []
-    steps = sorted(int(found[1]) for name in names if (found := NAME.fullmatch(name)))
+    steps = sorted(int(match[1]) for name in names if (match := NAME.fullmatch(name)))
     every = (directory / f"{CHECKPOINT}{step}" for step in steps)
     return [path for path in every if path.is_dir() and not path.is_symlink()]
 
