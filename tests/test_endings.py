@@ -63,6 +63,11 @@ GENERATION = {"metrics": {"piqa": "acc"}, "average": 51.26, "perplexity": 2.0341
             {"probing": {"models": [{"label": "base", "rows": PROBES}]}},
             ["probes: base 62.5 (balanced accuracy in %, mean of all)"],
         ),
+        (
+            "shift",
+            {"shift": {"readings": {"model": {"perplexity": 2.04}, "in": {"perplexity": 3.5}}}},
+            ["perplexity of held-out answers: model 2.04, in 3.50"],
+        ),
         ("sts", {"sts": {"tasks": {}, "average": None}}, []),
         ("swap", {"swap": {"layers": []}}, []),
     ],

@@ -26,6 +26,9 @@ def scores(name: str, result: Mapping[str, Any]) -> Iterator[str]:
         yield from _scanned(section.get("patterns") or [])
     if name == "probing":
         yield from _probed(section.get("models") or [])
+    if readings := section.get("readings"):  # of a shift
+        lost = {reading: values["perplexity"] for reading, values in readings.items()}
+        yield f"perplexity of held-out answers: {_number(lost)}"
     if benchmark := result.get("mteb"):
         count, types = len(benchmark["tasks"]), len(benchmark["types"])
         means = f"{_counted(count)}; of {types} types {benchmark['average_of_types']:.1f}"
