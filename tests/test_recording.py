@@ -29,6 +29,16 @@ def test_what_an_interrupted_run_left_goes_when_the_result_is_there(config):
     assert not left.exists() and all(path.exists() for path in theirs)
 
 
+def test_a_file_of_yours_in_place_of_a_partial_result_is_refused_at_once(config):
+    theirs = Path(config.output_dir) / "dependence.partial-0.npz"
+    theirs.parent.mkdir(parents=True)
+    np.savez(theirs, mine=np.arange(3))
+    begun = run_recording.recording("calculate_dp", "dependence", config)
+    with pytest.raises(UserError, match="dependence.partial-0.npz"), begun:
+        raise AssertionError("it has begun")
+    assert list(np.load(theirs)) == ["mine"]
+
+
 @pytest.mark.parametrize("resume", ["auto", "never"])
 def test_a_partial_result_is_there_under_resume_auto_alone(config, resume):
     config = config.model_copy(update={"resume": resume})

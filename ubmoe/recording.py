@@ -139,6 +139,9 @@ def recording(
     directory = Path(config.output_dir)
     for place in (*made, f"{name}.json", f"{program}.config.yaml"):
         owned.check(directory / place)
+    for path in directory.glob(f"{name}.partial-[0-9].npz"):
+        if not is_unfinished(path):
+            raise owned.refused(path)
     for place in working:
         owned.check_within(directory / Path(place).parts[0])  # no link
         owned.check_within(directory / place, *WORKING)

@@ -1,7 +1,8 @@
 """Partial results of an unfinished run, in a file with the resume key of all they depend on.
 
-The one cache that runs go on from: sums of dependence, rows of interventions, word vectors and
-probing reports. Checkpoints of a training are in `training.checkpoints`.
+The one cache that runs go on from: sums of dependence, rows of interventions, word vectors,
+probing reports and STS scores of whole tasks. Checkpoints of a training are in
+`training.checkpoints`.
 """
 
 import hashlib

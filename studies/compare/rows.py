@@ -316,7 +316,7 @@ def measured_of(made: Record, kind: str, records: Records) -> Record | None:
         same = measured is not None and measured.section.get("bi_weights") == made.weights
         return measured if same else None
     left = {"sts": "bi", "generation": "ubmoe"}[made.kind]
-    if made.kind == "sts" and not is_tuned(made):
+    if made.kind == "sts" and not made.config["bi"]["stages"]:
         left = made.model
     if measured is None or measured.model != left:
         return None

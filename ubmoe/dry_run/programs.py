@@ -174,7 +174,8 @@ def train_ubmoe(config: Config) -> str:
         files = [saved[name] for name in settings.export]
         files += ["routers/", "generation.json", "routing.png"] if joins else ["generation.json"]
         work = f"routers: {_steps(config, settings, len(chats))}" if joins else "no routers"
-        return Plan(mixture, [f"trains routers {count:,}"], [work], most, files)
+        trained = [f"trains routers {count:,}"] if joins else []
+        return Plan(mixture, trained, [work], most, files)
 
     return _said(config, plan, ["ubmoe.activation_checkpointing=true", *_halves(config, "ubmoe")])
 

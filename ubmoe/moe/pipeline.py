@@ -181,8 +181,6 @@ def complete_cards(
     kinds |= {"modes": ("modes", "uni", ["bi", "mode"]), "adapter": ("adapter", "uni", ["adapter"])}
     for kind in settings.export:
         name, route, encoding = kinds[kind]
-        if kind == "mixture" and not inputs.joins:
-            continue
         results = []
         if scores := routes.get(route):
             results += cards.generation_results(scores["tasks"], metrics, scores["perplexity"])
@@ -198,8 +196,11 @@ def _routes(config: Config) -> list[Route]:
     return list(dict.fromkeys((config.ubmoe.route, *config.ubmoe.routes)))
 
 
-LOGGED = ("average", "perplexity")
-KEPT = ("tasks", *LOGGED, "questions", "stderr", "perplexity_interval", "answers")  # of each route
+# Of each route.
+KEPT = (
+    *("tasks", "average", "perplexity", "questions", "stderr"),
+    *("perplexity_interval", "answers"),
+)
 
 
 def generation_of(config: Config, inputs: Inputs, model: PreTrainedModel) -> dict[str, Any]:
@@ -237,13 +238,14 @@ def sts_of(
         for line in endings.scores("generation", {"sts": rows[-1:]}):
             log.info("%s", line)
 
-    encoder = encoder_of(inputs, model)
-    for attention in ("bidirectional", "causal") if inputs.joins else ():
-        set_attention(model, bidirectional=attention == "bidirectional")
-        for route in _routes(config):
-            with route_of(model, route):
-                add(encoder, route, attention)
-    set_attention(model, bidirectional=False)
+    if inputs.joins:
+        encoder = encoder_of(inputs, model)
+        for attention in ("bidirectional", "causal"):
+            set_attention(model, bidirectional=attention == "bidirectional")
+            for route in _routes(config):
+                with route_of(model, route):
+                    add(encoder, route, attention)
+        set_attention(model, bidirectional=False)
     if "adapter" in config.ubmoe.export:
         saved = load_saved(str(run.place("adapter")), str(model.device))
         add(saved, "adapter", inputs.attention)

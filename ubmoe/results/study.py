@@ -336,8 +336,10 @@ def _steps_of_seed(
             if needed not in encoders:
                 raise UserError(f"results.rows: {name} needs {needed!r}; add it")
             after = encoders[needed]
-            bi = f"ubmoe.bi={as_value(str(after.left))}"
-            mixtures[name] = step("train_ubmoe.py", name, "generation", bi, *keys, after=after)
+            bi = [f"ubmoe.bi={as_value(str(after.left))}"]
+            if config.ubmoe.export == ["adapter"]:  # which alone makes no mixture
+                bi.append("ubmoe.export=[mixture]")
+            mixtures[name] = step("train_ubmoe.py", name, "generation", *bi, *keys, after=after)
             yield mixtures[name]
     if mixtures and table == "all":
         after = mixtures["ubmoe"]

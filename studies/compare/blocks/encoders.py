@@ -91,7 +91,7 @@ def mask(bi: dict[str, Any]) -> str:
 def tuned(record: Record) -> str:
     """The modules, steps and rates; nothing where nothing was."""
     stages = record.config["bi"]["stages"]
-    if not stages:
+    if not is_tuned(record):
         return ""
     what = family(record.data).removesuffix(" causal").partition(",")[0]
     rates = [format_float_scientific(s["learning_rate"], trim="-", exp_digits=1) for s in stages]
@@ -101,10 +101,10 @@ def tuned(record: Record) -> str:
 
 def extra(record: Record) -> str:
     """Trained numbers in percent of the model's: what the encoder needs beside it."""
-    stages = record.section.get("stages", [])
-    if not stages:
+    if not is_tuned(record):
         return ""
-    trained = max(sum(stage["trainable"].values()) for stage in stages)
+    stages = record.section["stages"]
+    trained = max(sum(stage.get("trainable", {}).values()) for stage in stages)
     return f"{100 * trained / record.data['environment']['parameters']:.1f}"
 
 
