@@ -526,6 +526,11 @@ class MoeSection(TrainingSection):
     )
     rank: Rank = score_key(16, "of the adapters of export: adapter")
 
+    @property
+    def mixes(self) -> bool:
+        """Whether a mixture is made, with routers to train: an adapter alone needs none."""
+        return self.export != ["adapter"]
+
     @model_validator(mode="after")
     def _routers_can_learn(self) -> "MoeSection":
         if self.max_steps == 0:

@@ -75,7 +75,7 @@ def values(config: Config, key: str) -> Iterator[tuple[str, Any]]:
         return
     section, _, last = key.partition(".")
     unused = {
-        "ubmoe.sentences": config.ubmoe.objective != "both" or config.ubmoe.export == ["adapter"],
+        "ubmoe.sentences": config.ubmoe.objective != "both" or not config.ubmoe.mixes,
         "dependence.chat_template": config.dependence.chat_template is None,
         "evaluation.mteb": not config.evaluation.mteb,
         "evaluation.perplexity": not config.evaluation.perplexity,

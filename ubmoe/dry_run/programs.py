@@ -151,8 +151,8 @@ def train_ubmoe(config: Config) -> str:
     """
     source = ModelSource.of(config.model)
     config = source.within_context(config, "bi", "ubmoe")
-    joins = joining.check_joins(source.settings.model_type, config.ubmoe.export)
-    settings = config.ubmoe
+    joining.check_joins(source.settings.model_type, config.ubmoe)
+    settings, joins = config.ubmoe, config.ubmoe.mixes
     chats = _training_rows(config, settings, lambda: _training_chats(settings, source.tokenizer))
     distilled = joins and settings.objective == "both"
     lengths = _sentence_lengths(config, source) if distilled else []

@@ -9,7 +9,7 @@ It is written from the two models' tensors as they are read, and no dense model 
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, Qwen2MoeConfig, Qwen3MoeConfig
 
 from ubmoe import layered
 from ubmoe.bidirectional import attending, attention_name, prove_attention
-from ubmoe.config import ModelSection, UserError, listed
+from ubmoe.config import ModelSection, MoeSection, UserError, listed
 from ubmoe.files import replace
 from ubmoe.models.loading import is_finite, load_model, refuse_not_finite
 from ubmoe.models.source import ModelSource
@@ -221,20 +221,16 @@ def _window(dense: Any, kind: type) -> dict[str, Any]:
     return {"sliding_window": window if slides else None, "use_sliding_window": slides}
 
 
-def check_joins(model_type: str, export: Sequence[str]) -> bool:
-    """Whether a mixture is made: an adapter alone needs none. Raises UserError for a type of model
-    that has none.
+def check_joins(model_type: str, settings: MoeSection) -> None:
+    """Raises UserError where a mixture is made of a type of model that has none.
 
     Of Gemma's types Gemma 4 alone has a sparse class, and it normalises values, too.
     """
-    if list(export) == ["adapter"]:
-        return False
-    if model_type not in MIXTURES:
+    if settings.mixes and model_type not in MIXTURES:
         raise UserError(
             f"ubmoe.export: {model_type} has no stock mixture of experts, as {', '.join(MIXTURES)} "
-            f"have; got {', '.join(export)}, expected [adapter]"
+            f"have; got {', '.join(settings.export)}, expected [adapter]"
         )
-    return True
 
 
 def check_pair(uni: Weights, bi: Weights) -> None:

@@ -62,7 +62,7 @@ def read(config: Config, source: ModelSource) -> Inputs:
     encoder = expanded(config.ubmoe.bi or f"{config.output_dir}/bi").resolve()
     attention = encoder_attention(encoder)
     generation.check_tasks(config.evaluation.generation, config.evaluation.data)
-    joins = check_joins(source.settings.model_type, config.ubmoe.export)
+    check_joins(source.settings.model_type, config.ubmoe)
     sts = sts_tasks(config.evaluation.sts)
     tokenizer, tuned = source.tokenizer, source.at(encoder)
     if tuned.tokenizer.get_vocab() != tokenizer.get_vocab():
@@ -71,12 +71,12 @@ def read(config: Config, source: ModelSource) -> Inputs:
     read_in = read_chats(settings.dataset, tokenizer, settings.max_tokens, settings.max_rows)
     chats, kept = read_in.held_out(settings.held_out, "ubmoe.held_out")
     sentences = []
-    if joins and settings.objective == "both":
+    if settings.mixes and settings.objective == "both":
         sentences = sentences_of(settings.sentences, tokenizer, len(chats))
     counts = {"chats": len(chats), "held_out": len(kept), "truncated": read_in.truncated}
     log.info("%(chats)d chats, %(held_out)d held out, %(truncated)d truncated", counts)
     counts |= {"dropped": read_in.dropped, "max_tokens": settings.max_tokens}
-    return Inputs(source, tuned, attention, chats, kept, sentences, sts, counts, joins)
+    return Inputs(source, tuned, attention, chats, kept, sentences, sts, counts, settings.mixes)
 
 
 def join(config: Config, inputs: Inputs, place: Callable[[str], Path]) -> dict[str, Any]:

@@ -176,7 +176,7 @@ def estimate(step: Step, count: int) -> str:
 
 def _few_steps(step: Step, count: int) -> list[str] | None:
     """Keys for a few steps of a run, without any scoring; None where scoring is all it does."""
-    if step.result == "generation" and step.config.ubmoe.export == ["adapter"]:
+    if step.result == "generation" and not step.config.ubmoe.mixes:
         return None  # no router trains
     stages = range(len(step.config.bi.stages))
     scoring = ["evaluation.sts=[]", "evaluation.generation=[]"]

@@ -337,7 +337,7 @@ def _steps_of_seed(
                 raise UserError(f"results.rows: {name} needs {needed!r}; add it")
             after = encoders[needed]
             bi = [f"ubmoe.bi={as_value(str(after.left))}"]
-            if config.ubmoe.export == ["adapter"]:  # which alone makes no mixture
+            if not config.ubmoe.mixes:
                 bi.append("ubmoe.export=[mixture]")
             mixtures[name] = step("train_ubmoe.py", name, "generation", *bi, *keys, after=after)
             yield mixtures[name]
