@@ -29,12 +29,13 @@ def test_what_an_interrupted_run_left_goes_when_the_result_is_there(config):
     assert not left.exists() and all(path.exists() for path in theirs)
 
 
-def test_a_file_of_yours_in_place_of_a_partial_result_is_refused_at_once(config):
-    theirs = Path(config.output_dir) / "dependence.partial-0.npz"
+@pytest.mark.parametrize("number", [0, 12])
+def test_a_file_of_yours_in_place_of_a_partial_result_is_refused_at_once(config, number):
+    theirs = Path(config.output_dir) / f"dependence.partial-{number}.npz"
     theirs.parent.mkdir(parents=True)
     np.savez(theirs, mine=np.arange(3))
     begun = run_recording.recording("calculate_dp", "dependence", config)
-    with pytest.raises(UserError, match="dependence.partial-0.npz"), begun:
+    with pytest.raises(UserError, match=theirs.name), begun:
         raise AssertionError("it has begun")
     assert list(np.load(theirs)) == ["mine"]
 

@@ -26,7 +26,8 @@ from ubmoe.data.plain import noting
 from ubmoe.data.templates import dated
 from ubmoe.files import json_text, make_writable, save_figure, write_text
 from ubmoe.staging import move_into_place, staging, unfinished_of
-from ubmoe.unfinished import is_ours as is_unfinished
+from ubmoe.unfinished import check as check_partial
+from ubmoe.unfinished import remove as remove_partial
 
 log = logging.getLogger(__name__)
 PACKAGES = (
@@ -41,7 +42,7 @@ PACKAGES = (
 )
 # Of git, seen from this package: it and the scripts; a study that records its runs changes neither.
 CODE = (".", ":(top,glob)*.py")
-PARTIAL = re.compile(r"\w+\.partial-\d+(-of-\d+)?\.npz", re.ASCII)  # of an interrupted run
+PARTIAL = re.compile(r"\w+\.partial-\d+(?P<of>-of-\d+)?\.npz", re.ASCII)  # of an interrupted run
 WORKING = ("stage.json", "checkpoint-[0-9]*", "adapter")  # in a folder of checkpoints
 
 
@@ -85,8 +86,8 @@ class Run:
         there under `resume: auto` alone.
         """
         path = self.directory / f"{self.name}.partial-{number}.npz"
-        if self.config.resume != "auto" and is_unfinished(path):
-            path.unlink()
+        if self.config.resume != "auto":
+            remove_partial(path)
         return path
 
     def log(self, message: str, *values: object) -> None:
@@ -120,8 +121,8 @@ class Run:
         write_text(self.place(self.path.name), text)
         move_into_place(self.unfinished)
         for leftover in self.directory.glob(f"{self.name}.partial-*"):
-            if PARTIAL.fullmatch(leftover.name) and is_unfinished(leftover):
-                leftover.unlink()
+            if PARTIAL.fullmatch(leftover.name):
+                remove_partial(leftover)
 
 
 @contextmanager
@@ -139,9 +140,9 @@ def recording(
     directory = Path(config.output_dir)
     for place in (*made, f"{name}.json", f"{program}.config.yaml"):
         owned.check(directory / place)
-    for path in directory.glob(f"{name}.partial-[0-9].npz"):
-        if not is_unfinished(path):
-            raise owned.refused(path)
+    for path in directory.glob(f"{name}.partial-*"):
+        if (match := PARTIAL.fullmatch(path.name)) and match["of"] is None:  # as Run.partial's
+            check_partial(path)
     for place in working:
         owned.check_within(directory / Path(place).parts[0])  # no link
         owned.check_within(directory / place, *WORKING)

@@ -44,8 +44,7 @@ class Unfinished:
         self.saved = time.monotonic()
         if self.path is None:
             return
-        if os.path.lexists(self.path) and not is_ours(self.path):
-            raise owned.refused(self.path)
+        check(self.path)
         kept: dict[str, Any] = {name: np.asarray(value) for name, value in arrays.items()}
 
         def write(temporary: Path) -> None:
@@ -77,8 +76,8 @@ class Unfinished:
 
     def remove(self) -> None:
         """Remove the file, if it is ours."""
-        if self.path is not None and is_ours(self.path):
-            self.path.unlink()
+        if self.path is not None:
+            remove(self.path)
 
     def is_due(self) -> bool:
         """Whether the last saving is so long ago that it is time for the next."""
@@ -92,6 +91,18 @@ class Unfinished:
         except KeyboardInterrupt:
             save()
             raise
+
+
+def check(path: Path) -> None:
+    """Raises UserError where something that is not ours is in the place of a file."""
+    if os.path.lexists(path) and not is_ours(path):
+        raise owned.refused(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, if it is ours."""
+    if is_ours(path):
+        path.unlink()
 
 
 def is_ours(path: Path) -> bool:
