@@ -283,8 +283,8 @@ def check_commands(text):
                 arguments = arguments[1:]
         assert (ROOT / name).is_file(), line
         if name == "studies/compare/noise.py":
-            noise.read(arguments)
-        elif not name.startswith("benchmarks/"):
+            noise.parts(arguments.pop(1))
+        if not name.startswith("benchmarks/"):
             given = [word for word in arguments if word != "CONFIG"]
             cli.parse([word if "=" in word else str(ROOT / word) for word in given])
 

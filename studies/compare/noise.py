@@ -15,20 +15,20 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from ubmoe.cli import in_one_line
-from ubmoe.config import Config, StageSection, UserError, load_config
+from ubmoe import cli
+from ubmoe.config import Config, StageSection, UserError
+from ubmoe.encoder.sentence_encoder import as_encoder
+from ubmoe.evaluate.trajectory import Trajectory
+from ubmoe.models.loading import load_model
+from ubmoe.models.source import ModelSource
 from ubmoe.recording import recording
+from ubmoe.training.modules import named_by
 
 Weights = dict[str, torch.Tensor]
 
 
 def main(config: Config, distances: Sequence[float]) -> Path:
     """Score the model at each distance, the untouched one first. Returns the result's path."""
-    from ubmoe.encoder.sentence_encoder import as_encoder
-    from ubmoe.evaluate.trajectory import Trajectory
-    from ubmoe.models.loading import load_model
-    from ubmoe.models.source import ModelSource
-
     if not config.bi.stages:
         raise UserError("bi.stages: the first says what is disturbed; expected one")
     with recording("noise", "sts", config) as run:
@@ -51,8 +51,6 @@ def disturbed(
     model: PreTrainedModel, stage: StageSection, distances: Sequence[float], seed: int
 ) -> Iterator[float]:
     """Yield each distance while the stage's matrices are so far from where they were."""
-    from ubmoe.training.modules import named_by
-
     names = {name for module in stage.train for name in named_by(model, module)}
     generator = torch.Generator().manual_seed(seed)
     before: Weights = {}
@@ -69,20 +67,27 @@ def disturbed(
         model.get_parameter(name).copy_(start)
 
 
-def read(arguments: Sequence[str]) -> tuple[Config, list[float]]:
-    """The config, and the distances. Raises UserError."""
+def parts(text: str) -> list[float]:
+    """The distances of a text as 0.001,0.002, in parts of the weights' norm. Raises UserError."""
     try:
-        path, given, *keys = arguments
-        distances = [float(part) for part in given.split(",")]
-    except ValueError as error:
+        distances = [float(part) for part in text.split(",")]
+    except ValueError:
+        distances = []
+    if not distances or not all(0 < distance < 1 for distance in distances):
         raise UserError(
-            f"expected a config, distances as 0.001,0.002, and keys; got {' '.join(arguments)}"
-        ) from error
-    if not all(0 < distance < 1 for distance in distances):
-        raise UserError(f"distances: expected parts of the weights' norm below 1; got {given}")
-    return load_config(Path(path), keys), distances
+            f"distances: expected parts of the weights' norm after the config, as 0.001,0.002;"
+            f" got {text!r}"
+        )
+    return distances
 
 
 if __name__ == "__main__":
-    with in_one_line("evaluation.batch_size"):
-        print(main(*read(sys.argv[1:])))
+    given = "".join(sys.argv[2:3])
+    del sys.argv[2:3]  # the distances follow the config; the rest is as every program has it
+
+    cli.run(
+        "python -m studies.compare.noise",
+        __doc__ or "",
+        lambda config: main(config, parts(given)),
+        lower="evaluation.batch_size",
+    )

@@ -1,13 +1,14 @@
 """Noise is as long as asked for, in the matrices that would train, and nothing is left of it."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from builders import random_model
 
 from studies.compare import noise
-from ubmoe.config import StageSection, UserError
+from ubmoe.config import StageSection, UserError, load_config
 
 KEYS = [
     *("trajectory.steps=[2]", "trajectory.perplexity=[tiny]", "trajectory.max_texts=5"),
@@ -39,8 +40,8 @@ def test_the_result_is_a_trajectory_whose_first_point_is_untouched(tiny_path, tm
     pairs = ["4\tThe dog sleeps.\tA dog sleeps.", "1\tAnna sings.\tThe cat sees Paul.", "0\ta\tb"]
     (tmp_path / "pairs.tsv").write_text("\n".join(["score\tsentence1\tsentence2", *pairs, ""]))
     few = [f"trajectory.sts=[{tmp_path}/pairs.tsv]", f"output_dir={tmp_path}/run"]
-    given = ["configs/tiny.yaml", "0.05,0.5", *KEYS, *few]
-    path = noise.main(*noise.read(given))
+    config = load_config(Path("configs/tiny.yaml"), [*KEYS, *few])
+    path = noise.main(config, noise.parts("0.05,0.5"))
     section = json.loads(path.read_text())["sts"]
     points = section["trajectory"]
     assert [point["distance"] for point in points] == [0.0, 0.05, 0.5]
@@ -49,7 +50,7 @@ def test_the_result_is_a_trajectory_whose_first_point_is_untouched(tiny_path, tm
     assert section["average"] == points[-1]["sts"]["average"]
 
 
-@pytest.mark.parametrize("given", [[], ["a.yaml"], ["a.yaml", "x"], ["a.yaml", "0"], ["a", "nan"]])
+@pytest.mark.parametrize("given", ["", "x", "0", "nan", "0.1,", "1"])
 def test_a_wrong_distance_is_one_line(given):
     with pytest.raises(UserError, match="distances"):
-        noise.read(given)
+        noise.parts(given)
