@@ -112,7 +112,7 @@ def random_model(family: str, **changes: Any) -> PreTrainedModel:
     return model.eval()
 
 
-def marked(first=("<s>",), last=(), once=False):
+def metaspace_tokenizer(first=("<s>",), last=(), once=False):
     """A tokenizer as SentencePiece's: a text begins with a word's mark, own tokens around it.
 
     once: nothing but the beginning of a text gets a mark, not what stands behind a special token.

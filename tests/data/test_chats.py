@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from builders import marked
+from builders import metaspace_tokenizer
 from transformers import AutoTokenizer
 
 from ubmoe.bitune.examples import read_examples
@@ -382,7 +382,7 @@ def test_without_a_template_chats_are_texts_of_questions_and_answers(tokenizer, 
 @pytest.mark.parametrize("once", [False, True])
 def test_the_plain_form_has_the_tokens_of_bitunes_examples(once, tmp_path):
     """Which are split from the whole text in another way."""
-    tokenizer = marked(once=once)
+    tokenizer = metaspace_tokenizer(once=once)
     path = written(tmp_path, SHORT)
     [example] = read_examples(path, tokenizer, QUESTION, 100).chats[0]
     [chat] = read_chats(path, tokenizer, 100).chats

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from builders import marked, random_model, tokenizer_of
+from builders import metaspace_tokenizer, random_model, tokenizer_of
 from transformers import AutoTokenizer
 
 from ubmoe.bitune.examples import read_examples
@@ -70,14 +70,14 @@ def test_a_text_that_holds_a_token_without_an_embedding_is_named_by_row(grown, t
 @pytest.mark.parametrize("first", [(), ("<s>",)])
 @pytest.mark.parametrize("last", [(), ("</s>",), ("</s>", "<s>")])
 def test_own_ends_are_those_of_the_post_processor(first, last):
-    tokenizer = marked(first, last)
+    tokenizer = metaspace_tokenizer(first, last)
     actual = [tokenizer.convert_ids_to_tokens(item) for item in tokens.own_ends(tokenizer)]
     assert actual == [list(first), list(last)]
 
 
 @pytest.mark.parametrize("last", [(), ("</s>",)])
 def test_an_answer_is_tokenised_as_the_end_of_the_whole_text(last):
-    tokenizer = marked(last=last)
+    tokenizer = metaspace_tokenizer(last=last)
     prompt, answer = tokens.split_ids(tokenizer, "Q: a?\nA: ", " b c.")
     text = ["<s>", *"▁Q:▁a?\nA:▁▁b▁c."]
     assert tokenizer.convert_ids_to_tokens([*prompt, *answer]) == text
@@ -85,7 +85,7 @@ def test_an_answer_is_tokenised_as_the_end_of_the_whole_text(last):
 
 
 def test_an_answer_begins_with_one_mark_of_a_word(tmp_path):
-    tokenizer = marked()
+    tokenizer = metaspace_tokenizer()
     turns = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]
     path = saved(tmp_path, {"messages": [*turns, *turns]})
     [examples] = read_examples(path, tokenizer, "Q: {prompt}\nA:", 99).chats

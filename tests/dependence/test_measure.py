@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from builders import ROOT, marked, random_model, run
+from builders import ROOT, metaspace_tokenizer, random_model, run
 from transformers import AutoTokenizer
 
 from ubmoe import unfinished
@@ -175,7 +175,7 @@ def test_chats_go_through_the_tokenizers_own_template(tiny_path):
 
 
 def test_chats_of_a_tokenizer_without_a_template_are_texts():
-    tokenizer = marked()
+    tokenizer = metaspace_tokenizer()
     turns = [{"role": "user", "content": "a b?"}, {"role": "assistant", "content": "c"}]
     [ids] = tokenize(tokenizer, [Text("a:1", turns)])
     assert ids == tokenizer("Question: a b?\n\nAnswer: c</s>")["input_ids"]

@@ -8,7 +8,7 @@ import json
 
 import pytest
 import torch
-from builders import marked, random_model
+from builders import metaspace_tokenizer, random_model
 from sentence_transformers import SentenceTransformer
 
 from ubmoe.bidirectional import set_attention, set_layers
@@ -23,7 +23,7 @@ TEXTS = ["a cab", "b", "fade a cage: deaf", "gg"]
 
 
 def build(model=None, first=("<s>",), last=(), **keys):
-    tokenizer = marked(list(first), list(last))
+    tokenizer = metaspace_tokenizer(list(first), list(last))
     model = model or random_model("gpt_neox", vocab_size=len(tokenizer))
     settings = BiSection(form="echo", **keys)
     return as_encoder(model, tokenizer, settings), model, tokenizer, settings
@@ -86,7 +86,7 @@ def test_unlike_copies_are_cut_to_one_length():
 
 @pytest.mark.parametrize("layers", ["none", "all", [1]])
 def test_a_saved_encoder_reads_twice(tmp_path, layers):
-    model = random_model("llama", vocab_size=len(marked()))
+    model = random_model("llama", vocab_size=len(metaspace_tokenizer()))
     set_attention(set_layers(model, layers if layers != "none" else "all"), layers != "none")
     attention = "causal" if layers == "none" else "bidirectional"
     encoder, _, tokenizer, settings = build(model, attention=attention, layers=layers)

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from builders import marked, random_model, tokenizer_of
+from builders import metaspace_tokenizer, random_model, tokenizer_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
@@ -118,13 +118,15 @@ def with_ends(tokenizer, first="", last=""):
 
 @pytest.mark.parametrize("prompt", [None, PROMPT, "{text}", "a {text}", "a:{text} b"])
 @pytest.mark.parametrize("ends", ["", "first", "last", "both"])
-@pytest.mark.parametrize("kind", ["bytes", "marked", "marked once"])
+@pytest.mark.parametrize("kind", ["bytes", "metaspace", "metaspace once"])
 def test_the_ids_are_those_of_the_text_in_its_prompt(tokenizer, tmp_path, prompt, ends, kind):
     first, last = ends in ("first", "both"), ends in ("last", "both")
     if kind == "bytes":
         actual = with_ends(tokenizer, "<|im_start|>" * first, "<|im_end|>" * last)
     else:
-        actual = marked(["<s>"] * first, ["</s>"] * last, once=kind == "marked once")
+        actual = metaspace_tokenizer(
+            ["<s>"] * first, ["</s>"] * last, once=kind == "metaspace once"
+        )
     # by a qwen2's config.json the library takes any tokenizer for one of Qwen's
     family = "qwen2" if kind == "bytes" else "gpt_neox"
     encoder, model, bi = build(actual, family=family, prompt=prompt, max_tokens=50)

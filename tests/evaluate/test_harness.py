@@ -4,7 +4,7 @@ import logging
 from types import SimpleNamespace
 
 import pytest
-from builders import marked, random_model, tuned
+from builders import metaspace_tokenizer, random_model, tuned
 from lm_eval.models.huggingface import HFLM
 
 from ubmoe.bitune.likelihoods import Likelihoods
@@ -26,8 +26,8 @@ def instances(*pairs):
 
 
 def asked(last=(), **keys):
-    model = random_model("llama", vocab_size=len(marked()), **keys)
-    return SharedPrefixLM(pretrained=model, tokenizer=marked(last=last), batch_size=2)
+    model = random_model("llama", vocab_size=len(metaspace_tokenizer()), **keys)
+    return SharedPrefixLM(pretrained=model, tokenizer=metaspace_tokenizer(last=last), batch_size=2)
 
 
 QUESTIONS = [
@@ -41,11 +41,11 @@ QUESTIONS = [
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2"])  # gemma2: layers of two masks
 @pytest.mark.parametrize("most", [64, 12])  # tokens of the context: 12 cuts prompts
 def test_answers_score_as_the_library_reads_them_one_by_one(kind, size, most):
-    keys = {"vocab_size": len(marked()), "max_position_embeddings": most}
+    keys = {"vocab_size": len(metaspace_tokenizer()), "max_position_embeddings": most}
     model = random_model(kind, **keys)
     requests = instances(*QUESTIONS, ("a b c d " * 4, " bad"))
     expected, actual = (
-        lm(pretrained=model, tokenizer=marked(), batch_size=size).loglikelihood(
+        lm(pretrained=model, tokenizer=metaspace_tokenizer(), batch_size=size).loglikelihood(
             requests, disable_tqdm=True
         )
         for lm in (HFLM, SharedPrefixLM)
@@ -117,7 +117,7 @@ def test_a_document_with_a_token_that_the_model_lacks_is_named():
 
 @pytest.mark.parametrize("last", [(), ("</s>",)])
 def test_bitune_is_asked_with_the_tokens_that_it_is_trained_on(last):
-    tokenizer = marked(last=last)
+    tokenizer = metaspace_tokenizer(last=last)
     lm = Likelihoods(tuned("lora", "llama", vocab_size=len(tokenizer)), tokenizer, 2)
     seen = []
     lm._scores = lambda examples: seen.extend(examples) or [(0.0, False)] * len(examples)

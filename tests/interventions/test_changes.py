@@ -14,13 +14,13 @@ LOST = {
 }
 
 
-def told(lost):
+def changes_of(lost):
     tokens = [1, 3]
     return changes({name: {"answers": {"losses": x, "tokens": tokens}} for name, x in lost.items()})
 
 
 def test_they_are_in_nats_a_token_and_parts_of_the_whole():
-    actual = told(LOST)
+    actual = changes_of(LOST)
     assert [actual[name]["change"] for name in actual] == [8 / 4, 1 / 4, 1 / 4, -2 / 4, 1 / 4]
     parts = [actual[name]["of_whole"]["part"] for name in list(actual)[1:]]
     assert parts == [1 / 8, 1 / 8, 2 / 8, -1 / 8]
@@ -31,5 +31,5 @@ def test_they_are_in_nats_a_token_and_parts_of_the_whole():
 
 
 def test_there_is_no_part_of_what_is_not_surely_lost():
-    actual = told(LOST | {"encoder": [1.0, 8.0]})
+    actual = changes_of(LOST | {"encoder": [1.0, 8.0]})
     assert actual["whole"]["interval"][0] < 0 and actual["in"]["of_whole"] is None

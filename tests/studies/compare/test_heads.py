@@ -73,11 +73,11 @@ def test_they_are_shown_over_runs_over_pairs_and_beside_lost_generation():
         (2 - 1 / 4, 3.0)
     ] * 3
     changes = runs.changes(MODEL, records, SEEDS)
-    told = {
+    changed = {
         kind: [(item.cells[TOWARDS_LATER], item.cells[MOVED]) for item in own]
         for kind, own in changes.items()
     }
-    assert told == {"ffn": [(2.0, 3.0)] * 3, "ffn causal": [(1 / 4, 0.0)] * 3}
+    assert changed == {"ffn": [(2.0, 3.0)] * 3, "ffn causal": [(1 / 4, 0.0)] * 3}
     own = [item for item in claim.tuned(MODEL, records, SEEDS) if not item.is_control]
     assert [(item.causes[TOWARDS_LATER], item.causes[MOVED]) for item in own] == [(2.0, 3.0)] * 3
     for block, cell in (("masks", "1.75 (1.75 to 1.75)"), ("runs", "2.00 (2.00 to 2.00)")):

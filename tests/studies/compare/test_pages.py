@@ -99,10 +99,10 @@ def test_changes_are_shown_with_their_intervals(monkeypatch):
     text = f"<!-- change: {MODEL} -->\n<!-- end -->"
     lines = renewed_squeezed(text, Records.of_names(rows), SEEDS).splitlines()
     assert "| seeds | BIOSSES |" in lines[1] and "| perplexity over the base's |" in lines[1]
-    told = "1.50 (1.25 to 2.00) | | 2.00 (1.50 to 2.25) | 3.00 (2.50 to 3.25) |"
+    losses = "1.50 (1.25 to 2.00) | | 2.00 (1.50 to 2.25) | 3.00 (2.50 to 3.25) |"
     assert lines[3].startswith("| attention | 1 | 61.00 | 61.00 |")
-    assert lines[3].endswith(f"| {told} | 2.00 (1.50 to 2.25) |")
-    assert lines[4].startswith("| ffn | 1 | 51.00 |") and f"| {told} 2.00" in lines[4]
+    assert lines[3].endswith(f"| {losses} | 2.00 (1.50 to 2.25) |")
+    assert lines[4].startswith("| ffn | 1 | 51.00 |") and f"| {losses} 2.00" in lines[4]
 
 
 def test_causal_controls_stand_beside_each_other(monkeypatch):
@@ -138,8 +138,8 @@ def test_masks_are_compared_over_pairs_of_runs_and_at_equal_sts(monkeypatch):
     assert actual["STS minus its"].rstrip(" |") == f"2.00 ({2 - spread:.2f} to {2 + spread:.2f})"
     after = f"4.00 ({4 - spread:.2f} to {4 + spread:.2f}) | 2.00 (2.00 to 2.00)"
     assert actual["DP-after minus its"] == after  # on the line 2 + gap
-    told = actual["perplexity, 9 answers of over 20 tokens, over its"]
-    assert told == "0.50 (0.50 to 0.50), n = 3"
+    ratio = actual["perplexity, 9 answers of over 20 tokens, over its"]
+    assert ratio == "0.50 (0.50 to 0.50), n = 3"
     assert actual["quiz minus its"].startswith("2.00 (2.00 to 2.00), n = 3") and len(actual) == 4
     every |= pairs("attention", (1.0, 1.0), (2.0, 2.0), (4.0, 2.0), (5.0, 3.0))
     header = renewed_squeezed(text, Records.of_names({}), SEEDS).splitlines()[1]
@@ -183,10 +183,10 @@ def test_rows_stand_against_the_other_mask_and_correlations_by_mask(monkeypatch)
         "| ffn | 51.00 | none | | |",
         "| ffn causal | 45.00 | ffn | 51.00 | 1.50 (1.25 to 2.00) |",
     ]
-    told = "0.50, n = 3 | 0.50, n = 3 | | | 0.50, n = 3 | |"
+    cells = "0.50, n = 3 | 0.50, n = 3 | | | 0.50, n = 3 | |"
     assert lines[-3:-1] == [
-        f"| DP-after, minus the base's (percentage points) | {told}",
-        f"| STS gained over the untrained model that reads alike | {told}",
+        f"| DP-after, minus the base's (percentage points) | {cells}",
+        f"| STS gained over the untrained model that reads alike | {cells}",
     ]
 
 

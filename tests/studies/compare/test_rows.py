@@ -90,8 +90,8 @@ def test_a_causal_control_is_known_by_its_settings_alone():
     actual = encoders(
         run, control, none, other, named(encoder("e", 1, 61.0, ["ffn"]), "mine causal")
     )
-    told = {item.record.label: item.is_control for item in actual}
-    assert told == {"a": False, "b": True, "c": True, "d": True, "e": False}
+    controls = {item.record.label: item.is_control for item in actual}
+    assert controls == {"a": False, "b": True, "c": True, "d": True, "e": False}
     pairs = [(one.record.label, two.record.label) for one, two in causal_controls(actual)]
     assert pairs == [("a", "b")]  # nothing says of `e` which layers attend to later tokens
     whole = {name: item | {} for name, item in named(encoder("e", 1, 61.0, ["ffn"]), "x").items()}
@@ -149,8 +149,8 @@ def test_a_mixture_is_a_mixture_whatever_its_row_is_called():
     record = {"config": config | {"results": {"row": "a, causal base"}}, "generation": section}
     actual = {"m.generation.seed0": record | {"sts": sts}}
     rows = by_row("routes", MODEL, Records.of_names(actual), SEEDS)
-    told = {own[0].route: (own[0].role, own[0].is_control) for own in rows.values()}
-    assert told == {"half": ("mixture", False), "bi": ("mixture", False), "uni": ("base", False)}
+    roles = {own[0].route: (own[0].role, own[0].is_control) for own in rows.values()}
+    assert roles == {"half": ("mixture", False), "bi": ("mixture", False), "uni": ("base", False)}
     [point] = tradeoff.points(MODEL, Records.of_names(actual), SEEDS).values()  # half alone
     assert (point.kind, point.is_control) == ("mixture", False)
 

@@ -65,9 +65,9 @@ def test_pairs_are_of_one_seed_and_of_equal_settings_but_for_the_mask():
     asked = {"a.evaluation.seed1": [1, 1, 1, 0], "z.evaluation.seed1": [1, 0, 0, 0]}
     asked |= {"c.evaluation.seed0": [0, 0, 0, 0], "a.evaluation.seed0": [1, 0, 1]}
     for name, right in asked.items():
-        told = {"questions": {"quiz": right, "hard": right}, "stderr": {"quiz": {}}}
-        records[name]["generation"] |= told
-    records["z.evaluation.seed0"]["generation"] |= told | {"questions": {"quiz": [1, 0]}}
+        answered = {"questions": {"quiz": right, "hard": right}, "stderr": {"quiz": {}}}
+        records[name]["generation"] |= answered
+    records["z.evaluation.seed0"]["generation"] |= answered | {"questions": {"quiz": [1, 0]}}
     for name, row in (("d", "ffn far"), ("g", "ffn long")):
         records[f"{name}.sts.seed1"]["config"]["results"] = {"row": row}
         control = records[f"{chr(ord(name) + 1)}.sts.seed1"]
@@ -91,8 +91,8 @@ def test_pairs_are_of_one_seed_and_of_equal_settings_but_for_the_mask():
     assert quiz == [None, 50.0, None]  # two of four; of other questions none
     assert not any("hard" in column for item in own for column in item.cells)  # no share
     changes = runs.changes(MODEL, records, SEEDS)
-    told = {kind: {item.cells["DP-after"] for item in own} for kind, own in changes.items()}
-    assert told == {"ffn": {5.0, 4.0, 9.0}, "ffn causal": {2.0, 3.0}}
+    after = {kind: {item.cells["DP-after"] for item in own} for kind, own in changes.items()}
+    assert after == {"ffn": {5.0, 4.0, 9.0}, "ffn causal": {2.0, 3.0}}
     quiz = [item.cells.get("quiz, in points") for item in changes["ffn"]]
     assert quiz == [None, 75.0, None]  # the first was asked others than the base
     assert not any(
@@ -167,8 +167,8 @@ def test_kinds_of_one_name_stay_apart():
         records |= tuned("z", seed, 2.0, [1.5, 2.5, 3.5, 3.5], 45.0, temperature=0.3)
     records = Records.of_names(records)
     changes = runs.changes(MODEL, records, range(9))
-    told = {kind: {item.cells["DP-after"] for item in own} for kind, own in changes.items()}
-    assert told == {
+    after = {kind: {item.cells["DP-after"] for item in own} for kind, own in changes.items()}
+    assert after == {
         **{"ffn": {0.0}, "ffn, other settings 1": {1.0}, "ffn, other settings 2": {2.0}},
         "ffn causal": {2.0},
     }

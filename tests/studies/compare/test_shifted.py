@@ -16,9 +16,9 @@ def change(value, part=None):
 
 
 def section(weights="new"):
-    told = {"whole": change(2.0), "in": change(0.5, 0.25), "in elsewhere": change(0.25, 0.125)}
-    told |= {"back": change(-1.0, 0.5), "back elsewhere": change(0.0, 0.0)}
-    changes = {name: own | {"by_answer": own} for name, own in told.items()}
+    by_part = {"whole": change(2.0), "in": change(0.5, 0.25), "in elsewhere": change(0.25, 0.125)}
+    by_part |= {"back": change(-1.0, 0.5), "back elsewhere": change(0.0, 0.0)}
+    changes = {name: own | {"by_answer": own} for name, own in by_part.items()}
     changes["in"]["by_answer"] = change(0.0) | {"of_whole": None}
     places = ("model", "in", "encoder", "back")
     readings = {
@@ -49,15 +49,15 @@ def test_every_seed_is_shown_and_an_earlier_encoders_is_passed_over():
 def test_the_table_has_shares_changes_and_parts():
     table = renewed("<!-- shift: small -->\n<!-- end -->", records(), SEEDS).splitlines()
     rows = [[" ".join(cell.split()) for cell in line.strip("|").split("|")] for line in table[1:-1]]
-    told = {row[0]: row[1:] for row in rows}
-    assert told[""] == ["ffn, seed 0", "ffn, seed 1"]
-    assert told["first: model, encoder, in, back"][0] == "20.0, 18.0, 19.0, 17.0"
-    assert told["the encoder over the model"][0] == "+2.00 (+1.75 to +2.50)"
+    cells = {row[0]: row[1:] for row in rows}
+    assert cells[""] == ["ffn, seed 0", "ffn, seed 1"]
+    assert cells["first: model, encoder, in, back"][0] == "20.0, 18.0, 19.0, 17.0"
+    assert cells["the encoder over the model"][0] == "+2.00 (+1.75 to +2.50)"
     saved = "back: the encoder with the model's shares, over the encoder"
-    assert told[saved][0] == "-1.00 (-1.25 to -0.50); 50% (0% to 100%)"
+    assert cells[saved][0] == "-1.00 (-1.25 to -0.50); 50% (0% to 100%)"
     once = "in: the model with the encoder's shares, over the model, each answer once"
-    assert told[once][0] == "+0.00 (-0.25 to +0.50)"
-    assert told["left row by row, in and back"][0] == "40 %, 51 %"
+    assert cells[once][0] == "+0.00 (-0.25 to +0.50)"
+    assert cells["left row by row, in and back"][0] == "40 %, 51 %"
 
 
 def test_the_picture_has_what_is_lost_and_what_is_saved():
