@@ -57,9 +57,60 @@ def test_each_gets_the_others_share_in_every_head(models, asked):
             attention.by_layer = moved
             expected = perplexity(model, CHATS)["perplexity"]
         assert readings[f"{name} elsewhere"]["perplexity"] == pytest.approx(expected)
+        scaled_by = scaled(model, (1 - used(theirs).mean(0)) / (1 - used(model).mean(0)))
+        expected = perplexity(scaled_by, CHATS)["perplexity"]
+        assert readings[f"{name} scaled"]["perplexity"] == pytest.approx(expected, rel=1e-3)
+        assert readings[f"{name} scaled"]["perplexity"] != pytest.approx(
+            readings["model" if name == "in" else "encoder"]["perplexity"], rel=1e-2
+        )
     for name, model in zip(("model", "encoder"), models, strict=True):  # as they are
         expected = perplexity(model, CHATS)["perplexity"]
         assert readings[name]["perplexity"] == pytest.approx(expected, rel=1e-5)
+
+
+def scaled(model, factors):
+    """A copy whose output projections take each head's numbers times its factor, (L, H)."""
+    again = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer, by_head in zip(again.model.layers, factors, strict=True):
+            width = layer.self_attn.o_proj.in_features // len(by_head)
+            layer.self_attn.o_proj.weight *= by_head.repeat_interleave(width)
+    return again
+
+
+def half_predicted(model):
+    """A chat whose answer is the likeliest token at every second place, so that a temperature pays.
+
+    Of random tokens the best would be without end.
+    """
+    ids = [5]
+    for place in range(12):
+        with torch.no_grad():
+            likeliest = model(torch.tensor([ids])).logits[0, -1].argmax().item()
+        ids.append(likeliest if place % 2 else 20 + place)
+    return Chat("here", ids, [False] + [True] * 12, ["answer"] * 13)
+
+
+def at_temperature(model, chat, temperature):
+    """Nats a token, by the logits as they are."""
+    with torch.no_grad():
+        logits = model(torch.tensor([chat.ids])).logits[0, :-1] / temperature
+    return torch.nn.functional.cross_entropy(logits, torch.tensor(chat.ids[1:])).item()
+
+
+def test_the_temperature_is_the_best_of_all(models, asked):
+    chat = half_predicted(models[1])
+    actual = shift.shift(*models, [chat], asked)
+    tried = torch.linspace(-1.3, 1.3, 2000).exp().tolist()
+    best = min(tried, key=lambda temperature: at_temperature(models[1], chat, temperature))
+    assert 0.3 < best < 3.5 and abs(best - 1) > 0.1  # neither an end nor none
+    assert actual["temperature"] == pytest.approx(best, rel=0.005)
+    [lost] = actual["readings"]["temperature"]["answers"]["losses"]
+    expected = at_temperature(models[1], chat, best)
+    assert lost / 12 == pytest.approx(expected, rel=1e-4)
+    [as_it_is] = actual["readings"]["encoder"]["answers"]["losses"]
+    assert as_it_is / 12 == pytest.approx(at_temperature(models[1], chat, 1.0), rel=1e-4)
+    assert as_it_is / 12 > expected + 1e-3
 
 
 def test_shares_may_be_matched_on_some_of_the_chats(models, asked):
@@ -81,8 +132,11 @@ def test_what_is_seen_is_a_mean_over_chats_whatever_the_batches(models):
 
 def test_a_model_and_itself_lose_nothing(models, asked):
     actual = shift.shift(models[0], copy.deepcopy(models[0]), CHATS, asked)["changes"]
-    assert {name: item["change"] for name, item in actual.items()} == pytest.approx(
-        dict.fromkeys(actual, 0.0), abs=1e-4
+    exchanged = [
+        name for name in actual if "temperature" not in name
+    ]  # which any model may gain by
+    assert {name: actual[name]["change"] for name in exchanged} == pytest.approx(
+        dict.fromkeys(exchanged, 0.0), abs=1e-4
     )
     assert actual["in"]["of_whole"] is None  # of nothing
 
@@ -104,6 +158,6 @@ def test_the_program_writes_a_record_a_table_and_a_picture(tmp_path, tiny_path):
     result = json.loads((tmp_path / "some" / "shift.json").read_text())
     assert result["shift"]["chats"] == 8 and result["shift"]["bi_weights"]
     lines = shift_text(result).splitlines()
-    read = ["model", "encoder", "in", "in", "back", "back"]
-    assert [line.split()[0] for line in lines[2:8]] == read
+    read = ["model", "encoder", *["in"] * 3, *["back"] * 3, "temperature"]
+    assert [line.split()[0] for line in lines[2:11]] == read
     assert (tmp_path / "some" / "shift.png").stat().st_size > 1000

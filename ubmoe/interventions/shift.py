@@ -1,15 +1,21 @@
 """Perplexity of a model and of its tuned encoder, each with the other's share of the first token.
 
 Tuning lets heads change what they give to the text's first token, an attention sink. Here that
-share alone changes hands, head by head: the weights stay. For comparison the same shifts are given
-to other heads, each to its neighbour in the layer: any disturbance of that size may cost something.
+share alone changes hands, head by head: the weights stay. Three controls stand beside it. The same
+shifts are given to other heads, each to its neighbour in the layer: any disturbance of that size
+may cost something. Each head's output is scaled as the exchange scales what the other tokens give,
+and its first token's share stays: less may be as good as a sink. And one temperature is given to
+the encoder's logits: what that saves is no more than confidence, of which the model may lack some,
+too.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from scipy.optimize import minimize_scalar
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -23,13 +29,15 @@ from ubmoe.interventions.shifted import SEEN, Shifts
 from ubmoe.models.precision import Setting, autocast
 
 ELSEWHERE = " elsewhere"  # after an exchange's name: the same shifts on other heads
+SCALED = " scaled"  # after an exchange's name: no shift, and each head's output scaled
+COLDEST, HOTTEST = 0.25, 4.0  # of the temperatures that are tried
 
 
 def shift(base: Any, encoder: Any, chats: Sequence[Chat], config: Config) -> dict[str, Any]:
     """The `shift` section of the result.
 
     `in`: the base model with the encoder's first-token shares, head by head; `back`: the encoder
-    with the base model's. Shares are matched over `shift.matched` of the chats.
+    with the base model's. Shares and the temperature are matched over `shift.matched` of the chats.
     """
     bf16, matched = config.evaluation.bf16, spaced(chats, config.shift.matched)
     readings, wanted, exchanges = {}, {}, {}
@@ -50,9 +58,49 @@ def shift(base: Any, encoder: Any, chats: Sequence[Chat], config: Config) -> dic
             for layer, by_head in attention.by_layer.items():
                 attention.by_layer[layer] = by_head.roll(1)
             readings[name + ELSEWHERE] = read(model, attention, chats, bf16)
+            attention.by_layer = {}
+            scales = scales_of(wanted[mine][0], wanted[theirs][0]).to(model.device)
+            attention.scales = dict(enumerate(scales))
+            readings[name + SCALED] = read(model, attention, chats, bf16)
+            exchanges[name]["scales"] = scales.tolist()
+    temperature = best_temperature(encoder, matched, bf16)
+    with shifting(encoder) as attention, tempered(encoder, temperature):
+        readings["temperature"] = read(encoder, attention, chats, bf16)
     counts = {"chats": len(chats), "tokens": sum(readings["model"]["answers"]["tokens"])}
     measured = {"readings": readings, "changes": changes(readings), "exchanges": exchanges}
-    return counts | {"matched": len(matched)} | measured
+    return counts | {"matched": len(matched), "temperature": temperature} | measured
+
+
+def scales_of(mine: Tensor, theirs: Tensor) -> Tensor:
+    """What another share of the first token leaves to all others, over what they had: (L, H).
+
+    mine, theirs: mean shares of the first token, (L, H), before and after. The rest of a row keeps
+    its proportions, so that an exchange scales what the rest gives by this, in the mean.
+    """
+    return (1 - theirs) / (1 - mine).clamp(min=1e-6)
+
+
+def best_temperature(model: PreTrainedModel, chats: Sequence[Chat], bf16: Setting) -> float:
+    """The one temperature of the logits at which the chats' answers lose least."""
+
+    def lost(log_temperature: float) -> float:
+        with tempered(model, math.exp(log_temperature)):
+            return math.log(perplexity(model, chats, bf16)["perplexity"])
+
+    bounds = (math.log(COLDEST), math.log(HOTTEST))
+    found = minimize_scalar(lost, bounds=bounds, method="bounded", options={"xatol": 1e-3})
+    return math.exp(found.x)
+
+
+@contextmanager
+def tempered(model: PreTrainedModel, temperature: float) -> Iterator[None]:
+    """Divide the logits of `model` by a temperature."""
+    head: Any = model.get_output_embeddings()
+    hook = head.register_forward_hook(lambda module, inputs, logits: logits / temperature)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextmanager

@@ -28,7 +28,8 @@ MORE = ("softcap", "s_aux", "indices", "block_indices")  # than a softmax over a
 class Shifts:
     """An attention function for causal reading.
 
-    by_layer: (H,) added to the first key's scores. wanted: (L, H) shares that the first key
+    by_layer: (H,) added to the first key's scores. scales: (H,) by which a layer's heads' outputs
+    are multiplied. wanted: (L, H) shares that the first key
     should get of what causal rows see; where they are given, a forward finds the shifts that do so
     over its texts, layer after layer: each sees what was shifted before it. seen: (B, H, 4) of
     every layer since it was cleared, SEEN as means over the rows of a text. rows: where it is a
@@ -36,6 +37,7 @@ class Shifts:
     """
 
     by_layer: dict[int, Tensor] = field(default_factory=dict)
+    scales: dict[int, Tensor] = field(default_factory=dict)
     wanted: Tensor | None = None
     seen: list[Tensor] = field(default_factory=list)
     rows: list[Tensor] | None = None
@@ -76,6 +78,8 @@ class Shifts:
                     whole[..., 0] += self.by_layer[layer][:, None]
                 weights = _causal(whole).softmax(-1)
                 mixed = weights @ values[text, :, real[text]].float()
+                if layer in self.scales:
+                    mixed *= self.scales[layer][:, None, None]
                 output[text, :, real[text]] = mixed.to(value.dtype)
                 seen.append(_seen(whole, weights))
                 rows.append(weights[..., 0])

@@ -359,10 +359,13 @@ def shift_text(result: dict[str, Any]) -> str:
         ", ".join(filter(None, (f"{name} {_change(change)}", part_of_whole(change))))
         for name, change in section["changes"].items()
     ]
+    best = ""
+    if "temperature" in section:  # a later control
+        best = f"\nTemperature of the encoder's logits: {section['temperature']:.2f}."
     return (
         f"{model_of(result)}, {caption} ({section['chats']} chats):\n"
         f"{aligned(shift_rows(section))}\n"
-        f"Change of the loss in nats a token (95 %): {'; '.join(changes)}."
+        f"Change of the loss in nats a token (95 %): {'; '.join(changes)}.{best}"
     )
 
 

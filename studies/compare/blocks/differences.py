@@ -100,9 +100,12 @@ def _largest(values: Any, count: int = 3) -> str:
 def shift_block(name: str, records: Records, seeds: Sequence[int]) -> str:
     """Every run whose sink was exchanged: its attention, and the part of the loss due to it."""
     table = [["", "chats", *(f"{said}: {', '.join(EXCHANGED)}" for said in SHARES.values())]]
-    table[0] += [f"{said}{how}" for how in ("", ", each answer once") for said in SHIFTED.values()]
+    sections = shifted(name, records, seeds)
+    measured = {word for section in sections.values() for word in section["changes"]}
+    words = [word for word in SHIFTED if word in measured]
+    table[0] += [f"{SHIFTED[word]}{how}" for how in ("", ", each answer once") for word in words]
     table[0] += ["largest gap of a head, in and back", "left row by row, in and back"]
-    for run, section in shifted(name, records, seeds).items():
+    for run, section in sections.items():
         cells = [run, str(section["chats"])]
         for share in SHARES:
             cells.append(
@@ -110,9 +113,9 @@ def shift_block(name: str, records: Records, seeds: Sequence[int]) -> str:
             )
         per_answer = {word: change["by_answer"] for word, change in section["changes"].items()}
         cells += [
-            _change_of_loss(changes[word])
+            _change_of_loss(changes[word]) if word in changes else ""
             for changes in (section["changes"], per_answer)
-            for word in SHIFTED
+            for word in words
         ]
         done = [section["exchanges"][word] for word in ("in", "back")]
         cells.append(", ".join(f"{exchange['gap']:.1f}" for exchange in done))
@@ -129,8 +132,13 @@ SHIFTED = {
     "whole": "the encoder over the model",
     "in": "in: the model with the encoder's shares, over the model",
     "in elsewhere": "the same shifts on other heads",
+    "in scaled": "the model's heads' outputs scaled as much",
     "back": "back: the encoder with the model's shares, over the encoder",
     "back elsewhere": "those shifts on other heads",
+    "back scaled": "the encoder's heads' outputs scaled as much",
+    "temperature": "the encoder at one temperature of its logits",
+    "back over scaled": "back, over the scaled outputs",
+    "back over temperature": "back, over the temperature",
 }
 
 

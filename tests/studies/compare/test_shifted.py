@@ -61,10 +61,16 @@ def test_the_table_has_shares_changes_and_parts():
 
 
 def test_the_picture_has_what_is_lost_and_what_is_saved():
+    names = [name for name in SHIFTED if name in section()["changes"]]
     one, other = shift(shifted("small", records(), SEEDS)).axes
-    saved = one.containers[list(SHIFTED).index("back")]
+    assert len(one.containers) == len(names) == 5  # of a record without the later controls
+    saved = one.containers[names.index("back")]
     assert list(saved.lines[0].get_xdata()) == [1.0, 1.0]  # what is saved is above 0
     [reach] = saved.lines[2]
     assert [list(item[:, 0]) for item in reach.get_segments()] == [pytest.approx([0.5, 1.25])] * 2
-    per_answer = other.containers[list(SHIFTED).index("in")]
+    per_answer = other.containers[names.index("in")]
     assert np.allclose(per_answer.lines[0].get_xdata(), 0.0)
+    whole = section()
+    whole["changes"] |= {name: whole["changes"]["in"] for name in SHIFTED if name not in names}
+    assert len(shift({"a": whole}).axes[0].containers) == 8
+    assert len(shift({"a": whole, "b": section()}).axes[0].containers) == 5
