@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from studies.compare.blocks import differences, encoders, probes, scores
+from studies.compare.blocks import differences, encoders, fronts, probes, scores
 from studies.compare.records import Records, read_benchmarks, recorded
 from ubmoe.config import Config, UserError, with_keys
 from ubmoe.files import replace_all, write_text
@@ -75,10 +75,12 @@ def renewed(
     return BLOCK.sub(block, text)
 
 
-STUDY = ("encoders", "front")  # blocks that are named after a study
+STUDY = ("encoders", "front", "equal_fronts", "moved")  # blocks that are named after a study
 BLOCKS = {
     "encoders": encoders.encoders_block,
-    "front": encoders.front_block,
+    "front": fronts.front_block,
+    "equal_fronts": fronts.equal_fronts_block,
+    "moved": fronts.moved_block,
     "dependence": scores.dependence_block,
     "sts": scores.sts_block,
     "change": differences.change_block,

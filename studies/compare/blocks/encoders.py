@@ -130,27 +130,3 @@ def costs(record: Record, text: str) -> list[float]:
     return (
         [perplexity_ratio(points, -1, text)] if points and text in points[-1]["perplexity"] else []
     )
-
-
-def front_block(name: str, records: Records, seeds: Sequence[int]) -> str:
-    """A row for each point of each trajectory: STS, lost perplexity, distance of the weights."""
-    del name
-    body = []
-    for record in records.of("sts"):
-        points = record.section.get("trajectory", []) if record.seed in seeds else []
-        for place, point in enumerate(points):
-            body.append(
-                [
-                    record.config["results"]["row"] if place == 0 else "",
-                    str(point["step"]),
-                    f"{point['sts']['average']:.2f}",
-                    *(
-                        f"{perplexity_ratio(points, place, text):.3f}"
-                        for text in point["perplexity"]
-                    ),
-                    f"{100 * point['distance']:.2f}",
-                ]
-            )
-    texts = list(points[0]["perplexity"]) if body else []
-    header = ["run", "step", "STSB-dev", *texts, "moved (%)"]
-    return noted([header, *body], [])

@@ -1,4 +1,4 @@
-"""The table of encoders and the fronts, from records written out by hand."""
+"""The table of encoders, from records written out by hand."""
 
 import pytest
 
@@ -70,17 +70,6 @@ def test_published_averages_are_those_that_the_papers_print():
     for row in rows:
         if row["model"] in printed:
             assert sum(row["scores"]) / 7 == pytest.approx(printed[row["model"]], abs=0.006)
-
-
-def test_a_front_is_every_point_of_a_trajectory():
-    points = [point(0, 70.0, 20.0), point(20, 74.0, 20.5), point(40, 75.0, 22.0)]
-    actual = lines("front", record([], FFN, points))
-    assert actual[0] == ["run", "step", "STSB-dev", "lima", "wikitext2_valid", "moved (%)"]
-    assert actual[2:] == [
-        ["one", "0", "70.00", "1.000", "1.000", "0.00"],
-        ["", "20", "74.00", "1.025", "1.000", "0.20"],
-        ["", "40", "75.00", "1.100", "1.000", "0.40"],
-    ]
 
 
 @pytest.mark.parametrize(
