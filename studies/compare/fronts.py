@@ -20,6 +20,7 @@ MASKS = {  # in words, by what the section `bi` says: causal or not, some layers
     (False, False, True): "bidirectional, sink kept",
     (False, True, True): "bidirectional in later layers, sink kept",
 }
+ALONE = 1000  # of a language-model loss's weight: nothing of the contrastive loss is left
 PAPER = ("Qwen1.5-0.5B-Chat", "ffn")  # its row of Table 2; of its perplexity nothing is published
 
 
@@ -38,6 +39,41 @@ def mask(record: Record) -> str:
     layers, is_causal = settings.get("layers", "all"), reads_causally(settings)
     some, kept = layers not in ("all", "none"), bool(settings.get("keep_sink"))
     return MASKS[is_causal, some and not is_causal, kept and not is_causal]
+
+
+def kind(record: Record) -> str:
+    """What a line is of: the mask, and what else differs from FFNs tuned contrastively with EOL."""
+    if is_noise(record):
+        return "noise"
+    settings = record.config["bi"]
+    stage = settings["stages"][0]
+    weight = stage.get("lm_weight", 0)
+    words = {
+        ", ".join(stage["train"]): stage["train"] != ["ffn"],
+        "plain mean": settings.get("form") == "plain",
+        "LM loss alone": weight >= ALONE,
+        "with LM loss": 0 < weight < ALONE,
+    }
+    return ", ".join([mask(record), *(word for word, holds in words.items() if holds)])
+
+
+def is_noise(record: Record) -> bool:
+    """Of `studies.compare.noise`: points at distances from the weights, and no step."""
+    points = record.section["trajectory"]
+    return len(points) > 1 and not any(point["step"] for point in points)
+
+
+def style(record: Record, colours: dict[str, str]) -> dict[str, Any]:
+    """A colour for each mask; dashed: other modules; squares: the plain mean; grey: controls."""
+    name = kind(record)
+    is_control = "LM loss" in name or name == "noise"
+    modules = record.config["bi"]["stages"][0]["train"]
+    return {
+        "color": "grey" if is_control else colours[mask(record)],
+        "ls": "-" if modules == ["ffn"] and name != "noise" else "--",
+        "marker": "s" if "plain mean" in name else "^" if is_control else "o",
+        "mfc": "white" if "LM loss alone" in name or name == "noise" else None,
+    }
 
 
 def ratios(record: Record) -> list[tuple[float, float]]:
@@ -66,22 +102,17 @@ def paper(tasks: str) -> tuple[float, str]:
 
 @styled
 def figure(model: str, scored: Sequence[Record]) -> Any:
-    """A line a run in the colour of its mask, from the black, untrained point on."""
+    """A line a run, from the black, untrained point on. See `style`."""
     drawn = blank(7.2, 4.4)
     axes: Any = drawn.subplots()
     masks = [name for name in MASKS.values() if name in {mask(record) for record in scored}]
     colours = dict(zip(masks, PALETTE, strict=False))
-    for record in sorted(scored, key=lambda record: masks.index(mask(record))):
-        across, up = zip(*ratios(record), strict=True)
-        name = mask(record)
+    for record in sorted(scored, key=lambda record: (masks.index(mask(record)), kind(record))):
+        name = kind(record)
         new = name not in axes.get_legend_handles_labels()[1]
         axes.plot(
-            *(across, up),
-            lw=1.3,
-            marker="o",
-            ms=4,
-            color=colours[name],
-            label=name if new else None,
+            *zip(*ratios(record), strict=True),
+            **style(record, colours) | {"lw": 1.3, "ms": 4, "label": name if new else None},
         )
     starts = sorted({ratios(record)[0] for record in scored})
     axes.plot(*zip(*starts, strict=True), ls="", marker="o", ms=5, color="black", label="untrained")

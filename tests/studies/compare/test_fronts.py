@@ -64,6 +64,37 @@ def test_a_line_a_run_a_colour_a_mask_and_the_untrained_in_black():
     assert names[:3] == ["causal", "bidirectional", "untrained"]
 
 
+def test_lines_of_other_modules_forms_and_losses_are_told_apart():
+    def changed(name, points=FIRST.section["trajectory"], **stage):
+        record = scored(name, [], attention="causal", form="plain" if name == "plain" else "eol")
+        record.section["trajectory"] = points
+        record.config["bi"]["stages"] = [{"objective": "simcse", "train": ["ffn"]} | stage]
+        return record
+
+    still = [point | {"step": 0} for point in FIRST.section["trajectory"]]
+    records = [
+        changed("causal"),
+        changed("attention", train=["attention"]),
+        changed("plain"),
+        changed("with LM loss", lm_weight=1.0),
+        changed("LM loss alone", lm_weight=1e6),
+        changed("noise", points=still),
+    ]
+    names = [fronts.kind(record) for record in records]
+    assert names == [
+        *("causal", "causal, attention", "causal, plain mean", "causal, with LM loss"),
+        *("causal, LM loss alone", "noise"),
+    ]
+    [axes] = fronts.figure(MODEL, records).axes
+    drawn = {line.get_label(): line for line in axes.lines}
+    looks = {
+        (line.get_color(), line.get_linestyle(), line.get_marker(), line.get_markerfacecolor())
+        for line in map(drawn.__getitem__, names)
+    }
+    assert len(looks) == len(records)
+    assert {drawn[name].get_color() for name in names[3:]} == {"grey"}
+
+
 def test_the_paper_is_held_beside_the_same_task():
     assert fronts.paper("STSB-test")[0] == 72.61
     assert fronts.paper("STSB-test, STS12")[0] == 66.96
