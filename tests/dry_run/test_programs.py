@@ -30,6 +30,20 @@ def test_it_says_what_would_be_done_and_does_nothing(tiny_path, tmp_path, script
     output = script(load_config(None, [f"output_dir={tmp_path}/run", "model.device=cpu"]))
     assert output.endswith("nothing was run") and "peak memory, estimated" in output
     assert programs.MEASURED in output and all(item in output for item in said), output
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (["model.device=cpu"], programs.CACHED),
+        (["model.device=cuda"], programs.MEASURED),
+        (["model.device=cpu", "bi.stages.0.max_steps=0"], programs.MEASURED),
+    ],
+)
+def test_it_says_that_a_cached_run_may_take_more_on_a_cpu(tiny_path, tmp_path, keys, said):
+    given = [f"output_dir={tmp_path}/run", "bi.stages.0.cached=true", *keys]
+    output = programs.train_bi(load_config(None, given))
+    assert [line for line in output.splitlines() if line.startswith("measured")] == [said]
     assert not (tmp_path / "run").exists()
 
 
