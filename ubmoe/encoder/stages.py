@@ -10,6 +10,7 @@ from ubmoe.config import Config, StageSection
 from ubmoe.data.chats import Chat
 from ubmoe.encoder import contrastive, mntp
 from ubmoe.encoder.language_loss import read_language
+from ubmoe.training.allocator import return_freed_memory
 from ubmoe.training.checkpoints import StageRun
 from ubmoe.training.trainer import check_enough_rows
 
@@ -67,4 +68,5 @@ def train_stages(
                 encoder, model, stage, rows, stage_run, language, below, scoring
             )
         reports.append({"objective": stage.objective} | report)
+        return_freed_memory()
     return reports

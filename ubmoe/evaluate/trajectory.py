@@ -29,6 +29,7 @@ from ubmoe.dependence.measure import measure
 from ubmoe.dependence.texts import cut, tokenize
 from ubmoe.evaluate.generation import perplexity
 from ubmoe.evaluate.sts import sts_scores, sts_tasks
+from ubmoe.training.allocator import return_freed_memory
 
 POINT = "point"  # a point's key in a trainer's log
 
@@ -68,6 +69,7 @@ class Trajectory:
         self, encoder: SentenceTransformer, model: PreTrainedModel, stage: StageSection
     ) -> dict[str, Any]:
         """The scores of an encoder, and of `model`, its language model, as they are now."""
+        return_freed_memory()
         evaluation = self.config.evaluation
         encoder.max_seq_length, length = self.config.bi.max_tokens, encoder.max_seq_length
         scores: dict[str, Any] = {
@@ -80,6 +82,7 @@ class Trajectory:
             }
             if self.measured:
                 scores["dependence"] = self._dependence(model)
+        return_freed_memory()
         return scores
 
     def _dependence(self, model: PreTrainedModel) -> dict[str, Any]:
