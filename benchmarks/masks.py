@@ -18,7 +18,7 @@ from benchmarks.common import medians, qwen_layers, write
 from ubmoe import layered
 from ubmoe.bidirectional import masked
 
-LAYERS, LATE, REPEATS, MOST = 6, 3, 15, 1.10
+LAYERS, LATE, REPEATS, MOST = 6, 3, 7, 1.10
 MASKS: dict[str, tuple[bool, dict[str, Any]]] = {
     "causal": (False, {}),
     "bidirectional": (True, {}),
